@@ -1,0 +1,1 @@
+"""Encoders of the package's own; any other `AutoBackbone` serves as well."""

@@ -1,0 +1,74 @@
+import math
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+from transformers import initialization as init
+from transformers.backbone_utils import BackboneMixin
+from transformers.modeling_outputs import BackboneOutput
+from transformers.utils import can_return_tuple
+
+from .configuration_small_resnet import SmallResNetConfig
+
+
+def _norm(config: SmallResNetConfig, channels: int) -> nn.Module:
+    return nn.BatchNorm2d(channels) if config.norm == "batch" else nn.GroupNorm(math.gcd(8, channels), channels)
+
+
+class BasicBlock(nn.Module):
+    def __init__(self, config: SmallResNetConfig, in_channels: int, out_channels: int, stride: int):
+        super().__init__()
+        self.residual = nn.Sequential(
+            nn.Conv2d(in_channels, out_channels, 3, stride, 1, bias=False),
+            _norm(config, out_channels),
+            nn.ReLU(inplace=True),
+            nn.Conv2d(out_channels, out_channels, 3, 1, 1, bias=False),
+            _norm(config, out_channels),
+        )
+        self.shortcut = nn.Identity()
+        if stride != 1 or in_channels != out_channels:
+            self.shortcut = nn.Sequential(nn.Conv2d(in_channels, out_channels, 1, stride, bias=False), _norm(config, out_channels))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return torch.relu_(self.residual(x) + self.shortcut(x))
+
+
+class SmallResNetBackbone(BackboneMixin, PreTrainedModel):
+    """He et al. 2016 with the CIFAR stem; the default encoder. (B, C, H, W) → feature maps of the stages named in `out_features`."""
+
+    config_class = SmallResNetConfig
+    main_input_name = "pixel_values"
+    has_attentions = False
+
+    def __init__(self, config: SmallResNetConfig):
+        super().__init__(config)
+        widths = [config.hidden_sizes[0], *config.hidden_sizes]
+        self.num_features = widths
+        self.stem = nn.Sequential(
+            nn.Conv2d(config.num_channels, widths[0], 3, config.stem_stride, 1, bias=False), _norm(config, widths[0]), nn.ReLU(inplace=True)
+        )
+        self.stages = nn.ModuleList(
+            nn.Sequential(
+                *(
+                    BasicBlock(config, widths[i] if block == 0 else widths[i + 1], widths[i + 1], 2 if i and block == 0 else 1)
+                    for block in range(depth)
+                )
+            )
+            for i, depth in enumerate(config.depths)
+        )
+        self.post_init()
+
+    @torch.no_grad()
+    def _init_weights(self, module):
+        super()._init_weights(module)
+        if isinstance(module, nn.Conv2d):
+            init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+
+    @can_return_tuple
+    def forward(self, pixel_values: torch.Tensor) -> BackboneOutput:
+        hidden_state = self.stem(pixel_values)
+        maps = {"stem": hidden_state}
+        for i, stage in enumerate(self.stages, 1):
+            hidden_state = stage(hidden_state)
+            maps[f"stage{i}"] = hidden_state
+        return BackboneOutput(feature_maps=tuple(maps[name] for name in self.out_features))

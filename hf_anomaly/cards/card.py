@@ -1,0 +1,92 @@
+"""Fills the card's template from a trained detector and its results."""
+
+import json
+import os
+import re
+from pathlib import Path
+
+from ..detector import AnomalyDetector
+from ..version import __version__
+
+TEMPLATE = Path(__file__).with_name("template.md")
+
+METRICS = {  # key in eval_results.json → metric id and name
+    "auroc": ("roc_auc", "AUROC"),
+    "average_precision": ("average_precision", "Average precision"),
+    "fpr_at_95_tpr": ("fpr_at_95_tpr", "FPR at 95 % TPR"),
+}
+
+
+def plain(text: object) -> str:
+    """User text (a dataset's name, a label) on one line, without what Markdown or HTML would act on."""
+    return re.sub(r"[`<>|\[\]\r\n]", " ", str(text)).strip()
+
+
+def write_card(folder: str | os.PathLike, model: AnomalyDetector, results: dict, facts: dict) -> None:
+    """Writes `README.md` of a detector's folder, whole or not at all.
+
+    Args:
+        results: what `eval_results.json` holds.
+        facts: `command` and whatever else of the run should be on record.
+    """
+    from huggingface_hub import EvalResult, ModelCard, ModelCardData
+
+    folder = Path(folder)
+    config = model.config
+    defaults = type(config)(image_size=config.image_size, num_channels=config.num_channels).to_dict()
+    skip = {
+        "hf_anomaly_version",
+        "transformers_version",
+        "architectures",
+        "dtype",
+        "bank_size",
+        "num_calibration_scores",
+        "backbone_config",
+    }
+    changed = {k: v for k, v in config.to_dict().items() if k not in skip and not k.startswith("_") and defaults.get(k) != v}
+    name = folder.resolve().name
+    dataset = plain(Path(results["dataset"]).name)
+    measured = {key: results[key] for key in METRICS if results.get(key) is not None}
+    data = ModelCardData(
+        library_name="hf-anomaly",
+        pipeline_tag="image-classification",
+        tags=["anomaly-detection", config.model_type],
+        metrics=[METRICS[key][0] for key in measured] or None,
+        model_name=plain(name),
+        eval_results=[
+            EvalResult(
+                task_type="image-classification",
+                task_name="Image anomaly detection",
+                dataset_type=dataset,
+                dataset_name=dataset,
+                metric_type=METRICS[key][0],
+                metric_name=METRICS[key][1],
+                metric_value=round(value, 4),
+            )
+            for key, value in measured.items()
+        ]
+        or None,
+    )
+    card = ModelCard.from_template(
+        data,
+        template_path=str(TEMPLATE),
+        title=plain(name),
+        model_class=type(model).__name__,
+        dataset=dataset,
+        normal_label=plain(results["normal_label"]),
+        image_size=config.image_size,
+        channels="gray" if config.num_channels == 1 else "RGB",
+        results=results,
+        rows=[(METRICS[key][1], f"{value:.4f}") for key, value in measured.items()],
+        reason=plain(results.get("reason", "")),
+        calibrated=model.calibration.is_calibrated,
+        false_positive_rate=config.false_positive_rate,
+        threshold=f"{model.calibration.threshold.item():.6g}" if model.calibration.is_calibrated else "",
+        settings=json.dumps(changed, indent=2, sort_keys=True, default=str).replace("`", "'"),
+        command=plain(facts.get("command", "")),
+        has_dissolver=(folder / "dissolver").is_dir(),
+        version=__version__,
+    )
+    temporary = folder / ".README.md.tmp"
+    card.save(temporary)
+    os.replace(temporary, folder / "README.md")

@@ -1,0 +1,173 @@
+"""From a row of a dataset to the tensors a detector takes: decode, process, stack."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import PIL.Image
+import PIL.ImageOps
+import torch
+
+from ..errors import InputError
+
+if TYPE_CHECKING:
+    import datasets
+
+
+def _name(value: Any, where: str) -> str:
+    """What to call an image in an error: its file, else `where` and the file it was embedded from, if known."""
+    path = value.get("path") if isinstance(value, dict) else None
+    if path is None:
+        return where
+    return path if value.get("bytes") is None else f"{where} ({path})"
+
+
+def _unreadable(value: Any, where: str, error: Exception) -> InputError:
+    # PIL's own text for an unknown format names a memory address.
+    reason = "unknown image format" if isinstance(error, PIL.UnidentifiedImageError) else getattr(error, "strerror", None) or str(error)
+    return InputError(f"{_name(value, where)}: unreadable image ({' '.join(reason.split())}); remove it or replace it by an intact one")
+
+
+def open_image(value: dict[str, Any] | PIL.Image.Image | np.ndarray, where: str) -> PIL.Image.Image:
+    """Opens an image without decoding its pixels and refuses more than 8 bits a channel.
+
+    Args:
+        value: `{"bytes", "path"}` as `datasets.Image(decode=False)` gives it; a PIL image; or a uint8 array (H, W), (H, W, 1) or (H, W, 3).
+        where: what to call the image in an error if it has no path, such as `"row 17 of split 'train'"`.
+
+    Raises:
+        InputError: missing or unreadable image, array of another shape or type, or a 16-bit, 32-bit or float image.
+    """
+    if isinstance(value, np.ndarray):
+        if value.dtype != np.uint8 or value.ndim not in (2, 3) or value.shape[2:] not in ((), (1,), (3,)):
+            raise InputError(f"{where}: an array must be uint8 of shape (H, W), (H, W, 1) or (H, W, 3), not {value.dtype} {value.shape}")
+        return PIL.Image.fromarray(value[:, :, 0] if value.shape[2:] == (1,) else value)
+    if isinstance(value, PIL.Image.Image):
+        image = value
+    elif isinstance(value, dict) and (value.get("bytes") is not None or value.get("path") is not None):
+        try:
+            image = PIL.Image.open(io.BytesIO(value["bytes"]) if value.get("bytes") is not None else Path(value["path"]))
+        except Exception as error:  # on broken files PIL's plugins raise OSError, SyntaxError, struct.error, DecompressionBombError …
+            raise _unreadable(value, where, error) from error
+    else:
+        raise InputError(f"{where}: the image is missing; remove the row")
+    if image.mode == "F" or image.mode.startswith("I"):  # PIL's convert() would clip these to 255 without a word
+        raise InputError(
+            f"{_name(value, where)}: 16-bit, 32-bit or float image (mode {image.mode}); convert it to 8 bits, with a window of your choice"
+        )
+    return image
+
+
+def decode_image(value: dict[str, Any] | PIL.Image.Image | np.ndarray, where: str) -> PIL.Image.Image:
+    """Decodes one image, upright: the EXIF orientation is applied. The mode (L, RGB, P, …) stays; converting it is the processor's part.
+
+    Args:
+        value: `{"bytes", "path"}` as `datasets.Image(decode=False)` gives it; a PIL image; or a uint8 array (H, W), (H, W, 1) or (H, W, 3).
+        where: what to call the image in an error if it has no path, such as `"row 17 of split 'train'"`.
+
+    Raises:
+        InputError: missing, unreadable or truncated image, or more than 8 bits a channel.
+    """
+    image = open_image(value, where)
+    try:
+        image.load()
+        return PIL.ImageOps.exif_transpose(image)
+    except Exception as error:  # as in open_image
+        raise _unreadable(value, where, error) from error
+
+
+class PixelTransform:
+    """The transform of `datasets.Dataset.with_transform` that gives a detector's inputs.
+
+    Takes a batch of columns: `image` (see `decode_image`), and, if there are any, `label` (int), `dissolved_images` (V images a row) and
+    `row` (used to name the culprit in errors). Gives
+
+    - `pixel_values`: list of (C, H, W) float32 tensors in [-1, 1], whatever the processor makes of the images;
+    - `labels`: list of ints, if the batch has `label`;
+    - `dissolved_pixel_values`: list of (V, C, H, W) float32 tensors in [-1, 1], if the batch has `dissolved_images`. These are 8-bit L or
+      RGB images which were saved at the model's size, so they are only rescaled: x / 127.5 - 1.
+
+    Args:
+        processor: an image processor, called as `processor(images=[PIL, …], return_tensors="pt")["pixel_values"]`.
+        extra_columns: further columns to hand on unchanged.
+
+    Raises:
+        InputError: on call, for a missing column or an image that cannot be decoded.
+    """
+
+    def __init__(self, processor: Callable[..., Any], extra_columns: Sequence[str] = ()):
+        self.processor = processor
+        self.extra_columns = tuple(extra_columns)
+
+    def __call__(self, batch: dict[str, list[Any]]) -> dict[str, list[Any]]:
+        for column in ("image", *self.extra_columns):
+            if column not in batch:
+                hint = "; with a Trainer, set remove_unused_columns=False" if column == "image" else ""
+                raise InputError(f"no column {column!r} in the batch; its columns: {', '.join(batch)}{hint}")
+        names = (
+            [f"row {row}" for row in batch["row"]] if "row" in batch else [f"image {i} of the batch" for i in range(len(batch["image"]))]
+        )
+        images = [decode_image(value, name) for value, name in zip(batch["image"], names, strict=True)]
+        features: dict[str, list[Any]] = {"pixel_values": list(self.processor(images=images, return_tensors="pt")["pixel_values"].float())}
+        if "label" in batch:
+            features["labels"] = batch["label"]
+        if "dissolved_images" in batch:
+            pairs = zip(batch["dissolved_images"], names, strict=True)
+            features["dissolved_pixel_values"] = [self._dissolved(views, f"dissolved views of {name}") for views, name in pairs]
+        return features | {column: batch[column] for column in self.extra_columns}
+
+    @staticmethod
+    def _dissolved(views: list[Any], where: str) -> torch.Tensor:
+        images = [decode_image(view, where) for view in views]
+        if len({(image.mode, image.size) for image in images}) != 1 or images[0].mode not in ("L", "RGB"):
+            raise InputError(
+                f"{where}: the column 'dissolved_images' needs L or RGB images of one size a row; cache the dissolved views anew"
+            )
+        pixels = torch.from_numpy(np.stack([np.asarray(image) for image in images]))
+        pixels = pixels.unsqueeze(1) if pixels.ndim == 3 else pixels.permute(0, 3, 1, 2)
+        return pixels / 127.5 - 1
+
+
+def _undecoded(feature: Any) -> Any:
+    """The feature with every `Image` in it, also those in lists, left encoded."""
+    import datasets
+
+    if isinstance(feature, datasets.Image):
+        return datasets.Image(decode=False)
+    if isinstance(feature, datasets.List):
+        return datasets.List(_undecoded(feature.feature), length=feature.length)
+    return feature
+
+
+def prepare(dataset: datasets.Dataset, processor: Callable[..., Any], extra_columns: Sequence[str] = ()) -> datasets.Dataset:
+    """The dataset with a `PixelTransform`: its rows become `pixel_values`, `labels` and so on when they are read.
+
+    Image columns are left encoded first, so that an unreadable image is named by `PixelTransform`.
+
+    Raises:
+        InputError: when read, as `PixelTransform`.
+    """
+    for column, feature in dataset.features.items():
+        if _undecoded(feature) != feature:
+            dataset = dataset.cast_column(column, _undecoded(feature))
+    return dataset.with_transform(PixelTransform(processor, extra_columns))
+
+
+def collate(features: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
+    """Stacks rows: tensors of shape S to (B, *S), numbers to (B,); `labels` is int64.
+
+    Args:
+        features: rows as a dataset with a `PixelTransform` gives them, all with the same keys and shapes.
+    """
+    batch: dict[str, torch.Tensor] = {}
+    for key in features[0]:
+        values = [row[key] for row in features]
+        if isinstance(values[0], torch.Tensor):
+            batch[key] = torch.stack(values)
+        else:
+            batch[key] = torch.tensor(values, dtype=torch.int64 if key == "labels" else None)
+    return batch

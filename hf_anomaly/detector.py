@@ -1,0 +1,364 @@
+"""The contract that every detector obeys: configuration, output, fit_reference, calibrate, save and load."""
+
+import difflib
+import os
+import shutil
+import tempfile
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from huggingface_hub.dataclasses import strict
+from transformers import PreTrainedConfig, PreTrainedModel
+from transformers import initialization as init
+from transformers.utils import ModelOutput, can_return_tuple
+
+from .calibration import Calibration, Float32State
+from .errors import InputError, NotFittedError
+from .version import __version__
+
+# What PreTrainedConfig takes besides its own fields, from its callers and from config.json files.
+_INHERITED_KEYWORDS = {
+    "_attn_implementation_internal",
+    "_commit_hash",
+    "_experts_implementation_internal",
+    "_name_or_path",
+    "attn_implementation",
+    "auto_map",
+    "experts_implementation",
+    "model_type",
+    "name_or_path",
+    "num_labels",
+    "output_attentions",
+    "torch_dtype",
+}
+
+# Files that belong to a detector beside its weights and config; they follow it from folder to folder.
+COMPANIONS = ("preprocessor_config.json", "README.md", "eval_results.json", "dissolver")
+
+
+@strict
+class AnomalyDetectorConfig(PreTrainedConfig):
+    """What every detector's configuration holds.
+
+    Args:
+        image_size: height and width of `pixel_values`, in pixels.
+        num_channels: 1 (gray) or 3 (RGB).
+        false_positive_rate: the rate at which `calibrate` set the threshold; None before.
+        num_calibration_scores: how many held-out normal images calibrated the detector; 0 before.
+        hf_anomaly_version: the version of this package that wrote the file.
+
+    Raises:
+        InputError: a keyword that is no field of the configuration, or a value out of range.
+    """
+
+    image_size: int = 32
+    num_channels: int = 1
+    false_positive_rate: float | None = None
+    num_calibration_scores: int = 0
+    hf_anomaly_version: str | None = None
+
+    def __post_init__(self, **kwargs):
+        known = [name for name in self.__dataclass_fields__ if not name.startswith("_")]
+        for name in kwargs:
+            if name not in _INHERITED_KEYWORDS:
+                close = difflib.get_close_matches(name, known, n=1)
+                hint = f"did you mean {close[0]!r}?" if close else f"its fields are in the docstring of {type(self).__name__}"
+                raise InputError(f"{type(self).__name__} has no field {name!r}: {hint}")
+        if self.hf_anomaly_version is None:
+            self.hf_anomaly_version = __version__
+        super().__post_init__(**kwargs)
+        self.check()
+
+    def check(self) -> None:
+        """Refuses values out of range. Called at the end of the constructor; subclasses extend it."""
+        if self.image_size < 1:
+            raise InputError(f"image_size must be at least 1, got {self.image_size}")
+        if self.num_channels not in (1, 3):
+            raise InputError(f"num_channels must be 1 (gray) or 3 (RGB), got {self.num_channels}")
+        if self.num_calibration_scores < 0:
+            raise InputError(f"num_calibration_scores must not be negative, got {self.num_calibration_scores}")
+
+
+@dataclass
+class AnomalyDetectorOutput(ModelOutput):
+    """What a detector returns.
+
+    Args:
+        loss: (), the training loss; in training mode only.
+        losses: its named parts, keys end in `_loss`; in training mode only.
+        scores: (B,) float32, higher = more anomalous; in eval mode only.
+        anomaly_maps: (B, 1, H, W) float32, higher = more anomalous; on request, in eval mode.
+        embeddings: (B, d); on request, in eval mode.
+    """
+
+    loss: torch.Tensor | None = None
+    losses: dict[str, torch.Tensor] | None = None
+    scores: torch.Tensor | None = None
+    anomaly_maps: torch.Tensor | None = None
+    embeddings: torch.Tensor | None = None
+
+
+class AnomalyDetector(PreTrainedModel):
+    """Base of all detectors: images in, one loss in training mode, one score an image in eval mode.
+
+    A detector goes through three stages. Training fills the weights. `fit_reference` makes one pass over the normal training images and fills
+    what scoring compares with (buffers in modules derived from `Float32State`). `calibrate` scores held-out normal images and sets
+    the threshold. All of it is in the saved folder, so that a loaded detector scores bit for bit as before.
+
+    A subclass implements `compute_losses`, `reference_features`, `set_reference`, `clear_reference`, `is_fitted` and `compute_scores`.
+    """
+
+    config_class = AnomalyDetectorConfig
+    config: AnomalyDetectorConfig
+    base_model_prefix = "detector"
+    main_input_name = "pixel_values"
+    _keep_in_fp32_modules_strict = {"calibration", "reference"}
+    unsupported_maps_reason = "this method gives no anomaly maps"
+    supports_anomaly_maps = False
+
+    def __init__(self, config: AnomalyDetectorConfig):
+        super().__init__(config)
+        self.calibration = Calibration(config.num_calibration_scores)
+
+    # What a method implements -------------------------------------------------------------------------------------------------
+
+    def compute_losses(self, pixel_values: torch.Tensor, *, epoch: float | None, **inputs) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        """The training loss () and its named parts (keys end in `_loss`)."""
+        raise NotImplementedError
+
+    def reference_features(self, pixel_values: torch.Tensor) -> dict[str, torch.Tensor]:
+        """What `fit_reference` collects from a batch of normal images: named tensors with first dimension B, independent of the companions."""
+        raise NotImplementedError
+
+    def set_reference(self, features: dict[str, torch.Tensor]) -> None:
+        """Fills the reference buffers (and the config fields that give their sizes) from the features of all normal images."""
+        raise NotImplementedError
+
+    def clear_reference(self) -> None:
+        """Empties the reference buffers again."""
+        raise NotImplementedError
+
+    @property
+    def is_fitted(self) -> bool:
+        raise NotImplementedError
+
+    def compute_scores(self, pixel_values: torch.Tensor, *, output_anomaly_maps: bool, output_embeddings: bool) -> AnomalyDetectorOutput:
+        """Scores (B,) and, on request, maps (B, 1, H, W) and embeddings (B, d) of a fitted detector."""
+        raise NotImplementedError
+
+    # The contract -------------------------------------------------------------------------------------------------------------
+
+    @can_return_tuple
+    def forward(
+        self,
+        pixel_values: torch.Tensor,
+        labels: torch.Tensor | None = None,
+        epoch: float | None = None,
+        output_anomaly_maps: bool = False,
+        output_embeddings: bool = False,
+    ) -> AnomalyDetectorOutput:
+        """The loss in training mode, scores in eval mode.
+
+        Args:
+            pixel_values: (B, C, H, W) in [−1, 1], as the saved processor gives them.
+            labels: (B,), ignored: training takes normal images only. Accepted so that a labelled batch passes through unchanged.
+            epoch: the training epoch, for losses with a schedule.
+            output_anomaly_maps: also return `anomaly_maps` (B, 1, H, W).
+            output_embeddings: also return `embeddings` (B, d).
+
+        Raises:
+            InputError: wrong shape or channels, NaN or infinite pixels, or maps asked of a method that has none.
+            NotFittedError: eval mode before `fit_reference`.
+        """
+        return self._forward(pixel_values, epoch, output_anomaly_maps, output_embeddings)
+
+    def _forward(self, pixel_values, epoch, output_anomaly_maps, output_embeddings, **inputs) -> AnomalyDetectorOutput:
+        self.check_pixel_values(pixel_values)
+        if self.training:
+            loss, losses = self.compute_losses(pixel_values, epoch=epoch, **inputs)
+            return AnomalyDetectorOutput(loss=loss, losses=losses)
+        self.require_fitted()
+        if output_anomaly_maps and not self.supports_anomaly_maps:
+            raise InputError(f"output_anomaly_maps=True: {self.unsupported_maps_reason}")
+        return self.compute_scores(pixel_values, output_anomaly_maps=output_anomaly_maps, output_embeddings=output_embeddings)
+
+    def check_pixel_values(self, pixel_values: torch.Tensor) -> None:
+        expected = (self.config.num_channels, self.config.image_size, self.config.image_size)
+        if pixel_values.ndim != 4 or tuple(pixel_values.shape[1:]) != expected:
+            raise InputError(
+                f"pixel_values must be (batch, {', '.join(map(str, expected))}), got {tuple(pixel_values.shape)}: "
+                "use the processor that was saved with the detector"
+            )
+        finite = torch.isfinite(pixel_values).flatten(1).all(1)
+        if not finite.all():
+            raise InputError(f"pixel_values[{int((~finite).nonzero()[0])}] holds NaN or infinite pixels: leave that image out or repair it")
+
+    def require_fitted(self) -> None:
+        if not self.is_fitted:
+            raise NotFittedError(f"{type(self).__name__} is not fitted: call fit_reference(dataloader) with normal training images first")
+
+    @torch.no_grad()
+    def fit_reference(self, dataloader: Iterable, *, gather: Callable | None = None, progress: bool = True) -> "AnomalyDetector":
+        """One pass over the normal training images fills what scoring needs. Any earlier calibration is dropped.
+
+        Args:
+            dataloader: batches as dicts with `pixel_values` (and perhaps `labels`, which must all be 0), or bare (B, C, H, W) tensors.
+            gather: under several processes, collects a batch of all of them in dataset order without padded duplicates
+                (`accelerator.gather_for_metrics`).
+            progress: show a progress bar.
+
+        Raises:
+            InputError: no images, or an image labelled anomalous.
+        """
+        collected: dict[str, list[torch.Tensor]] = {}
+        for pixel_values, labels in self._eval_batches(dataloader, "Fitting the reference", progress):
+            self._refuse_anomalies(labels, "fit_reference")
+            features = self.reference_features(pixel_values)
+            for name, value in (gather(features) if gather else features).items():
+                collected.setdefault(name, []).append(value.cpu())
+        if not collected:
+            raise InputError("fit_reference got no images: it needs the normal training images")
+        self.set_reference({name: torch.cat(values).to(self.device) for name, values in collected.items()})
+        self._drop_calibration()
+        return self
+
+    def reset_reference(self) -> None:
+        """Back to the unfitted state, in which training checkpoints are saved."""
+        self.clear_reference()
+        self._drop_calibration()
+
+    def calibrate(
+        self, dataloader: Iterable, *, false_positive_rate: float = 0.05, gather: Callable | None = None, progress: bool = True
+    ) -> "AnomalyDetector":
+        """Held-out *normal* images, neither trained on nor in the reference, give the threshold and the conformal p-values.
+
+        Args:
+            dataloader: as in `fit_reference`.
+            false_positive_rate: the share of normal images that may be flagged, in (0, 1).
+            gather: as in `fit_reference`.
+            progress: show a progress bar.
+
+        Raises:
+            InputError: no images, an image labelled anomalous, or a rate outside (0, 1).
+            NotFittedError: before `fit_reference`.
+        """
+        scores, labels = self.score(dataloader, gather=gather, progress=progress, description="Calibrating")
+        self._refuse_anomalies(labels, "calibrate")
+        self.calibration.fit(scores, false_positive_rate)
+        self.config.num_calibration_scores = scores.numel()
+        self.config.false_positive_rate = float(false_positive_rate)
+        return self
+
+    @torch.no_grad()
+    def score(
+        self, dataloader: Iterable, *, gather: Callable | None = None, progress: bool = True, description: str = "Scoring"
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Scores (N,) float32 of all images, and their labels (N,) where the batches have them; both on the CPU, memory constant but for these.
+
+        Raises:
+            NotFittedError: before `fit_reference`.
+        """
+        self.require_fitted()
+        scores, all_labels = [], []
+        for pixel_values, labels in self._eval_batches(dataloader, description, progress):
+            batch = {"scores": self(pixel_values).scores}
+            if labels is not None:
+                batch["labels"] = labels.to(pixel_values.device)
+            batch = gather(batch) if gather else batch
+            scores.append(batch["scores"].float().cpu())
+            if labels is not None:
+                all_labels.append(batch["labels"].cpu())
+        return (torch.cat(scores) if scores else torch.zeros(0)), (torch.cat(all_labels) if all_labels else None)
+
+    def p_values(self, scores: torch.Tensor) -> torch.Tensor:
+        """Conformal p-values (B,) of scores (B,); see `conformal_p_values`."""
+        return self.calibration.p_values(scores)
+
+    def is_anomalous(self, scores: torch.Tensor, false_positive_rate: float | None = None) -> torch.Tensor:
+        """(B,) bool: score strictly above the threshold of `calibrate`, or of another false-positive rate."""
+        return scores > self.calibration.threshold_at(false_positive_rate)
+
+    # Saving and loading -------------------------------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def _init_weights(self, module):
+        if isinstance(module, Float32State):
+            for buffer in module.buffers(recurse=False):
+                init.zeros_(buffer)
+        else:
+            super()._init_weights(module)
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path, *model_args, output_loading_info=False, **kwargs):
+        """As `PreTrainedModel.from_pretrained`, from safetensors only.
+
+        Raises:
+            InputError: the weights lack the reference or the calibration that the config promises, or are damaged.
+        """
+        kwargs["use_safetensors"] = True
+        model, info = super().from_pretrained(pretrained_model_name_or_path, *model_args, output_loading_info=True, **kwargs)
+        states = tuple(f"{name}." for name, module in model.named_modules() if isinstance(module, Float32State))
+        lost = sorted(key for key in info["missing_keys"] if key.startswith(states) and model.get_buffer(key).numel())
+        if lost:
+            raise InputError(
+                f"{pretrained_model_name_or_path}: the weights lack {', '.join(lost)}, which config.json promises; save the detector again "
+                "after fit_reference and calibrate"
+            )
+        return (model, info) if output_loading_info else model
+
+    def save_pretrained(self, save_directory, *args, is_main_process: bool = True, **kwargs):
+        """As `PreTrainedModel.save_pretrained`, but whole or not at all, and with the companions of the folder that the detector was loaded from.
+
+        Files are written to a temporary folder inside `save_directory` and then renamed into place, the config last.
+        """
+        if not is_main_process:
+            return
+        if kwargs.get("push_to_hub"):
+            super().save_pretrained(save_directory, *args, **kwargs)
+            return
+        self.config.hf_anomaly_version = __version__
+        target = Path(save_directory)
+        target.mkdir(parents=True, exist_ok=True)
+        staging = Path(tempfile.mkdtemp(prefix=".saving-", dir=target))
+        try:
+            super().save_pretrained(staging, *args, **kwargs)
+            source = Path(self.config._name_or_path or os.devnull)
+            if source.is_dir() and source.resolve() != target.resolve():
+                for name in COMPANIONS:
+                    if (source / name).exists() and not (target / name).exists():
+                        copy = shutil.copytree if (source / name).is_dir() else shutil.copy2
+                        copy(source / name, staging / name)
+            for path in sorted(staging.iterdir(), key=lambda path: path.name == "config.json"):
+                os.replace(path, target / path.name)
+        finally:
+            shutil.rmtree(staging, ignore_errors=True)
+
+    # Inner helpers ------------------------------------------------------------------------------------------------------------
+
+    def _drop_calibration(self) -> None:
+        self.calibration.reset()
+        self.config.num_calibration_scores = 0
+        self.config.false_positive_rate = None
+
+    @staticmethod
+    def _refuse_anomalies(labels: torch.Tensor | None, where: str) -> None:
+        if labels is not None and bool((labels != 0).any()):
+            raise InputError(
+                f"{where} takes normal images only, but image {int((labels != 0).nonzero()[0])} of a batch is labelled anomalous"
+            )
+
+    def _eval_batches(self, dataloader: Iterable, description: str, progress: bool):
+        """Yields (pixel_values on the model's device and dtype, labels or None) in eval mode, and puts the mode back afterwards."""
+        from tqdm.auto import tqdm
+
+        was_training = self.training
+        self.eval()
+        try:
+            for batch in tqdm(dataloader, desc=description, unit="batch", disable=not progress):
+                pixel_values = batch if isinstance(batch, torch.Tensor) else batch["pixel_values"]
+                labels = None if isinstance(batch, torch.Tensor) else batch.get("labels")
+                yield pixel_values.to(device=self.device, dtype=self.dtype), labels
+        finally:
+            self.train(was_training)

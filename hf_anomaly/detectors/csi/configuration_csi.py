@@ -1,0 +1,98 @@
+from typing import Literal
+
+from huggingface_hub.dataclasses import strict
+from transformers import AutoConfig, PreTrainedConfig
+from transformers.configuration_utils import SubConfigSpec
+
+from ...backbones.configuration_small_resnet import SmallResNetConfig
+from ...detector import AnomalyDetectorConfig
+from ...errors import InputError
+
+
+@strict
+class CSIConfig(AnomalyDetectorConfig):
+    """Configuration of `CSIModel`, and the base of `DIAConfig`.
+
+    Args:
+        backbone_config: any `AutoBackbone` configuration, as an object or a dict with `model_type`; default a `SmallResNetConfig` for `image_size`.
+        projection_size: width of z, the output of the projection head.
+        shift: the shifting transformations S_k: `"rotate"` by 0/90/180/270° or `"perm"`, the halves swapped.
+        temperature: τ of Eq. 6.
+        shift_loss_weight: λ of Eq. 9.
+        loss_divisor: what Eq. 7's sum is divided by: `"anchors"`, the mean over positive pairs as printed, or `"views"`, all views as in the
+            authors' code. The same without branch D.
+        crop_scale: area of the random resized crops, as a share of the image.
+        color_jitter: strengths of brightness, contrast, saturation and hue; gray images use the first two.
+        jitter_probability, gray_probability, flip_probability: how often each is applied.
+        test_views: the fixed views at test time: `"crops"` (the corners and the centre) or `"augmentations"` (whole augmentations, drawn once).
+        num_test_views: how many; features are averaged over them.
+        test_crop_scale: area of a test-time crop.
+        score_cosine, score_norm, score_shift_logit: the terms of Eq. 10 that enter the score: max cos(z, z_m), λ_sim·‖z‖, λ_cls·W_k·f_k. Cosine and
+            norm multiply where both are on.
+        max_bank_size: at most so many training images are kept in the bank, a fixed random choice among more.
+        bank_size: how many are in it; 0 before `fit_reference`.
+
+    Raises:
+        InputError: a value out of range, an unknown field, or a backbone whose `num_channels` differ.
+    """
+
+    model_type = "csi_anomaly"
+    sub_configs_defaults = {"backbone_config": SubConfigSpec(config_class=AutoConfig, model_type="small_resnet", optional=True)}
+
+    backbone_config: dict | PreTrainedConfig | None = None
+    projection_size: int = 128
+    shift: Literal["rotate", "perm"] = "rotate"
+    temperature: float | int = 0.5
+    shift_loss_weight: float | int = 1.0
+    loss_divisor: Literal["anchors", "views"] = "anchors"
+    crop_scale: list | tuple = (0.54, 1.0)
+    color_jitter: list | tuple = (0.4, 0.4, 0.4, 0.1)
+    jitter_probability: float | int = 0.8
+    gray_probability: float | int = 0.2
+    flip_probability: float | int = 0.5
+    test_views: Literal["crops", "augmentations"] = "crops"
+    num_test_views: int = 4
+    test_crop_scale: float | int = 0.54
+    score_cosine: bool = True
+    score_norm: bool = False
+    score_shift_logit: bool = False
+    max_bank_size: int = 20_000
+    bank_size: int = 0
+
+    def __post_init__(self, **kwargs):
+        if self.backbone_config is None:
+            # The stem keeps the first stage at about 32 px, whatever the image's size.
+            self.backbone_config = SmallResNetConfig(num_channels=self.num_channels, stem_stride=max(1, self.image_size // 32))
+        elif isinstance(self.backbone_config, dict) and "model_type" not in self.backbone_config:
+            raise InputError(
+                "backbone_config has no 'model_type': name the backbone's architecture, for instance 'small_resnet' or 'resnet'"
+            )
+        self.crop_scale, self.color_jitter = list(self.crop_scale), list(self.color_jitter)
+        super().__post_init__(**kwargs)
+
+    def check(self):
+        super().check()
+        channels = getattr(self.backbone_config, "num_channels", self.num_channels)
+        if channels != self.num_channels:
+            raise InputError(
+                f"backbone_config.num_channels is {channels}, but the images have {self.num_channels}: "
+                "build the backbone with the images' number of channels"
+            )
+        if self.temperature <= 0:
+            raise InputError(f"temperature must be positive, got {self.temperature}")
+        if len(self.crop_scale) != 2 or not 0 < self.crop_scale[0] <= self.crop_scale[1] <= 1:
+            raise InputError(f"crop_scale must be two numbers 0 < low ≤ high ≤ 1, got {list(self.crop_scale)}")
+        if len(self.color_jitter) != 4 or min(self.color_jitter) < 0 or self.color_jitter[3] > 0.5:
+            raise InputError(f"color_jitter must be four strengths ≥ 0, the last (hue) ≤ 0.5, got {list(self.color_jitter)}")
+        for name in ("jitter_probability", "gray_probability", "flip_probability"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise InputError(f"{name} must be between 0 and 1, got {getattr(self, name)}")
+        if not 0 < self.test_crop_scale <= 1:
+            raise InputError(f"test_crop_scale must be in (0, 1], got {self.test_crop_scale}")
+        if not (self.score_cosine or self.score_norm or self.score_shift_logit):
+            raise InputError("score_cosine, score_norm and score_shift_logit are all off: the score needs at least one of them")
+        for name in ("projection_size", "num_test_views", "max_bank_size"):
+            if getattr(self, name) < 1:
+                raise InputError(f"{name} must be at least 1, got {getattr(self, name)}")
+        if not 0 <= self.bank_size <= self.max_bank_size:
+            raise InputError(f"bank_size must be between 0 and max_bank_size ({self.max_bank_size}), got {self.bank_size}")

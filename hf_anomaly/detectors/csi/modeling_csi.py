@@ -1,0 +1,206 @@
+"""CSI (Tack et al. 2020), DIA's base: contrasting shifted instances, scored by Eq. 10 of DIA."""
+
+import logging
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from transformers import AutoBackbone
+from transformers import initialization as init
+
+from ...calibration import Float32State
+from ...detector import AnomalyDetector, AnomalyDetectorOutput
+from ...errors import InputError
+from ...ops.contrastive import amplified_nt_xent
+from ...ops.distributed import draw_rows
+from ...ops.knn import max_cosine
+from ...ops.shifts import SHIFTS
+from ...ops.views import View, apply_views, crops_views, draw_views
+from .configuration_csi import CSIConfig
+
+logger = logging.getLogger(__name__)
+
+NUM_SHIFTS = 4  # K, of rotate and of perm
+
+# Rows of the encoder's batch at test time: bounds the memory of a call, whatever the number of shifts and views.
+_MAX_TEST_ROWS = 512
+
+
+class CSIReference(Float32State):
+    """What Eq. 10 compares with: features of the normal training images, the balancing terms, and the fixed test-time views."""
+
+    def __init__(self, config: CSIConfig):
+        super().__init__()
+        self.register_buffer("bank", torch.zeros(NUM_SHIFTS, config.bank_size, config.projection_size))
+        self.register_buffer("lambda_sim", torch.zeros(NUM_SHIFTS))
+        self.register_buffer("lambda_cls", torch.zeros(NUM_SHIFTS))
+        self.register_buffer("views", torch.zeros(config.num_test_views, len(View)))
+
+
+class CSIModel(AnomalyDetector):
+    """Contrasting shifted instances: DIA without its dissolved branch D.
+
+    Every image gives 2·K views, A: O(S_k(x)) and B: O'(S_k(x)). The loss is L_con + λ·L_cls of Eq. 6–9; the score is Eq. 10, −(s_sim + s_cls)/K.
+    """
+
+    config_class = CSIConfig
+    config: CSIConfig
+    unsupported_maps_reason = "the score compares whole views, CSI and DIA give no anomaly maps yet"
+
+    def __init__(self, config: CSIConfig):
+        super().__init__(config)
+        self.backbone = AutoBackbone.from_config(config.backbone_config)
+        width = self.backbone.channels[-1]
+        self.projection = nn.Sequential(nn.Linear(width, width), nn.ReLU(), nn.Linear(width, config.projection_size))
+        self.shift_classifier = nn.Linear(width, NUM_SHIFTS)
+        self.reference = CSIReference(config)
+        self.post_init()
+
+    @torch.no_grad()
+    def _init_weights(self, module):
+        if isinstance(module, nn.Linear):
+            # torch's own initialisation, not transformers' N(0, 0.02): the projection starts with a useful scale.
+            bound = module.in_features**-0.5
+            init.uniform_(module.weight, -bound, bound)
+            init.uniform_(module.bias, -bound, bound)
+        else:
+            super()._init_weights(module)
+
+    # Training -----------------------------------------------------------------------------------------------------------------
+
+    def training_branches(self, pixel_values: torch.Tensor, **inputs) -> list[torch.Tensor]:
+        """The images (B, C, H, W) that each branch shifts and augments: x for A and B."""
+        return [pixel_values, pixel_values]
+
+    def contrastive_loss(self, projections: list[torch.Tensor]) -> torch.Tensor:
+        """L_con of the projections (K, B, d) of each branch."""
+        return amplified_nt_xent(*projections, temperature=self.config.temperature, divisor=self.config.loss_divisor)
+
+    def compute_losses(self, pixel_values, *, epoch, **inputs):
+        branches = torch.stack(self.training_branches(pixel_values, **inputs))
+        num_branches, batch_size = branches.shape[:2]
+        shifted = SHIFTS[self.config.shift](branches.flatten(0, 1)).unflatten(1, (num_branches, batch_size))  # (K, branches, B, C, H, W)
+        shape = shifted.shape[:3]
+        parameters = draw_rows(lambda rows: self._draw_views(rows * NUM_SHIFTS * num_branches).view(rows, -1, len(View)), batch_size)
+        parameters = parameters.unflatten(1, shape[:2]).permute(1, 2, 0, 3).flatten(0, 2)
+        views = apply_views(shifted.flatten(0, 2), parameters.to(pixel_values.device))
+        features = self.encode(views)
+        projections = self.projection(features).unflatten(0, shape)
+        logits = self.shift_classifier(features)
+        shift_labels = torch.arange(NUM_SHIFTS, device=logits.device).repeat_interleave(num_branches * batch_size)
+        losses = {
+            "contrastive_loss": self.contrastive_loss(list(projections.unbind(1))),
+            "shift_loss": F.cross_entropy(logits.float(), shift_labels),  # Eq. 8
+        }
+        return losses["contrastive_loss"] + self.config.shift_loss_weight * losses["shift_loss"], losses  # Eq. 9
+
+    def encode(self, pixel_values: torch.Tensor) -> torch.Tensor:
+        """Penultimate features (N, width): the backbone's last map, averaged over space."""
+        return self.backbone(pixel_values).feature_maps[-1].mean((-2, -1))
+
+    def _draw_views(self, count: int, generator: torch.Generator | None = None) -> torch.Tensor:
+        config = self.config
+        return draw_views(
+            count,
+            num_channels=config.num_channels,
+            crop_scale=config.crop_scale,
+            jitter=config.color_jitter,
+            jitter_probability=config.jitter_probability,
+            gray_probability=config.gray_probability,
+            flip_probability=config.flip_probability,
+            generator=generator,
+        )
+
+    # Reference and score ------------------------------------------------------------------------------------------------------
+
+    @property
+    def is_fitted(self) -> bool:
+        return self.config.bank_size > 0
+
+    def fixed_views(self) -> torch.Tensor:
+        """The test-time views (n, P), the same for every image and every call."""
+        config = self.config
+        if config.test_views == "crops":
+            return crops_views(config.num_test_views, config.test_crop_scale)
+        return self._draw_views(config.num_test_views, torch.Generator().manual_seed(0))
+
+    def view_features(self, pixel_values: torch.Tensor, views: torch.Tensor) -> dict[str, torch.Tensor]:
+        """z (B, K, d) and the logit of the true shift (B, K), averaged over the test-time views (n, P)."""
+        num_views = len(views)
+        chunk = max(1, _MAX_TEST_ROWS // (num_views * NUM_SHIFTS))
+        parts = [self._view_features(x, views) for x in pixel_values.split(chunk)]
+        return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+
+    def _view_features(self, pixel_values, views):
+        batch_size, num_views = len(pixel_values), len(views)
+        shifted = SHIFTS[self.config.shift](pixel_values)  # (K, B, C, H, W)
+        rows = shifted.transpose(0, 1).unsqueeze(2).expand(-1, -1, num_views, -1, -1, -1).flatten(0, 2)
+        features = self.encode(apply_views(rows, views.to(rows.device).repeat(batch_size * NUM_SHIFTS, 1)))
+        projections = self.projection(features).unflatten(0, (batch_size, NUM_SHIFTS, num_views)).mean(2)
+        logits = self.shift_classifier(features).unflatten(0, (batch_size, NUM_SHIFTS, num_views)).mean(2)
+        return {"projections": projections.float(), "shift_logits": logits.diagonal(dim1=1, dim2=2).float()}
+
+    def reference_features(self, pixel_values):
+        return self.view_features(pixel_values, self.fixed_views())
+
+    def set_reference(self, features):
+        projections, logits = features["projections"], features["shift_logits"]
+        reference, config = self.reference, self.config
+        norms = projections.norm(dim=-1).mean(0)
+        logit_means = logits.mean(0)
+        reference.lambda_sim = 1 / norms
+        if config.score_shift_logit and bool((logit_means <= 0).any()):
+            logger.warning(
+                "The mean logit of a shift is not positive on normal images; Eq. 10's s_cls would flip its sign there and is left out."
+            )
+        # A non-positive mean would turn the term's sign around.
+        reference.lambda_cls = torch.where(logit_means > 0, 1 / logit_means, torch.zeros_like(logit_means))
+        reference.views = self.fixed_views().to(reference.views.device)
+        bank = F.normalize(projections, dim=-1)
+        if len(bank) > config.max_bank_size:
+            keep = torch.randperm(len(bank), generator=torch.Generator().manual_seed(0))[: config.max_bank_size].sort().values
+            bank = bank[keep.to(bank.device)]
+        reference.bank = bank.transpose(0, 1).contiguous()
+        config.bank_size = len(bank)
+
+    def clear_reference(self):
+        self.config.bank_size = 0
+        fresh = CSIReference(self.config).to(self.reference.bank.device)
+        for name, buffer in fresh.named_buffers():
+            setattr(self.reference, name, buffer)
+
+    def compute_scores(self, pixel_values, *, output_anomaly_maps, output_embeddings):
+        config, reference = self.config, self.reference
+        features = self.view_features(pixel_values, reference.views)
+        projections, logits = features["projections"], features["shift_logits"]
+        terms = torch.zeros_like(logits)
+        if config.score_cosine or config.score_norm:
+            similarity = torch.ones_like(logits)
+            if config.score_cosine:
+                similarity = similarity * max_cosine(projections, reference.bank)
+            if config.score_norm:
+                similarity = similarity * reference.lambda_sim * projections.norm(dim=-1)
+            terms = terms + similarity
+        if config.score_shift_logit:
+            terms = terms + reference.lambda_cls * logits
+        return AnomalyDetectorOutput(scores=-terms.mean(-1), embeddings=projections[:, 0] if output_embeddings else None)  # Eq. 10
+
+    # Pretrained encoders ------------------------------------------------------------------------------------------------------
+
+    def load_backbone(self, name_or_path: str, **kwargs) -> "CSIModel":
+        """Takes the encoder's weights from a pretrained backbone of the same architecture.
+
+        Args:
+            name_or_path: a Hub id or folder, as for `AutoBackbone.from_pretrained`.
+
+        Raises:
+            InputError: its architecture or widths differ from the detector's `backbone_config`.
+        """
+        pretrained = AutoBackbone.from_pretrained(name_or_path, use_safetensors=True, **kwargs)
+        try:
+            self.backbone.load_state_dict(pretrained.state_dict())
+        except RuntimeError as error:
+            raise InputError(
+                f"{name_or_path} does not fit the detector's backbone_config: {str(error).splitlines()[-1].strip()}"
+            ) from error
+        return self

@@ -1,0 +1,76 @@
+"""DIA: dissolving is amplifying (Shi et al., ECCV 2024, arXiv 2302.14696)."""
+
+import torch
+from transformers.utils import can_return_tuple
+
+from ...detector import AnomalyDetectorOutput
+from ...errors import InputError
+from ...ops.contrastive import amplified_nt_xent
+from ...ops.distributed import draw_rows
+from ..csi.modeling_csi import CSIModel
+from .configuration_dia import DIAConfig
+
+
+class DIAModel(CSIModel):
+    """CSI with a third branch D: O''(S_k(dissolve(x))) of negatives (Eq. 5), which teaches the encoder what dissolving takes away.
+
+    Dissolved images come with the batch (`dissolved_pixel_values`, cached) or from `self.dissolver`, any callable
+    `(pixel_values, timesteps) -> pixel_values` with `sample_timesteps`, such as `hf_anomaly.dissolving.DiffusionDissolver`. It is no part of the weights and
+    scoring does without it.
+    """
+
+    config_class = DIAConfig
+    config: DIAConfig
+
+    def __init__(self, config: DIAConfig):
+        super().__init__(config)
+        self.dissolver = None
+
+    @can_return_tuple
+    def forward(
+        self,
+        pixel_values: torch.Tensor,
+        labels: torch.Tensor | None = None,
+        dissolved_pixel_values: torch.Tensor | None = None,
+        epoch: float | None = None,
+        output_anomaly_maps: bool = False,
+        output_embeddings: bool = False,
+    ) -> AnomalyDetectorOutput:
+        """As `AnomalyDetector.forward`.
+
+        Args:
+            dissolved_pixel_values: (B, V, C, H, W) in [−1, 1], V dissolved variants of each image, of which a step takes one at random; training mode only.
+                Without it `self.dissolver` dissolves on the fly.
+
+        Raises:
+            InputError: also when training has neither.
+        """
+        return self._forward(pixel_values, epoch, output_anomaly_maps, output_embeddings, dissolved_pixel_values=dissolved_pixel_values)
+
+    def training_branches(self, pixel_values, *, dissolved_pixel_values=None):
+        return [pixel_values, pixel_values, self._dissolve(pixel_values, dissolved_pixel_values)]
+
+    def _dissolve(self, pixel_values, variants):
+        batch_size = len(pixel_values)
+        if variants is None:
+            if self.dissolver is None:
+                raise InputError("DIA trains with dissolved images: give dissolved_pixel_values, or set detector.dissolver")
+            self.dissolver.to(pixel_values.device)
+            timesteps = None if self.dissolver.is_deterministic else draw_rows(self.dissolver.sample_timesteps, batch_size)
+            return self.dissolver(pixel_values, timesteps)
+        if variants.ndim != 5 or variants.shape[0] != batch_size or variants.shape[2:] != pixel_values.shape[1:]:
+            raise InputError(
+                f"dissolved_pixel_values must be (batch, variants, channels, height, width) for pixel_values {tuple(pixel_values.shape)}, "
+                f"got {tuple(variants.shape)}"
+            )
+        chosen = draw_rows(lambda rows: torch.randint(variants.shape[1], (rows,)), batch_size)
+        return variants[torch.arange(batch_size), chosen].to(pixel_values)
+
+    def contrastive_loss(self, projections):
+        config = self.config
+        return amplified_nt_xent(
+            *projections,
+            temperature=config.temperature,
+            exclude_twins=config.similarity_design == "b",
+            divisor=config.loss_divisor,
+        )

@@ -1,0 +1,31 @@
+"""Dissolvers: they take the fine features from an image and keep the coarse ones, so that the difference can be learned.
+
+DIA, "Dissolving Is Amplifying: Towards Fine-Grained Anomaly Detection" (ECCV 2024, arXiv 2302.14696), Section 3.1 and appendix B.
+"""
+
+from .base import Dissolver
+from .caching import dissolve_dataset
+from .diffusion import DenoisingModel, DiffusionDissolver, build_scheduler, build_unet
+from .heuristic import GaussianDissolver, IdentityDissolver, MedianDissolver, ResizeDissolver
+
+DISSOLVERS: dict[str, type[Dissolver]] = {
+    "diffusion": DiffusionDissolver,
+    "gaussian": GaussianDissolver,
+    "median": MedianDissolver,
+    "resize": ResizeDissolver,
+    "identity": IdentityDissolver,
+}
+
+__all__ = [
+    "DISSOLVERS",
+    "DenoisingModel",
+    "Dissolver",
+    "DiffusionDissolver",
+    "GaussianDissolver",
+    "IdentityDissolver",
+    "MedianDissolver",
+    "ResizeDissolver",
+    "build_scheduler",
+    "build_unet",
+    "dissolve_dataset",
+]

@@ -1,0 +1,220 @@
+"""What all dissolvers share: the resolution rule, fingerprints, saving and loading."""
+
+import hashlib
+import json
+import os
+import shutil
+import uuid
+from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ..errors import InputError
+
+CONFIG_NAME = "dissolver_config.json"
+
+
+class Dissolver(ABC):
+    """Base of all dissolvers. Images larger than `resolution` are resized down to it (bilinear, antialiased), dissolved and resized back.
+
+    Attributes:
+        kind: the dissolver's name in `DISSOLVERS`.
+        resolution: the dissolving resolution r, in pixels; images of at most r×r are not resized. None: never resize.
+        device: where images are expected.
+    """
+
+    kind: str
+    is_deterministic = True  # no timestep to draw
+    resolution: int | None = None
+    device = torch.device("cpu")
+
+    @torch.no_grad()
+    def __call__(self, pixel_values: Tensor, timesteps: Tensor | None = None) -> Tensor:
+        """Dissolves a batch of images, each independently of the others.
+
+        Args:
+            pixel_values: (B, C, H, W), floating point, in [−1, 1].
+            timesteps: (B,) long, one t an image; None draws them with `sample_timesteps`. Only diffusion looks at them.
+
+        Returns:
+            (B, C, H, W) in [−1, 1], of the same dtype.
+
+        Raises:
+            InputError: wrong shape, dtype, range or number of channels; a timestep outside the schedule; an image too small for the kernel.
+        """
+        check_pixel_values(pixel_values)
+        size = tuple(pixel_values.shape[-2:])
+        small = resize(pixel_values, self._working_size(*size))
+        dissolved = self._dissolve(small, timesteps).clamp(-1, 1).to(pixel_values.dtype)
+        return resize(dissolved, size).clamp(-1, 1)  # again: interpolation rounds
+
+    @abstractmethod
+    def _dissolve(self, x: Tensor, timesteps: Tensor | None) -> Tensor:
+        """Dissolves images (B, C, h, w) of at most r×r pixels."""
+
+    def _working_size(self, height: int, width: int) -> tuple[int, int]:
+        return working_size(height, width, self.resolution)
+
+    def sample_timesteps(
+        self, batch_size: int, device: torch.device | str = "cpu", generator: torch.Generator | None = None
+    ) -> Tensor | None:
+        """(B,) long, one t an image; None for a dissolver that is deterministic."""
+        return None
+
+    def to(self, device: torch.device | str) -> "Dissolver":
+        """Moves the dissolver to a device, in place."""
+        self.device = torch.device(device)
+        return self
+
+    def settings(self) -> dict:
+        """The constructor's arguments that JSON can hold."""
+        return {}
+
+    def _weights(self) -> Iterator[bytes]:
+        """What the result depends on besides the settings."""
+        return iter(())
+
+    def fingerprint(self) -> str:
+        """SHA-256, in hex, over settings and weights: the same in every process and on every device."""
+        digest = hashlib.sha256(canonical_json({"kind": self.kind, **self.settings()}))
+        for part in self._weights():
+            digest.update(part)
+        return digest.hexdigest()
+
+    def save_pretrained(self, folder: str | os.PathLike, training_notes: dict | None = None) -> None:
+        """Writes `dissolver_config.json` (and a diffusion dissolver's networks) to a folder: the whole of it or nothing.
+
+        Everything is written to a temporary sibling folder that is then renamed. Other files of an existing folder are kept.
+
+        Args:
+            folder: made if it is not there.
+            training_notes: anything worth keeping about the training, as JSON can hold it, under the key `training`.
+
+        Raises:
+            InputError: `folder` is a file.
+        """
+        folder = Path(folder).resolve()
+        if folder.exists() and not folder.is_dir():
+            raise InputError(f"cannot save a dissolver to {folder}: it is a file; name a folder")
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        suffix = uuid.uuid4().hex
+        staging, replaced = (folder.with_name(f".{folder.name}.{word}-{suffix}") for word in ("saving", "replaced"))
+        staging.mkdir()
+        try:
+            self._write(staging, training_notes)
+            ours = {path.name for path in staging.iterdir()}
+            if folder.exists():
+                folder.rename(replaced)
+            try:
+                staging.rename(folder)
+            except OSError:
+                if replaced.exists():
+                    replaced.rename(folder)
+                raise
+            if replaced.exists():
+                for path in replaced.iterdir():
+                    if path.name not in ours:
+                        path.rename(folder / path.name)
+                shutil.rmtree(replaced)
+        finally:
+            shutil.rmtree(staging, ignore_errors=True)
+
+    def _write(self, folder: Path, training_notes: dict | None) -> None:
+        config = {"kind": self.kind, **self.settings()} | ({} if training_notes is None else {"training": training_notes})
+        (folder / CONFIG_NAME).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+
+    @classmethod
+    def from_pretrained(
+        cls, folder_or_hub_id: str | os.PathLike, revision: str | None = None, token: str | bool | None = None
+    ) -> "Dissolver":
+        """Loads a dissolver that `save_pretrained` wrote; `Dissolver.from_pretrained` finds out its kind.
+
+        Args:
+            folder_or_hub_id: a local folder or a Hub repository, of the dissolver itself or of a detector that holds it under `dissolver/`.
+            revision: branch, tag or commit of the Hub repository.
+            token: Hub token, for private repositories.
+
+        Raises:
+            InputError: missing or damaged folder or repository, or a dissolver of another kind.
+        """
+        from . import DISSOLVERS
+
+        root = locate(folder_or_hub_id, revision, token)
+        config = read_config(root)
+        kind = config.pop("kind", "diffusion")  # a plain DDPMPipeline has no dissolver_config.json
+        if not isinstance(kind, str) or kind not in DISSOLVERS:
+            raise InputError(f"{root / CONFIG_NAME}: kind {kind!r} is not one of {', '.join(DISSOLVERS)}; correct the file")
+        dissolver_class = DISSOLVERS[kind]
+        if not issubclass(dissolver_class, cls):
+            raise InputError(f"{root} holds a {kind!r} dissolver, not {cls.kind!r}: load it with Dissolver.from_pretrained")
+        if kind == "diffusion":
+            return dissolver_class.from_pretrained(root)
+        config.pop("training", None)
+        try:
+            return dissolver_class(**config)
+        except TypeError as error:
+            raise InputError(f"{root / CONFIG_NAME}: {error}; correct the file") from error
+
+
+def working_size(height: int, width: int, resolution: int | None) -> tuple[int, int]:
+    """The resolution rule: an image with a side longer than `resolution` is worked on at resolution × resolution, any other as it is."""
+    return (height, width) if resolution is None or max(height, width) <= resolution else (resolution, resolution)
+
+
+def resize(x: Tensor, size: tuple[int, int]) -> Tensor:
+    return x if tuple(x.shape[-2:]) == size else F.interpolate(x, size, mode="bilinear", antialias=True, align_corners=False)
+
+
+def check_pixel_values(pixel_values: Tensor) -> None:
+    if pixel_values.ndim != 4 or not pixel_values.is_floating_point():
+        raise InputError(f"pixel_values must be (B, C, H, W) floating point, got {tuple(pixel_values.shape)} {pixel_values.dtype}")
+    if pixel_values.numel() and not pixel_values.abs().max() <= 1.001:  # `not` catches NaN too; a little room for rounding
+        low, high = (value.item() for value in pixel_values.aminmax())
+        raise InputError(f"pixel_values must be in [-1, 1], got {low:.3g} … {high:.3g}: use a processor with image_mean = image_std = 0.5")
+
+
+def check_integer(name: str, value: int, least: int) -> int:
+    if not isinstance(value, int) or isinstance(value, bool) or value < least:
+        raise InputError(f"{name} must be a whole number of at least {least}, got {value!r}")
+    return value
+
+
+def canonical_json(value: dict) -> bytes:
+    return json.dumps(value, sort_keys=True, default=str).encode()
+
+
+def read_config(root: Path) -> dict:
+    """`dissolver_config.json`, or nothing if the folder holds a plain DDPMPipeline."""
+    path = root / CONFIG_NAME
+    if not path.exists():
+        return {}
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise InputError(f"{path} is not valid JSON ({error}): restore or delete it") from error
+    if not isinstance(config, dict):
+        raise InputError(f"{path} must hold a JSON object, got {type(config).__name__}: restore or delete it")
+    return config
+
+
+def locate(folder_or_hub_id: str | os.PathLike, revision: str | None, token: str | bool | None) -> Path:
+    """The local folder, downloaded if need be, that holds the dissolver's files."""
+    folder = Path(folder_or_hub_id)
+    if not folder.is_dir():
+        from huggingface_hub import snapshot_download
+
+        parts = (CONFIG_NAME, "model_index.json", "unet/*.json", "unet/*.safetensors", "scheduler/*.json")
+        patterns = [prefix + part for prefix in ("", "dissolver/") for part in parts]
+        try:
+            folder = Path(snapshot_download(str(folder_or_hub_id), revision=revision, token=token, allow_patterns=patterns))
+        except (OSError, ValueError) as error:  # the Hub's errors derive from these
+            reason = " ".join(str(error).split())
+            raise InputError(f"{folder_or_hub_id}: no such local folder, and not to be had from the Hub: {reason}") from error
+    for root in (folder, folder / "dissolver"):
+        if (root / CONFIG_NAME).exists() or (root / "unet").is_dir():
+            return root
+    raise InputError(f"{folder} holds no dissolver: name a folder with {CONFIG_NAME}, or with unet/ and scheduler/ of a DDPMPipeline")

@@ -1,0 +1,100 @@
+"""Dissolved images as a cached column of a dataset."""
+
+import hashlib
+import os
+from pathlib import Path
+
+import torch
+
+from ..errors import InputError
+from .base import Dissolver, canonical_json, check_integer
+
+CACHE_FORMAT = 1  # raise it when what `dissolve_dataset` stores changes: old cache files are then no longer found
+
+
+def dissolve_dataset(
+    dataset,
+    dissolver: Dissolver,
+    processor,
+    num_variants: int = 8,
+    batch_size: int = 64,
+    seed: int = 0,
+    cache_dir: str | os.PathLike | None = None,
+):
+    """Adds to every image V dissolved variants of itself, computed once and cached.
+
+    Args:
+        dataset: `datasets.Dataset` with a column `image` of type `Image`, decoded or not. A transform set on it is dropped.
+        dissolver: anything but a deterministic one gives V variants, each with its own t; a deterministic one gives one.
+        processor: image processor; its `pixel_values`, in [−1, 1], are dissolved.
+        num_variants: V.
+        batch_size: images per call of the dissolver; it does not change the timesteps.
+        seed: seed of the timesteps, which depend on it, the row and the variant alone.
+        cache_dir: folder of the cache files, which are found again by a fingerprint of dataset, dissolver, processor, V and seed;
+            None is `hf_anomaly` under the cache of datasets.
+
+    Returns:
+        The dataset with a column `dissolved_images`, a list of V 8-bit images (PNG, gray or RGB) of the processor's output size:
+        x = v / 127.5 − 1.
+
+    Raises:
+        InputError: not a `datasets.Dataset` or an empty one, no column `image`, an unreadable image (naming its row), or a processor
+            whose range is not [−1, 1].
+    """
+    import datasets
+    from PIL import Image
+
+    from ..data.transforms import decode_image
+
+    if not isinstance(dataset, datasets.Dataset):
+        raise InputError(f"dissolve_dataset takes a datasets.Dataset, got {type(dataset).__name__}: load one split, without streaming")
+    if "image" not in dataset.column_names:
+        raise InputError(f"the dataset has no column 'image', only {', '.join(dataset.column_names)}: rename the column of the images")
+    if len(dataset) == 0:
+        raise InputError("the dataset has no rows, so there is nothing to dissolve: check the split")
+    check_integer("num_variants", num_variants, 1)
+    check_integer("batch_size", batch_size, 1)
+
+    # One table for all rows, so that neither the batch size nor the order of batches enters.
+    timesteps = dissolver.sample_timesteps(len(dataset) * num_variants, "cpu", torch.Generator().manual_seed(seed))
+    if timesteps is None:
+        num_variants, seed = 1, 0
+    else:
+        timesteps = timesteps.view(len(dataset), num_variants)
+
+    def dissolve(batch: dict[str, list], indices: list[int]) -> dict[str, list]:
+        images = [decode_image(value, f"row {index}") for value, index in zip(batch["image"], indices, strict=True)]
+        pixel_values = processor(images=images, return_tensors="pt")["pixel_values"].to(dissolver.device)
+        if pixel_values.shape[1] not in (1, 3):
+            raise InputError(f"the processor gives {pixel_values.shape[1]} channels: dissolved images are stored with 1 (gray) or 3 (RGB)")
+        variants = [
+            dissolver(pixel_values, None if timesteps is None else timesteps[indices, variant].to(dissolver.device))
+            for variant in range(num_variants)
+        ]
+        levels = torch.stack(variants, dim=1).float().add(1).mul(127.5).round().to(torch.uint8)  # (B, V, C, H, W)
+        levels = levels.squeeze(2) if levels.shape[2] == 1 else levels.movedim(2, -1)
+        return {"dissolved_images": [[Image.fromarray(array) for array in row] for row in levels.cpu().numpy()]}
+
+    key = {
+        "format": CACHE_FORMAT,
+        "dataset": dataset._fingerprint,
+        "dissolver": dissolver.fingerprint(),
+        "processor": processor.to_dict(),
+        "num_variants": num_variants,
+        "seed": seed,
+    }
+    fingerprint = hashlib.sha256(canonical_json(key)).hexdigest()
+    folder = Path(datasets.config.HF_DATASETS_CACHE) / "hf_anomaly" if cache_dir is None else Path(cache_dir)
+    folder.mkdir(parents=True, exist_ok=True)
+    # Undecoded while mapping: a broken file then names its row, and the original bytes are stored as they were.
+    undecoded = dataset.with_format(None).cast_column("image", datasets.Image(decode=False))
+    return undecoded.map(
+        dissolve,
+        batched=True,
+        with_indices=True,
+        batch_size=batch_size,
+        features=datasets.Features({**dataset.features, "dissolved_images": datasets.List(datasets.Image(decode=False))}),
+        cache_file_name=str(folder / f"dissolved-{fingerprint}.arrow"),
+        new_fingerprint=fingerprint,
+        desc=f"Dissolving ({dissolver.kind})",
+    )

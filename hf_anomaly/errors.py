@@ -1,0 +1,9 @@
+"""The errors that are meant for people: one line, the culprit, the remedy."""
+
+
+class InputError(ValueError):
+    """Bad input from the user. The message names the file, row, column or field and the remedy; scripts print it without a traceback."""
+
+
+class NotFittedError(RuntimeError):
+    """A detector was asked for scores before `fit_reference`, or for a decision before `calibrate`."""

@@ -1,0 +1,27 @@
+"""The image-level metrics for the evaluate library, also by path: `evaluate.load("…/hf_anomaly/metrics/image_level.py")`.
+
+It looks for the class at the top level of the file, which is why evaluate is imported here and not on first use. The functions stand in
+another file: a script called evaluate.py, run by its path, hides the library.
+"""
+
+import datasets
+import evaluate
+
+from hf_anomaly.metrics.functional import image_metrics
+
+
+class ImageAnomalyMetrics(evaluate.Metric):
+    """`image_metrics` as a metric of the evaluate library: `compute(predictions=scores, references=labels)`, or by `add_batch`."""
+
+    def _info(self) -> evaluate.MetricInfo:
+        return evaluate.MetricInfo(
+            description="Image-level anomaly detection: AUROC, average precision, false-positive rate at 95 % true-positive rate.",
+            citation="",
+            inputs_description="predictions: anomaly scores, higher = more anomalous. references: labels, 0 = normal, 1 = anomalous.",
+            # float64: float32 would tie scores that differ.
+            features=datasets.Features({"predictions": datasets.Value("float64"), "references": datasets.Value("int32")}),
+            reference_urls=["https://scikit-learn.org/stable/modules/model_evaluation.html"],
+        )
+
+    def _compute(self, predictions, references) -> dict[str, float | None]:
+        return image_metrics(predictions, references)

@@ -1,0 +1,64 @@
+"""What N processes need to train as one: the rows of the global batch, drawn alike everywhere and gathered with gradient."""
+
+from collections.abc import Callable
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+
+def world() -> tuple[int, int]:
+    """Rank of this process and number of processes; `(0, 1)` without an initialised `torch.distributed` process group."""
+    if dist.is_available() and dist.is_initialized():
+        return dist.get_rank(), dist.get_world_size()
+    return 0, 1
+
+
+def draw_rows(draw: Callable[[int], Tensor], batch_size: int) -> Tensor:
+    """This rank's rows of a random draw for the global batch.
+
+    Every process must be seeded alike; each then draws all rows and keeps its own, so that W processes with batches of B draw
+    exactly what one process with a batch of W·B draws.
+
+    Args:
+        draw: maps a number of rows n to a tensor of shape (n, …).
+        batch_size: rows per process, B, the same on every process.
+
+    Returns:
+        Tensor of shape (B, …): rows `rank·B … (rank+1)·B − 1` of `draw(W·B)`.
+    """
+    rank, world_size = world()
+    return draw(world_size * batch_size)[rank * batch_size : (rank + 1) * batch_size]
+
+
+def gather_rows(x: Tensor) -> Tensor:
+    """All-gather along dim 0, in rank order, with gradient to every process.
+
+    Args:
+        x: (B, …), of the same shape and dtype on every process.
+
+    Returns:
+        (W·B, …). The gradient that reaches `x` is the *sum* over the processes of their gradients with respect to its rows, so
+        that the mean over processes that DDP takes afterwards is the gradient of the mean of their losses. `x` itself if W = 1.
+    """
+    return x if world()[1] == 1 else _GatherRows.apply(x)
+
+
+class _GatherRows(torch.autograd.Function):
+    # torch has two gathers with gradient: torch.distributed.nn.functional.all_gather, deprecated in 2.13, and the one in the
+    # private _functional_collectives, renamed between versions. These few lines use public collectives only.
+
+    @staticmethod
+    def forward(ctx, x: Tensor) -> Tensor:
+        shards = [torch.empty_like(x, memory_format=torch.contiguous_format) for _ in range(dist.get_world_size())]
+        dist.all_gather(shards, x.contiguous())
+        return torch.cat(shards)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, gradient: Tensor) -> Tensor:
+        # A reduce-scatter by way of all-reduce, which every backend has. Clone: autograd may share this tensor with others.
+        gradient = gradient.clone(memory_format=torch.contiguous_format)
+        dist.all_reduce(gradient)
+        return gradient.chunk(dist.get_world_size())[dist.get_rank()]

@@ -1,0 +1,40 @@
+"""Nearest neighbours in a bank of training features."""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from hf_anomaly.errors import InputError
+
+
+def max_cosine(queries: Tensor, bank: Tensor, chunk_size: int = 2**24) -> Tensor:
+    """Cosine similarity to the nearest row of the bank, max_m cos(z_k(x), z_k(x_m)): the first factor of s_sim in DIA's Eq. 10.
+
+    Args:
+        queries: (B, K, d) features, one per image and shift.
+        bank: (K, M, d) training features of every shift; its rows need no normalisation.
+        chunk_size: elements that may be held at once beside the inputs: the bank is taken in pieces of m rows with
+            K·m·(B + d) ≤ chunk_size (but at least one row), and a running maximum is kept. 2**24 are 64 MiB in float32.
+
+    Returns:
+        (B, K) in [−1, 1] up to rounding, float32, or float64 for float64 features; a zero vector has similarity 0.
+
+    Raises:
+        InputError: an empty bank, shapes that do not fit, or chunk_size < 1.
+    """
+    if queries.ndim != 3 or bank.ndim != 3 or (bank.shape[0], bank.shape[2]) != tuple(queries.shape[1:]):
+        raise InputError(f"bank: shape {tuple(bank.shape)} does not fit queries {tuple(queries.shape)}; pass (K, M, d) and (B, K, d)")
+    if bank.shape[1] == 0:
+        raise InputError("bank: no rows to compare with; fill it from training images first (fit_reference)")
+    if chunk_size < 1:
+        raise InputError(f"chunk_size: {chunk_size} is not positive; leave the default or pass a number of elements")
+    dtype = torch.promote_types(torch.promote_types(queries.dtype, bank.dtype), torch.float32)
+    images, shifts, features = queries.shape
+    rows = max(1, chunk_size // max(1, shifts * (images + features)))
+    with torch.autocast(queries.device.type, enabled=False):
+        directions = F.normalize(queries.to(dtype), dim=-1).transpose(0, 1)  # (K, B, d)
+        nearest = directions.new_full((shifts, images), float("-inf"))
+        for piece in bank.split(rows, dim=1):
+            similarity = directions @ F.normalize(piece.to(dtype), dim=-1).transpose(1, 2)  # (K, B, m)
+            nearest = torch.maximum(nearest, similarity.amax(dim=2))
+    return nearest.T

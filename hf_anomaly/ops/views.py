@@ -1,0 +1,217 @@
+"""SimCLR's augmentations that shift nothing semantic (O, O', O'' of DIA's Eq. 5): crop, flip, colour jitter, grayscale.
+
+Parameters are drawn apart from being applied. So they can be drawn for the global batch and sliced by rank, or kept in a buffer
+and applied to every image alike, as the fixed test-time views are. One row of a *views* tensor describes one view; `View` names
+its columns.
+"""
+
+import math
+from enum import IntEnum
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from hf_anomaly.errors import InputError
+
+
+class View(IntEnum):
+    """Columns of a views tensor (n, 10), float32."""
+
+    FLIP = 0  # 1: the crop is mirrored left to right, 0: it is not
+    CENTER_X = 1  # centre of the crop; the image spans [−1, 1], x to the right and y down
+    CENTER_Y = 2
+    HALF_WIDTH = 3  # half the extent of the crop, (0, 1]: its share of the image's side
+    HALF_HEIGHT = 4
+    BRIGHTNESS = 5  # factors ≥ 0; 1 changes nothing
+    CONTRAST = 6
+    SATURATION = 7
+    HUE = 8  # shift in turns of the colour circle, [−0.5, 0.5]
+    GRAY = 9  # 1: the colours are replaced by their gray, 0: they are not
+
+
+_GEOMETRY = slice(View.FLIP, View.BRIGHTNESS)
+_COLOR = slice(View.BRIGHTNESS, len(View))
+_IDENTITY = (0.0, 0.0, 0.0, 1.0, 1.0, 1.0, 1.0, 1.0, 0.0, 0.0)
+
+
+def identity_views(n: int, device: torch.device | str | None = None) -> Tensor:
+    """n views that change nothing, (n, 10) float32."""
+    return torch.tensor(_IDENTITY, dtype=torch.float32, device=device).repeat(n, 1)
+
+
+def crops_views(n: int, scale: float = 0.54, device: torch.device | str | None = None) -> Tensor:
+    """n fixed crops without flip or change of colour: upper left, upper right, lower left, lower right, centre, and again.
+
+    Args:
+        n: number of views.
+        scale: share of the image's area that a crop keeps, in (0, 1].
+
+    Returns:
+        (n, 10) float32.
+
+    Raises:
+        InputError: `scale` outside (0, 1].
+    """
+    _check_range("scale", (scale, scale), 0.0, 1.0, open_low=True)
+    views = identity_views(n, device)
+    half = math.sqrt(scale)
+    corners = torch.tensor([(-1, -1), (1, -1), (-1, 1), (1, 1), (0, 0)], dtype=torch.float32, device=device)
+    views[:, View.CENTER_X : View.HALF_WIDTH] = (1 - half) * corners[torch.arange(n, device=device) % len(corners)]
+    views[:, View.HALF_WIDTH : View.BRIGHTNESS] = half
+    return views
+
+
+def draw_views(
+    n: int,
+    *,
+    num_channels: int,
+    crop_scale: tuple[float, float] = (0.54, 1.0),
+    crop_ratio: tuple[float, float] = (3 / 4, 4 / 3),
+    jitter: tuple[float, float, float, float] = (0.4, 0.4, 0.4, 0.1),
+    jitter_probability: float = 0.8,
+    gray_probability: float = 0.2,
+    flip_probability: float = 0.5,
+    generator: torch.Generator | None = None,
+    device: torch.device | str | None = None,
+) -> Tensor:
+    """Random parameters of n views, drawn independently (SimCLR, Chen et al., arXiv 2002.05709, appendix A; strengths of CSI and DIA).
+
+    The crop's area is uniform in `crop_scale`; the logarithm of its aspect ratio is uniform in `crop_ratio`, narrowed where the
+    crop would not fit the image; its position is uniform where it fits. (The usual rejection of crops that do not fit would favour
+    small areas, and needs a loop.)
+
+    Args:
+        n: number of views.
+        num_channels: of the images; unless it is 3, saturation, hue and gray are left at the identity.
+        crop_scale: smallest and largest share of the image's area, in (0, 1].
+        crop_ratio: smallest and largest width / height of the crop, relative to that of the image.
+        jitter: strengths (b, c, s, h): brightness, contrast and saturation factors are uniform in [max(0, 1 − b), 1 + b] and so
+            on, the hue shift in [−h, h] turns, h ≤ 0.5.
+        jitter_probability: of the jitter, all four together.
+        gray_probability, flip_probability: of either.
+        generator: the source of randomness; the global one by default. Its numbers are drawn on its own device, so that a CPU
+            generator gives the same views on every device.
+        device: of the result.
+
+    Returns:
+        (n, 10) float32; the columns are those of `View`.
+
+    Raises:
+        InputError: a probability, scale, ratio or strength out of its range.
+    """
+    _check_range("crop_scale", crop_scale, 0.0, 1.0, open_low=True)
+    _check_range("crop_ratio", crop_ratio, 0.0, math.inf, open_low=True)
+    if len(jitter) != 4:
+        raise InputError(f"jitter: {jitter} has {len(jitter)} entries; give brightness, contrast, saturation and hue")
+    _check_range("jitter", (min(jitter), max(jitter)), 0.0, math.inf)
+    _check_range("jitter (hue)", (jitter[3], jitter[3]), 0.0, 0.5)
+    for name, p in (
+        ("jitter_probability", jitter_probability),
+        ("gray_probability", gray_probability),
+        ("flip_probability", flip_probability),
+    ):
+        _check_range(name, (p, p), 0.0, 1.0)
+
+    source = device if generator is None else generator.device
+    u = torch.rand(n, 11, dtype=torch.float32, generator=generator, device=source).to(device)
+    views = identity_views(n, u.device)
+    views[:, View.FLIP] = (u[:, 0] < flip_probability).float()
+
+    log_area = torch.lerp(torch.full_like(u[:, 1], crop_scale[0]), torch.full_like(u[:, 1], crop_scale[1]), u[:, 1]).log()
+    # width² = area·ratio ≤ 1 and height² = area/ratio ≤ 1, that is |log ratio| ≤ −log area.
+    low, high = (torch.full_like(log_area, math.log(r)).clamp(min=log_area, max=-log_area) for r in crop_ratio)
+    log_ratio = torch.lerp(low, high, u[:, 2])
+    half = torch.stack([log_area + log_ratio, log_area - log_ratio], dim=1).div(2).exp().clamp(max=1.0)
+    views[:, View.HALF_WIDTH : View.BRIGHTNESS] = half
+    views[:, View.CENTER_X : View.HALF_WIDTH] = (1 - half) * (2 * u[:, 3:5] - 1)
+
+    color = num_channels == 3
+    strength = u.new_tensor(jitter if color else (*jitter[:2], 0.0, 0.0))
+    center = u.new_tensor(_IDENTITY)[View.BRIGHTNESS : View.GRAY]
+    low = (center - strength).clamp(min=u.new_tensor((0.0, 0.0, 0.0, -math.inf)))  # factors are not negative, a hue shift may be
+    jittered = torch.lerp(low, center + strength, u[:, 5:9])
+    views[:, View.BRIGHTNESS : View.GRAY] = torch.where(u[:, 9:10] < jitter_probability, jittered, center)
+    views[:, View.GRAY] = (u[:, 10] < gray_probability).float() if color else 0.0
+    return views
+
+
+def apply_views(pixel_values: Tensor, views: Tensor) -> Tensor:
+    """Apply to each image its view: crop (bilinear, to the image's own size), flip, colour.
+
+    The order of colour operations is fixed, as the parameters fix the result: brightness (a factor), contrast (a blend with the
+    image's mean gray), saturation (a blend with the pixel's gray), hue (a shift in HSV), gray; each is clamped to [0, 1]. These are
+    the definitions of PIL and torchvision. Images without three channels get brightness and contrast only. Parts of a crop outside
+    the image are filled by reflection. An image's result does not depend on the others; the identity view returns it exactly.
+
+    Args:
+        pixel_values: (N, C, H, W) in [−1, 1]. Half precision is computed in float32.
+        views: (N, 10), one row an image: `draw_views`, `crops_views`, `identity_views`.
+
+    Returns:
+        (N, C, H, W) in [−1, 1], of the dtype of `pixel_values`.
+
+    Raises:
+        InputError: shapes that do not fit.
+    """
+    if pixel_values.ndim != 4 or views.shape != (len(pixel_values), len(View)):
+        raise InputError(
+            f"views: shape {tuple(views.shape)} does not fit images {tuple(pixel_values.shape)}; pass (N, {len(View)}) and (N, C, H, W)"
+        )
+    dtype = torch.promote_types(pixel_values.dtype, torch.float32)
+    x, views = pixel_values.to(dtype), views.to(pixel_values.device, dtype)
+    identity = views.new_tensor(_IDENTITY)
+    # Only the images that change are touched: the others stay exact, and their time is saved.
+    moved = (views[:, _GEOMETRY] != identity[_GEOMETRY]).any(dim=1).nonzero().squeeze(1)
+    if len(moved):
+        x = x.index_copy(0, moved, _crop(x[moved], views[moved]))
+    end = len(View) if x.shape[1] == 3 else View.SATURATION
+    colored = (views[:, View.BRIGHTNESS : end] != identity[View.BRIGHTNESS : end]).any(dim=1).nonzero().squeeze(1)
+    if len(colored):
+        x = x.index_copy(0, colored, _color((x[colored] + 1) / 2, views[colored]) * 2 - 1)
+    return x.to(pixel_values.dtype)
+
+
+def _crop(x: Tensor, views: Tensor) -> Tensor:
+    """Crop, mirrored or not, of x (N, C, H, W), as one affine resampling. The map has no shear, so each axis has its own line."""
+
+    def line(center: View, half: Tensor, size: int) -> Tensor:
+        pixels = (2 * torch.arange(size, dtype=x.dtype, device=x.device) + 1) / size - 1  # pixel centres (align_corners=False)
+        return views[:, center, None] + half[:, None] * pixels
+
+    height, width = x.shape[-2:]
+    mirror = 1 - 2 * views[:, View.FLIP]
+    grid_x = line(View.CENTER_X, mirror * views[:, View.HALF_WIDTH], width)[:, None, :].expand(-1, height, -1)
+    grid_y = line(View.CENTER_Y, views[:, View.HALF_HEIGHT], height)[:, :, None].expand(-1, -1, width)
+    return F.grid_sample(x, torch.stack([grid_x, grid_y], dim=-1), mode="bilinear", padding_mode="reflection", align_corners=False)
+
+
+def _color(y: Tensor, views: Tensor) -> Tensor:
+    """Colour operations on y (N, C, H, W) in [0, 1]."""
+    from kornia.color import rgb_to_grayscale
+    from kornia.enhance import (
+        adjust_brightness_accumulative,
+        adjust_contrast_with_mean_subtraction,
+        adjust_hue,
+        adjust_saturation_with_gray_subtraction,
+    )
+
+    y = adjust_brightness_accumulative(y, views[:, View.BRIGHTNESS])
+    y = adjust_contrast_with_mean_subtraction(y, views[:, View.CONTRAST])
+    if y.shape[1] != 3:
+        return y
+    y = adjust_saturation_with_gray_subtraction(y, views[:, View.SATURATION])
+    # The round trip through HSV costs more than all the rest: only where it is asked for.
+    shifted = views[:, View.HUE].nonzero().squeeze(1)
+    if len(shifted):
+        y = y.index_copy(0, shifted, adjust_hue(y[shifted], 2 * math.pi * views[shifted, View.HUE]).clamp(0, 1))
+    return torch.where(views[:, View.GRAY, None, None, None] > 0, rgb_to_grayscale(y), y)
+
+
+def _check_range(name: str, limits: tuple[float, float], low: float, high: float, open_low: bool = False) -> None:
+    first, last = limits
+    if not ((low < first if open_low else low <= first) and first <= last <= high):
+        shown = first if first == last else tuple(limits)
+        raise InputError(
+            f"{name}: {shown} is out of range; choose within {'(' if open_low else '['}{low:g}, {high:g}], the smaller one first"
+        )

@@ -1,0 +1,111 @@
+"""Command-line arguments: every flag of `TrainingArguments`, with defaults for detectors, and where the data comes from."""
+
+import difflib
+import sys
+from dataclasses import dataclass, field
+
+from transformers import HfArgumentParser, TrainingArguments
+
+from ..errors import InputError
+
+
+@dataclass
+class ReproducibleArguments(TrainingArguments):
+    """`TrainingArguments` with defaults for small from-scratch training, and an average of the weights."""
+
+    output_dir: str | None = field(default=None, metadata={"help": "Where the result and the checkpoints go. Default: under runs/."})
+    max_steps: int = field(
+        default=-1, metadata={"help": "Optimizer steps. Default: as many as the method needs, unless --num_train_epochs is given."}
+    )
+    num_train_epochs: float = field(default=0.0, metadata={"help": "Passes over the training images; 0 means that --max_steps decides."})
+    per_device_train_batch_size: int = field(default=32, metadata={"help": "Images per step and device."})
+    per_device_eval_batch_size: int = field(default=64, metadata={"help": "Images scored at once on a device."})
+    learning_rate: float = field(default=1e-3, metadata={"help": "Peak learning rate."})
+    lr_scheduler_type: str = field(default="cosine", metadata={"help": "The learning rate's schedule."})
+    logging_steps: float = field(default=50, metadata={"help": "Steps between two reports of the losses."})
+    save_strategy: str = field(default="steps", metadata={"help": "When a checkpoint is saved: no, steps, epoch or best."})
+    save_steps: float = field(default=200, metadata={"help": "Steps between two checkpoints."})
+    save_total_limit: int | None = field(default=1, metadata={"help": "Checkpoints to keep."})
+    report_to: str | list[str] | None = field(default="none", metadata={"help": "Experiment trackers, for instance tensorboard or wandb."})
+    remove_unused_columns: bool = field(default=False, metadata={"help": "Leave False: images become pixel_values when they are read."})
+    dataloader_drop_last: bool = field(default=True, metadata={"help": "Leave out a last incomplete batch of an epoch."})
+    ema_decay: float = field(
+        default=0.99, metadata={"help": "Decay of the exponential moving average of the weights, which is what is saved; 0: none."}
+    )
+
+    default_max_steps = 400
+
+    def __post_init__(self):
+        if self.max_steps <= 0 and self.num_train_epochs <= 0:
+            self.max_steps = self.default_max_steps
+        if not 0 <= self.ema_decay < 1:
+            raise InputError(f"--ema_decay must be in [0, 1), got {self.ema_decay}")
+        super().__post_init__()
+        # Without an accelerator torch warns about pinning, once for every loader.
+        self.dataloader_pin_memory = self.dataloader_pin_memory and self.device.type != "cpu"
+
+
+@dataclass
+class AnomalyTrainingArguments(ReproducibleArguments):
+    """Arguments of `AnomalyTrainer`."""
+
+    false_positive_rate: float = field(
+        default=0.05, metadata={"help": "Share of normal images that may be flagged: sets the threshold on the calibration images."}
+    )
+
+    def __post_init__(self):
+        if not 0 < self.false_positive_rate < 1:
+            raise InputError(f"--false_positive_rate must lie strictly between 0 and 1, got {self.false_positive_rate}")
+        super().__post_init__()
+
+
+@dataclass
+class DissolverTrainingArguments(ReproducibleArguments):
+    """Arguments of `DissolverTrainer`."""
+
+    ema_decay: float = field(
+        default=0.995, metadata={"help": "Decay of the moving average of the weights, which is what is saved; 0: none."}
+    )
+    max_grad_norm: float = field(default=1.0, metadata={"help": "Gradients are clipped to this norm."})
+
+    default_max_steps = 600
+
+
+@dataclass
+class DataArguments:
+    """Where the images come from."""
+
+    dataset_name: str = field(
+        default="digits", metadata={"help": "A Hub id, a folder of images, a .parquet file, a MedMNIST-style .npz file, or 'digits'."}
+    )
+    dataset_config_name: str | None = field(default=None, metadata={"help": "Configuration of a Hub dataset."})
+    dataset_revision: str | None = field(default=None, metadata={"help": "Branch, tag or commit of a Hub dataset."})
+    normal_label: str | None = field(
+        default=None, metadata={"help": "Name or number of the normal class. Default: 'normal' or 'good', the only class, or digit 0."}
+    )
+    image_column: str | None = field(default=None, metadata={"help": "Column with the images. Default: the first image column."})
+    label_column: str | None = field(
+        default=None, metadata={"help": "Column with the labels. Default: 'label', 'labels' or the only class column."}
+    )
+    image_size: int | None = field(
+        default=None, metadata={"help": "Images are resized to this. Default: their own size up to 64, else 64."}
+    )
+    calibration_fraction: float = field(
+        default=0.2, metadata={"help": "Share of the normal training images held out for calibration if there is no calibration split."}
+    )
+    eval_split: str = field(default="test", metadata={"help": "The split to evaluate on: test or validation."})
+
+
+def parse_arguments(*classes: type, description: str, argv: list[str] | None = None) -> tuple:
+    """Parses the command line into dataclasses, one of each class.
+
+    Raises:
+        InputError: an unknown flag (with the nearest known one), or a value out of range.
+    """
+    parser = HfArgumentParser(classes, description=description, allow_abbrev=False)
+    *parsed, rest = parser.parse_args_into_dataclasses(args=sys.argv[1:] if argv is None else argv, return_remaining_strings=True)
+    if rest:
+        flags = [option for action in parser._actions for option in action.option_strings]
+        close = difflib.get_close_matches(rest[0].split("=")[0], flags, n=1)
+        raise InputError(f"unknown argument {rest[0]!r}" + (f": did you mean {close[0]}?" if close else "; --help lists all"))
+    return tuple(parsed)

@@ -1,0 +1,261 @@
+"""Whole runs, from a dataset's name to a saved folder. The scripts are thin around these functions."""
+
+import json
+import logging
+import os
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from huggingface_hub.errors import StrictDataclassError
+from transformers import set_seed
+
+from ..cards import write_card
+from ..data import OneClassSplits, load_one_class, prepare
+from ..detector import AnomalyDetector
+from ..dissolving import DenoisingModel, DiffusionDissolver, build_scheduler, build_unet
+from ..errors import InputError, NotFittedError
+from ..hub import push_folder
+from ..image_processing import AnomalyImageProcessor
+from ..metrics import image_metrics
+from .arguments import AnomalyTrainingArguments, DataArguments, DissolverTrainingArguments
+from .trainers import AnomalyTrainer, DissolverTrainer
+
+logger = logging.getLogger(__name__)
+
+LARGEST_DEFAULT_SIZE = 64  # px: larger images are shrunk to this unless --image_size says otherwise
+
+
+def run_script(main: Callable[[], None]) -> None:
+    """Runs a script's main function; what the user can mend is printed as one line, with exit status 2."""
+    logging.basicConfig(format="%(levelname)s: %(message)s", level=logging.WARNING)
+    logging.getLogger("hf_anomaly").setLevel(logging.INFO)
+    try:
+        main()
+    except (InputError, NotFittedError, StrictDataclassError) as error:
+        reason = error.__cause__ if isinstance(error, StrictDataclassError) and error.__cause__ else error
+        print(f"error: {' '.join(str(reason).split())}", file=sys.stderr)
+        sys.exit(2)
+
+
+def load_splits(data: DataArguments, seed: int) -> OneClassSplits:
+    """The splits that the data arguments name; the calibration images are drawn with this seed."""
+    return load_one_class(
+        data.dataset_name,
+        normal_label=data.normal_label,
+        image_column=data.image_column,
+        label_column=data.label_column,
+        calibration_fraction=data.calibration_fraction,
+        eval_split=data.eval_split,
+        seed=seed,
+        config_name=data.dataset_config_name,
+        revision=data.dataset_revision,
+    )
+
+
+def image_size_of(splits: OneClassSplits, image_size: int | None) -> int:
+    """`image_size`, or the images' own size, at most 64."""
+    if image_size is not None and image_size < 4:
+        raise InputError(f"--image_size must be at least 4 pixels, got {image_size}")
+    return min(splits.native_size, LARGEST_DEFAULT_SIZE) if image_size is None else image_size
+
+
+def default_output_dir(args, name: str) -> None:
+    """Fills in `--output_dir` where none was given: runs/<name>."""
+    if args.output_dir is None or args.output_dir == "trainer_output":
+        args.output_dir = os.path.join("runs", name)
+
+
+def write_json(path: Path, content: dict) -> None:
+    """Writes strict JSON (no NaN), whole or not at all."""
+    temporary = path.with_name(f".{path.name}.tmp")
+    temporary.write_text(json.dumps(content, indent=2, sort_keys=True, allow_nan=False) + "\n")
+    os.replace(temporary, path)
+
+
+def push_result(args) -> None:
+    """Pushes `args.output_dir` where `--push_to_hub` asks for it; to `--hub_model_id`, or to a repository named like the folder."""
+    if args.push_to_hub and args.process_index == 0:
+        name = args.hub_model_id or Path(args.output_dir).resolve().name
+        url = push_folder(args.output_dir, name, private=args.hub_private_repo, token=args.hub_token)
+        logger.info("Pushed: %s", url)
+
+
+def load_detector(name_or_path: str, revision: str | None = None) -> tuple[AnomalyDetector, AnomalyImageProcessor]:
+    """A saved detector in eval mode, and its processor.
+
+    Raises:
+        InputError: there is none, or it is something else.
+    """
+    from transformers import AutoImageProcessor, AutoModel
+
+    try:
+        model = AutoModel.from_pretrained(name_or_path, revision=revision)
+        processor = AutoImageProcessor.from_pretrained(name_or_path, revision=revision)
+    except InputError:
+        raise
+    except (OSError, ValueError) as error:
+        raise InputError(f"{name_or_path!r} cannot be loaded as a detector: {error}") from error
+    if not isinstance(model, AnomalyDetector):
+        raise InputError(f"{name_or_path!r} holds a {type(model).__name__}, which is no anomaly detector")
+    return model.eval(), processor
+
+
+def train_dissolver(
+    train_dataset,
+    *,
+    processor: AnomalyImageProcessor,
+    args: DissolverTrainingArguments,
+    resolution: int = 32,
+    block_out_channels: tuple[int, ...] = (32, 64, 64),
+    max_timestep: int | None = None,
+    t_min: int = 30,
+    t_max: int = 130,
+    resume_from_checkpoint: str | bool | None = None,
+    target: str | os.PathLike | None = None,
+) -> DiffusionDissolver:
+    """Trains a DDPM on normal images and saves its averaged weights as a `DDPMPipeline` folder.
+
+    Args:
+        train_dataset: normal images, unprepared.
+        resolution: dissolving resolution in pixels; smaller images use their own size, rounded up to what the network can halve.
+        max_timestep: noise levels t < max_timestep are trained; None: all of the schedule.
+        t_min, t_max: the range that the dissolver will draw from by default.
+        target: where it is saved; default `args.output_dir`.
+    """
+    step = 2 ** (len(block_out_channels) - 1)
+    resolution = min(resolution, -(-processor.size["height"] // step) * step)
+    set_seed(args.seed)
+    unet, scheduler = build_unet(resolution, processor.num_channels, block_out_channels), build_scheduler()
+    trainer = DissolverTrainer(
+        DenoisingModel(unet, scheduler, max_timestep=max_timestep), args, train_dataset=prepare(train_dataset, processor)
+    )
+    logger.info("Training the dissolver: %d steps on %d images at %d px", trainer.args.max_steps, len(train_dataset), resolution)
+    trainer.train(resume_from_checkpoint)
+    dissolver = DiffusionDissolver(unet.eval().requires_grad_(False), scheduler, t_min, t_max)
+    if trainer.is_world_process_zero():
+        notes = {
+            "steps": trainer.state.global_step,
+            "batch_size": args.train_batch_size * args.world_size * args.gradient_accumulation_steps,
+            "learning_rate": args.learning_rate,
+            "ema_decay": args.ema_decay,
+            "max_timestep": max_timestep,
+            "num_images": len(train_dataset),
+            "seed": args.seed,
+        }
+        dissolver.save_pretrained(target or args.output_dir, training_notes=notes)
+        push_result(args)
+    trainer.accelerator.wait_for_everyone()
+    return dissolver
+
+
+def evaluate_detector(model: AnomalyDetector, processor, splits: OneClassSplits, score: Callable) -> dict:
+    """Image-level results of a fitted detector, as `eval_results.json` holds them.
+
+    Args:
+        score: prepared dataset → (scores, labels).
+
+    Returns:
+        `auroc`, `average_precision`, `fpr_at_95_tpr` (None with `reason` where there is nothing to measure on), `num_normal`,
+        `num_anomalous`, and for a calibrated detector the rates at its threshold.
+    """
+    results = dict.fromkeys(("auroc", "average_precision", "fpr_at_95_tpr"))
+    results |= {
+        "num_normal": 0,
+        "num_anomalous": 0,
+        "split_hash": splits.split_hash,
+        "dataset": splits.source,
+        "normal_label": splits.normal_label,
+    }
+    if splits.test is None:
+        return results | {"reason": splits.test_missing_reason}
+    scores, labels = score(prepare(splits.test, processor))
+    results |= {"num_normal": int((labels == 0).sum()), "num_anomalous": int((labels == 1).sum())}
+    if splits.test_missing_reason:
+        results["reason"] = splits.test_missing_reason
+    else:
+        results |= image_metrics(scores.numpy(), labels.numpy())
+    if model.calibration.is_calibrated:
+        flagged = model.is_anomalous(scores.to(model.device)).cpu()
+        for name, label in (("false_positive_rate", 0), ("true_positive_rate", 1)):
+            rate = flagged[labels == label].float().mean().item()
+            results[f"{name}_at_threshold"] = rate if (labels == label).any() else None
+    return results
+
+
+def train_detector(
+    model: AnomalyDetector,
+    processor: AnomalyImageProcessor,
+    splits: OneClassSplits,
+    args: AnomalyTrainingArguments,
+    *,
+    train_dataset=None,
+    started: float,
+    card_facts: dict | None = None,
+) -> dict:
+    """Trains, fits, calibrates, evaluates and saves a detector with its processor, card and results in `args.output_dir`.
+
+    Args:
+        model: a new detector.
+        train_dataset: the training images if they have more columns than `splits.train`, such as dissolved ones.
+        started: `time.time()` at the start of the run.
+        card_facts: more for the card: how the dissolver was made, the command.
+
+    Returns:
+        What `eval_results.json` holds.
+    """
+    trainer = AnomalyTrainer(
+        model,
+        args,
+        train_dataset=prepare(splits.train if train_dataset is None else train_dataset, processor),
+        reference_dataset=prepare(splits.train, processor),
+        calibration_dataset=None if splits.calibration is None else prepare(splits.calibration, processor),
+        eval_dataset=None if splits.test_missing_reason else prepare(splits.test, processor),
+        processing_class=processor,
+    )
+    trainer.train(args.resume_from_checkpoint)
+    trainer.fit_reference()
+    if splits.calibration is not None:
+        trainer.calibrate()
+
+    def score(dataset):
+        prediction = trainer.predict(dataset)
+        return torch.from_numpy(prediction.predictions), torch.from_numpy(prediction.label_ids)
+
+    results = evaluate_detector(model, processor, splits, score)
+    results |= {
+        "seconds": round(time.time() - started, 1),
+        "seed": args.seed,
+        "steps": trainer.state.global_step,
+        "num_train": len(splits.train),
+        "num_calibration": 0 if splits.calibration is None else len(splits.calibration),
+    }
+    if trainer.is_world_process_zero():
+        folder = Path(args.output_dir)
+        model.save_pretrained(folder)
+        processor.save_pretrained(folder)
+        write_json(folder / "eval_results.json", results)
+        write_card(folder, model, results, card_facts or {})
+        push_result(args)
+    trainer.accelerator.wait_for_everyone()
+    return results
+
+
+def dissolver_arguments(args: AnomalyTrainingArguments, *, steps: int, learning_rate: float, batch_size: int) -> DissolverTrainingArguments:
+    """Arguments for a dissolver that is trained within a detector's run: the run's device, seed and logging, its own schedule and folder."""
+    return DissolverTrainingArguments(
+        output_dir=os.path.join(args.output_dir, "dissolver-training"),
+        max_steps=steps,
+        learning_rate=learning_rate,
+        per_device_train_batch_size=batch_size,
+        seed=args.seed,
+        logging_steps=args.logging_steps,
+        save_steps=args.save_steps,
+        save_strategy=args.save_strategy,
+        disable_tqdm=args.disable_tqdm,
+        use_cpu=args.use_cpu,
+        report_to=args.report_to,
+        dataloader_num_workers=args.dataloader_num_workers,
+    )

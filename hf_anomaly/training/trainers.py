@@ -1,0 +1,317 @@
+"""Trainers: transformers' own loop, made exactly resumable and process-count independent, for detectors and dissolvers."""
+
+import json
+import os
+import shutil
+from contextlib import contextmanager
+from pathlib import Path
+
+import numpy as np
+import torch
+from safetensors.torch import load_file, save_file
+from torch.utils.data import DataLoader
+from transformers import Trainer, TrainerCallback
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, PredictionOutput, rotate_checkpoints
+
+from ..data import collate
+from ..detector import AnomalyDetector
+from ..errors import InputError
+from ..metrics import image_metrics
+
+_AVERAGE_FILE = "ema.safetensors"
+_STAGING = ".incomplete"
+
+
+@contextmanager
+def seeded(*entropy: int):
+    """Runs a block under torch's global random state seeded from these numbers, and puts the old state back."""
+    with torch.random.fork_rng():
+        torch.manual_seed(int(np.random.SeedSequence(entropy).generate_state(1, np.uint64)[0] >> 1))
+        yield
+
+
+class ReproducibleTrainer(Trainer):
+    """`transformers.Trainer` with random numbers derived from (seed, step, micro-step), averaged weights, whole checkpoints, and named losses in the log.
+
+    - Before each micro-step the global random state is forked and seeded, alike on every process: a resumed run draws what an uninterrupted one
+      would, and modules that draw for the global batch (`ops.distributed.draw_rows`) train alike on any number of processes.
+    - The exponential moving average of the parameters (`args.ema_decay`) is saved in checkpoints; after `train` the model holds it.
+    - A checkpoint is written under another name and renamed when it is complete.
+    """
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        self._average = None
+        self._micro_step = (-1, 0)  # (global step, micro-batches done in it)
+        self._loss_sums: dict[str, torch.Tensor] = {}
+        self._loss_count = 0
+        self._staging = False
+        # Called only by Trainer's loop; a callback is its way to act between optimizer step and checkpoint.
+        self.add_callback(_AverageCallback(self))
+
+    # Steps --------------------------------------------------------------------------------------------------------------------
+
+    def model_inputs(self, inputs: dict) -> dict:
+        """What the model is called with in training; a hook for subclasses."""
+        return inputs
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        step, micro = self.state.global_step, self._micro_step[1] if self._micro_step[0] == self.state.global_step else 0
+        self._micro_step = (step, micro + 1)
+        with seeded(self.args.seed, step, micro):
+            outputs = model(**self.model_inputs(inputs))
+        for name, value in (outputs.get("losses") or {}).items():
+            self._loss_sums[name] = self._loss_sums.get(name, 0) + value.detach().float()
+        self._loss_count += 1
+        return (outputs["loss"], outputs) if return_outputs else outputs["loss"]
+
+    def log(self, logs, start_time=None):
+        if "loss" in logs and self._loss_sums:
+            logs = {**logs, **{name: (total / self._loss_count).item() for name, total in self._loss_sums.items()}}
+            self._loss_sums, self._loss_count = {}, 0
+        super().log(logs, start_time)
+
+    def train(self, resume_from_checkpoint=None, **kwargs):
+        """As `Trainer.train`; afterwards the model holds the averaged weights.
+
+        Raises:
+            InputError: `resume_from_checkpoint` names a folder that is no complete checkpoint.
+        """
+        if isinstance(resume_from_checkpoint, str | os.PathLike) and not Path(resume_from_checkpoint, "trainer_state.json").is_file():
+            raise InputError(f"{resume_from_checkpoint} is not a complete checkpoint: it has no trainer_state.json")
+        self._micro_step = (-1, 0)
+        shutil.rmtree(Path(self.args.output_dir, _STAGING), ignore_errors=True)
+        if self.train_dataset is not None and self.args.dataloader_drop_last:
+            batch = self.args.train_batch_size * self.args.world_size
+            if len(self.train_dataset) < batch:
+                raise InputError(
+                    f"there are {len(self.train_dataset)} training images, fewer than one batch of {batch}: set --per_device_train_batch_size lower"
+                )
+        output = super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
+        best = self.state.best_model_checkpoint if self.args.load_best_model_at_end else None
+        if self._average is not None:
+            if best is not None:
+                self._load_average(best)
+            self._average.copy_to(self.model.parameters())
+            self._average = None
+        return output
+
+    # Averaged weights ---------------------------------------------------------------------------------------------------------
+
+    def _start_average(self):
+        if self.args.ema_decay > 0 and self._average is None:
+            from diffusers.training_utils import EMAModel
+
+            self._average = EMAModel(self.model.parameters(), decay=self.args.ema_decay, foreach=True)
+
+    def _load_average(self, checkpoint):
+        self._start_average()
+        path = Path(checkpoint, _AVERAGE_FILE)
+        if self._average is None:
+            return
+        if not path.is_file():
+            raise InputError(f"{checkpoint} has no {_AVERAGE_FILE}: it was trained without --ema_decay; resume it with --ema_decay 0")
+        tensors = load_file(path)
+        self._average.optimization_step = int(tensors.pop("step"))
+        for i, shadow in enumerate(self._average.shadow_params):
+            shadow.copy_(tensors[str(i)])
+
+    @contextmanager
+    def averaged_weights(self):
+        """The model holds the averaged weights inside the block."""
+        if self._average is None:
+            yield
+            return
+        self._average.store(self.model.parameters())
+        self._average.copy_to(self.model.parameters())
+        try:
+            yield
+        finally:
+            self._average.restore(self.model.parameters())
+
+    # Checkpoints --------------------------------------------------------------------------------------------------------------
+
+    def _get_output_dir(self, trial):
+        folder = super()._get_output_dir(trial)
+        return os.path.join(folder, _STAGING) if self._staging else folder
+
+    def _save_checkpoint(self, model, trial):
+        run_dir = Path(self._get_output_dir(trial))
+        name = f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
+        self._staging = True
+        try:
+            super()._save_checkpoint(model, trial)
+        finally:
+            self._staging = False
+        if self.state.best_global_step:
+            self.state.best_model_checkpoint = str(run_dir / f"{PREFIX_CHECKPOINT_DIR}-{self.state.best_global_step}")
+        self.accelerator.wait_for_everyone()
+        if self.args.should_save:
+            self.state.save_to_json(str(run_dir / _STAGING / name / "trainer_state.json"))
+            shutil.rmtree(run_dir / name, ignore_errors=True)
+            os.replace(run_dir / _STAGING / name, run_dir / name)
+            os.rmdir(run_dir / _STAGING)
+            rotate_checkpoints(
+                output_dir=str(run_dir),
+                save_total_limit=self.args.save_total_limit,
+                best_model_checkpoint=self.state.best_model_checkpoint,
+                use_mtime=True,
+            )
+        self.accelerator.wait_for_everyone()
+
+    def _save(self, output_dir=None, state_dict=None):
+        super()._save(output_dir, state_dict)
+        if self.args.should_save:
+            # Trainer pickles its arguments; JSON says the same.
+            folder = Path(output_dir or self.args.output_dir)
+            (folder / "training_args.bin").unlink(missing_ok=True)
+            (folder / "training_args.json").write_text(json.dumps(self.args.to_sanitized_dict(), indent=2, sort_keys=True))
+
+    def _push_from_checkpoint(self, checkpoint_folder):
+        """Nothing: an unfinished, unfitted detector is no use to anybody. The finished one is pushed whole at the end of the run."""
+
+    def _save_optimizer_and_scheduler(self, output_dir):
+        super()._save_optimizer_and_scheduler(output_dir)
+        if self._average is not None and self.args.should_save:
+            tensors = {str(i): shadow.contiguous() for i, shadow in enumerate(self._average.shadow_params)}
+            save_file({**tensors, "step": torch.tensor(self._average.optimization_step)}, os.path.join(output_dir, _AVERAGE_FILE))
+
+    def _load_optimizer_and_scheduler(self, checkpoint):
+        super()._load_optimizer_and_scheduler(checkpoint)
+        if checkpoint is not None:
+            self._load_average(checkpoint)
+
+
+class _AverageCallback(TrainerCallback):
+    def __init__(self, trainer: ReproducibleTrainer):
+        self.trainer = trainer
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        self.trainer._start_average()
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if self.trainer._average is not None:
+            self.trainer._average.step(self.trainer.model.parameters())
+
+
+class AnomalyTrainer(ReproducibleTrainer):
+    """Trains any `AnomalyDetector`; then `fit_reference` and `calibrate` make it ready to score.
+
+    Args:
+        model: the detector.
+        args: `AnomalyTrainingArguments`.
+        train_dataset: prepared images (`hf_anomaly.prepare`), normals only.
+        eval_dataset: prepared, with labels; `evaluate` reports image-level metrics on it.
+        reference_dataset: prepared normals that scoring compares with; default `train_dataset`.
+        calibration_dataset: prepared normals, disjoint from the other two.
+        processing_class: the image processor, saved beside the model.
+        callbacks: as in `Trainer`.
+    """
+
+    def __init__(
+        self,
+        model: AnomalyDetector,
+        args,
+        *,
+        train_dataset=None,
+        eval_dataset=None,
+        reference_dataset=None,
+        calibration_dataset=None,
+        processing_class=None,
+        data_collator=collate,
+        callbacks=None,
+    ):
+        super().__init__(
+            model,
+            args,
+            data_collator=data_collator,
+            train_dataset=train_dataset,
+            eval_dataset=eval_dataset,
+            processing_class=processing_class,
+            callbacks=callbacks,
+        )
+        self.reference_dataset = train_dataset if reference_dataset is None else reference_dataset
+        self.calibration_dataset = calibration_dataset
+
+    def model_inputs(self, inputs):
+        return {**inputs, "epoch": self.state.epoch}
+
+    def train(self, resume_from_checkpoint=None, **kwargs):
+        self.model.reset_reference()  # checkpoints are unfitted
+        return super().train(resume_from_checkpoint, **kwargs)
+
+    def fit_reference(self) -> None:
+        """`model.fit_reference` on the reference dataset, in dataset order, each image once, on any number of processes."""
+        self.model.fit_reference(self._loader(self.reference_dataset), gather=self._gather, progress=self._progress)
+
+    def calibrate(self) -> None:
+        """`model.calibrate` on the calibration dataset at `args.false_positive_rate`.
+
+        Raises:
+            InputError: there is no calibration dataset.
+        """
+        if self.calibration_dataset is None or len(self.calibration_dataset) == 0:
+            raise InputError("there are no calibration images: hold some normal images out (--calibration_fraction)")
+        self.model.calibrate(
+            self._loader(self.calibration_dataset),
+            false_positive_rate=self.args.false_positive_rate,
+            gather=self._gather,
+            progress=self._progress,
+        )
+
+    def predict(self, test_dataset, ignore_keys=None, metric_key_prefix="test") -> PredictionOutput:
+        """Scores (N,), labels (N,) or None, and image-level metrics where there are labels. In mid-training the averaged weights are fitted for the call."""
+        fitted_before = self.model.is_fitted
+        with self.averaged_weights():
+            if not fitted_before:
+                self.fit_reference()
+            scores, labels = self.model.score(self._loader(test_dataset), gather=self._gather, progress=self._progress)
+            if not fitted_before:
+                self.model.reset_reference()
+        scores, labels = scores.numpy(), None if labels is None else labels.numpy()
+        metrics = {} if labels is None else {f"{metric_key_prefix}_{name}": value for name, value in image_metrics(scores, labels).items()}
+        return PredictionOutput(predictions=scores, label_ids=labels, metrics=metrics)
+
+    def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix="eval") -> dict[str, float | None]:
+        """Image-level metrics on `eval_dataset`, logged as `Trainer.evaluate` does."""
+        eval_dataset = self.eval_dataset if eval_dataset is None else eval_dataset
+        if eval_dataset is None:
+            raise InputError("evaluate needs an eval_dataset with labels")
+        metrics = self.predict(eval_dataset, ignore_keys, metric_key_prefix).metrics
+        self.log(dict(metrics))
+        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        return metrics
+
+    def _loader(self, dataset):
+        # Not get_test_dataloader: it would drop the last batch as training does.
+        loader = DataLoader(
+            dataset,
+            batch_size=self.args.eval_batch_size,
+            collate_fn=self.data_collator,
+            num_workers=self.args.dataloader_num_workers,
+            pin_memory=self.args.dataloader_pin_memory,
+        )
+        return self.accelerator.prepare(loader)
+
+    def _gather(self, batch):
+        return self.accelerator.gather_for_metrics(batch)
+
+    @property
+    def _progress(self) -> bool:
+        return not self.args.disable_tqdm and self.is_world_process_zero()
+
+
+class DissolverTrainer(ReproducibleTrainer):
+    """Trains a diffusion model for dissolving.
+
+    Args:
+        model: a `hf_anomaly.dissolving.DenoisingModel`.
+        args: `DissolverTrainingArguments`.
+        train_dataset: prepared normal images.
+    """
+
+    def __init__(self, model, args, *, train_dataset, data_collator=collate, callbacks=None):
+        super().__init__(model, args, data_collator=data_collator, train_dataset=train_dataset, callbacks=callbacks)
+
+    def model_inputs(self, inputs):
+        return {"pixel_values": inputs["pixel_values"]}

@@ -1,0 +1,162 @@
+"""Trains DIA (or CSI, with --dissolver none): dissolver, detector, reference, calibration, evaluation, card.
+
+accelerate launch scripts/train_dia.py --dataset_name path/to/images --output_dir runs/mine
+"""
+
+import logging
+import shutil
+import sys
+import time
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+from transformers import AutoConfig, set_seed
+from transformers.trainer_utils import get_last_checkpoint
+
+from hf_anomaly import AnomalyImageProcessor, CSIConfig, CSIModel, DIAConfig, DIAModel, InputError
+from hf_anomaly.dissolving import DISSOLVERS, DiffusionDissolver, Dissolver, dissolve_dataset
+from hf_anomaly.training import AnomalyTrainingArguments, DataArguments, parse_arguments
+from hf_anomaly.training.runs import (
+    default_output_dir,
+    dissolver_arguments,
+    image_size_of,
+    load_splits,
+    run_script,
+    train_detector,
+    train_dissolver,
+)
+
+logger = logging.getLogger("hf_anomaly.train_dia")
+
+
+@dataclass
+class DissolverArguments:
+    """What makes branch D."""
+
+    dissolver: str = field(
+        default="diffusion",
+        metadata={"help": f"{', '.join(DISSOLVERS)}; none (CSI: no branch D); or a trained dissolver, as a folder or Hub id."},
+    )
+    t_min: int = field(default=30, metadata={"help": "Smallest diffusion timestep to dissolve at."})
+    t_max: int = field(default=130, metadata={"help": "Largest one."})
+    blur_kernel_size: int | None = field(default=None, metadata={"help": "Kernel of the gaussian and median dissolvers, odd, in pixels."})
+    dissolving_resolution: int = field(default=32, metadata={"help": "Larger images are dissolved at this size and resized back."})
+    dissolved_variants: int = field(default=8, metadata={"help": "Dissolved variants cached for each image; 0 dissolves on the fly."})
+    dissolver_steps: int = field(default=600, metadata={"help": "Training steps of the diffusion model."})
+    dissolver_batch_size: int = field(default=32, metadata={"help": "Images per step of its training."})
+    dissolver_learning_rate: float = field(default=1e-3, metadata={"help": "Its peak learning rate."})
+    dissolver_max_timestep: int | None = field(
+        default=None, metadata={"help": "Train it on noise levels below this only. Default: twice t_max; the paper takes all 1000."}
+    )
+
+
+@dataclass
+class DetectorArguments:
+    """The detector; the configuration's docstring has the details."""
+
+    backbone: str | None = field(
+        default=None, metadata={"help": "A pretrained backbone, as a Hub id or folder. Default: a small ResNet from scratch."}
+    )
+    shift: str = field(default="rotate", metadata={"help": "Shifting transformations: rotate or perm."})
+    similarity_design: str = field(default="a", metadata={"help": "a, or b: leave an anchor's own dissolved twin out of the denominator."})
+    temperature: float = field(default=0.5, metadata={"help": "Temperature of the contrastive loss."})
+    loss_divisor: str = field(default="anchors", metadata={"help": "anchors, or views as in the authors' code."})
+    crop_scale_min: float = field(default=0.54, metadata={"help": "Smallest area of a random crop."})
+    test_views: str = field(default="crops", metadata={"help": "Fixed views at test time: crops or augmentations."})
+    num_test_views: int = field(default=4, metadata={"help": "How many."})
+    score_cosine: bool = field(default=True, metadata={"help": "Eq. 10: the cosine to the nearest training image."})
+    score_norm: bool = field(default=False, metadata={"help": "Eq. 10: the norm of the projection."})
+    score_shift_logit: bool = field(default=False, metadata={"help": "Eq. 10: the logit of the true shift."})
+
+
+def make_dissolver(args: DissolverArguments, training_args, splits, processor) -> Dissolver | None:
+    """The dissolver that the arguments ask for, trained now if it has to be."""
+    folder = Path(training_args.output_dir, "dissolver")
+    kernel = {} if args.blur_kernel_size is None else {"kernel_size": args.blur_kernel_size}
+    if args.dissolver == "none":
+        return None
+    if args.dissolver in ("gaussian", "median"):
+        return DISSOLVERS[args.dissolver](**kernel, resolution=args.dissolving_resolution)
+    if kernel:
+        raise InputError(f"--blur_kernel_size belongs to the gaussian and median dissolvers, not to {args.dissolver!r}")
+    if args.dissolver == "resize":
+        return DISSOLVERS["resize"](resolution=args.dissolving_resolution)
+    if args.dissolver == "identity":
+        return DISSOLVERS["identity"]()
+    if args.dissolver != "diffusion":
+        return DiffusionDissolver.from_pretrained(args.dissolver, t_min=args.t_min, t_max=args.t_max)
+    if training_args.resume_from_checkpoint and folder.is_dir():
+        return DiffusionDissolver.from_pretrained(folder, t_min=args.t_min, t_max=args.t_max)
+    arguments = dissolver_arguments(
+        training_args, steps=args.dissolver_steps, learning_rate=args.dissolver_learning_rate, batch_size=args.dissolver_batch_size
+    )
+    resume = training_args.resume_from_checkpoint and Path(arguments.output_dir).is_dir() and get_last_checkpoint(arguments.output_dir)
+    dissolver = train_dissolver(
+        splits.train,
+        processor=processor,
+        args=arguments,
+        resolution=args.dissolving_resolution,
+        max_timestep=args.dissolver_max_timestep or min(2 * args.t_max, 1000),
+        t_min=args.t_min,
+        t_max=args.t_max,
+        resume_from_checkpoint=resume or None,
+        target=folder,
+    )
+    shutil.rmtree(arguments.output_dir, ignore_errors=True)
+    return dissolver
+
+
+def main() -> None:
+    started = time.time()
+    dissolver_args, detector_args, data_args, training_args = parse_arguments(
+        DissolverArguments, DetectorArguments, DataArguments, AnomalyTrainingArguments, description=__doc__
+    )
+    method = "csi" if dissolver_args.dissolver == "none" else "dia"
+    default_output_dir(training_args, f"{method}-{Path(data_args.dataset_name).stem}")
+    splits = load_splits(data_args, training_args.seed)
+    image_size = image_size_of(splits, data_args.image_size)
+    processor = AnomalyImageProcessor.for_images(image_size, splits.num_channels)
+
+    settings = {
+        name: value for name, value in asdict(detector_args).items() if name not in ("backbone", "crop_scale_min", "similarity_design")
+    }
+    settings |= {"image_size": image_size, "num_channels": splits.num_channels, "crop_scale": (detector_args.crop_scale_min, 1.0)}
+    if detector_args.backbone is not None:
+        settings["backbone_config"] = AutoConfig.from_pretrained(detector_args.backbone)
+    # Built before anything long runs, so that a wrong value is refused at once.
+    set_seed(training_args.seed)
+    if method == "csi":
+        model = CSIModel(CSIConfig(**settings))
+    else:
+        model = DIAModel(DIAConfig(**settings, similarity_design=detector_args.similarity_design))
+    if detector_args.backbone is not None:
+        model.load_backbone(detector_args.backbone)
+
+    dissolver, train_dataset = make_dissolver(dissolver_args, training_args, splits, processor), splits.train
+    if dissolver is not None:
+        dissolver.to(training_args.device)
+        model.config.dissolver, model.config.dissolver_settings = dissolver.kind, dissolver.settings()
+        model.dissolver = dissolver
+        if dissolver_args.dissolved_variants > 0:
+            with training_args.main_process_first(desc="dissolving"):
+                train_dataset = dissolve_dataset(
+                    splits.train, dissolver, processor, num_variants=dissolver_args.dissolved_variants, seed=training_args.seed
+                )
+    results = train_detector(
+        model,
+        processor,
+        splits,
+        training_args,
+        train_dataset=train_dataset,
+        started=started,
+        card_facts={"command": " ".join(["scripts/train_dia.py", *sys.argv[1:]]), "dissolver_arguments": asdict(dissolver_args)},
+    )
+    if training_args.process_index == 0:
+        for name in ("auroc", "average_precision", "fpr_at_95_tpr", "reason", "num_normal", "num_anomalous", "seconds"):
+            if name in results:
+                print(f"{name}: {results[name]}")
+        print(f"saved: {training_args.output_dir}")
+
+
+if __name__ == "__main__":
+    run_script(main)

@@ -1,0 +1,51 @@
+"""Trains a diffusion model on normal images, to dissolve with: a DDPMPipeline folder that diffusers loads.
+
+accelerate launch scripts/train_dissolver.py --dataset_name path/to/images --output_dir runs/dissolver
+"""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from hf_anomaly import AnomalyImageProcessor
+from hf_anomaly.training import DataArguments, DissolverTrainingArguments, parse_arguments
+from hf_anomaly.training.runs import default_output_dir, image_size_of, load_splits, run_script, train_dissolver
+
+
+@dataclass
+class DiffusionArguments:
+    """The diffusion model."""
+
+    resolution: int = field(default=32, metadata={"help": "Dissolving resolution in pixels; smaller images use their own size."})
+    block_out_channels: list[int] = field(default_factory=lambda: [32, 64, 64], metadata={"help": "Widths of the UNet's blocks."})
+    max_timestep: int | None = field(
+        default=None, metadata={"help": "Train on noise levels below this only. Default: all 1000, as in the paper."}
+    )
+    t_min: int = field(default=30, metadata={"help": "Smallest timestep that the dissolver draws by default."})
+    t_max: int = field(default=130, metadata={"help": "Largest one."})
+
+
+def main() -> None:
+    diffusion_args, data_args, training_args = parse_arguments(
+        DiffusionArguments, DataArguments, DissolverTrainingArguments, description=__doc__
+    )
+    default_output_dir(training_args, f"dissolver-{Path(data_args.dataset_name).stem}")
+    splits = load_splits(data_args, training_args.seed)
+    image_size = image_size_of(splits, data_args.image_size)
+    train_dissolver(
+        splits.train,
+        image_size=image_size,
+        processor=AnomalyImageProcessor.for_images(image_size, splits.num_channels),
+        args=training_args,
+        resolution=diffusion_args.resolution,
+        block_out_channels=tuple(diffusion_args.block_out_channels),
+        max_timestep=diffusion_args.max_timestep,
+        t_min=diffusion_args.t_min,
+        t_max=diffusion_args.t_max,
+        resume_from_checkpoint=training_args.resume_from_checkpoint,
+    )
+    if training_args.process_index == 0:
+        print(f"saved: {training_args.output_dir}")
+
+
+if __name__ == "__main__":
+    run_script(main)

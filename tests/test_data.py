@@ -1,0 +1,444 @@
+import io
+
+import datasets
+import numpy as np
+import PIL.Image
+import pytest
+import torch
+from datasets import ClassLabel, Dataset, Features, Image, List, Value
+from torch.utils.data import DataLoader
+
+from hf_anomaly.data import PixelTransform, check_images, collate, decode_image, load_one_class, prepare
+from hf_anomaly.errors import InputError
+
+datasets.disable_progress_bars()
+
+
+@pytest.fixture(autouse=True)
+def _own_cache(tmp_path_factory, monkeypatch):
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path_factory.mktemp("cache"))
+
+
+def pixels(seed, shape=(16, 16)):
+    return np.random.default_rng(seed).integers(0, 256, shape, dtype=np.uint8)
+
+
+def write(root, counts, shape=(16, 16)):
+    """{"train/good": 4} -> root/train/good/0.png … 3.png"""
+    for folder, count in counts.items():
+        (root / folder).mkdir(parents=True)
+        for i in range(count):
+            PIL.Image.fromarray(pixels(i, shape)).save(root / folder / f"{i}.png")
+    return root
+
+
+def png(array):
+    buffer = io.BytesIO()
+    PIL.Image.fromarray(array).save(buffer, "PNG")
+    return {"bytes": buffer.getvalue(), "path": None}
+
+
+def save_npz(path, **replaced):
+    images = pixels(0, (12, 8, 8))
+    labels = np.arange(12) % 2
+    arrays = {f"{split}_{kind}": value for split in ("train", "val", "test") for kind, value in (("images", images), ("labels", labels))}
+    np.savez(path, **{name: value for name, value in (arrays | replaced).items() if value is not None})
+    return path
+
+
+def save_parquet(path, labels=("healthy", "sick") * 5, name="finding", feature=None):
+    columns = {"scan": [png(pixels(i)) for i in range(len(labels))], name: list(labels)}
+    Dataset.from_dict(columns, Features({"scan": Image(), name: feature or Value("string")})).to_parquet(path)
+    return path
+
+
+def rows(split):
+    return split["row"][:]
+
+
+def one_line(error):
+    assert "\n" not in str(error.value)
+    return str(error.value)
+
+
+def processor(images, return_tensors):
+    """What the package promises to processors: PIL images of any size in, (B, 1, 8, 8) in [-1, 1] out."""
+    assert return_tensors == "pt"
+    arrays = [np.asarray(image.convert("L").resize((8, 8))) for image in images]
+    return {"pixel_values": torch.from_numpy(np.stack(arrays))[:, None] / 127.5 - 1}
+
+
+# Sources
+
+
+def test_digits():
+    splits = load_one_class("digits")
+    assert (splits.normal_label, splits.num_channels, splits.native_size, splits.test_missing_reason) == ("0", 1, 8, None)
+    assert len(splits.train) + len(splits.calibration) == 142
+    assert len(splits.test) == 360
+    assert sum(splits.test["label"][:]) == 324
+    assert rows(splits.test) == list(range(360))
+    image = np.asarray(decode_image(splits.train[0]["image"], ""))
+    assert image.max() == 255  # 16 of 16
+    assert load_one_class("digits", normal_label=3).normal_label == "3"
+    other = load_one_class("digits", seed=1)
+    assert [value["bytes"] for value in other.test["image"]] == [value["bytes"] for value in splits.test["image"]]
+    assert "has no split 'validation'" in load_one_class("digits", eval_split="validation").test_missing_reason
+
+
+@pytest.mark.parametrize("column", [False, True])
+@pytest.mark.parametrize("shape", [(8, 8), (8, 8, 1), (8, 6, 3)])
+def test_npz(tmp_path, shape, column):
+    images, labels = pixels(1, (12, *shape)), np.arange(12) % 3
+    labels = labels[:, None] if column else labels
+    path = save_npz(tmp_path / "x.npz", train_images=images, train_labels=labels)
+    splits = load_one_class(path, normal_label=2, calibration_fraction=0)
+    assert rows(splits.train) == [2, 5, 8, 11]
+    assert splits.calibration is None
+    assert splits.num_channels == (3 if shape[2:] == (3,) else 1)
+    assert np.array_equal(np.asarray(decode_image(splits.train[1]["image"], "")), images[5].squeeze())
+    assert "holds no normals" in splits.test_missing_reason
+    assert load_one_class(path, normal_label="1", eval_split="validation").test_missing_reason is None
+
+
+def test_npz_floats_and_missing_labels(tmp_path):
+    path = save_npz(tmp_path / "x.npz", train_images=np.full((4, 8, 8), 0.301, np.float32), train_labels=None)
+    splits = load_one_class(path, normal_label=0)
+    assert len(splits.train) == 3
+    assert len(splits.calibration) == 1
+    assert np.asarray(decode_image(splits.train[0]["image"], "")).max() == 77  # 76.755, rounded
+
+
+def test_class_folders(tmp_path):
+    splits = load_one_class(write(tmp_path, {"Healthy": 5, "sick": 3}))
+    assert splits.normal_label == "Healthy"
+    assert len(splits.train) == 4
+    assert splits.test is None
+    assert "has no split 'test'; its splits: train" in splits.test_missing_reason
+    assert load_one_class(tmp_path, normal_label="sick", calibration_fraction=0).train["row"][:] == [5, 6, 7]
+
+
+def test_mvtec_layout_leaves_masks_out(tmp_path):
+    write(
+        tmp_path,
+        {
+            "train/good": 5,
+            "test/broken": 2,
+            "test/good": 3,
+            "test/scratched": 1,
+            "ground_truth/broken": 2,
+            "test/ground_truth": 4,
+            "test/masks": 1,
+        },
+    )
+    splits = load_one_class(tmp_path)
+    assert splits.normal_label == "good"
+    assert splits.test["label"][:] == [1, 1, 0, 0, 0, 1]
+    assert not any("ground_truth" in value["path"] for value in splits.test["image"])
+    features = Features({"image": Image(decode=False), "label": ClassLabel(names=["normal", "anomaly"]), "row": Value("int64")})
+    assert splits.train.features == splits.calibration.features == splits.test.features == features
+    assert set(splits.train["label"][:] + splits.calibration["label"][:]) == {0}
+
+
+def test_only_class_of_train_is_normal(tmp_path):
+    splits = load_one_class(write(tmp_path, {"train/ok": 3, "val/ok": 1, "val/ko": 1}), eval_split="validation")
+    assert splits.normal_label == "ok"
+    assert splits.test["label"][:] == [1, 0]
+
+
+@pytest.mark.parametrize("folder", [".", "train", "images"])
+def test_folder_of_normals_needs_no_labels(tmp_path, folder):
+    root = write(tmp_path / "data", {"aside": 0})
+    (root / folder).mkdir(exist_ok=True)
+    for i, name in enumerate(("a", "test_1", "[b] *", "val")):  # names from which imagefolder would infer splits
+        PIL.Image.fromarray(pixels(i, (16, 24))).save(root / folder / f"{name}.png")
+    splits = load_one_class(root, calibration_fraction=0.5)
+    assert len(splits.train) == len(splits.calibration) == 2
+    assert (splits.num_channels, splits.native_size) == (1, 24)
+
+
+def test_flat_train_beside_a_labelled_test(tmp_path):
+    splits = load_one_class(write(tmp_path, {"train": 3, "test/good": 1, "test/hole": 2}))
+    assert splits.test["label"][:] == [0, 1, 1]
+    assert splits.test_missing_reason is None
+
+
+def test_unlabelled_test_is_not_called_normal(tmp_path):
+    splits = load_one_class(write(tmp_path, {"train": 3, "test": 2}))
+    assert splits.test is None
+    assert "has no labels" in splits.test_missing_reason
+
+
+def test_imagefolder_metadata(tmp_path):
+    write(tmp_path, {"train": 4})
+    (tmp_path / "train" / "metadata.csv").write_text("file_name,finding\n" + "".join(f"{i}.png,{i % 2}\n" for i in range(4)))
+    splits = load_one_class(tmp_path, label_column="finding", normal_label=1, calibration_fraction=0)
+    assert rows(splits.train) == [1, 3]
+
+
+def test_parquet_file_and_folder(tmp_path):
+    (tmp_path / "folder").mkdir()
+    save_parquet(tmp_path / "folder" / "train-00000-of-00001.parquet")
+    save_parquet(tmp_path / "folder" / "validation-00000-of-00001.parquet", ["sick", "healthy", "healthy"])
+    splits = load_one_class(tmp_path / "folder", label_column="finding", eval_split="validation", calibration_fraction=0)
+    assert rows(splits.train) == [0, 2, 4, 6, 8]
+    assert splits.test["label"][:] == [1, 0, 0]
+    splits = load_one_class(save_parquet(tmp_path / "x.parquet"), image_column="scan", label_column="finding")
+    assert len(splits.train) == 4
+    assert splits.test is None
+
+
+@pytest.mark.parametrize(
+    ("values", "feature", "normal_label", "expected"),
+    [
+        ([True, False, True], Value("bool"), True, [0, 2]),
+        ([True, False, True], Value("bool"), 0, [1]),
+        ([1, 0, 1], Value("int8"), "1", [0, 2]),
+        ([1.0, 0.0, 1.0], Value("float32"), 1, [0, 2]),
+        ([1, 0, 1], ClassLabel(names=["bad", "fine"]), 1, [0, 2]),
+        ([1, 0, 1], ClassLabel(names=["bad", "fine"]), "0", [1]),
+        ([1, 0, 1], ClassLabel(names=["1", "0"]), "0", [0, 2]),  # a class of that name comes before the index
+        (["1", "0", "1"], Value("string"), 1, [0, 2]),
+    ],
+)
+def test_kinds_of_labels(tmp_path, values, feature, normal_label, expected):
+    path = save_parquet(tmp_path / "x.parquet", values, "label", feature)
+    assert rows(load_one_class(path, normal_label=normal_label, calibration_fraction=0).train) == expected
+
+
+def test_no_label_column_warns(tmp_path, caplog):
+    splits = load_one_class(save_parquet(tmp_path / "x.parquet"))
+    assert (len(splits.train), len(splits.calibration)) == (8, 2)
+    assert "no label column among scan, finding" in caplog.text
+
+
+# Splits
+
+
+def test_calibration_is_disjoint_and_follows_the_seed(tmp_path):
+    write(tmp_path, {"train/good": 20, "train/bad": 3, "test/good": 1, "test/bad": 1})
+    first, again, other = (load_one_class(tmp_path, seed=seed) for seed in (0, 0, 1))
+    assert len(first.calibration) == 4
+    assert sorted(rows(first.train) + rows(first.calibration)) == list(range(3, 23))
+    assert rows(first.calibration) == rows(again.calibration) != rows(other.calibration)
+    assert first.split_hash == again.split_hash != other.split_hash
+    assert load_one_class(tmp_path, seed=0, normal_label="bad").split_hash != first.split_hash
+
+
+def test_split_hash_is_pinned():
+    assert load_one_class("digits").split_hash == "898f176814147300ef4c2ecda4fc768fb97089962bf1878829ab5deb47b5cc15"
+
+
+def test_calibration_split_of_the_source_comes_first(tmp_path):
+    splits = load_one_class(write(tmp_path, {"train/good": 4, "calibration/good": 2, "calibration/bad": 1}))
+    assert len(splits.train) == 4
+    assert rows(splits.calibration) == [1, 2]
+    assert all("calibration" in value["path"] for value in splits.calibration["image"])
+
+
+def test_calibration_leaves_one_image_on_each_side(tmp_path):
+    write(tmp_path, {"good": 2})
+    for fraction in (0.01, 0.99):
+        splits = load_one_class(tmp_path, calibration_fraction=fraction)
+        assert len(splits.train) == len(splits.calibration) == 1
+
+
+def test_test_without_anomalies(tmp_path):
+    splits = load_one_class(write(tmp_path, {"train/good": 3, "test/good": 2}))
+    assert len(splits.test) == 2
+    assert "holds no anomalies" in splits.test_missing_reason
+
+
+def test_channels_and_size_of_mixed_images(tmp_path):
+    write(tmp_path, {"train/good": 2, "train/bad": 1}, (16, 20))
+    PIL.Image.fromarray(pixels(0, (32, 32, 3))).save(tmp_path / "train" / "bad" / "colour.png")
+    assert load_one_class(tmp_path).num_channels == 1  # colour among the anomalies does not count
+    PIL.Image.fromarray(pixels(0, (32, 32, 3))).save(tmp_path / "train" / "good" / "colour.png")
+    splits = load_one_class(tmp_path)
+    assert (splits.num_channels, splits.native_size) == (3, 20)
+
+
+# Errors
+
+
+@pytest.mark.parametrize(
+    ("arrays", "options", "message"),
+    [
+        ({"train_images": None}, {}, "has no array 'train_images'; its arrays: train_labels, val_images"),
+        ({"train_images": pixels(0, (12, 8, 8, 4))}, {}, r"'train_images' has shape \(12, 8, 8, 4\)"),
+        ({"train_images": np.zeros((12, 8, 8), np.int64)}, {}, "'train_images' is of type int64; save uint8"),
+        ({"train_images": np.full((12, 8, 8), 7.0)}, {}, "'train_images', row 0: floats outside"),
+        ({"train_labels": np.zeros(5)}, {}, r"'train_labels' has shape \(5,\); \(12,\)"),
+        ({"train_labels": np.zeros((12, 2))}, {}, r"'train_labels' has shape \(12, 2\)"),
+        ({"train_labels": np.array([None] * 12)}, {}, "not an .npz file of plain arrays .*allow_pickle"),
+        ({"train_labels": np.array([0.0] * 11 + [np.nan])}, {"normal_label": 0}, "row 11 of split 'train' .* has no label"),
+        ({}, {}, r"which class .* is normal\? Give normal_label; its labels: '0' \(12\), '1' \(12\)"),
+        ({}, {"normal_label": 7}, "normal_label=7 is no label of .*'0'"),
+        ({"train_labels": np.ones(12)}, {"normal_label": 0}, r"no image of split 'train' .* is '0'; its labels: '1' \(12\)"),
+        ({}, {"label_column": "grade"}, "has no column 'grade'; its columns: image, label"),
+        ({}, {"image_column": "scan", "normal_label": 0}, "has no column 'scan'; its columns: image, label"),
+        ({}, {"image_column": "label", "normal_label": 0}, "column 'label' of split 'train' as images cannot be loaded"),
+        ({}, {"calibration_fraction": 1.0}, r"calibration_fraction=1.0 is outside \[0, 1\)"),
+        ({}, {"eval_split": "tset"}, "eval_split='tset'"),
+        ({}, {"revision": "main"}, "is local"),
+    ],
+)
+def test_errors_of_arrays_and_options(tmp_path, arrays, options, message):
+    with pytest.raises(InputError, match=message) as error:
+        load_one_class(save_npz(tmp_path / "x.npz", **arrays), **options)
+    one_line(error)
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+def test_non_finite_floats_name_array_and_row(tmp_path, value):
+    images = np.zeros((12, 8, 8))
+    images[4, 1, 1] = value
+    with pytest.raises(InputError, match="array 'test_images', row 4: NaN or infinite"):
+        load_one_class(save_npz(tmp_path / "x.npz", test_images=images), normal_label=0)
+
+
+@pytest.mark.parametrize(
+    ("counts", "message"),
+    [
+        ({"empty": 0}, "holds neither images nor parquet"),
+        ({"test/good": 1}, "has no split 'train'; its splits: test"),
+        ({"good": 1}, "single normal training image"),
+        ({"train/ok": 1, "train/ko": 1}, r"which class .* '(ok|ko)' \(1\), '(ok|ko)' \(1\)"),
+        ({"train": 2, "train/good": 2}, "0.png lies beside class folders"),
+        ({"bottle/train/good": 2, "bottle/test/hole": 2}, "bottle is the only class folder .* give '.*bottle'"),
+    ],
+)
+def test_errors_of_folders(tmp_path, counts, message):
+    for folder, count in counts.items():
+        (tmp_path / folder).mkdir(parents=True, exist_ok=True)
+        for i in range(count):
+            PIL.Image.fromarray(pixels(i)).save(tmp_path / folder / f"{i}.png")
+    with pytest.raises(InputError, match=message) as error:
+        load_one_class(tmp_path)
+    one_line(error)
+
+
+@pytest.mark.parametrize(("mode", "name"), [("I;16", "deep.png"), ("F", "deep.tiff"), ("I", "deep.tiff")])
+@pytest.mark.parametrize("folder", ["train", "test"])
+def test_more_than_8_bits_are_refused(tmp_path, mode, name, folder):
+    write(tmp_path, {"train/good": 3, "test/good": 1, "test/bad": 1})
+    PIL.Image.new(mode, (16, 16)).save(tmp_path / folder / "good" / name)
+    with pytest.raises(InputError, match=f"{name}: 16-bit, 32-bit or float image .*8 bits") as error:
+        load_one_class(tmp_path)
+    one_line(error)
+
+
+def test_unreadable_images_are_named(tmp_path):
+    write(tmp_path, {"good": 3})
+    (tmp_path / "good" / "1.png").write_bytes(b"no image")
+    with pytest.raises(InputError, match=r"good/1\.png: unreadable image \(unknown image format\)") as error:
+        load_one_class(tmp_path)
+    one_line(error)
+    broken = Dataset.from_dict(
+        {"image": [png(pixels(0)), {"bytes": b"no image", "path": None}], "row": [3, 17]},
+        Features({"image": Image(decode=False), "row": Value("int64")}),
+    )
+    with pytest.raises(InputError, match=r"^row 17 of split 'train': unreadable"):
+        check_images(broken, "train")
+    assert check_images(broken.select([0]), "train") == [("L", (16, 16))]
+
+
+@pytest.mark.parametrize("name", ["no/such/folder", "./nothing", "missing.npz", "", "what is this?"])
+def test_names_that_are_no_source(name):
+    with pytest.raises(InputError, match="neither an existing file or folder nor the id"):
+        load_one_class(name)
+
+
+def test_other_files_and_an_unreachable_hub(tmp_path, monkeypatch):
+    (tmp_path / "x.txt").write_text("text")
+    with pytest.raises(InputError, match="not a kind of file"):
+        load_one_class(tmp_path / "x.txt")
+    (tmp_path / "x.parquet").write_text("text")
+    with pytest.raises(InputError, match=r"x\.parquet cannot be loaded") as error:
+        load_one_class(tmp_path / "x.parquet")
+    one_line(error)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    monkeypatch.setattr("datasets.config.HF_HUB_OFFLINE", True)
+    with pytest.raises(InputError, match="no local path, and as a Hub dataset it cannot be loaded") as error:
+        load_one_class("someone/no-such-dataset")
+    one_line(error)
+
+
+def test_lists_are_no_labels(tmp_path):
+    path = save_parquet(tmp_path / "x.parquet", [[0, 1], [1]], "labels", List(Value("int64")))
+    with pytest.raises(InputError, match=r"column 'labels' .* holds List"):
+        load_one_class(path)
+
+
+# Transforms
+
+
+def test_decode_image_turns_it_upright(tmp_path):
+    image = PIL.Image.fromarray(pixels(0, (8, 16)))
+    exif = PIL.Image.Exif()
+    exif[0x0112] = 6  # to be shown rotated by 90° clockwise
+    image.save(tmp_path / "x.png", exif=exif)
+    for value in ({"bytes": None, "path": str(tmp_path / "x.png")}, PIL.Image.open(tmp_path / "x.png")):
+        assert np.array_equal(np.asarray(decode_image(value, "")), np.rot90(pixels(0, (8, 16)), -1))
+
+
+@pytest.mark.parametrize("mode", ["1", "L", "LA", "P", "RGB", "RGBA", "CMYK"])
+def test_decode_image_takes_8_bit_modes(mode):
+    assert decode_image(PIL.Image.new(mode, (8, 8)), "x").mode == mode
+
+
+def test_decode_image_errors(tmp_path):
+    data = png(pixels(0, (32, 32)))["bytes"]
+    (tmp_path / "cut.png").write_bytes(data[: len(data) // 2])
+    for value, message in [
+        ({"bytes": data[: len(data) // 2], "path": "a.png"}, r"^row 3 \(a\.png\): unreadable image"),
+        ({"bytes": None, "path": str(tmp_path / "cut.png")}, r"cut\.png: unreadable image"),
+        ({"bytes": None, "path": str(tmp_path / "none.png")}, r"none\.png: unreadable image \(No such file"),
+        (None, "^row 3: the image is missing"),
+        (PIL.Image.new("I;16", (8, 8)), "^row 3: 16-bit"),
+        (np.zeros((8, 8), np.float32), "^row 3: an array must be uint8"),
+        (np.zeros((8, 8, 2), np.uint8), "^row 3: an array must be uint8"),
+    ]:
+        with pytest.raises(InputError, match=message) as error:
+            decode_image(value, "row 3")
+        one_line(error)
+    assert decode_image(np.zeros((8, 8, 1), np.uint8), "").mode == "L"
+
+
+def test_prepare_and_collate(tmp_path):
+    write(tmp_path, {"train/good": 4, "test/good": 1, "test/bad": 2})
+    test = prepare(load_one_class(tmp_path).test, processor, extra_columns=["row"])
+    batch = next(iter(DataLoader(test, batch_size=3, collate_fn=collate)))
+    assert batch["pixel_values"].shape == (3, 1, 8, 8)
+    assert batch["pixel_values"].dtype == torch.float32
+    assert batch["labels"].tolist() == [1, 1, 0]
+    assert batch["labels"].dtype == torch.int64
+    assert batch["row"].tolist() == [0, 1, 2]
+    expected = processor([PIL.Image.open(tmp_path / "test" / "bad" / "1.png")], return_tensors="pt")["pixel_values"][0]
+    assert torch.equal(test[1]["pixel_values"], expected)
+
+
+@pytest.mark.parametrize(("shape", "channels"), [((8, 8), 1), ((8, 8, 3), 3)])
+def test_dissolved_images_are_only_rescaled(shape, channels):
+    views = [[pixels(2 * i, shape), pixels(2 * i + 1, shape)] for i in range(3)]
+    columns = {"image": [png(pixels(i)) for i in range(3)], "dissolved_images": [[png(view) for view in row] for row in views]}
+    dataset = Dataset.from_dict(columns, Features({"image": Image(), "dissolved_images": List(Image())}))
+    prepared = prepare(dataset, processor)
+    batch = collate([prepared[i] for i in range(3)])
+    assert set(batch) == {"pixel_values", "dissolved_pixel_values"}  # no labels, none invented
+    dissolved = batch["dissolved_pixel_values"]
+    assert dissolved.shape == (3, 2, channels, 8, 8)
+    assert dissolved.dtype == torch.float32
+    expected = torch.from_numpy(np.array(views)).reshape(3, 2, 8, 8, channels).permute(0, 1, 4, 2, 3) / 127.5 - 1
+    assert torch.equal(dissolved, expected)
+
+
+def test_transform_errors():
+    with pytest.raises(InputError, match=r"no column 'image' in the batch; its columns: label; .*remove_unused_columns"):
+        PixelTransform(processor)({"label": [0]})
+    with pytest.raises(InputError, match="no column 'mask'"):
+        PixelTransform(processor, ["mask"])({"image": [pixels(0)]})
+    with pytest.raises(InputError, match=r"^row 5: the image is missing"):
+        PixelTransform(processor)({"image": [pixels(0), None], "row": [4, 5]})
+    with pytest.raises(InputError, match=r"^dissolved views of image 0 of the batch: .* one size"):
+        PixelTransform(processor)({"image": [pixels(0)], "dissolved_images": [[pixels(0), pixels(0, (8, 8))]]})

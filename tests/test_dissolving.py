@@ -1,0 +1,630 @@
+"""The dissolvers against oracles and diffusers' own scheduler, their folders in plain diffusers, and the cache of dissolved datasets."""
+
+import io
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import datasets
+import numpy as np
+import pytest
+import scipy.ndimage
+import torch
+import torch.nn.functional as F
+from diffusers import DDPMPipeline, DDPMScheduler, UNet2DModel
+from PIL import Image
+
+from hf_anomaly.dissolving import (
+    DISSOLVERS,
+    DenoisingModel,
+    DiffusionDissolver,
+    Dissolver,
+    GaussianDissolver,
+    IdentityDissolver,
+    MedianDissolver,
+    ResizeDissolver,
+    build_scheduler,
+    build_unet,
+    dissolve_dataset,
+)
+from hf_anomaly.errors import InputError
+
+
+def images(*shape, seed=0):
+    return torch.rand(*shape, generator=torch.Generator().manual_seed(seed)) * 2 - 1
+
+
+def smooth_images(n, size=16, seed=0):
+    return F.interpolate(images(n, 1, 3, 3, seed=seed), (size, size), mode="bicubic").clamp(-1, 1)
+
+
+def tiny_unet(resolution=16, num_channels=1, widths=(8, 16)):
+    torch.manual_seed(0)
+    return build_unet(resolution, num_channels, widths)
+
+
+def silent_unet(resolution=16):
+    """Its last layer is zero, so that it predicts no noise whatever it sees."""
+    unet = tiny_unet(resolution)
+    torch.nn.init.zeros_(unet.conv_out.weight)
+    torch.nn.init.zeros_(unet.conv_out.bias)
+    return unet
+
+
+@pytest.fixture(scope="module")
+def diffusion():
+    return DiffusionDissolver(tiny_unet(), build_scheduler())
+
+
+# Diffusion: Eq. 4 ----------------------------------------------------------------------------------------------------------------
+
+
+def test_schedules():
+    """The t ranges of the paper mean what they should on the cosine schedule only."""
+    for scheduler, expected in [(build_scheduler(), (0.059, 0.215)), (DDPMScheduler(1000, beta_schedule="linear"), (0.111, 0.409))]:
+        noise = (1 - scheduler.alphas_cumprod[[30, 130]]) ** 0.5
+        assert noise.numpy() == pytest.approx(expected, abs=5e-4)
+
+
+@pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction", "sample"])
+def test_equals_scheduler_step_bit_for_bit(prediction_type):
+    scheduler = DDPMScheduler(1000, beta_schedule="squaredcos_cap_v2", prediction_type=prediction_type, clip_sample=False)
+    dissolver = DiffusionDissolver(tiny_unet(), scheduler)
+    x = images(5, 1, 16, 16)
+    timesteps = torch.tensor([0, 30, 77, 130, 990])
+    dissolved = dissolver(x, timesteps)
+    with torch.no_grad():
+        output = dissolver.unet(x, timesteps).sample
+    for i, t in enumerate(timesteps.tolist()):
+        expected = scheduler.step(output[i : i + 1], t, x[i : i + 1]).pred_original_sample.clamp(-1, 1)
+        assert torch.equal(dissolved[i : i + 1], expected)
+
+
+def test_equation_4_by_hand(diffusion):
+    x, t = images(1, 1, 16, 16), 100
+    alpha_bar = np.prod(1 - diffusion.scheduler.betas[: t + 1].double().numpy())
+    with torch.no_grad():
+        noise = diffusion.unet(x, torch.tensor([t])).sample.double().numpy()
+    expected = ((x.double().numpy() - np.sqrt(1 - alpha_bar) * noise) / np.sqrt(alpha_bar)).clip(-1, 1)
+    np.testing.assert_allclose(diffusion(x, torch.tensor([t])).numpy(), expected, atol=1e-5)
+
+
+def test_each_image_has_its_own_timestep(diffusion):
+    x, timesteps = images(4, 1, 16, 16), torch.tensor([30, 60, 90, 130])
+    together = diffusion(x, timesteps)
+    one_by_one = torch.cat([diffusion(x[i : i + 1], timesteps[i : i + 1]) for i in range(4)])
+    torch.testing.assert_close(together, one_by_one, atol=1e-5, rtol=0)
+    assert not torch.allclose(together, diffusion(x, timesteps.flip(0)), atol=1e-3)
+
+
+def test_sampled_timesteps():
+    dissolver = DiffusionDissolver(tiny_unet(), build_scheduler(), t_min=3, t_max=5)
+    drawn = dissolver.sample_timesteps(200, "cpu", torch.Generator().manual_seed(1))
+    assert drawn.dtype == torch.long
+    assert drawn.unique().tolist() == [3, 4, 5]
+    assert torch.equal(drawn, dissolver.sample_timesteps(200, "cpu", torch.Generator().manual_seed(1)))
+    x = images(3, 1, 16, 16)
+    torch.manual_seed(0)
+    timesteps = dissolver.sample_timesteps(3)
+    torch.manual_seed(0)
+    assert torch.equal(dissolver(x), dissolver(x, timesteps))
+
+
+@pytest.mark.parametrize("size", [(16, 16), (13, 14), (9, 16), (5, 16), (1, 1)])
+def test_padding_and_cropping(size):
+    """With a network that predicts no noise Eq. 4 is x / sqrt(ᾱ): the crop must give every pixel back in its place."""
+    dissolver = DiffusionDissolver(silent_unet(), build_scheduler())
+    x, t = images(2, 1, *size) / 2, torch.tensor([130, 40])
+    assert torch.equal(dissolver(x, t), x / dissolver.alphas_cumprod[t].view(-1, 1, 1, 1) ** 0.5)
+
+
+def test_padding_is_reflection():
+    seen = []
+
+    class Recording(UNet2DModel):
+        def forward(self, sample, timestep):
+            seen.append(sample)
+            return super().forward(sample, timestep)
+
+    dissolver = DiffusionDissolver(Recording.from_config(tiny_unet().config), build_scheduler())
+    x = images(1, 1, 13, 12)
+    dissolver(x)
+    np.testing.assert_array_equal(seen[0][0, 0].numpy(), np.pad(x[0, 0].numpy(), ((1, 2), (2, 2)), mode="reflect"))
+    dissolver(images(1, 1, 4, 4))
+    np.testing.assert_array_equal(seen[1][0, 0].numpy(), np.pad(images(4, 4).numpy(), 6, mode="edge"))
+    dissolver(images(1, 1, 40, 10))
+    assert seen[2].shape == (1, 1, 16, 16)
+
+
+def test_larger_images_go_down_and_back():
+    dissolver = DiffusionDissolver(silent_unet(), build_scheduler())
+    x, t = images(2, 1, 24, 40) / 2, torch.tensor([100, 100])
+    small = F.interpolate(x, (16, 16), mode="bilinear", antialias=True)
+    expected = F.interpolate(small / dissolver.alphas_cumprod[100] ** 0.5, (24, 40), mode="bilinear", antialias=True)
+    torch.testing.assert_close(dissolver(x, t), expected)
+
+
+def test_range_and_dtype(diffusion):
+    extreme = images(2, 1, 16, 16).sign()
+    assert diffusion(extreme, torch.tensor([999, 999])).abs().max() <= 1
+    assert diffusion(extreme.bfloat16()).dtype == torch.bfloat16
+
+
+def test_network_in_training_is_left_alone():
+    unet = tiny_unet()
+    dissolver = DiffusionDissolver(unet, build_scheduler())
+    assert unet.training
+    assert all(p.requires_grad for p in unet.parameters())
+    assert not dissolver.unet.training
+    assert not any(p.requires_grad for p in dissolver.unet.parameters())
+    assert DiffusionDissolver(dissolver.unet, build_scheduler()).unet is dissolver.unet
+
+
+def test_built_on_the_meta_device(tmp_path, diffusion):
+    diffusion.save_pretrained(tmp_path / "d")
+    with torch.device("meta"):
+        assert not build_scheduler().alphas_cumprod.is_meta
+        loaded = DiffusionDissolver.from_pretrained(tmp_path / "d")
+        empty = DDPMScheduler(1000, beta_schedule="squaredcos_cap_v2")
+    assert empty.alphas_cumprod.is_meta
+    assert loaded.fingerprint() == diffusion.fingerprint()
+    assert torch.equal(DiffusionDissolver(diffusion.unet, empty).alphas_cumprod, diffusion.alphas_cumprod)
+
+
+# Blur, resize, identity ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("kernel_size", "sigma", "used"), [(3, None, 0.8), (11, None, 2.0), (7, 1.1, 1.1)])
+def test_gaussian_against_numpy(kernel_size, sigma, used):
+    x = images(2, 3, 14, 17)
+    offsets = np.arange(kernel_size) - kernel_size // 2
+    kernel = np.exp(-(offsets**2) / (2 * used**2))
+    kernel /= kernel.sum()
+    expected = x[1, 2].double().numpy()
+    for axis in (0, 1):
+        expected = scipy.ndimage.correlate1d(expected, kernel, axis=axis, mode="mirror")
+    np.testing.assert_allclose(GaussianDissolver(kernel_size, sigma)(x)[1, 2].numpy(), expected, atol=1e-6)
+
+
+@pytest.mark.parametrize("kernel_size", [3, 7])
+def test_median_against_scipy(kernel_size):
+    x = images(2, 3, 14, 17)
+    expected = scipy.ndimage.median_filter(x[1, 2].numpy(), kernel_size, mode="mirror")
+    np.testing.assert_array_equal(MedianDissolver(kernel_size)(x)[1, 2].numpy(), expected)
+
+
+def test_blur_of_larger_images_is_at_the_dissolving_resolution():
+    x = images(1, 1, 48, 48)
+    small = F.interpolate(x, (16, 16), mode="bilinear", antialias=True)
+    expected = F.interpolate(GaussianDissolver(5)(small), (48, 48), mode="bilinear", antialias=True)
+    torch.testing.assert_close(GaussianDissolver(5, resolution=16)(x), expected)
+
+
+def test_resize_and_identity():
+    x = images(1, 1, 16, 16)
+    assert torch.equal(IdentityDissolver()(x), x)
+    half = F.interpolate(F.interpolate(x, (8, 8), mode="bilinear", antialias=True), (16, 16), mode="bilinear", antialias=True)
+    torch.testing.assert_close(ResizeDissolver(16)(x), half)
+    torch.testing.assert_close(ResizeDissolver(8)(x), half)
+    assert ResizeDissolver(8)(images(1, 1, 1, 1)).shape == (1, 1, 1, 1)
+
+
+@pytest.mark.parametrize("dissolver", [GaussianDissolver(5), MedianDissolver(3), ResizeDissolver(8), IdentityDissolver()])
+def test_deterministic_dissolvers(dissolver, tmp_path):
+    assert DISSOLVERS[dissolver.kind] is type(dissolver)
+    assert dissolver.sample_timesteps(3, "cpu") is None
+    x = images(3, 1, 16, 16)
+    torch.testing.assert_close(dissolver(x)[1:2], dissolver(x[1:2]))
+    dissolver.save_pretrained(tmp_path / "d")
+    loaded = Dissolver.from_pretrained(tmp_path / "d")
+    assert type(loaded) is type(dissolver)
+    assert loaded.fingerprint() == dissolver.fingerprint()
+
+
+# Folders -------------------------------------------------------------------------------------------------------------------------
+
+
+def test_plain_diffusers_loads_the_folder(tmp_path, diffusion):
+    diffusion.save_pretrained(tmp_path / "new" / "d", training_notes={"steps": 7})
+    folder = tmp_path / "new" / "d"
+    assert sorted(p.name for p in folder.iterdir()) == ["dissolver_config.json", "model_index.json", "scheduler", "unet"]
+    assert sorted(p.name for p in (folder / "unet").iterdir()) == ["config.json", "diffusion_pytorch_model.safetensors"]
+    assert [p.name for p in folder.parent.iterdir()] == ["d"]
+    assert json.loads((folder / "dissolver_config.json").read_text()) == {
+        "kind": "diffusion",
+        "t_min": 30,
+        "t_max": 130,
+        "training": {"steps": 7},
+    }
+    x, t = images(1, 1, 16, 16), torch.tensor([50])
+    with torch.no_grad():
+        expected = diffusion.unet(x, t).sample
+        pipeline = DDPMPipeline.from_pretrained(folder)
+        for unet in (UNet2DModel.from_pretrained(folder, subfolder="unet"), pipeline.unet):
+            torch.testing.assert_close(unet(x, t).sample, expected, atol=1e-5, rtol=0)
+    assert pipeline.scheduler.config.beta_schedule == "squaredcos_cap_v2"
+
+
+def test_round_trip(tmp_path):
+    dissolver = DiffusionDissolver(tiny_unet(), build_scheduler(), t_min=5, t_max=50)
+    detector = tmp_path / "detector"
+    dissolver.save_pretrained(detector / "dissolver", training_notes={"steps": 7})
+    for loaded in (DiffusionDissolver.from_pretrained(detector), Dissolver.from_pretrained(str(detector / "dissolver"))):
+        assert (loaded.t_min, loaded.t_max, loaded.training_notes) == (5, 50, {"steps": 7})
+        assert loaded.fingerprint() == dissolver.fingerprint()
+        assert not loaded.unet.training
+        assert not any(p.requires_grad for p in loaded.unet.parameters())
+        x, t = images(1, 1, 16, 16), torch.tensor([50])
+        with torch.no_grad():
+            assert torch.equal(loaded.unet(x, t).sample, dissolver.unet(x, t).sample), "bit for bit as before"
+        assert torch.equal(loaded(x, t), dissolver(x, t))
+    overridden = DiffusionDissolver.from_pretrained(detector, t_max=40)
+    assert (overridden.t_min, overridden.t_max) == (5, 40)
+    (detector / "dissolver" / "dissolver_config.json").unlink()
+    plain = DiffusionDissolver.from_pretrained(detector)
+    assert (plain.t_min, plain.t_max) == (30, 130)
+
+
+def test_saving_over_a_folder(tmp_path, diffusion):
+    folder = tmp_path / "d"
+    (folder / "logs").mkdir(parents=True)
+    (folder / "README.md").write_text("mine")
+    (folder / "logs" / "log").write_text("mine too")
+    (folder / "unet").mkdir()
+    (folder / "unet" / "stale.bin").write_text("old")
+    diffusion.save_pretrained(folder)
+    assert (folder / "README.md").read_text() == "mine"
+    assert (folder / "logs" / "log").read_text() == "mine too"
+    assert not (folder / "unet" / "stale.bin").exists()
+    assert DiffusionDissolver.from_pretrained(folder).fingerprint() == diffusion.fingerprint()
+    before = (folder / "dissolver_config.json").read_bytes()
+    with pytest.raises(TypeError, match="not JSON serializable"):
+        diffusion.save_pretrained(folder, training_notes={"x": object()})
+    assert (folder / "dissolver_config.json").read_bytes() == before
+    assert [p.name for p in tmp_path.iterdir()] == ["d"]
+
+
+def test_fingerprints_differ(diffusion):
+    fingerprints = [
+        diffusion.fingerprint(),
+        DiffusionDissolver(diffusion.unet, diffusion.scheduler, t_max=131).fingerprint(),
+        DiffusionDissolver(diffusion.unet, DDPMScheduler(1000)).fingerprint(),
+        DiffusionDissolver(silent_unet(), build_scheduler()).fingerprint(),
+        GaussianDissolver().fingerprint(),
+        GaussianDissolver(sigma=1.0).fingerprint(),
+        GaussianDissolver(resolution=64).fingerprint(),
+        MedianDissolver().fingerprint(),
+        ResizeDissolver().fingerprint(),
+        IdentityDissolver().fingerprint(),
+    ]
+    assert len(set(fingerprints)) == len(fingerprints)
+    assert all(len(fingerprint) == 64 for fingerprint in fingerprints)
+
+
+# Training ------------------------------------------------------------------------------------------------------------------------
+
+
+def test_trained_network_denoises_better_than_the_identity():
+    torch.manual_seed(0)
+    model = DenoisingModel(build_unet(16, 1, (8, 16)), build_scheduler(), max_timestep=400).train()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
+    normals = smooth_images(256)
+    for _ in range(150):
+        loss = model(normals[torch.randint(256, (8,))])["loss"]
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    x = smooth_images(128, seed=1)
+    t = torch.randint(50, 400, (128,))
+    noise = torch.randn(x.shape)
+    x_t = model.scheduler.add_noise(x, noise, t)
+    alpha_bar = model.scheduler.alphas_cumprod[t].view(-1, 1, 1, 1)
+    with torch.no_grad():
+        estimate = (x_t - (1 - alpha_bar) ** 0.5 * model.unet(x_t, t).sample) / alpha_bar**0.5
+    error, of_identity, of_scaling = ((e - x).abs().mean().item() for e in (estimate, x_t, x_t / alpha_bar**0.5))
+    assert error < 0.6 * min(of_identity, of_scaling), (error, of_identity, of_scaling)
+
+
+@pytest.mark.parametrize(("prediction_type", "loss"), [("epsilon", "l1"), ("v_prediction", "l2"), ("sample", "l1")])
+def test_loss_by_hand(prediction_type, loss):
+    scheduler = DDPMScheduler(1000, beta_schedule="squaredcos_cap_v2", prediction_type=prediction_type, clip_sample=False)
+    model = DenoisingModel(tiny_unet(), scheduler, loss=loss).eval()
+    x, noise, t = images(3, 1, 16, 16), torch.randn(3, 1, 16, 16), torch.tensor([0, 100, 999])
+    signal, sigma = (a.sqrt().view(-1, 1, 1, 1) for a in (scheduler.alphas_cumprod[t], 1 - scheduler.alphas_cumprod[t]))
+    target = {"epsilon": noise, "v_prediction": signal * noise - sigma * x, "sample": x}[prediction_type]
+    with torch.no_grad():
+        difference = model.unet(signal * x + sigma * noise, t).sample - target
+        expected = difference.abs().mean() if loss == "l1" else (difference**2).mean()
+        torch.testing.assert_close(model(x, noise=noise, timesteps=t)["loss"], expected)
+
+
+def test_denoising_draws():
+    """Seeds decide all draws; images of any size are fitted to the network; flips are made in training mode only."""
+    model = DenoisingModel(tiny_unet(), build_scheduler(), max_timestep=1)
+    for size in ((16, 16), (13, 14), (20, 40)):
+        x, losses = images(4, 1, *size), []
+        for seed in (0, 0, 1):
+            torch.manual_seed(seed)
+            losses.append(model(x)["loss"].item())
+        assert losses[0] == losses[1] != losses[2]
+    x, noise, t = images(8, 1, 16, 16), torch.randn(8, 1, 16, 16), torch.zeros(8, dtype=torch.long)
+    assert len({model(x, noise, t)["loss"].item() for _ in range(5)}) > 1
+    assert len({model.eval()(x, noise, t)["loss"].item() for _ in range(5)}) == 1
+
+
+def test_timesteps_of_training_reach_every_value_below_the_maximum():
+    seen = []
+
+    class Recording(UNet2DModel):
+        def forward(self, sample, timestep):
+            seen.extend(timestep.tolist())
+            return super().forward(sample, timestep)
+
+    model = DenoisingModel(Recording.from_config(tiny_unet().config), build_scheduler(), max_timestep=3)
+    with torch.no_grad():
+        model(images(64, 1, 16, 16))
+    assert set(seen) == {0, 1, 2}
+
+
+def test_build_unet_widths():
+    assert sum(p.numel() for p in build_unet(32, 1).parameters()) == pytest.approx(1.06e6, rel=0.01)
+    for widths in ((12, 20), (6,), (8, 16, 16)):
+        assert build_unet(8, 3, widths)(images(1, 3, 8, 8), torch.tensor([3])).sample.shape == (1, 3, 8, 8)
+
+
+# Cached datasets -----------------------------------------------------------------------------------------------------------------
+
+
+class Processor:
+    """A stand-in: gray or RGB by the mode of the first image, square, in [−1, 1]."""
+
+    def __init__(self, size=16):
+        self.size = size
+
+    def to_dict(self):
+        return {"size": self.size}
+
+    def __call__(self, images, return_tensors):
+        arrays = [np.asarray(image.convert(images[0].mode).resize((self.size, self.size))) for image in images]
+        x = torch.from_numpy(np.stack(arrays)).float() / 127.5 - 1
+        return {"pixel_values": x[:, None] if x.ndim == 3 else x.movedim(-1, 1)}
+
+
+class CountingMedian(MedianDissolver):
+    calls = 0
+
+    def _dissolve(self, x, timesteps):
+        self.calls += 1
+        return super()._dissolve(x, timesteps)
+
+
+def toy_dataset(n=7, mode="L"):
+    levels = np.random.default_rng(0).integers(0, 256, (n, 16, 16) if mode == "L" else (n, 16, 16, 3), dtype=np.uint8)
+    features = datasets.Features({"image": datasets.Image(), "label": datasets.ClassLabel(names=["normal", "anomaly"])})
+    return datasets.Dataset.from_dict({"image": [Image.fromarray(level) for level in levels], "label": [0] * n}, features=features)
+
+
+def pixels(row):
+    return torch.stack([torch.from_numpy(np.asarray(image).copy()) for image in row["dissolved_images"]]).float() / 127.5 - 1
+
+
+@pytest.mark.parametrize("mode", ["L", "RGB"])
+@pytest.mark.parametrize("decode", [True, False])
+def test_dissolved_column(tmp_path, mode, decode):
+    dissolver = DiffusionDissolver(tiny_unet(num_channels=len(mode)), build_scheduler())
+    dataset = toy_dataset(5, mode)
+    original = dataset["image"][:]
+    dissolved = dissolve_dataset(
+        dataset.cast_column("image", datasets.Image(decode=decode)),
+        dissolver,
+        Processor(),
+        num_variants=3,
+        batch_size=2,
+        cache_dir=tmp_path,
+    )
+    assert dissolved.features["dissolved_images"] == datasets.List(datasets.Image())
+    assert dissolved.features["image"] == datasets.Image(decode=decode)
+    assert dissolved["label"][:] == [0] * 5
+    timesteps = dissolver.sample_timesteps(15, "cpu", torch.Generator().manual_seed(0)).view(5, 3)
+    assert len(timesteps.unique()) > 5
+    for row, image, t in zip(dissolved, original, timesteps, strict=True):
+        stored = row["dissolved_images"]
+        assert [(s.mode, s.size, s.format) for s in stored] == [(mode, (16, 16), "PNG")] * 3
+        x = Processor()([image], "pt")["pixel_values"]
+        expected = torch.cat([dissolver(x, t[v : v + 1]) for v in range(3)])
+        got = pixels(row)[:, None] if mode == "L" else pixels(row).movedim(-1, 1)
+        torch.testing.assert_close(got, expected, atol=0.51 / 127.5, rtol=0)
+
+
+def test_batch_size_does_not_change_the_variants(tmp_path, diffusion):
+    made = [
+        dissolve_dataset(toy_dataset(), diffusion, Processor(), num_variants=2, batch_size=b, cache_dir=tmp_path / str(b)) for b in (2, 64)
+    ]
+    for one, other in zip(*made, strict=True):
+        torch.testing.assert_close(pixels(one), pixels(other), atol=1.01 / 127.5, rtol=0)  # a rounding may fall the other way
+    other_seed = dissolve_dataset(toy_dataset(), diffusion, Processor(), num_variants=2, seed=1, cache_dir=tmp_path)
+    assert not torch.allclose(pixels(made[0][0]), pixels(other_seed[0]), atol=2 / 127.5)
+
+
+def test_deterministic_dissolvers_need_one_variant(tmp_path):
+    dissolved = dissolve_dataset(toy_dataset(), MedianDissolver(3), Processor(), num_variants=8, cache_dir=tmp_path)
+    x = Processor()(toy_dataset()["image"][:], "pt")["pixel_values"]
+    for row, expected in zip(dissolved, MedianDissolver(3)(x), strict=True):
+        assert len(row["dissolved_images"]) == 1
+        torch.testing.assert_close(pixels(row), expected, atol=1e-6, rtol=0)  # a median of 8-bit levels is an 8-bit level
+
+
+def test_cache_is_found_again(tmp_path):
+    dissolver = CountingMedian(3)
+    first = dissolve_dataset(toy_dataset(), dissolver, Processor(), cache_dir=tmp_path)
+    assert dissolver.calls == 1
+    again = dissolve_dataset(toy_dataset(), dissolver, Processor(), cache_dir=tmp_path)
+    assert dissolver.calls == 1
+    assert torch.equal(pixels(first[3]), pixels(again[3]))
+    dissolve_dataset(toy_dataset(), dissolver, Processor(), num_variants=3, seed=5, cache_dir=tmp_path)
+    assert dissolver.calls == 1, "neither V nor the seed matters to a deterministic dissolver"
+    dissolve_dataset(toy_dataset(6), dissolver, Processor(), cache_dir=tmp_path)
+    dissolve_dataset(toy_dataset(), dissolver, Processor(12), cache_dir=tmp_path)
+    assert dissolver.calls == 3
+    other = CountingMedian(5)
+    dissolve_dataset(toy_dataset(), other, Processor(), cache_dir=tmp_path)
+    assert other.calls == 1
+    assert len(list(tmp_path.glob("dissolved-*.arrow"))) == 4
+
+
+def test_default_cache_folder(tmp_path, monkeypatch):
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path)
+    dissolve_dataset(toy_dataset(), MedianDissolver(3), Processor())
+    assert len(list((tmp_path / "hf_anomaly").glob("*.arrow"))) == 1
+
+
+def test_fresh_process(tmp_path, diffusion):
+    """Fingerprints are stable across processes, so the cache is found there too; a bad name offline is one line."""
+    diffusion.save_pretrained(tmp_path / "d")
+    dissolved = dissolve_dataset(toy_dataset(), MedianDissolver(3), Processor(), cache_dir=tmp_path / "cache")
+    script = """
+import json, sys
+from test_dissolving import CountingMedian, DiffusionDissolver, InputError, Processor, dissolve_dataset, np, toy_dataset
+
+dissolver = CountingMedian(3)
+found = dissolve_dataset(toy_dataset(), dissolver, Processor(), cache_dir=sys.argv[1] + "/cache")
+diffusion = DiffusionDissolver.from_pretrained(sys.argv[1] + "/d")
+try:
+    DiffusionDissolver.from_pretrained("nobody/nothing")
+except InputError as error:
+    message = str(error)
+print(json.dumps([dissolver.calls, diffusion.fingerprint(), np.asarray(found[3]["dissolved_images"][0]).tolist(), message]))
+"""
+    here = Path(__file__).parent
+    environment = os.environ | {"HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path / "home"), "PYTHONPATH": f"{here}{os.pathsep}{here.parent}"}
+    run = subprocess.run([sys.executable, "-c", script, str(tmp_path)], env=environment, capture_output=True, text=True, check=True)
+    calls, fingerprint, levels, message = json.loads(run.stdout.splitlines()[-1])
+    assert calls == 0
+    assert fingerprint == diffusion.fingerprint()
+    assert levels == np.asarray(dissolved[3]["dissolved_images"][0]).tolist()
+    assert "nobody/nothing" in message
+    assert "\n" not in message
+
+
+def test_transform_on_the_dataset_is_dropped(tmp_path):
+    transformed = toy_dataset().with_transform(lambda batch: {"pixel_values": batch["image"]})
+    dissolved = dissolve_dataset(transformed, MedianDissolver(3), Processor(), cache_dir=tmp_path)
+    assert set(dissolved[0]) == {"image", "label", "dissolved_images"}
+
+
+# Errors --------------------------------------------------------------------------------------------------------------------------
+
+
+def refused(*mentions):
+    """The error is one line that names each of these."""
+
+    def check(error):
+        return "\n" not in str(error) and all(str(mention) in str(error) for mention in mentions)
+
+    return pytest.RaisesExc(InputError, check=check)
+
+
+def test_refuses_bad_settings(diffusion):
+    unet, scheduler = diffusion.unet, build_scheduler()
+    for t_min, t_max in ((-1, 5), (30, 1000), (9, 8), (1.5, 9)):
+        with refused("t_m"):
+            DiffusionDissolver(unet, scheduler, t_min, t_max)
+    with refused("prediction_type", "flow"):
+        DiffusionDissolver(unet, DDPMScheduler(1000, prediction_type="flow"))
+    config = {name: value for name, value in unet.config.items() if not name.startswith("_")}
+    with refused("class-conditional"):
+        DiffusionDissolver(UNet2DModel(**config | {"num_class_embeds": 2}), scheduler)
+    with refused("sample_size"):
+        DiffusionDissolver(UNet2DModel(**config | {"sample_size": None}), scheduler)
+    with refused("3 input channels", "2 output channels"):
+        DiffusionDissolver(UNet2DModel(**config | {"in_channels": 3, "out_channels": 2}), scheduler)
+    with refused("kernel_size", 4):
+        GaussianDissolver(4)
+    with refused("sigma"):
+        GaussianDissolver(3, sigma=0.0)
+    with refused("resolution"):
+        MedianDissolver(3, resolution=0)
+    with refused("loss", "l3"):
+        DenoisingModel(unet, scheduler, loss="l3")
+    with refused("max_timestep", 1001):
+        DenoisingModel(unet, scheduler, max_timestep=1001)
+    with refused("resolution 18"):
+        build_unet(18, 1, (8, 8, 8))
+
+
+def test_refuses_bad_images(diffusion):
+    with refused("3 channels", "UNet takes 1"):
+        diffusion(images(1, 3, 16, 16))
+    with refused("3 channels", "UNet takes 1"):
+        DenoisingModel(diffusion.unet, build_scheduler())(images(1, 3, 16, 16))
+    with refused("kernel_size 11", "5×20"):
+        GaussianDissolver(11)(images(1, 1, 5, 20))
+    assert GaussianDissolver(11)(images(1, 1, 6, 20)).shape == (1, 1, 6, 20)
+    for bad in (images(16, 16), torch.zeros(1, 1, 16, 16, dtype=torch.uint8), images(1, 1, 4, 4) * 127, images(1, 1, 4, 4) * torch.nan):
+        with refused("pixel_values"):
+            IdentityDissolver()(bad)
+    for timesteps in (torch.tensor([3]), torch.tensor([3.0, 4.0]), torch.tensor([3, 1000]), torch.tensor([-1, 3])):
+        with refused("timesteps"):
+            diffusion(images(2, 1, 16, 16), timesteps)
+
+
+def test_refuses_bad_folders(tmp_path, diffusion):
+    folder = tmp_path / "d"
+    weights = folder / "unet" / "diffusion_pytorch_model.safetensors"
+    with refused("empty"):
+        (tmp_path / "empty").mkdir()
+        DiffusionDissolver.from_pretrained(tmp_path / "empty")
+    with refused(tmp_path / "absent"):
+        DiffusionDissolver.from_pretrained(tmp_path / "absent")
+    diffusion.save_pretrained(folder)
+    intact = weights.read_bytes()
+    for config in ("{", "[]", '{"kind": "gaussian"}', '{"kind": "none"}', '{"t_min": "a"}', '{"t_max": 1000}'):
+        (folder / "dissolver_config.json").write_text(config)
+        with refused():
+            DiffusionDissolver.from_pretrained(folder)
+    diffusion.save_pretrained(folder)
+    weights.write_bytes(intact[: len(intact) // 2])
+    with refused(folder):
+        DiffusionDissolver.from_pretrained(folder)
+    config = json.loads((folder / "unet" / "config.json").read_text())
+    weights.write_bytes(intact)
+    (folder / "unet" / "config.json").write_text(json.dumps(config | {"layers_per_block": 2}))
+    with refused(folder):
+        DiffusionDissolver.from_pretrained(folder)
+    weights.unlink()
+    (folder / "unet" / "config.json").write_text(json.dumps(config))
+    torch.save(diffusion.unet.state_dict(), folder / "unet" / "diffusion_pytorch_model.bin")
+    with refused(folder, "safetensors"):
+        DiffusionDissolver.from_pretrained(folder)
+    GaussianDissolver().save_pretrained(tmp_path / "g")
+    with refused("gaussian"):
+        DiffusionDissolver.from_pretrained(tmp_path / "g")
+    with refused("gaussian", "median"):
+        MedianDissolver.from_pretrained(tmp_path / "g")
+    (tmp_path / "g" / "dissolver_config.json").write_text('{"kind": "gaussian", "radius": 3}')
+    with refused("radius"):
+        Dissolver.from_pretrained(tmp_path / "g")
+    (tmp_path / "file").write_text("")
+    with refused("file"):
+        GaussianDissolver().save_pretrained(tmp_path / "file")
+
+
+def test_refuses_bad_datasets(tmp_path):
+    dissolver, dataset = MedianDissolver(3), toy_dataset()
+    with refused("IterableDataset"):
+        dissolve_dataset(dataset.to_iterable_dataset(), dissolver, Processor())
+    with refused("'image'", "picture", "label"):
+        dissolve_dataset(dataset.rename_column("image", "picture"), dissolver, Processor())
+    with refused("no rows"):
+        dissolve_dataset(dataset.select([]), dissolver, Processor())
+    with refused("num_variants"):
+        dissolve_dataset(dataset, dissolver, Processor(), num_variants=0)
+    buffer = io.BytesIO()
+    Image.new("L", (16, 16)).save(buffer, "PNG")
+    broken = [{"bytes": buffer.getvalue(), "path": None}, {"bytes": b"no image", "path": None}]
+    dataset = datasets.Dataset.from_dict({"image": broken}, features=datasets.Features({"image": datasets.Image()}))
+    with refused("row 1"):
+        dissolve_dataset(dataset, dissolver, Processor(), cache_dir=tmp_path)
+    assert not list(tmp_path.glob("*.arrow"))
