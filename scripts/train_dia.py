@@ -125,10 +125,8 @@ def main() -> None:
         settings["backbone_config"] = AutoConfig.from_pretrained(detector_args.backbone)
     # Built before anything long runs, so that a wrong value is refused at once.
     set_seed(training_args.seed)
-    if method == "csi":
-        model = CSIModel(CSIConfig(**settings))
-    else:
-        model = DIAModel(DIAConfig(**settings, similarity_design=detector_args.similarity_design))
+    design = {"similarity_design": detector_args.similarity_design}
+    model = CSIModel(CSIConfig(**settings)) if method == "csi" else DIAModel(DIAConfig(**settings, **design))
     if detector_args.backbone is not None:
         model.load_backbone(detector_args.backbone)
 

@@ -26,7 +26,6 @@ class ReproducibleArguments(TrainingArguments):
     save_strategy: str = field(default="steps", metadata={"help": "When a checkpoint is saved: no, steps, epoch or best."})
     save_steps: float = field(default=200, metadata={"help": "Steps between two checkpoints."})
     save_total_limit: int | None = field(default=1, metadata={"help": "Checkpoints to keep."})
-    report_to: str | list[str] | None = field(default="none", metadata={"help": "Experiment trackers, for instance tensorboard or wandb."})
     remove_unused_columns: bool = field(default=False, metadata={"help": "Leave False: images become pixel_values when they are read."})
     dataloader_drop_last: bool = field(default=True, metadata={"help": "Leave out a last incomplete batch of an epoch."})
     ema_decay: float = field(
