@@ -10,6 +10,7 @@ from pathlib import Path
 
 import torch
 from huggingface_hub.dataclasses import strict
+from safetensors import SafetensorError
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers import initialization as init
 from transformers.utils import ModelOutput, can_return_tuple
@@ -176,6 +177,7 @@ class AnomalyDetector(PreTrainedModel):
 
     def _forward(self, pixel_values, epoch, output_anomaly_maps, output_embeddings, **inputs) -> AnomalyDetectorOutput:
         self.check_pixel_values(pixel_values)
+        pixel_values = pixel_values.to(self.dtype)
         if self.training:
             loss, losses = self.compute_losses(pixel_values, epoch=epoch, **inputs)
             return AnomalyDetectorOutput(loss=loss, losses=losses)
@@ -295,17 +297,29 @@ class AnomalyDetector(PreTrainedModel):
         """As `PreTrainedModel.from_pretrained`, from safetensors only.
 
         Raises:
-            InputError: the weights lack the reference or the calibration that the config promises, or are damaged.
+            InputError: the weights lack the reference or the calibration that the config promises, those of a fitted detector lack
+                anything at all, or they are damaged.
         """
         kwargs["use_safetensors"] = True
-        model, info = super().from_pretrained(pretrained_model_name_or_path, *model_args, output_loading_info=True, **kwargs)
+        try:
+            model, info = super().from_pretrained(pretrained_model_name_or_path, *model_args, output_loading_info=True, **kwargs)
+        except (SafetensorError, RuntimeError) as error:
+            reason = " ".join(str(error).split())
+            raise InputError(
+                f"{pretrained_model_name_or_path}: the weights are damaged or do not fit config.json ({reason}); save or download them again"
+            ) from error
         states = tuple(f"{name}." for name, module in model.named_modules() if isinstance(module, Float32State))
-        lost = sorted(key for key in info["missing_keys"] if key.startswith(states) and model.get_buffer(key).numel())
+        tensors = model.state_dict()
+        lost = sorted(key for key in info["missing_keys"] if (model.is_fitted or key.startswith(states)) and tensors[key].numel())
         if lost:
             raise InputError(
                 f"{pretrained_model_name_or_path}: the weights lack {', '.join(lost)}, which config.json promises; save the detector again "
                 "after fit_reference and calibrate"
             )
+        # Weights mapped from a file lie at any address, and some kernels round otherwise unless it is torch's own alignment.
+        for tensor in (*model.parameters(), *model.buffers()):
+            if tensor.data_ptr() % 64:
+                tensor.data = tensor.data.clone()
         return (model, info) if output_loading_info else model
 
     def save_pretrained(self, save_directory, *args, is_main_process: bool = True, **kwargs):
@@ -320,6 +334,8 @@ class AnomalyDetector(PreTrainedModel):
             return
         self.config.hf_anomaly_version = __version__
         target = Path(save_directory)
+        if target.is_file():
+            raise InputError(f"cannot save a detector to {target}: it is a file; name a folder")
         target.mkdir(parents=True, exist_ok=True)
         staging = Path(tempfile.mkdtemp(prefix=".saving-", dir=target))
         try:
@@ -330,8 +346,12 @@ class AnomalyDetector(PreTrainedModel):
                     if (source / name).exists() and not (target / name).exists():
                         copy = shutil.copytree if (source / name).is_dir() else shutil.copy2
                         copy(source / name, staging / name)
-            for path in sorted(staging.iterdir(), key=lambda path: path.name == "config.json"):
-                os.replace(path, target / path.name)
+            names = {path.name for path in staging.iterdir()}
+            for name in sorted(names, key=lambda name: name == "config.json"):
+                os.replace(staging / name, target / name)
+            for path in target.glob("model*.safetensors*"):  # an earlier save in other shards, which would be loaded instead
+                if path.name not in names:
+                    path.unlink()
         finally:
             shutil.rmtree(staging, ignore_errors=True)
 

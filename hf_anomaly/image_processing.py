@@ -80,8 +80,14 @@ class AnomalyImageProcessor(PilBackend):
     def num_channels(self) -> int:
         return 3 if self.do_convert_rgb else 1
 
+    def _prepare_images_structure(self, images, expected_ndims=3) -> list[PIL.Image.Image]:
+        # transformers' own takes no (H, W) arrays.
+        images = self.fetch_images(images)
+        images = images if isinstance(images, list) or getattr(images, "ndim", 0) == 4 else [images]
+        return [to_eight_bit_image(image, f"images[{i}]") for i, image in enumerate(images)]
+
     def process_image(self, image, do_convert_rgb=None, input_data_format=None, **kwargs) -> np.ndarray:
-        image = to_eight_bit_image(image).convert("RGB" if do_convert_rgb else "L")
+        image = image.convert("RGB" if do_convert_rgb else "L")
         size = self.size
         if self.do_resize and image.size != (size["width"], size["height"]):
             # Resized here, in PIL, where it costs no conversion to an array and back.

@@ -33,7 +33,6 @@ def main() -> None:
     image_size = image_size_of(splits, data_args.image_size)
     train_dissolver(
         splits.train,
-        image_size=image_size,
         processor=AnomalyImageProcessor.for_images(image_size, splits.num_channels),
         args=training_args,
         resolution=diffusion_args.resolution,

@@ -39,6 +39,10 @@ class ReproducibleArguments(TrainingArguments):
             self.max_steps = self.default_max_steps
         if not 0 <= self.ema_decay < 1:
             raise InputError(f"--ema_decay must be in [0, 1), got {self.ema_decay}")
+        if isinstance(self.resume_from_checkpoint, str) and self.resume_from_checkpoint.lower() in ("true", "false"):
+            self.resume_from_checkpoint = self.resume_from_checkpoint.lower() == "true"
+        if self.data_seed is None:  # else the images' order hangs on the global random state too
+            self.data_seed = self.seed
         super().__post_init__()
         # Without an accelerator torch warns about pinning, once for every loader.
         self.dataloader_pin_memory = self.dataloader_pin_memory and self.device.type != "cpu"

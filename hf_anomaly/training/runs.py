@@ -129,6 +129,7 @@ def train_dissolver(
     resolution = min(resolution, -(-processor.size["height"] // step) * step)
     set_seed(args.seed)
     unet, scheduler = build_unet(resolution, processor.num_channels, block_out_channels), build_scheduler()
+    DiffusionDissolver(unet, scheduler, t_min, t_max)  # refuses a bad range now, not after the training
     trainer = DissolverTrainer(
         DenoisingModel(unet, scheduler, max_timestep=max_timestep), args, train_dataset=prepare(train_dataset, processor)
     )

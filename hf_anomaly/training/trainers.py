@@ -1,6 +1,7 @@
 """Trainers: transformers' own loop, made exactly resumable and process-count independent, for detectors and dissolvers."""
 
 import json
+import logging
 import os
 import shutil
 from contextlib import contextmanager
@@ -11,12 +12,14 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch.utils.data import DataLoader
 from transformers import Trainer, TrainerCallback
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, PredictionOutput, rotate_checkpoints
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, PredictionOutput, get_last_checkpoint, rotate_checkpoints
 
 from ..data import collate
 from ..detector import AnomalyDetector
 from ..errors import InputError
 from ..metrics import image_metrics
+
+logger = logging.getLogger(__name__)
 
 _AVERAGE_FILE = "ema.safetensors"
 _STAGING = ".incomplete"
@@ -65,9 +68,16 @@ class ReproducibleTrainer(Trainer):
         self._loss_count += 1
         return (outputs["loss"], outputs) if return_outputs else outputs["loss"]
 
+    def _run_epoch(self, *args, **kwargs):
+        if self.state.global_step >= self.state.max_steps:  # resumed when all was done: Trainer would take one more step
+            self.control.should_training_stop = True
+        else:
+            super()._run_epoch(*args, **kwargs)
+
     def log(self, logs, start_time=None):
         if "loss" in logs and self._loss_sums:
-            logs = {**logs, **{name: (total / self._loss_count).item() for name, total in self._loss_sums.items()}}
+            means = self.accelerator.reduce({name: total / self._loss_count for name, total in self._loss_sums.items()}, "mean")
+            logs = {**logs, **{name: mean.item() for name, mean in means.items()}}
             self._loss_sums, self._loss_count = {}, 0
         super().log(logs, start_time)
 
@@ -75,10 +85,13 @@ class ReproducibleTrainer(Trainer):
         """As `Trainer.train`; afterwards the model holds the averaged weights.
 
         Raises:
-            InputError: `resume_from_checkpoint` names a folder that is no complete checkpoint.
+            InputError: `resume_from_checkpoint` names a folder that is no complete checkpoint. True takes the last checkpoint, if there is one.
         """
         if isinstance(resume_from_checkpoint, str | os.PathLike) and not Path(resume_from_checkpoint, "trainer_state.json").is_file():
             raise InputError(f"{resume_from_checkpoint} is not a complete checkpoint: it has no trainer_state.json")
+        if resume_from_checkpoint is True and not (Path(self.args.output_dir).is_dir() and get_last_checkpoint(self.args.output_dir)):
+            logger.info("There is no checkpoint in %s yet: starting from the beginning", self.args.output_dir)
+            resume_from_checkpoint = None
         self._micro_step = (-1, 0)
         shutil.rmtree(Path(self.args.output_dir, _STAGING), ignore_errors=True)
         if self.train_dataset is not None and self.args.dataloader_drop_last:
@@ -230,6 +243,7 @@ class AnomalyTrainer(ReproducibleTrainer):
             processing_class=processing_class,
             callbacks=callbacks,
         )
+        vars(model.config).pop("use_cache", None)  # Trainer puts it there, for language models; our configs refuse unknown fields
         self.reference_dataset = train_dataset if reference_dataset is None else reference_dataset
         self.calibration_dataset = calibration_dataset
 

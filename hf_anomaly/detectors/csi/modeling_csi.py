@@ -5,7 +5,7 @@ import logging
 import torch
 import torch.nn.functional as F
 from torch import nn
-from transformers import AutoBackbone
+from transformers import AutoBackbone, AutoConfig
 from transformers import initialization as init
 
 from ...calibration import Float32State
@@ -81,7 +81,8 @@ class CSIModel(AnomalyDetector):
         num_branches, batch_size = branches.shape[:2]
         shifted = SHIFTS[self.config.shift](branches.flatten(0, 1)).unflatten(1, (num_branches, batch_size))  # (K, branches, B, C, H, W)
         shape = shifted.shape[:3]
-        parameters = draw_rows(lambda rows: self._draw_views(rows * NUM_SHIFTS * num_branches).view(rows, -1, len(View)), batch_size)
+        views_per_image, crop_scale = NUM_SHIFTS * num_branches, self.config.crop_scale
+        parameters = draw_rows(lambda n: self._draw_views(n * views_per_image, crop_scale).unflatten(0, (n, -1)), batch_size)
         parameters = parameters.unflatten(1, shape[:2]).permute(1, 2, 0, 3).flatten(0, 2)
         views = apply_views(shifted.flatten(0, 2), parameters.to(pixel_values.device))
         features = self.encode(views)
@@ -98,12 +99,12 @@ class CSIModel(AnomalyDetector):
         """Penultimate features (N, width): the backbone's last map, averaged over space."""
         return self.backbone(pixel_values).feature_maps[-1].mean((-2, -1))
 
-    def _draw_views(self, count: int, generator: torch.Generator | None = None) -> torch.Tensor:
+    def _draw_views(self, count: int, crop_scale: list[float], generator: torch.Generator | None = None) -> torch.Tensor:
         config = self.config
         return draw_views(
             count,
             num_channels=config.num_channels,
-            crop_scale=config.crop_scale,
+            crop_scale=crop_scale,
             jitter=config.color_jitter,
             jitter_probability=config.jitter_probability,
             gray_probability=config.gray_probability,
@@ -122,7 +123,7 @@ class CSIModel(AnomalyDetector):
         config = self.config
         if config.test_views == "crops":
             return crops_views(config.num_test_views, config.test_crop_scale)
-        return self._draw_views(config.num_test_views, torch.Generator().manual_seed(0))
+        return self._draw_views(config.num_test_views, [config.test_crop_scale] * 2, torch.Generator().manual_seed(0))
 
     def view_features(self, pixel_values: torch.Tensor, views: torch.Tensor) -> dict[str, torch.Tensor]:
         """z (B, K, d) and the logit of the true shift (B, K), averaged over the test-time views (n, P)."""
@@ -196,7 +197,9 @@ class CSIModel(AnomalyDetector):
         Raises:
             InputError: its architecture or widths differ from the detector's `backbone_config`.
         """
-        pretrained = AutoBackbone.from_pretrained(name_or_path, use_safetensors=True, **kwargs)
+        # Not AutoBackbone.from_pretrained, which knows no folders.
+        config = AutoConfig.from_pretrained(name_or_path, **kwargs)
+        pretrained = type(AutoBackbone.from_config(config)).from_pretrained(name_or_path, config=config, use_safetensors=True, **kwargs)
         try:
             self.backbone.load_state_dict(pretrained.state_dict())
         except RuntimeError as error:

@@ -1,0 +1,72 @@
+import pytest
+import torch
+from torch import nn
+from transformers import AutoBackbone, AutoConfig
+
+from hf_anomaly import SmallResNetBackbone, SmallResNetConfig
+
+
+def tiny(**settings):
+    torch.manual_seed(0)
+    return SmallResNetBackbone(SmallResNetConfig(**{"hidden_sizes": [8, 12, 16], "depths": [1, 2, 1], **settings}))
+
+
+@pytest.mark.parametrize(("channels", "stride", "size"), [(1, 1, 8), (3, 2, 4)])
+def test_shapes(channels, stride, size):
+    model = tiny(num_channels=channels, stem_stride=stride, out_features=["stem", "stage1", "stage2", "stage3"])
+    maps = model(torch.randn(2, channels, 8, 8)).feature_maps
+    assert [tuple(m.shape) for m in maps] == [(2, 8, size, size), (2, 8, size, size), (2, 12, size // 2, size // 2), (2, 16, size // 4, size // 4)]
+    assert model.channels == [m.shape[1] for m in maps]
+
+
+def test_the_last_stage_is_the_default():
+    model = tiny()
+    assert model.config.out_features == ["stage3"]
+    assert model.channels == [16]
+    (alone,) = model(torch.randn(2, 1, 8, 8)).feature_maps
+    assert alone.shape == (2, 16, 2, 2)
+    assert model(torch.randn(2, 1, 8, 8), return_dict=False)[0][0].shape == alone.shape
+
+
+def test_blocks_add_to_a_shortcut():
+    model = tiny().eval()
+    block = model.stages[0][0]
+    nn.init.zeros_(block.residual[3].weight)  # the residual branch gives nothing: the block is the identity on positive maps
+    x = torch.rand(2, 8, 4, 4)
+    torch.testing.assert_close(block(x), x)
+
+
+def test_group_norm_has_no_batch_statistics():
+    torch.manual_seed(0)
+    grouped, batched = tiny(norm="group").train(), tiny().train()
+    assert not [m for m in grouped.modules() if isinstance(m, nn.BatchNorm2d)]
+    assert not list(grouped.buffers())
+    x = torch.randn(4, 1, 8, 8)
+    alone = torch.cat([grouped(row[None]).feature_maps[0] for row in x])
+    torch.testing.assert_close(grouped(x).feature_maps[0], alone, rtol=1e-4, atol=1e-5)
+    assert not torch.allclose(batched(x).feature_maps[0][:1], batched(x[:1]).feature_maps[0], atol=1e-2)
+
+
+@pytest.mark.parametrize("norm", ["batch", "group"])
+def test_save_and_load_through_the_auto_classes(norm, tmp_path):
+    model = tiny(norm=norm, out_features=["stage2"])
+    model(torch.randn(8, 1, 8, 8))  # batch statistics other than the initial ones
+    model.eval().save_pretrained(tmp_path)
+    loaded = AutoBackbone.from_pretrained(tmp_path)
+    assert type(loaded) is SmallResNetBackbone
+    assert AutoConfig.from_pretrained(tmp_path).to_dict() == {**model.config.to_dict(), "_name_or_path": str(tmp_path)}
+    x = torch.randn(2, 1, 8, 8)
+    assert torch.equal(loaded(x).feature_maps[0], model(x).feature_maps[0])
+
+
+def test_initial_maps_keep_their_scale():
+    """Kaiming's initialisation; transformers' own N(0, 0.02) would let the signal die out."""
+    model = tiny(hidden_sizes=[32], depths=[1], norm="group")
+    weight = model.stages[0][0].residual[0].weight
+    assert weight.std().item() == pytest.approx((2 / (32 * 9)) ** 0.5, rel=0.05)
+
+
+@pytest.mark.parametrize("settings", [{"depths": [1]}, {"hidden_sizes": [], "depths": []}, {"depths": [1, 0, 1]}, {"stem_stride": 0}])
+def test_wrong_config(settings, refused):
+    with refused(next(iter(settings))):
+        SmallResNetConfig(**{"hidden_sizes": [8, 12, 16], "depths": [1, 2, 1], **settings})

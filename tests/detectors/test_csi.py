@@ -1,0 +1,310 @@
+"""CSI against slow oracles written from Eq. 6–10."""
+
+import itertools
+import math
+
+import numpy as np
+import pytest
+import torch
+from transformers import AutoModel, ResNetConfig
+
+from hf_anomaly import CSIConfig, CSIModel, SmallResNetConfig
+from hf_anomaly.ops.views import apply_views, crops_views
+
+SIZE, K = 8, 4
+
+
+def tiny(num_channels=1, **settings):
+    torch.manual_seed(0)
+    backbone = SmallResNetConfig(num_channels=num_channels, hidden_sizes=[8], depths=[1])
+    settings = {"image_size": SIZE, "projection_size": 6, "num_test_views": 2, "backbone_config": backbone, **settings}
+    return CSIModel(CSIConfig(num_channels=num_channels, **settings))
+
+
+def images(count, seed=0, channels=1):
+    return torch.rand(count, channels, SIZE, SIZE, generator=torch.Generator().manual_seed(seed)) * 2 - 1
+
+
+def shifted(image, k, shift):
+    """S_k of one image (C, H, W), in NumPy."""
+    array = image.numpy()
+    if shift == "rotate":
+        return torch.from_numpy(np.rot90(array, k, axes=(1, 2)).copy())
+    if k in (2, 3):
+        array = np.concatenate([array[:, :, SIZE // 2 :], array[:, :, : SIZE // 2]], axis=2)
+    if k in (1, 3):
+        array = np.concatenate([array[:, SIZE // 2 :], array[:, : SIZE // 2]], axis=1)
+    return torch.from_numpy(array.copy())
+
+
+@torch.no_grad()
+def slow_features(model, image, views):
+    """z_k and W_k·f_k of one image, one view at a time."""
+    projections, logits = [], []
+    for k in range(K):
+        zs, ls = [], []
+        for view in views:
+            f = model.encode(apply_views(shifted(image, k, model.config.shift)[None], view[None]))
+            zs.append(model.projection(f)[0].double().numpy())
+            ls.append(model.shift_classifier(f)[0, k].double().item())
+        projections.append(np.mean(zs, axis=0))
+        logits.append(np.mean(ls))
+    return projections, logits
+
+
+def slow_scores(model, bank_images, queries, views):
+    """Eq. 10, with loops."""
+    config = model.config
+    train = [slow_features(model, x, views) for x in bank_images]
+    lambda_sim = [1 / np.mean([np.linalg.norm(z[k]) for z, _ in train]) for k in range(K)]
+    mean_logit = [np.mean([logit[k] for _, logit in train]) for k in range(K)]
+    lambda_cls = [1 / mean if mean > 0 else 0 for mean in mean_logit]
+    scores = []
+    for x in queries:
+        z, logit = slow_features(model, x, views)
+        total = 0
+        for k in range(K):
+            cosine = max(np.dot(z[k], m[k]) / np.linalg.norm(z[k]) / np.linalg.norm(m[k]) for m, _ in train)
+            norm = lambda_sim[k] * np.linalg.norm(z[k])
+            if config.score_cosine and config.score_norm:
+                total += cosine * norm
+            elif config.score_cosine:
+                total += cosine
+            elif config.score_norm:
+                total += norm
+            if config.score_shift_logit:
+                total += lambda_cls[k] * logit[k]
+        scores.append(-total / K)
+    return np.array(scores), lambda_sim, lambda_cls
+
+
+SWITCHES = [switches for switches in itertools.product([True, False], repeat=3) if any(switches)]
+
+
+@pytest.mark.parametrize("shift", ["rotate", "perm"])
+@pytest.mark.parametrize(("cosine", "norm", "logit"), SWITCHES)
+def test_score_is_equation_10(cosine, norm, logit, shift):
+    model = tiny(score_cosine=cosine, score_norm=norm, score_shift_logit=logit, shift=shift).eval()
+    model.shift_classifier.bias.data = torch.tensor([1.0, 2.0, 3.0, -9.0])  # the last λ_cls must be left out
+    bank, queries = images(5), images(4, seed=1)
+    model.fit_reference([bank[:3], bank[3:]], progress=False)
+    expected, lambda_sim, lambda_cls = slow_scores(model, bank, queries, crops_views(2, 0.54))
+    np.testing.assert_allclose(model(queries).scores.detach().numpy(), expected, rtol=2e-5)
+    np.testing.assert_allclose(model.reference.lambda_sim.numpy(), lambda_sim, rtol=1e-5)
+    np.testing.assert_allclose(model.reference.lambda_cls.numpy(), lambda_cls, rtol=1e-5)
+    assert lambda_cls[3] == 0
+    assert min(lambda_cls[:3]) > 0
+
+
+def test_all_score_terms_off(refused):
+    with refused("score_cosine", "score_norm", "score_shift_logit"):
+        CSIConfig(score_cosine=False)
+
+
+@pytest.mark.parametrize("used", [True, False])
+def test_a_logit_that_would_flip_its_sign_is_left_out_aloud(used, caplog):
+    model = tiny(score_shift_logit=used).eval()
+    model.shift_classifier.bias.data = torch.tensor([-9.0, 5.0, 5.0, 5.0])
+    model.fit_reference([images(4)], progress=False)
+    assert (model.reference.lambda_cls > 0).tolist() == [False, True, True, True]
+    assert model.reference.lambda_cls[0] == 0
+    assert ("s_cls" in caplog.text) is used
+
+
+def test_training_images_score_best():
+    model = tiny().eval()
+    model.fit_reference([images(5)], progress=False)
+    torch.testing.assert_close(model(images(5)).scores, torch.full((5,), -1.0), rtol=1e-5, atol=0)  # their own nearest neighbour: cos = 1
+    assert (model(images(5, seed=1)).scores > -0.9999).all()
+
+
+# Reference --------------------------------------------------------------------------------------------------------------------
+
+
+def test_bank_holds_normalised_features_in_dataset_order():
+    model = tiny().eval()
+    x = images(5)
+    model.fit_reference([x[:2], x[2:]], progress=False)
+    views = crops_views(2, 0.54)
+    for m, k in itertools.product(range(5), range(K)):
+        z = slow_features(model, x[m], views)[0][k]
+        np.testing.assert_allclose(model.reference.bank[k, m].numpy(), z / np.linalg.norm(z), rtol=1e-4, atol=1e-6)
+
+
+def test_max_bank_size():
+    whole, part, again = tiny().eval(), tiny(max_bank_size=4).eval(), tiny(max_bank_size=4).eval()
+    for seed, model in enumerate((whole, part, again)):
+        torch.manual_seed(seed)  # the choice is fixed, whatever the global seed
+        model.fit_reference([images(9)], progress=False)
+    assert (whole.config.bank_size, part.config.bank_size) == (9, 4)
+    assert part.reference.bank.shape == (K, 4, 6)
+    assert torch.equal(part.reference.bank, again.reference.bank)
+    rows = [next(m for m in range(9) if torch.equal(whole.reference.bank[:, m], part.reference.bank[:, i])) for i in range(4)]
+    assert rows == sorted(set(rows)) != [0, 1, 2, 3]  # in order, without repetition, not simply the first
+    assert torch.equal(part.reference.lambda_sim, whole.reference.lambda_sim)  # λ are means over all images
+
+
+def test_many_test_rows_are_chunked():
+    model = tiny(num_test_views=40).eval()  # 160 rows an image: three images a chunk
+    model.fit_reference([images(4)], progress=False)
+    x = images(7, seed=1)
+    torch.testing.assert_close(model(x).scores, torch.cat([model(part[None]).scores for part in x]), rtol=1e-5, atol=0)
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+def test_augmentations_as_test_views(channels, tmp_path):
+    model = tiny(channels, test_views="augmentations", num_test_views=5).eval()
+    bank, queries = images(5, channels=channels), images(3, seed=1, channels=channels)
+    torch.manual_seed(3)
+    state = torch.get_rng_state()
+    model.fit_reference([bank], progress=False)
+    assert torch.equal(torch.get_rng_state(), state)
+    views = model.reference.views.clone()
+    assert len({tuple(view) for view in views.tolist()}) == 5
+    expected, _, _ = slow_scores(model, bank, queries, views)
+    np.testing.assert_allclose(model(queries).scores.detach().numpy(), expected, rtol=2e-5)
+    # Scoring follows the saved views, not a new draw.
+    model.save_pretrained(tmp_path)
+    loaded = AutoModel.from_pretrained(tmp_path)
+    assert torch.equal(loaded.reference.views, views)
+    loaded.reference.views = crops_views(5, 0.54)
+    assert not torch.equal(loaded(queries).scores, model(queries).scores)
+
+
+# Loss -------------------------------------------------------------------------------------------------------------------------
+
+
+def slow_contrastive_loss(z, temperature, divisor, exclude_twins=False):
+    """Eq. 6–7 on z[k][branch][i], by loops over anchors; the first two branches are A and B, a third is D."""
+    views = [(k, b, i) for k in range(len(z)) for b in range(len(z[0])) for i in range(len(z[0][0]))]
+
+    def similarity(u, v):
+        a, b = z[u[0]][u[1]][u[2]], z[v[0]][v[1]][v[2]]
+        return math.exp(float(a @ b / np.linalg.norm(a) / np.linalg.norm(b)) / temperature)
+
+    anchors = [view for view in views if view[1] < 2]
+    total = 0
+    for k, b, i in anchors:
+        others = [v for v in views if v != (k, b, i) and not (exclude_twins and v == (k, 2, i))]
+        total -= math.log(similarity((k, b, i), (k, 1 - b, i)) / sum(similarity((k, b, i), v) for v in others))
+    return total / (len(anchors) if divisor == "anchors" else len(views))
+
+
+def slow_cross_entropy(logits, labels):
+    return np.mean([math.log(np.exp(row).sum()) - row[label] for row, label in zip(logits, labels, strict=True)])
+
+
+def training_views(model, *args, seed=0, **kwargs):
+    """The output of a training step, and the views (N, C, H, W) that the encoder saw."""
+    seen = []
+    hook = model.backbone.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0].detach().clone()))
+    torch.manual_seed(seed)
+    output = model.train()(*args, **kwargs)
+    hook.remove()
+    return output, seen[0]
+
+
+def slow_losses(model, views, branches, batch_size, exclude_twins=False):
+    """L_con and L_cls of the views in the order (shift, branch, image)."""
+    with torch.no_grad():  # in training mode, where batch statistics are those of the same batch
+        features = model.encode(views)
+        z = model.projection(features).double().unflatten(0, (K, branches, batch_size)).numpy()
+        logits = model.shift_classifier(features).double().numpy()
+    labels = [k for k in range(K) for _ in range(branches * batch_size)]
+    config = model.config
+    return slow_contrastive_loss(z, config.temperature, config.loss_divisor, exclude_twins), slow_cross_entropy(logits, labels)
+
+
+@pytest.mark.parametrize("settings", [{}, {"temperature": 0.2, "loss_divisor": "views", "shift_loss_weight": 0.25}])
+def test_loss_is_equation_9(settings):
+    model = tiny(**settings)
+    output, views = training_views(model, images(3))
+    contrastive, shift = slow_losses(model, views, 2, 3)
+    assert output.losses["contrastive_loss"].item() == pytest.approx(contrastive, rel=1e-5)
+    assert output.losses["shift_loss"].item() == pytest.approx(shift, rel=1e-5)
+    assert output.loss.item() == pytest.approx(contrastive + settings.get("shift_loss_weight", 1.0) * shift, rel=1e-5)
+
+
+NO_AUGMENTATION = {"crop_scale": (1.0, 1.0), "jitter_probability": 0.0, "gray_probability": 0.0, "flip_probability": 0.0}
+
+
+@pytest.mark.parametrize("shift", ["rotate", "perm"])
+def test_views_are_the_shifted_images_in_the_order_of_the_labels(shift):
+    x = images(3)
+    _, views = training_views(tiny(shift=shift, **NO_AUGMENTATION), x)
+    expected = [shifted(x[i], k, shift) for k in range(K) for _ in "AB" for i in range(3)]
+    torch.testing.assert_close(views, torch.stack(expected))
+
+
+def test_every_view_is_augmented_by_itself():
+    _, views = training_views(tiny(), images(1).expand(3, -1, -1, -1))
+    views = views.unflatten(0, (K, 2 * 3))
+    for k in range(K):
+        assert len({view.numpy().tobytes() for view in views[k]}) == 6  # the same image, six times
+
+
+# Encoders ---------------------------------------------------------------------------------------------------------------------
+
+
+def resnet_config(**settings):
+    return ResNetConfig(
+        **{"num_channels": 1, "embedding_size": 8, "hidden_sizes": [8, 16], "depths": [1, 1], "layer_type": "basic", **settings},
+        out_features=["stage2"],
+    )
+
+
+@pytest.mark.parametrize("as_dict", [False, True])
+def test_any_auto_backbone_is_an_encoder(as_dict, tmp_path):
+    backbone = resnet_config().to_dict() if as_dict else resnet_config()
+    model = tiny(backbone_config=backbone, image_size=32)
+    assert type(model.backbone).__name__ == "ResNetBackbone"
+    x = torch.nn.functional.interpolate(images(4), (32, 32))
+    model.train()(x).loss.backward()
+    model.eval().fit_reference([x], progress=False)
+    model.save_pretrained(tmp_path)
+    loaded = AutoModel.from_pretrained(tmp_path)
+    assert type(loaded.config.backbone_config) is ResNetConfig
+    assert torch.equal(loaded(x).scores, model(x).scores)
+
+
+def test_load_backbone(tmp_path, refused):
+    source = tiny()
+    source.backbone.save_pretrained(tmp_path / "fits")
+    model = tiny()
+    torch.nn.init.zeros_(model.backbone.stem[0].weight)
+    model.load_backbone(tmp_path / "fits")
+    assert torch.equal(model.backbone.stem[0].weight, source.backbone.stem[0].weight)
+    tiny(backbone_config=SmallResNetConfig(hidden_sizes=[16], depths=[1])).backbone.save_pretrained(tmp_path / "other")
+    with refused(str(tmp_path / "other"), "backbone_config"):
+        model.load_backbone(tmp_path / "other")
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ({"backbone_config": SmallResNetConfig(num_channels=3)}, ["backbone_config.num_channels", "3", "1"]),
+        ({"backbone_config": {"hidden_sizes": [8]}}, ["backbone_config", "model_type"]),
+        ({"backbone_config": {"model_type": "small_resnet", "num_channels": 3}}, ["backbone_config.num_channels"]),
+        ({"temperature": 0}, ["temperature"]),
+        ({"crop_scale": (0.9, 0.5)}, ["crop_scale"]),
+        ({"crop_scale": (0.5,)}, ["crop_scale"]),
+        ({"color_jitter": (0.4, 0.4, 0.4)}, ["color_jitter"]),
+        ({"color_jitter": (0.4, 0.4, 0.4, 0.6)}, ["color_jitter", "hue"]),
+        ({"flip_probability": 1.5}, ["flip_probability"]),
+        ({"test_crop_scale": 0}, ["test_crop_scale"]),
+        ({"num_test_views": 0}, ["num_test_views"]),
+        ({"max_bank_size": 0}, ["max_bank_size"]),
+        ({"bank_size": -1}, ["bank_size"]),
+    ],
+)
+def test_config_values_out_of_range(settings, words, refused):
+    with refused(*words):
+        CSIConfig(**settings)
+
+
+@pytest.mark.parametrize("settings", [{"shift": "spin"}, {"loss_divisor": "all"}, {"test_views": "none"}, {"temperature": "warm"}])
+def test_config_values_of_the_wrong_kind(settings):
+    from huggingface_hub.errors import StrictDataclassError
+
+    with pytest.raises(StrictDataclassError, match=next(iter(settings))):
+        CSIConfig(**settings)

@@ -1,0 +1,127 @@
+"""Trains, fits, calibrates and scores tiny detectors; run as one process and under torchrun by test_distributed_training.py.
+
+python tests/distributed_run.py FOLDER WORLD_SIZE
+"""
+
+import sys
+from pathlib import Path
+
+import numpy as np
+import torch
+from datasets import ClassLabel, Dataset, Features, Image
+from PIL import Image as PILImage
+from safetensors.torch import save_file
+from transformers import TrainerCallback
+
+from hf_anomaly import AnomalyImageProcessor, DIAConfig, DIAModel, SmallResNetConfig
+from hf_anomaly.data import prepare
+from hf_anomaly.dissolving import DenoisingModel, DiffusionDissolver, build_scheduler, build_unet, dissolve_dataset
+from hf_anomaly.training import AnomalyTrainer, AnomalyTrainingArguments, DissolverTrainer, DissolverTrainingArguments
+
+SIZE, GLOBAL_BATCH, STEPS = 8, 8, 4
+TRAIN, CALIBRATION, TEST = 19, 7, 13  # odd: the last batches are padded under two processes
+PROCESSOR = AnomalyImageProcessor.for_images(SIZE, 1)
+
+
+class FirstGradient(TrainerCallback):
+    """The gradients of step 1, as the optimizer sees them."""
+
+    def __init__(self):
+        self.gradients = {}
+
+    def on_pre_optimizer_step(self, args, state, control, model, **kwargs):
+        if state.global_step == 0:
+            # DDP calls the model's parameters module.….
+            self.gradients = {name.removeprefix("module."): p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+
+
+def images(count, seed):
+    pixels = np.random.default_rng(seed).integers(0, 256, (count, SIZE, SIZE), dtype=np.uint8)
+    columns = {"image": [PILImage.fromarray(array) for array in pixels], "label": [0] * count}
+    return Dataset.from_dict(columns, Features({"image": Image(), "label": ClassLabel(names=["normal", "anomaly"])}))
+
+
+def diffusion():
+    torch.manual_seed(7)
+    return DiffusionDissolver(build_unet(SIZE, 1, (8, 8)), build_scheduler())
+
+
+def arguments(folder, optim):
+    return {
+        "output_dir": str(folder / "run"),
+        "max_steps": STEPS,
+        "optim": optim,
+        "learning_rate": 0.05 if optim == "sgd" else 1e-3,
+        "lr_scheduler_type": "constant",
+        "logging_steps": 1,
+        "save_strategy": "no",
+        "disable_tqdm": True,
+        "report_to": "none",
+        "ema_decay": 0.5,
+        "use_cpu": True,
+    }
+
+
+def main(folder, world_size):
+    folder = Path(folder)
+    results = {}
+
+    def train(trainer, name, callback):
+        assert trainer.args.world_size == world_size, trainer.args.world_size
+        trainer.train()
+        history = [entry for entry in trainer.state.log_history if "loss" in entry]
+        for key in ("loss", "contrastive_loss", "shift_loss"):
+            results[f"{name}/{key}"] = torch.tensor([entry[key] for entry in history if key in entry], dtype=torch.float64)
+        results.update({f"{name}/gradient/{key}": value for key, value in callback.gradients.items()})
+        results.update({f"{name}/weight/{key}": value.detach() for key, value in trainer.model.named_parameters()})
+
+    for name, optim in (("cached", "sgd"), ("on the fly", "sgd"), ("adamw", "adamw_torch")):
+        torch.manual_seed(3)
+        backbone = SmallResNetConfig(hidden_sizes=[8, 16], depths=[1, 1], norm="group")
+        model = DIAModel(DIAConfig(image_size=SIZE, backbone_config=backbone, projection_size=8, num_test_views=2))
+        train_images = images(TRAIN, 0)
+        callback = FirstGradient()
+        if name == "on the fly":
+            model.dissolver = diffusion()
+            train_dataset = train_images
+        else:
+            cache = folder / f"cache-{torch.distributed.get_rank() if torch.distributed.is_initialized() else 0}"
+            train_dataset = dissolve_dataset(train_images, diffusion(), PROCESSOR, num_variants=3, cache_dir=cache)
+        batch = GLOBAL_BATCH // world_size
+        args = AnomalyTrainingArguments(
+            **arguments(folder, optim), per_device_train_batch_size=batch, per_device_eval_batch_size=batch, false_positive_rate=0.2
+        )
+        trainer = AnomalyTrainer(
+            model,
+            args,
+            train_dataset=prepare(train_dataset, PROCESSOR),
+            reference_dataset=prepare(train_images, PROCESSOR),
+            calibration_dataset=prepare(images(CALIBRATION, 1), PROCESSOR),
+            callbacks=[callback],
+        )
+        train(trainer, name, callback)
+        trainer.fit_reference()
+        trainer.calibrate()
+        results |= {
+            f"{name}/bank": model.reference.bank,
+            f"{name}/calibration": model.calibration.scores,
+            f"{name}/threshold": model.calibration.threshold,
+            f"{name}/scores": torch.from_numpy(trainer.predict(prepare(images(TEST, 2), PROCESSOR)).predictions),
+        }
+
+    torch.manual_seed(5)
+    callback = FirstGradient()
+    args = DissolverTrainingArguments(**arguments(folder, "sgd"), per_device_train_batch_size=GLOBAL_BATCH // world_size)
+    denoising = DenoisingModel(build_unet(SIZE, 1, (8, 8)), build_scheduler())
+    trainer = DissolverTrainer(denoising, args, train_dataset=prepare(images(TRAIN, 0), PROCESSOR), callbacks=[callback])
+    train(trainer, "dissolver", callback)
+
+    if trainer.is_world_process_zero():
+        save_file({name: value.contiguous() for name, value in results.items()}, folder / f"{world_size}.safetensors")
+    trainer.accelerator.wait_for_everyone()
+    if world_size > 1:
+        torch.distributed.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main(sys.argv[1], int(sys.argv[2]))

@@ -1,0 +1,480 @@
+"""What every detector must do. A new detector adds one line to DETECTORS."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoConfig, AutoImageProcessor, AutoModel
+
+import hf_anomaly
+from hf_anomaly import (
+    AnomalyImageProcessor,
+    CSIConfig,
+    CSIModel,
+    DIAConfig,
+    DIAModel,
+    GaussianDissolver,
+    NotFittedError,
+    SmallResNetConfig,
+    image_metrics,
+)
+from hf_anomaly.calibration import Float32State
+
+
+def small_resnet(num_channels=1, **_):
+    return SmallResNetConfig(num_channels=num_channels, hidden_sizes=[8, 16], depths=[1, 1])
+
+
+def with_attributes(model, **attributes):
+    for name, value in attributes.items():
+        setattr(model, name, value)
+    return model
+
+
+# One line a detector: a tiny model that can take a training step, for images of a given size and number of channels.
+DETECTORS = {
+    "csi": lambda **shape: CSIModel(CSIConfig(backbone_config=small_resnet(**shape), projection_size=16, **shape)),
+    "dia": lambda **shape: with_attributes(
+        DIAModel(DIAConfig(backbone_config=small_resnet(**shape), projection_size=16, **shape)), dissolver=GaussianDissolver(3)
+    ),
+}
+
+SHAPES = [{"image_size": 16, "num_channels": 1}, {"image_size": 12, "num_channels": 3}, {"image_size": 13, "num_channels": 1}]
+
+
+def images(count, image_size=16, num_channels=1, seed=0):
+    """Smooth stripes of any phase and wave length: the normal class."""
+    generator = torch.Generator().manual_seed(seed)
+    phase, period, contrast = (torch.rand(count, 1, 1, 1, generator=generator) for _ in range(3))
+    x = torch.arange(image_size).view(1, 1, 1, -1)
+    stripes = (0.5 + 0.4 * contrast) * torch.sin(6.28 * (x / (6 + 4 * period) + phase))
+    noise = 0.05 * torch.randn(count, num_channels, image_size, image_size, generator=generator)
+    return (stripes + noise).clamp(-1, 1)
+
+
+def anomalies(count, image_size=16, num_channels=1, seed=0):
+    """The same stripes with a checkerboard in a corner."""
+    x = images(count, image_size, num_channels, seed)
+    side, index = image_size // 2, torch.arange(image_size // 2)
+    x[:, :, :side, :side] = ((index[:, None] // 2 + index // 2) % 2).float() * 1.6 - 0.8
+    return x
+
+
+def fitted(build, seed=0, **shape):
+    torch.manual_seed(seed)
+    model = build(**(shape or SHAPES[0])).eval()
+    shape = {"image_size": model.config.image_size, "num_channels": model.config.num_channels}
+    model.fit_reference([images(20, **shape)], progress=False)
+    model.calibrate([images(39, **shape, seed=1)], false_positive_rate=0.1, progress=False)
+    return model
+
+
+def states(model):
+    """The buffers that must stay fp32: reference and calibration."""
+    return {
+        f"{prefix}.{name}": buffer.detach().clone()
+        for prefix, module in model.named_modules()
+        if isinstance(module, Float32State)
+        for name, buffer in module.named_buffers(recurse=False)
+    }
+
+
+def train(model, steps=40, batch_size=16, seed=0):
+    """A bare loop."""
+    torch.manual_seed(seed)
+    model.train()
+    optimizer = torch.optim.AdamW(model.parameters(), 3e-3)
+    losses = []
+    for step in range(steps):
+        loss = model(images(batch_size, seed=1000 + step), epoch=0.0).loss
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    return losses
+
+
+@pytest.fixture(params=DETECTORS)
+def build(request):
+    return DETECTORS[request.param]
+
+
+@pytest.fixture
+def model(build):
+    return fitted(build)
+
+
+def bits(tensor):
+    return tensor.detach().numpy().tobytes()
+
+
+def test_every_registered_detector_is_tested():
+    assert {type(build(**SHAPES[0])) for build in DETECTORS.values()} == set(hf_anomaly.DETECTORS.values())
+
+
+# Saving and loading -----------------------------------------------------------------------------------------------------------
+
+FRESH_PROCESS = """
+import sys
+from pathlib import Path
+import torch
+import hf_anomaly
+from safetensors.torch import load_file, save_file
+from transformers import AutoConfig, AutoImageProcessor, AutoModel
+
+for folder in sorted(Path(sys.argv[1]).iterdir()):
+    model = AutoModel.from_pretrained(folder)
+    assert not model.training
+    scores = model(**load_file(folder / "inputs.safetensors")).scores
+    result = {"scores": scores, "p_values": model.p_values(scores), "flagged": model.is_anomalous(scores)}
+    classes = (type(c.from_pretrained(folder)).__name__ for c in (AutoConfig, AutoModel, AutoImageProcessor))
+    save_file({k: v.contiguous() for k, v in (result | model.state_dict()).items()}, folder / "fresh.safetensors", {"classes": " ".join(classes)})
+"""
+
+
+@pytest.fixture(scope="module")
+def fresh(tmp_path_factory):
+    """Name → (what this process computes, what another one computes from the saved folder, its classes), one process for all cases."""
+    from safetensors import safe_open
+
+    root, before = tmp_path_factory.mktemp("saved"), {}
+    for name, build in DETECTORS.items():
+        for seed in range(3):
+            for shape in SHAPES:
+                model, key = fitted(build, seed, **shape), f"{name}-{seed}-{shape['image_size']}"
+                x = torch.cat([images(5, **shape, seed=2), anomalies(6, **shape)])
+                scores = model(x).scores
+                before[key] = {"scores": scores, "p_values": model.p_values(scores), "flagged": model.is_anomalous(scores)}
+                before[key] |= {k: v.clone() for k, v in model.state_dict().items()}
+                model.save_pretrained(root / key)
+                AnomalyImageProcessor.for_images(**shape).save_pretrained(root / key)
+                save_file({"pixel_values": x}, root / key / "inputs.safetensors")
+    subprocess.run([sys.executable, "-c", FRESH_PROCESS, str(root)], check=True)
+    after = {key: load_file(root / key / "fresh.safetensors") for key in before}
+    classes = {key: safe_open(root / key / "fresh.safetensors", "pt").metadata()["classes"].split() for key in before}
+    return before, after, classes
+
+
+def test_a_fresh_process_scores_bit_for_bit_as_before(fresh):
+    before, after, _ = fresh
+    for key, expected in before.items():
+        assert expected.keys() == after[key].keys()
+        different = [name for name, value in expected.items() if bits(value) != bits(after[key][name])]
+        assert not different, key
+        assert expected["scores"].unique().numel() == 11  # the comparison means something
+
+
+def test_a_fresh_process_finds_the_classes(fresh):
+    for key, names in fresh[2].items():
+        config_class = type(DETECTORS[key.split("-")[0]](**SHAPES[0]).config)
+        assert names == [config_class.__name__, hf_anomaly.DETECTORS[config_class].__name__, "AnomalyImageProcessor"]
+
+
+def test_config_round_trip(model, tmp_path):
+    config = model.config
+    json.loads(config.to_json_string(), parse_constant=pytest.fail)  # strict JSON: no NaN, no Infinity
+    config.save_pretrained(tmp_path)
+    loaded = AutoConfig.from_pretrained(tmp_path)
+    assert type(loaded) is type(config)
+    assert loaded.to_dict() == {**config.to_dict(), "_name_or_path": str(tmp_path)}
+    assert type(config).from_dict(config.to_dict()).to_dict() == config.to_dict()
+    assert (config.image_size, config.num_channels, config.num_calibration_scores) == (16, 1, 39)
+
+
+def test_misspelt_config_field(build, refused):
+    config_class = type(build(**SHAPES[0]).config)
+    with refused("image_sise", "'image_size'"):
+        config_class(image_sise=16)
+    with refused("xyzzy", config_class.__name__):
+        config_class(xyzzy=16)
+
+
+@pytest.mark.parametrize("wrong", [{"image_size": 0}, {"num_channels": 2}, {"num_calibration_scores": -1}])
+def test_config_values_out_of_range(build, wrong, refused):
+    with refused(*wrong):
+        type(build(**SHAPES[0]).config)(**wrong)
+
+
+def test_state_dict_holds_the_detector_alone(build):
+    model = build(**SHAPES[0])
+    assert not [key for key in model.state_dict() if "dissolver" in key]
+
+
+def test_the_dissolver_stays_out_of_the_parameters_even_if_it_is_a_network(build):
+    model = build(**SHAPES[0])
+    keys = list(model.state_dict())
+    if hasattr(model, "dissolver"):
+        model.dissolver = hf_anomaly.DiffusionDissolver(*tiny_diffusion())
+    assert list(model.state_dict()) == keys
+
+
+def tiny_diffusion():
+    from hf_anomaly.dissolving import build_scheduler, build_unet
+
+    return build_unet(16, 1, (8, 16)), build_scheduler()
+
+
+def test_meta_device(model, tmp_path):
+    with torch.device("meta"):
+        empty = type(model)(model.config)
+    assert all(tensor.is_meta for tensor in empty.state_dict().values())
+    model.save_pretrained(tmp_path)
+    loaded = AutoModel.from_pretrained(tmp_path, device_map="cpu")
+    assert torch.equal(loaded(images(4)).scores, model(images(4)).scores)
+
+
+# Scores -----------------------------------------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def test_scores_depend_on_the_image_alone(model):
+    x = torch.cat([images(4, seed=2), anomalies(3)])
+    scores = model(x).scores
+    assert scores.shape == (7,)
+    assert scores.dtype == torch.float32
+    for size in (1, 3):
+        torch.testing.assert_close(torch.cat([model(part).scores for part in x.split(size)]), scores, rtol=1e-5, atol=0)
+    order = torch.tensor([6, 2, 0, 5, 3, 1, 4])
+    torch.testing.assert_close(model(x[order]).scores, scores[order], rtol=1e-5, atol=0)
+    companions = torch.cat([anomalies(2, seed=9), x[:1], torch.ones(3, 1, 16, 16)])
+    torch.testing.assert_close(model(companions).scores[2], scores[0], rtol=1e-5, atol=0)
+
+
+def test_score_iterates_over_batches(model):
+    x = torch.cat([images(4, seed=2), anomalies(3)])
+    labels = torch.tensor([0] * 4 + [1] * 3)
+    scores, found = model.score([{"pixel_values": x[:5], "labels": labels[:5]}, {"pixel_values": x[5:], "labels": labels[5:]}], progress=False)
+    with torch.no_grad():
+        torch.testing.assert_close(scores, model(x).scores, rtol=1e-5, atol=0)
+    assert torch.equal(found, labels)
+    assert model.score([x], progress=False)[1] is None
+
+
+def test_scoring_neither_draws_nor_disturbs_random_numbers(model):
+    torch.manual_seed(1)
+    state = torch.get_rng_state()
+    first = model(images(3)).scores
+    assert torch.equal(torch.get_rng_state(), state)
+    torch.manual_seed(2)
+    assert torch.equal(model(images(3)).scores, first)
+
+
+def test_eval_mode_gives_scores_and_no_loss(model):
+    output = model(images(3), labels=torch.zeros(3), output_embeddings=True)
+    assert output.loss is None
+    assert output.losses is None
+    assert output.anomaly_maps is None
+    assert output.embeddings.shape[0] == 3
+    assert model(images(3)).embeddings is None
+
+
+def test_tuples(model):
+    scores = model(images(3)).scores
+    (alone,) = model(images(3), return_dict=False)
+    assert torch.equal(alone, scores)
+    assert torch.equal(model(images(3)).to_tuple()[0], scores)
+
+
+def test_maps_or_a_reason(model, refused):
+    if model.supports_anomaly_maps:
+        maps = model(images(3), output_anomaly_maps=True).anomaly_maps
+        assert maps.shape == (3, 1, 16, 16)
+        assert maps.dtype == torch.float32
+    else:
+        with refused("output_anomaly_maps", model.unsupported_maps_reason):
+            model(images(3), output_anomaly_maps=True)
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_wrong_pixel_values(model, training, refused):
+    model.train(training)
+    with refused("(batch, 1, 16, 16)", "(2, 3, 16, 16)", "processor"):
+        model(images(2, num_channels=3))
+    with refused("(2, 1, 15, 15)"):
+        model(images(2, image_size=15))
+    with refused("(1, 16, 16)"):
+        model(images(1)[0])
+    for value in (float("nan"), float("inf")):
+        x = images(3)
+        x[1, 0, 2, 2] = value
+        with refused("pixel_values[1]", "NaN"):
+            model(x)
+
+
+# Fitting and calibrating ------------------------------------------------------------------------------------------------------
+
+
+def test_nothing_works_before_its_stage(build, refused):
+    model = build(**SHAPES[0]).eval()
+    assert not model.is_fitted
+    for use in (model, lambda x: model.score([x], progress=False), lambda x: model.calibrate([x], progress=False)):
+        with refused("fit_reference", error=NotFittedError):
+            use(images(2))
+    model.fit_reference([images(4)], progress=False)
+    assert model.is_fitted
+    scores = model(images(2)).scores
+    for use in (model.p_values, model.is_anomalous, lambda s: model.is_anomalous(s, 0.5)):
+        with refused("calibrate", error=NotFittedError):
+            use(scores)
+
+
+def test_refitting_drops_the_calibration(model, refused):
+    scores = model(images(2)).scores
+    model.p_values(scores)
+    model.fit_reference([images(5)], progress=False)
+    assert (model.config.num_calibration_scores, model.config.false_positive_rate) == (0, None)
+    with refused("calibrate", error=NotFittedError):
+        model.p_values(scores)
+
+
+def test_reset_reference(model, build, tmp_path, refused):
+    shapes = {name: buffer.shape for name, buffer in states(build(**SHAPES[0])).items()}
+    model.reset_reference()
+    assert {name: buffer.shape for name, buffer in states(model).items()} == shapes
+    with refused("fit_reference", error=NotFittedError):
+        model(images(2))
+    model.save_pretrained(tmp_path)  # as training checkpoints are
+    assert not AutoModel.from_pretrained(tmp_path).is_fitted
+
+
+def test_fitting_does_not_depend_on_the_batches(build):
+    x = images(10)
+    one, many = (fitted(build) for _ in range(2))
+    one.fit_reference([x], progress=False)
+    many.fit_reference([{"pixel_values": part, "labels": torch.zeros(len(part))} for part in x.split(3)], progress=False)
+    for (name, left), right in zip(states(one).items(), states(many).values(), strict=True):
+        torch.testing.assert_close(left, right, rtol=1e-5, atol=1e-6, msg=name)
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_fitting_and_scoring_keep_the_mode_and_the_weights(model, training):
+    model.train(training)
+    weights = {name: value.clone() for name, value in model.state_dict().items() if name not in states(model)}
+    model.fit_reference([images(4)], progress=False)
+    model.calibrate([images(4, seed=1)], progress=False)
+    assert model.training is training
+    assert all(torch.equal(model.state_dict()[name], value) for name, value in weights.items())
+
+
+@pytest.mark.parametrize("method", ["fit_reference", "calibrate"])
+def test_only_normal_images_and_at_least_one(model, method, refused):
+    before = states(model)
+    with refused(method, "image 2", "anomalous"):
+        getattr(model, method)([{"pixel_values": images(3), "labels": torch.tensor([0, 0, 1])}], progress=False)
+    with refused("normal"):
+        getattr(model, method)([], progress=False)
+    assert all(torch.equal(before[name], buffer) for name, buffer in states(model).items())
+
+
+@pytest.mark.parametrize("rate", [0, 1, -0.1, 2, float("nan")])
+def test_false_positive_rate_out_of_range(model, rate, refused):
+    before, fields = states(model), model.config.to_dict()
+    with refused("false_positive_rate"):
+        model.calibrate([images(5)], false_positive_rate=rate, progress=False)
+    assert all(torch.equal(before[name], buffer) for name, buffer in states(model).items())
+    assert model.config.to_dict() == fields
+
+
+def test_verdicts_are_the_threshold(model):
+    scores = torch.cat([model(images(20, seed=3)).scores, model.calibration.scores]).detach()
+    threshold = model.calibration.threshold
+    assert torch.equal(model.is_anomalous(scores), scores > threshold)
+    assert not model.is_anomalous(threshold[None]).any()  # strictly above
+    assert torch.equal(model.is_anomalous(scores), model.p_values(scores) <= model.config.false_positive_rate)
+
+
+# Training ---------------------------------------------------------------------------------------------------------------------
+
+
+def test_training_mode_gives_losses_and_no_scores(build):
+    torch.manual_seed(0)
+    model = build(**SHAPES[0]).train()  # unfitted: training needs no reference
+    output = model(images(4), labels=torch.zeros(4), epoch=0.0)
+    assert output.scores is None
+    assert output.anomaly_maps is None
+    assert output.loss.shape == ()
+    assert output.losses
+    assert all(name.endswith("_loss") and value.shape == () for name, value in output.losses.items())
+    output.loss.backward()
+    for name, parameter in model.named_parameters():
+        assert parameter.grad is not None, name
+        assert torch.isfinite(parameter.grad).all(), name
+        assert parameter.grad.any(), name
+
+
+def test_training_draws_from_the_global_seed(build):
+    model = build(**SHAPES[0]).train()
+
+    def loss(seed):
+        torch.manual_seed(seed)
+        return model(images(4), epoch=0.0).loss.item()
+
+    assert loss(1) == loss(1) != loss(2)
+
+
+def test_training_tells_normal_from_anomalous(build):
+    torch.manual_seed(0)
+    model = build(**SHAPES[0])
+    losses = train(model)
+    assert torch.isfinite(torch.tensor(losses)).all()
+    assert sum(losses[-5:]) < sum(losses[:5])
+    model.eval().fit_reference([images(64, seed=1)], progress=False)
+    with torch.no_grad():
+        normal, anomalous = model(images(40, seed=2)).scores, model(anomalies(40, seed=3)).scores
+    assert normal.mean() < anomalous.mean()
+    assert image_metrics(torch.cat([normal, anomalous]).numpy(), [0] * 40 + [1] * 40)["auroc"] > 0.9
+
+
+# Data types -------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float16])
+def test_casts_leave_reference_and_calibration_alone(model, dtype):
+    before = states(model)
+    model.half() if dtype == torch.float16 else model.to(dtype)
+    assert model.dtype == dtype
+    assert all(parameter.dtype == dtype for parameter in model.parameters())
+    for name, buffer in states(model).items():
+        assert buffer.dtype == torch.float32
+        assert bits(buffer) == bits(before[name]), name
+    model.float()
+    assert all(bits(buffer) == bits(before[name]) for name, buffer in states(model).items())
+
+
+@torch.no_grad()
+def test_bfloat16_ranks_as_float32(model):
+    blend = torch.linspace(0, 1, 40).view(-1, 1, 1, 1)
+    x = images(40, seed=2) * (1 - blend) + blend * anomalies(40, seed=5)
+    exact = model(x).scores
+    model.to(torch.bfloat16)
+    rounded = model.score([x], progress=False)[0]
+    assert rounded.dtype == torch.float32
+    ranks = torch.stack([s.argsort().argsort().float() for s in (exact, rounded)])
+    assert torch.corrcoef(ranks)[0, 1] > 0.9
+
+
+def test_loading_in_bfloat16_equals_casting(model, tmp_path):
+    model.save_pretrained(tmp_path)
+    loaded = AutoModel.from_pretrained(tmp_path, dtype=torch.bfloat16)
+    model.to(torch.bfloat16)
+    assert loaded.dtype == torch.bfloat16
+    for name, value in model.state_dict().items():
+        assert loaded.state_dict()[name].dtype == value.dtype, name
+        assert torch.equal(loaded.state_dict()[name], value), name
+    assert torch.equal(loaded.score([images(5)], progress=False)[0], model.score([images(5)], progress=False)[0])
+
+
+def test_the_processor_and_a_cast_model_go_together(model):
+    processor = AnomalyImageProcessor.for_images(16, 1)
+    inputs = processor(images=list(images(3) / 2 + 0.5), return_tensors="pt")
+    for dtype in (torch.float64, torch.bfloat16):
+        assert model.to(dtype)(**inputs).scores.dtype == torch.float32
+
+
+def test_auto_image_processor(model, tmp_path):
+    model.save_pretrained(tmp_path)
+    AnomalyImageProcessor.for_images(16, 1).save_pretrained(tmp_path)
+    assert type(AutoImageProcessor.from_pretrained(tmp_path)) is AnomalyImageProcessor

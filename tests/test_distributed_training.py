@@ -1,0 +1,90 @@
+"""Two processes with batches of b train as one with batches of 2b, on an encoder without batch statistics."""
+
+import importlib.util
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+SCRIPT = Path(__file__).with_name("distributed_run.py")
+DETECTORS = ["cached", "on the fly", "adamw"]
+KINDS = [*DETECTORS, "dissolver"]
+
+
+def load_script():
+    spec = importlib.util.spec_from_file_location("distributed_run", SCRIPT)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+script = load_script()
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    """What one process and two gloo processes got."""
+    folder = tmp_path_factory.mktemp("distributed")
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--master_addr=127.0.0.1", f"--master_port={port}"]
+    # Without the variable accelerate looks for GPUs; the script checks the world size.
+    environment = os.environ | {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    two = subprocess.Popen(
+        [*command, str(SCRIPT), str(folder), "2"], env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
+    script.main(folder, 1)
+    output, _ = two.communicate(timeout=300)
+    assert two.returncode == 0, output
+    return load_file(folder / "1.safetensors"), load_file(folder / "2.safetensors")
+
+
+def close(runs, prefix, **tolerance):
+    one, two = ({name: value for name, value in run.items() if name.startswith(prefix)} for run in runs)
+    assert one.keys() == two.keys()
+    assert one
+    for name in one:
+        torch.testing.assert_close(two[name], one[name], msg=lambda text, name=name: f"{name}: {text}", **tolerance)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_losses(runs, kind):
+    assert len(runs[0][f"{kind}/loss"]) == script.STEPS
+    for name in ("loss",) if kind == "dissolver" else ("loss", "contrastive_loss", "shift_loss"):
+        close(runs, f"{kind}/{name}", rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(*(run[f"{kind}/{name}"][0] for run in runs), rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_gradients_of_the_first_step(runs, kind):
+    close(runs, f"{kind}/gradient/", rtol=1e-3, atol=1e-5)
+    assert any(value.abs().max() > 1e-2 for name, value in runs[0].items() if name.startswith(f"{kind}/gradient/"))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_averaged_weights(runs, kind):
+    close(runs, f"{kind}/weight/", rtol=1e-3, atol=2e-4)
+
+
+@pytest.mark.parametrize("kind", DETECTORS)
+def test_the_bank_is_in_dataset_order_each_image_once(runs, kind):
+    assert runs[1][f"{kind}/bank"].shape == (4, script.TRAIN, 8)
+    close(runs, f"{kind}/bank", rtol=1e-3, atol=1e-3)
+    bank = runs[0][f"{kind}/bank"]
+    distance = (bank[0, :, None] - bank[0, None]).norm(dim=-1) + torch.eye(script.TRAIN)
+    assert distance.min() > 5e-3  # so that another order would not pass for the same
+
+
+@pytest.mark.parametrize("kind", DETECTORS)
+def test_scores_and_calibration(runs, kind):
+    for name, count in (("calibration", script.CALIBRATION), ("scores", script.TEST)):
+        assert runs[1][f"{kind}/{name}"].shape == (count,)
+        close(runs, f"{kind}/{name}", rtol=1e-4, atol=1e-4)
+        assert runs[0][f"{kind}/{name}"].unique().numel() == count
+    close(runs, f"{kind}/threshold", rtol=1e-4, atol=1e-4)

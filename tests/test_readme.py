@@ -1,0 +1,51 @@
+"""The README's commands parse and its code runs, in the order in which a reader meets them."""
+
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text()
+
+
+def blocks(language: str) -> list[str]:
+    return re.findall(rf"```{language}\n(.*?)```", README, re.DOTALL)
+
+
+def script_commands() -> list[list[str]]:
+    lines = [line.split("#")[0] for block in blocks("bash") for line in block.splitlines()]
+    commands = [part.strip() for line in lines for part in line.split("&&") if "scripts/" in part]
+    words = [shlex.split(command) for command in commands]
+    return [command[next(i for i, word in enumerate(command) if word.startswith("scripts/")) :] for command in words]
+
+
+def test_the_readme_has_its_commands():
+    assert any(command == ["scripts/train_dia.py"] for command in script_commands())
+    assert len(blocks("python")) >= 3
+
+
+@pytest.mark.parametrize("command", script_commands(), ids=" ".join)
+def test_flags_exist(command):
+    usage = subprocess.run([sys.executable, command[0], "--help"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    for word in command[1:]:
+        if word.startswith("--"):
+            assert re.search(rf"^\s+{word}\b", usage, re.MULTILINE), f"{command[0]} has no {word}"
+
+
+def test_python_blocks_run(tmp_path):
+    """After the main command, cut to a few steps."""
+    steps = ["--max_steps", "4", "--dissolver_steps", "4", "--dissolved_variants", "1", "--disable_tqdm", "true"]
+    subprocess.run([sys.executable, str(ROOT / "scripts/train_dia.py"), *steps], cwd=tmp_path, check=True, capture_output=True)
+    code = "\n".join(blocks("python"))
+    check = "\nassert scores.shape == p_values.shape == flagged.shape == (4,)\n"
+    result = subprocess.run([sys.executable, "-c", code + check], cwd=tmp_path, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    assert (tmp_path / "runs" / "python" / "model.safetensors").is_file()
+
+
+def test_ci_runs_the_test_command_of_the_readme():
+    assert re.search(r"^pip install .*pytest", README, re.MULTILINE)

@@ -1,0 +1,396 @@
+import itertools
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import datasets
+import numpy as np
+import pytest
+import torch
+from datasets import ClassLabel, Dataset, Features, Image
+from PIL import Image as PILImage
+from safetensors.torch import load_file
+from transformers import TrainerCallback
+
+from hf_anomaly import AnomalyImageProcessor, CSIConfig, CSIModel, DIAConfig, DIAModel, InputError, SmallResNetBackbone, SmallResNetConfig
+from hf_anomaly.data import prepare
+from hf_anomaly.dissolving import DenoisingModel, DiffusionDissolver, build_scheduler, build_unet, dissolve_dataset
+from hf_anomaly.training import AnomalyTrainer, AnomalyTrainingArguments, DissolverTrainer, DissolverTrainingArguments
+
+datasets.disable_progress_bars()
+
+SIZE, BATCH, EPOCH = 8, 4, 5  # 5 steps an epoch
+PROCESSOR = AnomalyImageProcessor.for_images(SIZE, 1)
+
+
+def images(count, seed=0, anomalous=0):
+    """Blurry normals, then noise."""
+    rng = np.random.default_rng(seed)
+    ramps = np.linspace(40, 200, SIZE)[None, :, None] + rng.integers(-30, 30, (count - anomalous, 1, SIZE))
+    pixels = np.concatenate([ramps, rng.integers(0, 255, (anomalous, SIZE, SIZE))]).astype(np.uint8)
+    columns = {"image": [PILImage.fromarray(array) for array in pixels], "label": [0] * (count - anomalous) + [1] * anomalous}
+    return Dataset.from_dict(columns, Features({"image": Image(), "label": ClassLabel(names=["normal", "anomaly"])}))
+
+
+def diffusion():
+    torch.manual_seed(7)
+    return DiffusionDissolver(build_unet(SIZE, 1, (8, 8)), build_scheduler())
+
+
+def detector(config_class=CSIConfig, norm="batch"):
+    torch.manual_seed(3)
+    backbone = SmallResNetConfig(hidden_sizes=[8, 16], depths=[1, 1], norm=norm)
+    config = config_class(image_size=SIZE, backbone_config=backbone, projection_size=8, num_test_views=2)
+    return (DIAModel if config_class is DIAConfig else CSIModel)(config)
+
+
+@pytest.fixture
+def make(tmp_path):
+    """Makes a trainer of one of the kinds below, always of the same initial weights and images."""
+
+    def make(kind="csi", folder="run", *, eval_dataset=None, train_dataset=None, callbacks=None, **arguments):
+        common = {
+            "output_dir": str(tmp_path / folder),
+            "max_steps": 12,
+            "per_device_train_batch_size": BATCH,
+            "logging_steps": 1,
+            "save_strategy": "no",
+            "ema_decay": 0.9,
+            "disable_tqdm": True,
+            "report_to": "none",
+            "use_cpu": True,
+        } | arguments
+        train_dataset = images(BATCH * EPOCH) if train_dataset is None else train_dataset
+        if kind == "dissolver":
+            torch.manual_seed(5)
+            model = DenoisingModel(build_unet(SIZE, 1, (8, 8)), build_scheduler())
+            args = DissolverTrainingArguments(**common)
+            return DissolverTrainer(model, args, train_dataset=prepare(train_dataset, PROCESSOR), callbacks=callbacks)
+        model = detector(CSIConfig if kind == "csi" else DIAConfig)
+        if kind == "cached":
+            train_dataset = dissolve_dataset(train_dataset, diffusion(), PROCESSOR, num_variants=3, cache_dir=tmp_path / "cache")
+        elif kind == "on the fly":
+            model.dissolver = diffusion()
+        return AnomalyTrainer(
+            model,
+            AnomalyTrainingArguments(**common),
+            train_dataset=prepare(train_dataset, PROCESSOR),
+            eval_dataset=None if eval_dataset is None else prepare(eval_dataset, PROCESSOR),
+            processing_class=PROCESSOR,
+            callbacks=callbacks,
+        )
+
+    return make
+
+
+def losses(trainer):
+    """[(step, loss, named losses …), …] as logged."""
+    names = ("step", "loss", "contrastive_loss", "shift_loss")
+    return [tuple(entry.get(name) for name in names) for entry in trainer.state.log_history if "loss" in entry]
+
+
+def weights(trainer):
+    return {name: tensor.clone() for name, tensor in trainer.model.state_dict().items()}
+
+
+def assert_same(first, second):
+    assert first.keys() == second.keys()
+    different = [name for name in first if not torch.equal(first[name], second[name])]
+    assert not different
+
+
+# Reproducing
+
+
+def test_the_seed_decides(make):
+    runs = {}
+    for folder, seed in (("first", 1), ("again", 1), ("other", 2)):
+        trainer = make("on the fly", folder, seed=seed, max_steps=6)
+        trainer.train()
+        runs[folder] = losses(trainer), weights(trainer)
+        torch.rand(3)  # the state that a run leaves or finds must not matter
+    assert runs["first"][0] == runs["again"][0]
+    assert_same(runs["first"][1], runs["again"][1])
+    assert [entry[1] for entry in runs["first"][0]] != [entry[1] for entry in runs["other"][0]]
+
+
+def test_training_leaves_the_global_random_state_of_a_step_alone(make):
+    trainer = make(max_steps=1)
+    batch = trainer.data_collator([trainer.train_dataset[i] for i in range(BATCH)])
+    before = torch.get_rng_state()
+    trainer.compute_loss(trainer.model.train(), batch)
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_micro_steps_draw_different_numbers(make):
+    """Of one image repeated, views differ by what is drawn alone."""
+    one = images(1).select([0] * BATCH * EPOCH)
+
+    def views(folder, steps, accumulation):
+        seen = []
+        trainer = make("csi", folder, max_steps=steps, gradient_accumulation_steps=accumulation, train_dataset=one)
+        trainer.model.backbone.register_forward_pre_hook(lambda module, arguments: seen.append(arguments[0].detach().clone()))
+        trainer.train()
+        return seen
+
+    accumulated, plain = views("accumulated", 2, 2), views("plain", 2, 1)
+    assert len(accumulated) == 4
+    assert not any(torch.equal(a, b) for a, b in itertools.combinations(accumulated, 2))
+    assert torch.equal(accumulated[0], plain[0])
+    assert torch.equal(accumulated[2], plain[1])  # a step's first micro-step, however many there are
+
+
+@pytest.mark.parametrize("decay", [0.3, 0.0])
+def test_the_model_ends_with_the_average_of_the_weights(make, decay):
+    after_each_step = []
+
+    class Record(TrainerCallback):
+        def on_step_end(self, args, state, control, model, **kwargs):
+            after_each_step.append({name: p.detach().double() for name, p in model.named_parameters()})
+
+    trainer = make(callbacks=[Record()], ema_decay=decay, max_steps=6)
+    trainer.train()
+    average = after_each_step[0]
+    for step, current in enumerate(after_each_step[1:], 2):
+        d = min(decay, step / (step + 9))  # diffusers' EMAModel starts with small decays
+        average = {name: d * average[name] + (1 - d) * current[name] for name in average}
+    for name, parameter in trainer.model.named_parameters():
+        torch.testing.assert_close(parameter.detach().double(), average[name], rtol=1e-5, atol=1e-6)
+    moved = any(not torch.equal(p.detach().double(), after_each_step[-1][name]) for name, p in trainer.model.named_parameters())
+    assert moved == (decay > 0)
+
+
+def test_named_losses_are_logged(make):
+    trainer = make(max_steps=4, logging_steps=2)
+    trainer.train()
+    assert [entry[0] for entry in losses(trainer)] == [2, 4]
+    for _, loss, contrastive, shift in losses(trainer):
+        assert loss == pytest.approx(contrastive + shift, rel=1e-5)  # λ = 1
+
+
+# Evaluating in mid-training
+
+
+def test_evaluation_does_not_disturb_training(make, tmp_path):
+    plain = make("cached", "plain")
+    plain.train()
+    evaluated = make(
+        "cached", "evaluated", eval_dataset=images(11, 1, 5), eval_strategy="steps", eval_steps=3, save_strategy="steps", save_steps=3,
+        save_total_limit=None,
+    )  # fmt: skip
+    evaluated.train()
+    scores = [entry for entry in evaluated.state.log_history if "eval_auroc" in entry]
+    assert [entry["step"] for entry in scores] == [3, 6, 9, 12]
+    assert all(0 <= entry[f"eval_{name}"] <= 1 for entry in scores for name in ("auroc", "average_precision", "fpr_at_95_tpr"))
+    assert losses(evaluated) == losses(plain)
+    assert_same(weights(evaluated), weights(plain))
+    for step in (3, 6, 9, 12):
+        folder = tmp_path / "evaluated" / f"checkpoint-{step}"
+        assert json.loads((folder / "config.json").read_text())["bank_size"] == 0
+        assert load_file(folder / "model.safetensors")["reference.bank"].shape[1] == 0
+        assert not DIAModel.from_pretrained(folder).is_fitted
+
+
+def test_evaluation_scores_the_averaged_weights(make):
+    labelled = images(11, 1, 5)
+    trainer = make(eval_dataset=labelled, eval_strategy="steps", eval_steps=6, max_steps=6)
+    trainer.train()
+    [logged] = [entry["eval_auroc"] for entry in trainer.state.log_history if "eval_auroc" in entry]
+    trainer.fit_reference()  # the model now holds the average
+    prediction = trainer.predict(prepare(labelled, PROCESSOR))
+    assert prediction.metrics["test_auroc"] == logged
+    assert prediction.predictions.shape == (11,)
+    assert prediction.label_ids.tolist() == [0] * 6 + [1] * 5
+    assert trainer.model.is_fitted  # a fitted detector stays fitted
+
+
+def test_training_again_starts_unfitted(make):
+    trainer = make(max_steps=2, save_strategy="steps", save_steps=2)
+    trainer.fit_reference()
+    assert trainer.model.is_fitted
+    trainer.train()
+    assert not trainer.model.is_fitted
+
+
+def test_no_calibration_images(make):
+    trainer = make()
+    trainer.fit_reference()
+    with pytest.raises(InputError, match="^there are no calibration images: .*--calibration_fraction"):
+        trainer.calibrate()
+
+
+def test_fewer_images_than_a_batch(make):
+    with pytest.raises(InputError, match="3 training images, fewer than one batch of 4: set --per_device_train_batch_size"):
+        make(train_dataset=images(3)).train()
+
+
+# Checkpoints
+
+
+@pytest.mark.parametrize("kind", ["csi", "cached", "on the fly", "dissolver"])
+def test_a_resumed_run_is_the_uninterrupted_one(make, kind, tmp_path):
+    whole = make(kind, "whole", save_strategy="steps", save_steps=1, save_total_limit=None)
+    whole.train()
+    for step in (EPOCH, EPOCH + 1):  # at the end of an epoch, and within the next one
+        resumed = make(kind, f"resumed-{step}")
+        with torch.no_grad():
+            next(resumed.model.parameters()).zero_()  # all of the state has to come from the checkpoint
+        torch.manual_seed(step)
+        resumed.train(str(tmp_path / "whole" / f"checkpoint-{step}"))
+        assert len(losses(resumed)) == 12
+        assert losses(resumed) == losses(whole)
+        assert_same(weights(resumed), weights(whole))
+
+
+def test_resuming_with_accumulation(make, tmp_path):
+    options = {"gradient_accumulation_steps": 2, "max_steps": 5}  # 2.5 steps an epoch
+    whole = make("cached", "whole", save_strategy="steps", save_steps=1, save_total_limit=None, **options)
+    whole.train()
+    resumed = make("cached", "resumed", **options)
+    resumed.train(str(tmp_path / "whole" / "checkpoint-2"))
+    assert losses(resumed) == losses(whole)
+    assert_same(weights(resumed), weights(whole))
+
+
+def test_what_a_checkpoint_holds(make, tmp_path):
+    make(save_strategy="steps", save_steps=4).train()
+    assert [path.name for path in (tmp_path / "run").iterdir()] == ["checkpoint-12"]  # save_total_limit is 1, and nothing is left beside it
+    names = {path.name for path in (tmp_path / "run" / "checkpoint-12").iterdir()}
+    assert {"model.safetensors", "ema.safetensors", "trainer_state.json", "training_args.json", "preprocessor_config.json"} <= names
+    assert "training_args.bin" not in names
+    assert json.loads((tmp_path / "run" / "checkpoint-12" / "training_args.json").read_text())["ema_decay"] == 0.9
+
+
+def test_save_total_limit(make, tmp_path):
+    make(save_strategy="steps", save_steps=3, save_total_limit=2).train()
+    assert {path.name for path in (tmp_path / "run").iterdir()} == {"checkpoint-9", "checkpoint-12"}
+
+
+def test_the_best_checkpoint_is_loaded_with_its_average(make, tmp_path):
+    # Each image once as normal and once as anomalous: all evaluations tie, and the first stays the best.
+    pairs = images(4)
+    pairs = datasets.concatenate_datasets([pairs, pairs.remove_columns("label").add_column("label", [1] * 4, feature=pairs.features["label"])])
+    trainer = make(
+        eval_dataset=pairs, eval_strategy="steps", eval_steps=3, save_strategy="steps", save_steps=3, save_total_limit=1,
+        load_best_model_at_end=True, metric_for_best_model="auroc",
+    )  # fmt: skip
+    trainer.train()
+    best = tmp_path / "run" / "checkpoint-3"
+    assert Path(trainer.state.best_model_checkpoint) == best
+    assert [path.name for path in (tmp_path / "run").iterdir()] == ["checkpoint-3"]
+    average, saved = load_file(best / "ema.safetensors"), load_file(best / "model.safetensors")
+    for i, parameter in enumerate(trainer.model.parameters()):
+        assert torch.equal(parameter, average[str(i)])
+    for name, buffer in trainer.model.named_buffers():
+        assert torch.equal(buffer, saved[name])
+
+
+def test_resuming_keeps_the_best_checkpoint(make, tmp_path):
+    options = {"eval_strategy": "steps", "eval_steps": 3, "save_strategy": "steps", "save_steps": 3, "save_total_limit": 3}
+    options |= {"load_best_model_at_end": True, "metric_for_best_model": "auroc", "eval_dataset": images(11, 1, 5)}
+    whole = make("csi", "run", **options)
+    whole.train()
+    resumed = make("csi", "run", **options)
+    resumed.train(str(tmp_path / "run" / "checkpoint-9"))
+    assert resumed.state.best_model_checkpoint == whole.state.best_model_checkpoint
+    assert_same(weights(resumed), weights(whole))
+
+
+def test_half_written_checkpoints_are_ignored_and_removed(make, tmp_path):
+    options = {"save_strategy": "steps", "save_steps": 6}
+    first = make(**options, max_steps=12, save_total_limit=None)
+    first.train()
+    half = tmp_path / "run" / ".incomplete" / "checkpoint-13"
+    half.mkdir(parents=True)
+    (half / "trainer_state.json").write_text("{")
+    resumed = make(**options, save_total_limit=None)
+    resumed.train(resume_from_checkpoint=True)
+    assert losses(resumed) == losses(first)
+    assert not half.parent.exists()
+
+
+def test_a_folder_that_is_no_checkpoint(make, tmp_path):
+    half = tmp_path / "checkpoint-6"
+    half.mkdir()
+    (half / "model.safetensors").write_bytes(b"")
+    with pytest.raises(InputError, match=r"^\S*checkpoint-6 is not a complete checkpoint: [^\n]*trainer_state\.json[^\n]*$"):
+        make().train(str(half))
+
+
+def test_resuming_where_there_is_nothing_yet_starts_from_the_beginning(make):
+    """A run killed before its first checkpoint is repeated with the same command as any other."""
+    plain, resumed = make("csi", "plain", max_steps=2), make("csi", "resumed", max_steps=2)
+    plain.train()
+    resumed.train(resume_from_checkpoint=True)
+    assert losses(resumed) == losses(plain)
+
+
+def test_a_checkpoint_without_an_average(make, tmp_path):
+    make("csi", "run", save_strategy="steps", save_steps=6, ema_decay=0.0, save_total_limit=None).train()
+    with pytest.raises(InputError, match=r"ema\.safetensors.*--ema_decay 0"):
+        make("csi", "other").train(str(tmp_path / "run" / "checkpoint-6"))
+
+
+def test_checkpoints_are_not_pushed(make, tmp_path, monkeypatch):
+    """Trainer pushes through the Hub's client, which is not to be reached."""
+    import huggingface_hub
+
+    pushed = []
+    for name in ("upload_folder", "create_commit", "create_repo"):
+        monkeypatch.setattr(huggingface_hub.HfApi, name, lambda self, *args, **kwargs: pushed.append(kwargs))
+    trainer = make(save_strategy="steps", save_steps=1, max_steps=2, hub_strategy="all_checkpoints")
+    trainer.args.push_to_hub = True  # set here, as the constructor would create the repository at once
+    trainer.hub_model_id = "someone/something"
+    trainer.train()
+    assert (tmp_path / "run" / "checkpoint-2").is_dir()
+    assert not pushed
+
+
+# A killed process
+
+
+def test_a_killed_run_resumes_bit_for_bit(tmp_path):
+    torch.manual_seed(0)
+    SmallResNetBackbone(SmallResNetConfig(hidden_sizes=[8, 16], depths=[1, 1])).save_pretrained(tmp_path / "backbone")
+    script = Path(__file__).parents[1] / "scripts" / "train_dia.py"
+    environment = os.environ | {"HF_DATASETS_CACHE": str(tmp_path / "cache"), "HF_HUB_OFFLINE": "1"}
+
+    def start(folder, *more):
+        options = ["--max_steps=30", "--save_steps=4", "--logging_steps=1", "--save_total_limit=3", "--dissolver_steps=3"]
+        options += ["--dissolved_variants=2", "--report_to=none", "--use_cpu=true", f"--backbone={tmp_path / 'backbone'}"]
+        command = [sys.executable, str(script), f"--output_dir={tmp_path / folder}", *options, *more]
+        return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+
+    killed, whole = start("killed"), start("whole")
+    deadline = time.monotonic() + 240
+    while not list((tmp_path / "killed").glob("checkpoint-*")) and killed.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.005)
+    os.kill(killed.pid, signal.SIGKILL)
+    output, _ = killed.communicate()
+    assert killed.returncode == -signal.SIGKILL, output
+    assert not (tmp_path / "killed" / "config.json").exists()
+    reached = max(int(path.name.split("-")[1]) for path in (tmp_path / "killed").glob("checkpoint-*"))
+    assert 4 <= reached < 30
+
+    resumed = start("killed", "--resume_from_checkpoint=true")
+    for process in (resumed, whole):
+        output, _ = process.communicate(timeout=240)
+        assert process.returncode == 0, output
+
+    def read(folder, name):
+        return json.loads((tmp_path / folder / name).read_text())
+
+    histories = []
+    for folder in ("killed", "whole"):
+        history = [entry for entry in read(folder, "checkpoint-30/trainer_state.json")["log_history"] if "loss" in entry]
+        histories.append([(entry["step"], entry["loss"], entry["contrastive_loss"], entry["shift_loss"]) for entry in history])
+    assert len(histories[0]) == 30
+    assert histories[0] == histories[1]
+    results = [{name: value for name, value in read(folder, "eval_results.json").items() if name != "seconds"} for folder in ("killed", "whole")]
+    assert results[0] == results[1]
+    states = [load_file(tmp_path / folder / "model.safetensors") for folder in ("killed", "whole")]
+    assert_same(*states)  # with bank, threshold and calibration scores
