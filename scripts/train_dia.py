@@ -49,6 +49,11 @@ class DissolverArguments:
         default=None, metadata={"help": "Train it on noise levels below this only. Default: twice t_max; the paper takes all 1000."}
     )
 
+    def __post_init__(self):
+        for name, least in (("dissolved_variants", 0), ("dissolver_steps", 1), ("dissolver_batch_size", 1)):
+            if getattr(self, name) < least:
+                raise InputError(f"--{name} must be at least {least}, got {getattr(self, name)}")
+
 
 @dataclass
 class DetectorArguments:
@@ -73,12 +78,12 @@ def make_dissolver(args: DissolverArguments, training_args, splits, processor) -
     """The dissolver that the arguments ask for, trained now if it has to be."""
     folder = Path(training_args.output_dir, "dissolver")
     kernel = {} if args.blur_kernel_size is None else {"kernel_size": args.blur_kernel_size}
-    if args.dissolver == "none":
-        return None
     if args.dissolver in ("gaussian", "median"):
         return DISSOLVERS[args.dissolver](**kernel, resolution=args.dissolving_resolution)
     if kernel:
         raise InputError(f"--blur_kernel_size belongs to the gaussian and median dissolvers, not to {args.dissolver!r}")
+    if args.dissolver == "none":
+        return None
     if args.dissolver == "resize":
         return DISSOLVERS["resize"](resolution=args.dissolving_resolution)
     if args.dissolver == "identity":
@@ -122,7 +127,10 @@ def main() -> None:
     }
     settings |= {"image_size": image_size, "num_channels": splits.num_channels, "crop_scale": (detector_args.crop_scale_min, 1.0)}
     if detector_args.backbone is not None:
-        settings["backbone_config"] = AutoConfig.from_pretrained(detector_args.backbone)
+        try:
+            settings["backbone_config"] = AutoConfig.from_pretrained(detector_args.backbone)
+        except (OSError, ValueError) as error:
+            raise InputError(f"--backbone {detector_args.backbone!r} cannot be loaded: {error}") from error
     # Built before anything long runs, so that a wrong value is refused at once.
     set_seed(training_args.seed)
     design = {"similarity_design": detector_args.similarity_design}
@@ -132,6 +140,10 @@ def main() -> None:
 
     dissolver, train_dataset = make_dissolver(dissolver_args, training_args, splits, processor), splits.train
     if dissolver is not None:
+        if training_args.should_save:
+            folder = Path(training_args.output_dir, "dissolver")
+            shutil.rmtree(folder, ignore_errors=True)  # an earlier run's may have been of another kind
+            dissolver.save_pretrained(folder)
         dissolver.to(training_args.device)
         model.config.dissolver, model.config.dissolver_settings = dissolver.kind, dissolver.settings()
         model.dissolver = dissolver

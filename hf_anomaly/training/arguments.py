@@ -103,9 +103,14 @@ def parse_arguments(*classes: type, description: str, argv: list[str] | None = N
     """Parses the command line into dataclasses, one of each class.
 
     Raises:
-        InputError: an unknown flag (with the nearest known one), or a value out of range.
+        InputError: an unknown flag (with the nearest known one), a missing one, or a value out of range.
     """
+
+    def refuse(message):
+        raise InputError(f"{message}; --help lists all")
+
     parser = HfArgumentParser(classes, description=description, allow_abbrev=False)
+    parser.error = refuse  # argparse would print every flag there is
     *parsed, rest = parser.parse_args_into_dataclasses(args=sys.argv[1:] if argv is None else argv, return_remaining_strings=True)
     if rest:
         flags = [option for action in parser._actions for option in action.option_strings]

@@ -9,7 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from huggingface_hub.errors import StrictDataclassError
+from huggingface_hub.errors import HfHubHTTPError, StrictDataclassError
 from transformers import set_seed
 
 from ..cards import write_card
@@ -34,7 +34,7 @@ def run_script(main: Callable[[], None]) -> None:
     logging.getLogger("hf_anomaly").setLevel(logging.INFO)
     try:
         main()
-    except (InputError, NotFittedError, StrictDataclassError) as error:
+    except (InputError, NotFittedError, StrictDataclassError, HfHubHTTPError) as error:
         reason = error.__cause__ if isinstance(error, StrictDataclassError) and error.__cause__ else error
         print(f"error: {' '.join(str(reason).split())}", file=sys.stderr)
         sys.exit(2)
@@ -66,6 +66,16 @@ def default_output_dir(args, name: str) -> None:
     """Fills in `--output_dir` where none was given: runs/<name>."""
     if args.output_dir is None or args.output_dir == "trainer_output":
         args.output_dir = os.path.join("runs", name)
+
+
+def fit_batch_size(args, num_images: int) -> None:
+    """Lowers the training batch to the number of images where there are fewer: a folder of 20 normals trains too."""
+    largest = max(1, num_images // max(1, args.world_size))
+    if args.dataloader_drop_last and args.per_device_train_batch_size > largest:
+        logger.warning(
+            "There are %d training images: the batch is lowered from %d to %d", num_images, args.per_device_train_batch_size, largest
+        )
+        args.per_device_train_batch_size = largest
 
 
 def write_json(path: Path, content: dict) -> None:
@@ -127,6 +137,7 @@ def train_dissolver(
     """
     step = 2 ** (len(block_out_channels) - 1)
     resolution = min(resolution, -(-processor.size["height"] // step) * step)
+    fit_batch_size(args, len(train_dataset))
     set_seed(args.seed)
     unet, scheduler = build_unet(resolution, processor.num_channels, block_out_channels), build_scheduler()
     DiffusionDissolver(unet, scheduler, t_min, t_max)  # refuses a bad range now, not after the training
@@ -207,6 +218,7 @@ def train_detector(
     Returns:
         What `eval_results.json` holds.
     """
+    fit_batch_size(args, len(splits.train))
     trainer = AnomalyTrainer(
         model,
         args,

@@ -58,7 +58,7 @@ class DIAModel(CSIModel):
             self.dissolver.to(pixel_values.device)
             timesteps = None if self.dissolver.is_deterministic else draw_rows(self.dissolver.sample_timesteps, batch_size)
             return self.dissolver(pixel_values, timesteps)
-        if variants.ndim != 5 or variants.shape[0] != batch_size or variants.shape[2:] != pixel_values.shape[1:]:
+        if variants.ndim != 5 or len(variants) != batch_size or variants.shape[1] == 0 or variants.shape[2:] != pixel_values.shape[1:]:
             raise InputError(
                 f"dissolved_pixel_values must be (batch, variants, channels, height, width) for pixel_values {tuple(pixel_values.shape)}, "
                 f"got {tuple(variants.shape)}"

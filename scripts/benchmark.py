@@ -1,0 +1,140 @@
+"""Measures what the design rests on, as ratios of two ways that take turns in one process (A B A B …), so that a busy machine slows both.
+
+python scripts/benchmark.py --output speed.md
+"""
+
+import datetime
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+
+from hf_anomaly import DIAConfig, DIAModel, InputError
+from hf_anomaly.dissolving import DiffusionDissolver, build_scheduler, build_unet
+from hf_anomaly.ops.knn import max_cosine
+from hf_anomaly.training import parse_arguments
+from hf_anomaly.training.runs import run_script
+
+SCORED_AT_ONCE = 64
+VARIANTS = 8
+TRANSFORMERS = (
+    "from transformers import AutoModel, AutoImageProcessor, PreTrainedModel; from transformers.pipelines import PIPELINE_REGISTRY"
+)
+
+
+@dataclass
+class BenchmarkArguments:
+    """How much is measured."""
+
+    image_size: int = field(default=28, metadata={"help": "Height and width of the images, in pixels."})
+    batch_size: int = field(default=32, metadata={"help": "Images per training step."})
+    bank_size: int = field(default=26_000, metadata={"help": "Images in the bank that is searched."})
+    repeats: int = field(default=5, metadata={"help": "Measurements of each way; the medians are reported."})
+    output: str | None = field(default=None, metadata={"help": "Also write the table to this file."})
+
+    def __post_init__(self):
+        for name, least in (("image_size", 4), ("batch_size", 2), ("bank_size", 1), ("repeats", 1)):
+            if getattr(self, name) < least:
+                raise InputError(f"--{name} must be at least {least}, got {getattr(self, name)}")
+
+
+def seconds(action: Callable[[], object]) -> float:
+    start = time.perf_counter()
+    action()
+    return time.perf_counter() - start
+
+
+def alternately(a: Callable[[], float], b: Callable[[], float], repeats: int, warm_up: bool = True) -> tuple[float, float]:
+    """Medians of what `a` and `b` measure, in turns, after a warm-up of each."""
+    if warm_up:
+        a(), b()
+    pairs = [(a(), b()) for _ in range(repeats)]
+    return tuple(statistics.median(side) for side in zip(*pairs, strict=True))
+
+
+def training_step(model: DIAModel, args: BenchmarkArguments) -> tuple[str, str, str, float]:
+    """A step that dissolves on the fly, and one that takes cached variants."""
+    shape = (model.config.num_channels, args.image_size, args.image_size)
+    images, variants = torch.rand(args.batch_size, *shape) * 2 - 1, torch.rand(args.batch_size, VARIANTS, *shape) * 2 - 1
+    optimizer = torch.optim.AdamW(model.parameters())
+    model.train()
+
+    def step(**inputs):
+        model(images, **inputs).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    online, cached = alternately(lambda: seconds(step), lambda: seconds(lambda: step(dissolved_pixel_values=variants)), args.repeats)
+    what = f"training step of {args.batch_size} images: dissolving online (A), cached (B)"
+    return what, f"{1e3 * online:.0f} ms", f"{1e3 * cached:.0f} ms", online / cached
+
+
+def scoring(model: DIAModel, args: BenchmarkArguments) -> tuple[str, str, str, float]:
+    """Whole scoring, and the bare encoder on as many views."""
+    model.eval()
+    images = torch.rand(SCORED_AT_ONCE, model.config.num_channels, args.image_size, args.image_size) * 2 - 1
+    model.fit_reference([images], progress=False)
+    views = len(model.reference.views) * len(model.reference.bank)
+
+    @torch.no_grad()
+    def encode():
+        for _ in range(views):
+            model.encode(images)
+
+    score = torch.no_grad()(lambda: model(images))
+    scored, encoded = alternately(lambda: seconds(score), lambda: seconds(encode), args.repeats)
+    what = f"scoring at batch {SCORED_AT_ONCE}, {views} views an image: whole (A), the bare encoder (B)"
+    return what, f"{SCORED_AT_ONCE / scored:.1f} images/s", f"{SCORED_AT_ONCE / encoded:.1f} images/s", encoded / scored
+
+
+def bank_search(model: DIAModel, args: BenchmarkArguments) -> tuple[str, str, str, float]:
+    """The nearest of the bank for a batch at once, and for image after image."""
+    shifts, width = len(model.reference.bank), model.config.projection_size
+    queries, bank = torch.randn(SCORED_AT_ONCE, shifts, width), torch.randn(shifts, args.bank_size, width)
+
+    def loop():
+        return torch.stack([F.cosine_similarity(query[:, None], bank, dim=-1).amax(1) for query in queries])
+
+    torch.testing.assert_close(max_cosine(queries, bank), loop(), rtol=1e-4, atol=1e-5)
+    at_once, one_by_one = alternately(lambda: seconds(lambda: max_cosine(queries, bank)), lambda: seconds(loop), args.repeats)
+    what = f"{SCORED_AT_ONCE} images against a bank of {args.bank_size}×{width} a shift: one by one (A), at once (B)"
+    return what, f"{1e3 * one_by_one:.0f} ms", f"{1e3 * at_once:.0f} ms", one_by_one / at_once
+
+
+def import_time(args: BenchmarkArguments) -> tuple[str, str, str, float]:
+    """`import hf_anomaly`, and the parts of transformers that no detector can do without, in fresh processes."""
+
+    def measure(statement: str) -> float:
+        code = f"import time; start = time.perf_counter(); {statement}; print(time.perf_counter() - start)"
+        return float(subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout)
+
+    ours, theirs = alternately(lambda: measure("import hf_anomaly"), lambda: measure(TRANSFORMERS), args.repeats, warm_up=False)
+    return "import: hf_anomaly (A), what it needs of transformers (B)", f"{ours:.2f} s", f"{theirs:.2f} s", ours / theirs
+
+
+def main() -> None:
+    (args,) = parse_arguments(BenchmarkArguments, description=__doc__)
+    torch.manual_seed(0)
+    model = DIAModel(DIAConfig(image_size=args.image_size))
+    resolution = -(-args.image_size // 4) * 4  # what the network can halve twice
+    unet = build_unet(min(resolution, 32), model.config.num_channels).eval().requires_grad_(False)
+    model.dissolver = DiffusionDissolver(unet, build_scheduler())
+
+    rows = [training_step(model, args), scoring(model, args), bank_search(model, args), import_time(args)]
+    lines = ["| what | A | B | ratio A/B |", "|---|---|---|---|"]
+    lines += [f"| {what} | {a} | {b} | {ratio:.2f} |" for what, a, b, ratio in rows]
+    facts = f"torch {torch.__version__}, {torch.get_num_threads()} threads, {datetime.date.today()}"
+    table = "\n".join([*lines, "", f"{args.image_size}×{args.image_size} pixels, medians of {args.repeats} in turns; {facts}."])
+    print(table)
+    if args.output is not None:
+        Path(args.output).write_text(table + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    run_script(main)

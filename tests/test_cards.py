@@ -1,0 +1,211 @@
+"""Rendered cards: the numbers are in, nothing is left over, and a user's text is only text."""
+
+import json
+import re
+
+import pytest
+import torch
+import yaml
+from PIL import Image
+from transformers import AutoModel
+
+from hf_anomaly import AnomalyImageProcessor, DIAConfig, DIAModel, DiffusionDissolver, GaussianDissolver, SmallResNetConfig
+from hf_anomaly.cards import write_card
+from hf_anomaly.dissolving import build_scheduler, build_unet
+
+MEASURED = {"auroc": 0.87654321, "average_precision": 0.7654321, "fpr_at_95_tpr": 0.4321}
+RESULTS = {
+    **MEASURED,
+    "num_normal": 234,
+    "num_anomalous": 390,
+    "split_hash": "0123abcd",
+    "dataset": "some/where/chest.npz",
+    "normal_label": "healthy",
+    "false_positive_rate_at_threshold": 0.0625,
+    "true_positive_rate_at_threshold": 0.5125,
+    "seconds": 12.5,
+    "seed": 43,
+    "steps": 321,
+    "num_train": 1093,
+    "num_calibration": 121,
+}
+NO_TEST = {
+    **RESULTS,
+    **dict.fromkeys(MEASURED),
+    "num_normal": 0,
+    "num_anomalous": 0,
+    "reason": "the dataset has no anomalous images",
+}
+for _name in ("false_positive_rate_at_threshold", "true_positive_rate_at_threshold"):
+    NO_TEST.pop(_name)
+
+
+def detector(calibrated=True, **settings):
+    torch.manual_seed(0)
+    backbone = SmallResNetConfig(hidden_sizes=[8], depths=[1])
+    model = DIAModel(DIAConfig(image_size=8, projection_size=4, backbone_config=backbone, **settings)).eval()
+    model.fit_reference([torch.rand(6, 1, 8, 8) * 2 - 1], progress=False)
+    return model.calibrate([torch.rand(39, 1, 8, 8) * 2 - 1], progress=False) if calibrated else model
+
+
+def card(folder, results=RESULTS, facts=None, calibrated=True, **settings):
+    """The card's text, and its YAML."""
+    folder.mkdir(exist_ok=True)
+    model = detector(calibrated, **settings)
+    model.save_pretrained(folder)
+    AnomalyImageProcessor.for_images(8, 1).save_pretrained(folder)
+    write_card(folder, model, results, facts or {})
+    assert not list(folder.glob(".README*"))
+    text = (folder / "README.md").read_text()
+    _, front, body = re.split(r"^---$", text, maxsplit=2, flags=re.MULTILINE)
+    return body, yaml.safe_load(front)
+
+
+def check_whole(body):
+    """Nothing undefined, None or empty where something belongs."""
+    for leftover in ("{{", "{%", "%}", "None", "nan", "Undefined", "``,", " , ", " .", ": ."):
+        assert leftover not in body, leftover
+    assert len(re.findall("^```", body, flags=re.MULTILINE)) % 2 == 0
+    assert "\n\n\n\n" not in body
+
+
+@pytest.fixture
+def folder(tmp_path):
+    return tmp_path / "dia-chest"
+
+
+def test_the_numbers_are_in(folder):
+    body, data = card(folder, facts={"command": "scripts/train_dia.py --seed 43"})
+    threshold = AutoModel.from_pretrained(folder).calibration.threshold.item()
+    check_whole(body)
+    assert body.lstrip().startswith("# dia-chest\n")
+    for line in ("| AUROC | 0.8765 |", "| Average precision | 0.7654 |", "| FPR at 95 % TPR | 0.4321 |"):
+        assert f"{line}\n" in body
+    for fact in ("234 normal", "390 anomalous", "1093 normal", "121 held out", "0123abcd", "seed 43", "321 steps", "healthy", "chest.npz"):
+        assert fact in body
+    for fact in (
+        "scripts/train_dia.py --seed 43",
+        "0.0625",
+        "0.5125",
+        "8×8",
+        "gray",
+        "DIAModel",
+        f"threshold {threshold:.6g} aims at a false-positive rate of 0.05",
+    ):
+        assert fact in body
+    (entry,) = data["model-index"]
+    assert entry["name"] == "dia-chest"
+    metrics = entry["results"][0]["metrics"]
+    assert {m["type"]: m["value"] for m in metrics} == {"roc_auc": 0.8765, "average_precision": 0.7654, "fpr_at_95_tpr": 0.4321}
+    assert (data["library_name"], data["pipeline_tag"]) == ("hf-anomaly", "image-classification")
+    assert data["tags"] == ["anomaly-detection", "dia_anomaly"]
+
+
+def test_settings_are_those_that_differ_from_the_defaults(folder):
+    body, _ = card(folder, score_norm=True, dissolver="gaussian", dissolver_settings={"kernel_size": 3})
+    settings = json.loads(re.search(r"```json\n(.*?)```", body, re.DOTALL)[1])
+    assert settings["score_norm"] is True
+    assert settings["projection_size"] == 4
+    assert settings["dissolver_settings"] == {"kernel_size": 3}
+    assert not settings.keys() & {"temperature", "shift", "bank_size", "num_calibration_scores", "hf_anomaly_version", "backbone_config"}
+
+
+def test_without_a_test_split(folder):
+    body, data = card(folder, NO_TEST)
+    check_whole(body)
+    assert "Not measured: the dataset has no anomalous images." in body
+    assert "| metric |" not in body
+    assert "model-index" not in data
+    assert "metrics" not in data
+    assert "On the evaluation split" not in body
+
+
+def test_without_calibration(folder):
+    results = {key: value for key, value in RESULTS.items() if not key.endswith("_at_threshold")} | {"num_calibration": 0}
+    body, _ = card(folder, results, calibrated=False)
+    check_whole(body)
+    assert "not calibrated" in body
+    assert "The threshold" not in body
+    assert "p_values" not in body
+
+
+def test_rates_of_a_single_class(folder):
+    body, _ = card(folder, {**NO_TEST, "num_normal": 5, "false_positive_rate_at_threshold": 0.2, "true_positive_rate_at_threshold": None})
+    check_whole(body)
+    assert "0.2000 of the normal images." in body
+    assert "of the anomalous ones" not in body
+
+
+def test_an_infinite_threshold_is_told(folder):
+    model = detector()
+    model.calibrate([torch.rand(3, 1, 8, 8)], false_positive_rate=0.01, progress=False)
+    folder.mkdir()
+    write_card(folder, model, RESULTS, {})
+    body = (folder / "README.md").read_text()
+    assert "infinite" in body
+    assert "3." in body
+    assert "threshold inf " not in body
+
+
+@pytest.mark.parametrize("calibrated", [True, False])
+@pytest.mark.parametrize("name", ["dia-chest", 'it\'s a "name" {{ 7 * 7 }}'])
+def test_the_python_block_runs(tmp_path, calibrated, name, monkeypatch):
+    body, _ = card(tmp_path / name, calibrated=calibrated)
+    monkeypatch.chdir(tmp_path)  # so that the name is the folder
+    Image.new("RGB", (30, 20), (9, 99, 199)).save("image.png")
+    (code,) = re.findall(r"```python\n(.*?)```", body, re.DOTALL)
+    variables = {}
+    exec(code, variables)
+    assert variables["scores"].shape == (1,)
+    assert ("flagged" in variables) is calibrated
+
+
+def test_the_dissolver_is_named_where_there_is_one(folder):
+    GaussianDissolver(3).save_pretrained(folder / "dissolver")
+    assert "DDPMPipeline" not in card(folder)[0]  # which could not load a blur
+    DiffusionDissolver(build_unet(8, 1, (8, 16)), build_scheduler()).save_pretrained(folder / "dissolver")
+    assert 'DDPMPipeline.from_pretrained("dia-chest/dissolver")' in card(folder)[0]
+
+
+HOSTILE = [
+    "<script>alert(1)</script>",
+    "`code` ```\nfence",
+    "a\n---\nlicense: evil\n---\nb",
+    "---",
+    "{{ 7 * 7 }}{% for x in y %}",
+    "[click](http://example.com) ![i](x)",
+    "x: y # comment",
+    "a | b",
+    "&lt;b&gt;",
+    "line\u2028separator\x85next",
+    "- item",
+    "\"quoted\" 'too'",
+    "",
+]
+
+
+def structure(body):
+    """Headings, fences, rules, tables and lists: where a line outside of code begins with what Markdown acts on."""
+    body = re.sub(r"^```(.*?)^```$", "```", body, flags=re.DOTALL | re.MULTILINE)
+    lines = [line for line in body.splitlines() if re.match(r"#+ |```|---|\||- |<", line)]
+    return [line.split()[0] for line in lines]
+
+
+@pytest.mark.parametrize("text", HOSTILE)
+@pytest.mark.parametrize("source", ["dataset", "normal_label", "reason", "command", "settings"])
+def test_text_of_users_is_only_text(folder, text, source):
+    results, facts, settings = dict(NO_TEST if source == "reason" else RESULTS), {"command": "c"}, {}
+    if source == "command":
+        facts["command"] = text
+    elif source == "settings":
+        settings["dissolver_settings"] = {text: text}
+    else:
+        results[source] = text
+    body, data = card(folder, results, facts, **settings)
+    harmless, plain_data = card(folder, results | ({source: "z"} if source in results else {}), facts | ({"command": "c"} if text else {}))
+    assert structure(body) == structure(harmless)
+    assert data.keys() == plain_data.keys()
+    assert data.get("model-index", [{}])[0].keys() == plain_data.get("model-index", [{}])[0].keys()
+    prose = re.sub(r"^```.*?^```", "", body, flags=re.DOTALL | re.MULTILINE)
+    for markup in ("<script", "](http", "49"):  # 7 * 7
+        assert markup not in prose

@@ -1,0 +1,138 @@
+"""Any image to `pixel_values` in [−1, 1]."""
+
+import io
+
+import numpy as np
+import PIL.Image
+import pytest
+import torch
+from transformers import AutoImageProcessor
+
+from hf_anomaly import AnomalyImageProcessor, CSIConfig, CSIModel
+
+GRAY, RGB = AnomalyImageProcessor.for_images(8, 1), AnomalyImageProcessor.for_images(8, 3)
+
+
+def pixels(processor, *images):
+    return processor(images=list(images), return_tensors="pt")["pixel_values"]
+
+
+def color_image(mode="RGB", size=(8, 8)):
+    array = np.random.default_rng(0).integers(0, 256, (*size[::-1], 3), dtype=np.uint8)
+    image = PIL.Image.fromarray(array)
+    if mode == "RGBA":
+        image.putalpha(PIL.Image.fromarray(array[..., 0]))
+        return image
+    return image.convert(mode)
+
+
+@pytest.mark.parametrize("mode", ["1", "L", "LA", "P", "RGB", "RGBA", "CMYK", "YCbCr", "HSV"])
+def test_every_eight_bit_mode(mode):
+    image = color_image(mode)
+    for processor, target in ((GRAY, "L"), (RGB, "RGB")):
+        expected = torch.from_numpy(np.array(image.convert(target))).view(8, 8, -1).permute(2, 0, 1) / 127.5 - 1
+        result = pixels(processor, image)
+        assert result.shape == (1, processor.num_channels, 8, 8)
+        assert result.dtype == torch.float32
+        torch.testing.assert_close(result[0], expected, rtol=0, atol=1e-6)
+
+
+def test_transparency_is_dropped():
+    image = color_image("RGBA")
+    assert torch.equal(pixels(RGB, image), pixels(RGB, color_image("RGB")))
+
+
+@pytest.mark.parametrize("processor", [GRAY, RGB])
+def test_the_range_is_from_minus_one_to_one(processor):
+    black, white = pixels(processor, PIL.Image.new("L", (8, 8), 0), PIL.Image.new("L", (8, 8), 255))
+    assert black.unique().tolist() == [-1]
+    assert white.unique().tolist() == [1]
+
+
+@pytest.mark.parametrize("mode", ["I", "F", "I;16", "I;16B"])
+def test_more_than_eight_bits_are_refused(mode, refused):
+    with refused("images[1]", repr(mode), "8 bits"):
+        pixels(GRAY, color_image("L"), PIL.Image.new(mode, (8, 8)))
+
+
+def test_arrays_of_all_layouts():
+    rgb = np.array(color_image())
+    gray = np.array(color_image("L"))
+    for array, processor, image in (
+        (rgb, RGB, color_image()),
+        (rgb.transpose(2, 0, 1), RGB, color_image()),
+        (torch.from_numpy(rgb), RGB, color_image()),
+        (rgb / 255, RGB, color_image()),
+        ((rgb / 255).astype(np.float32).transpose(2, 0, 1), RGB, color_image()),
+        (np.dstack([rgb, rgb[..., :1]]), RGB, color_image()),
+        (gray, GRAY, color_image("L")),
+        (gray[None], GRAY, color_image("L")),
+        (gray[..., None], GRAY, color_image("L")),
+        (gray / 255, GRAY, color_image("L")),
+        (gray > 127, GRAY, PIL.Image.fromarray(gray > 127)),
+        (rgb, GRAY, color_image().convert("L")),
+    ):
+        assert torch.equal(pixels(processor, array), pixels(processor, image)), array.shape
+
+
+def test_lists_batches_and_single_images():
+    image, array = color_image("L"), np.array(color_image("L"))
+    expected = pixels(GRAY, image)
+    for single in (image, array, torch.from_numpy(array)):
+        assert torch.equal(GRAY(images=single, return_tensors="pt")["pixel_values"], expected)
+    for batch in ((image, array), np.stack([array, array])[..., None], torch.from_numpy(array)[None, None].expand(2, 1, 8, 8)):
+        assert torch.equal(GRAY(images=batch, return_tensors="pt")["pixel_values"], expected.expand(2, 1, 8, 8))
+
+
+@pytest.mark.parametrize(
+    ("array", "words"),
+    [
+        (np.full((8, 8), np.nan), ["images[1]", "NaN"]),
+        (np.full((8, 8, 3), np.inf, dtype=np.float32), ["images[1]", "infinite"]),
+        (np.full((8, 8), 200.0), ["images[1]", "200", "[0, 1]"]),
+        (np.full((8, 8), -0.5), ["images[1]", "-0.5"]),
+        (np.zeros((8, 8), np.uint16), ["images[1]", "uint16"]),
+        (np.zeros((8, 8), np.int64), ["images[1]", "int64"]),
+        (np.zeros((8, 8, 2), np.uint8), ["images[1]", "(8, 8, 2)"]),
+        (np.zeros((0, 8), np.uint8), ["images[1]", "(0, 8)"]),
+    ],
+)
+def test_arrays_that_are_no_image(array, words, refused):
+    with refused(*words):
+        pixels(GRAY, color_image("L"), array)
+
+
+def test_mixed_sizes_are_resized_whole():
+    small, large = PIL.Image.new("L", (5, 3), 51), color_image("L", (40, 20))
+    result = pixels(GRAY, small, large)
+    torch.testing.assert_close(result[0], torch.full((1, 8, 8), 51 / 127.5 - 1))
+    expected = np.array(large.resize((8, 8), PIL.Image.Resampling.BILINEAR)) / 127.5 - 1
+    torch.testing.assert_close(result[1, 0], torch.from_numpy(expected).float())
+
+
+@pytest.mark.parametrize("mode", ["L", "RGB"])
+def test_exif_orientation(mode):
+    stored = color_image(mode, (8, 6))
+    exif, file = PIL.Image.Exif(), io.BytesIO()
+    exif[0x0112] = 6  # stored lying on its side
+    stored.save(file, "png", exif=exif)
+    upright = stored.transpose(PIL.Image.Transpose.ROTATE_270)
+    assert torch.equal(pixels(RGB, PIL.Image.open(file)), pixels(RGB, upright))
+    assert not torch.equal(pixels(RGB, stored), pixels(RGB, upright))
+
+
+@pytest.mark.parametrize("processor", [GRAY, AnomalyImageProcessor.for_images(12, 3)])
+def test_save_and_load(processor, tmp_path):
+    processor.save_pretrained(tmp_path)
+    CSIConfig().save_pretrained(tmp_path)
+    images = [color_image(mode, (20, 10)) for mode in ("L", "RGBA")]
+    for loaded in (AnomalyImageProcessor.from_pretrained(tmp_path), AutoImageProcessor.from_pretrained(tmp_path)):
+        assert type(loaded) is AnomalyImageProcessor
+        assert loaded.num_channels == processor.num_channels
+        assert torch.equal(pixels(loaded, *images), pixels(processor, *images))
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+def test_the_detector_takes_what_the_processor_gives(channels):
+    model = CSIModel(CSIConfig(image_size=8, num_channels=channels))
+    model.check_pixel_values(pixels(AnomalyImageProcessor.for_images(8, channels), color_image("P", (30, 20))))

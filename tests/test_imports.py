@@ -1,0 +1,115 @@
+"""Imports point down only, and importing the package loads nothing that it does not need yet."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+PACKAGE = ROOT / "hf_anomaly"
+
+# From the bottom to the top; a module imports from its own part and from parts below.
+LAYERS = [
+    {"errors", "version"},
+    {"ops"},
+    {"calibration"},
+    {"detector"},
+    {"backbones", "detectors"},
+    {"image_processing", "data", "dissolving", "metrics"},
+    {"hub", "cards"},
+    {"training"},
+    {"pipeline", "cli"},
+]
+LEVEL = {part: level for level, parts in enumerate(LAYERS) for part in parts}
+FAMILIES = {("dia", "csi")}  # a detector → the shared base of its family
+
+
+def modules():
+    return sorted(path for path in PACKAGE.rglob("*.py") if path != PACKAGE / "__init__.py")
+
+
+def imported(path):
+    """The modules of the package that a file imports anywhere in it, as tuples of names below hf_anomaly."""
+    here = path.relative_to(ROOT).with_suffix("").parts
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            names = [tuple(alias.name.split(".")) for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            base = here[: len(here) - node.level] if node.level else ()
+            base += tuple(node.module.split(".")) if node.module else ()
+            names = [(*base, alias.name) for alias in node.names]
+        else:
+            continue
+        yield from (name[1:] for name in names if name[0] == "hf_anomaly")
+
+
+def violations(path):
+    own = path.relative_to(PACKAGE).with_suffix("").parts
+    for target in imported(path):
+        part = target[0] if target else ""
+        if part not in LEVEL:
+            yield f"imports {'.'.join(target)} from the package's front"
+        elif part == own[0] == "detectors":
+            if len(target) > 1 and target[1] != own[1] and (own[1], target[1]) not in FAMILIES:
+                yield f"detector {own[1]} imports detector {target[1]}"
+        elif part != own[0] and LEVEL[part] > LEVEL[own[0]]:
+            yield f"imports {part}, which lies above"
+        elif own[0] == "detectors" and part == "image_processing":
+            yield "a detector imports the image processor"
+
+
+def test_every_part_has_its_layer():
+    assert {path.relative_to(PACKAGE).with_suffix("").parts[0] for path in modules()} <= set(LEVEL)
+
+
+@pytest.mark.parametrize("path", modules(), ids=lambda path: str(path.relative_to(PACKAGE)))
+def test_imports_point_down(path):
+    assert not list(violations(path))
+
+
+@pytest.mark.parametrize(
+    ("file", "statement"),
+    [
+        ("ops/knn.py", "from ..detector import AnomalyDetector"),
+        ("detectors/csi/modeling_csi.py", "from ..dia.modeling_dia import DIAModel"),
+        ("detectors/csi/modeling_csi.py", "def f():\n    from hf_anomaly.data import prepare"),
+        ("detectors/dia/modeling_dia.py", "import hf_anomaly.training"),
+        ("calibration.py", "from . import detector"),
+        ("detector.py", "from hf_anomaly import CSIModel"),
+    ],
+)
+def test_the_check_sees_what_it_should(file, statement, tmp_path, monkeypatch):
+    monkeypatch.setattr(sys.modules[__name__], "ROOT", tmp_path)
+    monkeypatch.setattr(sys.modules[__name__], "PACKAGE", tmp_path / "hf_anomaly")
+    path = tmp_path / "hf_anomaly" / file
+    path.parent.mkdir(parents=True)
+    path.write_text(statement)
+    assert list(violations(path))
+
+
+LOADED = (
+    "import sys; print(sorted({name.split('.')[0] for name in sys.modules} & {'diffusers', 'datasets', 'kornia', 'evaluate', 'sklearn'}))"
+)
+
+
+def loaded_by(statement):
+    result = subprocess.run([sys.executable, "-c", f"{statement}; {LOADED}"], check=True, capture_output=True, text=True)
+    return set(ast.literal_eval(result.stdout.splitlines()[-1]))
+
+
+def test_importing_the_package_stays_light():
+    extra = loaded_by("import hf_anomaly")
+    if extra:  # transformers itself may import some of them where they are installed
+        extra -= loaded_by("from transformers import AutoBackbone, AutoConfig, AutoImageProcessor, AutoModel, PreTrainedModel")
+    assert not extra
+
+
+def test_lazy_names_are_there():
+    import hf_anomaly
+
+    for name in hf_anomaly.__all__:
+        assert getattr(hf_anomaly, name) is not None
+    with pytest.raises(AttributeError, match="no attribute 'xyzzy'"):
+        _ = hf_anomaly.xyzzy
