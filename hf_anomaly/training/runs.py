@@ -130,13 +130,12 @@ def train_dissolver(
 
     Args:
         train_dataset: normal images, unprepared.
-        resolution: dissolving resolution in pixels; smaller images use their own size, rounded up to what the network can halve.
+        resolution: dissolving resolution in pixels. Smaller images are padded to the next power of two, 28 to 32 as in the paper, at most to this.
         max_timestep: noise levels t < max_timestep are trained; None: all of the schedule.
         t_min, t_max: the range that the dissolver will draw from by default.
         target: where it is saved; default `args.output_dir`.
     """
-    step = 2 ** (len(block_out_channels) - 1)
-    resolution = min(resolution, -(-processor.size["height"] // step) * step)
+    resolution = min(resolution, 1 << (processor.size["height"] - 1).bit_length())
     fit_batch_size(args, len(train_dataset))
     set_seed(args.seed)
     unet, scheduler = build_unet(resolution, processor.num_channels, block_out_channels), build_scheduler()
