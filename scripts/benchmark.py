@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 
 from hf_anomaly import DIAConfig, DIAModel, InputError
-from hf_anomaly.dissolving import DiffusionDissolver, build_scheduler, build_unet
+from hf_anomaly.dissolving import DiffusionDissolver, build_scheduler, build_unet, network_resolution
 from hf_anomaly.ops.knn import max_cosine
 from hf_anomaly.training import parse_arguments
 from hf_anomaly.training.runs import run_script
@@ -122,8 +122,7 @@ def main() -> None:
     (args,) = parse_arguments(BenchmarkArguments, description=__doc__)
     torch.manual_seed(0)
     model = DIAModel(DIAConfig(image_size=args.image_size))
-    resolution = -(-args.image_size // 4) * 4  # what the network can halve twice
-    unet = build_unet(min(resolution, 32), model.config.num_channels).eval().requires_grad_(False)
+    unet = build_unet(network_resolution(args.image_size), model.config.num_channels).eval().requires_grad_(False)
     model.dissolver = DiffusionDissolver(unet, build_scheduler())
 
     rows = [training_step(model, args), scoring(model, args), bank_search(model, args), import_time(args)]

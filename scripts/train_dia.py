@@ -15,7 +15,7 @@ from transformers.trainer_utils import get_last_checkpoint
 
 from hf_anomaly import AnomalyImageProcessor, CSIConfig, CSIModel, DIAConfig, DIAModel, InputError
 from hf_anomaly.dissolving import DISSOLVERS, DiffusionDissolver, Dissolver, dissolve_dataset
-from hf_anomaly.training import AnomalyTrainingArguments, DataArguments, parse_arguments
+from hf_anomaly.training import AnomalyTrainingArguments, DataArguments, check_checkpoint, parse_arguments
 from hf_anomaly.training.runs import (
     default_output_dir,
     dissolver_arguments,
@@ -116,6 +116,7 @@ def main() -> None:
     dissolver_args, detector_args, data_args, training_args = parse_arguments(
         DissolverArguments, DetectorArguments, DataArguments, AnomalyTrainingArguments, description=__doc__
     )
+    check_checkpoint(training_args.resume_from_checkpoint)
     method = "csi" if dissolver_args.dissolver == "none" else "dia"
     default_output_dir(training_args, f"{method}-{Path(data_args.dataset_name).stem}")
     splits = load_splits(data_args, training_args.seed)
@@ -139,11 +140,12 @@ def main() -> None:
         model.load_backbone(detector_args.backbone)
 
     dissolver, train_dataset = make_dissolver(dissolver_args, training_args, splits, processor), splits.train
-    if dissolver is not None:
-        if training_args.should_save:
-            folder = Path(training_args.output_dir, "dissolver")
-            shutil.rmtree(folder, ignore_errors=True)  # an earlier run's may have been of another kind
+    if training_args.should_save:
+        folder = Path(training_args.output_dir, "dissolver")
+        shutil.rmtree(folder, ignore_errors=True)  # an earlier run's may be of another kind
+        if dissolver is not None:
             dissolver.save_pretrained(folder)
+    if dissolver is not None:
         dissolver.to(training_args.device)
         model.config.dissolver, model.config.dissolver_settings = dissolver.kind, dissolver.settings()
         model.dissolver = dissolver

@@ -15,7 +15,7 @@ from hf_anomaly.training.runs import default_output_dir, image_size_of, load_spl
 class DiffusionArguments:
     """The diffusion model."""
 
-    resolution: int = field(default=32, metadata={"help": "Dissolving resolution in pixels; smaller images use their own size."})
+    resolution: int = field(default=32, metadata={"help": "Dissolving resolution in pixels; smaller images are padded to a power of two."})
     block_out_channels: list[int] = field(default_factory=lambda: [32, 64, 64], metadata={"help": "Widths of the UNet's blocks."})
     max_timestep: int | None = field(
         default=None, metadata={"help": "Train on noise levels below this only. Default: all 1000, as in the paper."}

@@ -185,6 +185,7 @@ def test_heuristic_dissolvers(train, tmp_path, dissolver, more, settings):
     folder, _ = train(tmp_path / "run", "--dissolver", dissolver, *more)
     config = json.loads((folder / "config.json").read_text())
     assert (config["dissolver"], config["dissolver_settings"]) == (dissolver, settings)
+    assert json.loads((folder / "dissolver" / "dissolver_config.json").read_text()) == {"kind": dissolver, **settings}
     assert results_of(folder)["auroc"] is not None
 
 
@@ -264,6 +265,13 @@ def test_too_few_calibration_images(train, tmp_path, caplog):
     assert AutoModel.from_pretrained(folder).calibration.threshold.item() == math.inf
     results = results_of(folder)
     assert (results["true_positive_rate_at_threshold"], results["false_positive_rate_at_threshold"]) == (0, 0)
+
+
+def test_fewer_images_than_a_batch_lower_it(train, tmp_path, caplog):
+    folder, _ = train(tmp_path / "run", "--dissolver", "none", "--max_steps", 1, "--per_device_train_batch_size", 500)
+    assert "the batch is lowered from 500 to 114" in caplog.text
+    arguments = json.loads((folder / "checkpoint-1" / "training_args.json").read_text())
+    assert arguments["per_device_train_batch_size"] == 114
 
 
 def test_colour_images_of_mixed_sizes_and_modes(train, tmp_path):
@@ -355,7 +363,6 @@ BAD = {  # the culprit → arguments; a function makes its file or folder
     "no-such-backbone": ["--backbone", lambda folder: folder / "no-such-backbone"],
     "no-such-dissolver": ["--dissolver", lambda folder: folder / "no-such-dissolver"],
     "no-such-data": ["--dataset_name", lambda folder: folder / "no-such-data"],
-    "fewer than one batch of 500": ["--per_device_train_batch_size", "500"],
     "checkpoint-6 is not a complete checkpoint": ["--resume_from_checkpoint", unfinished_checkpoint],
     "--dissolver_steps": ["--dissolver", "diffusion", "--dissolver_steps", "-3"],
     "--dissolved_variants": ["--dissolved_variants", "-1"],
@@ -373,7 +380,8 @@ def refused(script, argv, culprit, output_dir):
     assert "Traceback" not in err
     assert "usage:" not in err
     assert out == ""
-    assert not output_dir.exists() or not list(output_dir.iterdir())  # Trainer makes an empty folder at once
+    if output_dir.exists():  # Trainer makes it at once; a dissolver in it is whole
+        assert not {path.name for path in output_dir.iterdir()} - {"dissolver"}
 
 
 @pytest.mark.parametrize("culprit", BAD)

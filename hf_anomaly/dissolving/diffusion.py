@@ -148,6 +148,11 @@ class DiffusionDissolver(Dissolver):
         return dissolver
 
 
+def network_resolution(image_size: int, largest: int = 32) -> int:
+    """The size in pixels that a dissolver for these images works at: the next power of two (28 is padded to 32, as in DIA), at most `largest`."""
+    return min(largest, 1 << (image_size - 1).bit_length())
+
+
 def build_unet(resolution: int, num_channels: int, block_out_channels: tuple[int, ...] = (32, 64, 64), layers_per_block: int = 1):
     """A small `diffusers.UNet2DModel` with plain blocks; 1.1 million parameters by default.
 

@@ -1,7 +1,7 @@
 """Training with `transformers.Trainer`: arguments, trainers, and the whole run from a dataset to a saved detector."""
 
 from .arguments import AnomalyTrainingArguments, DataArguments, DissolverTrainingArguments, parse_arguments
-from .trainers import AnomalyTrainer, DissolverTrainer, ReproducibleTrainer
+from .trainers import AnomalyTrainer, DissolverTrainer, ReproducibleTrainer, check_checkpoint
 
 __all__ = [
     "AnomalyTrainer",
@@ -10,5 +10,6 @@ __all__ = [
     "DissolverTrainer",
     "DissolverTrainingArguments",
     "ReproducibleTrainer",
+    "check_checkpoint",
     "parse_arguments",
 ]

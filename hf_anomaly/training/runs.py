@@ -15,7 +15,7 @@ from transformers import set_seed
 from ..cards import write_card
 from ..data import OneClassSplits, load_one_class, prepare
 from ..detector import AnomalyDetector
-from ..dissolving import DenoisingModel, DiffusionDissolver, build_scheduler, build_unet
+from ..dissolving import DenoisingModel, DiffusionDissolver, build_scheduler, build_unet, network_resolution
 from ..errors import InputError, NotFittedError
 from ..hub import push_folder
 from ..image_processing import AnomalyImageProcessor
@@ -130,12 +130,12 @@ def train_dissolver(
 
     Args:
         train_dataset: normal images, unprepared.
-        resolution: dissolving resolution in pixels. Smaller images are padded to the next power of two, 28 to 32 as in the paper, at most to this.
+        resolution: the dissolving resolution in pixels; smaller images are padded to the next power of two.
         max_timestep: noise levels t < max_timestep are trained; None: all of the schedule.
         t_min, t_max: the range that the dissolver will draw from by default.
         target: where it is saved; default `args.output_dir`.
     """
-    resolution = min(resolution, 1 << (processor.size["height"] - 1).bit_length())
+    resolution = network_resolution(processor.size["height"], resolution)
     fit_batch_size(args, len(train_dataset))
     set_seed(args.seed)
     unet, scheduler = build_unet(resolution, processor.num_channels, block_out_channels), build_scheduler()
@@ -162,6 +162,11 @@ def train_dissolver(
     return dissolver
 
 
+def dataset_label(source: str) -> str:
+    """A dataset's name for others to read: of a local path only the last part."""
+    return Path(source).resolve().name if Path(source).exists() else source
+
+
 def evaluate_detector(model: AnomalyDetector, processor, splits: OneClassSplits, score: Callable) -> dict:
     """Image-level results of a fitted detector, as `eval_results.json` holds them.
 
@@ -177,7 +182,7 @@ def evaluate_detector(model: AnomalyDetector, processor, splits: OneClassSplits,
         "num_normal": 0,
         "num_anomalous": 0,
         "split_hash": splits.split_hash,
-        "dataset": splits.source,
+        "dataset": dataset_label(splits.source),
         "normal_label": splits.normal_label,
     }
     if splits.test is None:

@@ -33,6 +33,12 @@ def seeded(*entropy: int):
         yield
 
 
+def check_checkpoint(checkpoint: str | os.PathLike | bool | None) -> None:
+    """Refuses a folder that is no complete checkpoint; True and None, which name no folder, pass."""
+    if isinstance(checkpoint, str | os.PathLike) and not Path(checkpoint, "trainer_state.json").is_file():
+        raise InputError(f"{checkpoint} is not a complete checkpoint: it has no trainer_state.json")
+
+
 class ReproducibleTrainer(Trainer):
     """`transformers.Trainer` with random numbers derived from (seed, step, micro-step), averaged weights, whole checkpoints, and named losses in the log.
 
@@ -87,8 +93,7 @@ class ReproducibleTrainer(Trainer):
         Raises:
             InputError: `resume_from_checkpoint` names a folder that is no complete checkpoint. True takes the last checkpoint, if there is one.
         """
-        if isinstance(resume_from_checkpoint, str | os.PathLike) and not Path(resume_from_checkpoint, "trainer_state.json").is_file():
-            raise InputError(f"{resume_from_checkpoint} is not a complete checkpoint: it has no trainer_state.json")
+        check_checkpoint(resume_from_checkpoint)
         if resume_from_checkpoint is True and not (Path(self.args.output_dir).is_dir() and get_last_checkpoint(self.args.output_dir)):
             logger.info("There is no checkpoint in %s yet: starting from the beginning", self.args.output_dir)
             resume_from_checkpoint = None
