@@ -10,6 +10,7 @@ import time
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
+from accelerate import PartialState
 from transformers import AutoConfig, set_seed
 from transformers.trainer_utils import get_last_checkpoint
 
@@ -140,7 +141,8 @@ def main() -> None:
         model.load_backbone(detector_args.backbone)
 
     dissolver, train_dataset = make_dissolver(dissolver_args, training_args, splits, processor), splits.train
-    if training_args.should_save:
+    PartialState().wait_for_everyone()
+    if training_args.should_save and dissolver_args.dissolver != "diffusion":  # that one is saved as soon as it is trained
         folder = Path(training_args.output_dir, "dissolver")
         shutil.rmtree(folder, ignore_errors=True)  # an earlier run's may be of another kind
         if dissolver is not None:
