@@ -37,6 +37,7 @@ _INHERITED_KEYWORDS = {
 
 # Files that belong to a detector beside its weights and config; they follow it from folder to folder.
 COMPANIONS = ("preprocessor_config.json", "README.md", "eval_results.json", "dissolver")
+_REPORTS = ("README.md", "eval_results.json")  # companions that a new reference or calibration makes untrue
 
 
 @strict
@@ -122,6 +123,7 @@ class AnomalyDetector(PreTrainedModel):
     def __init__(self, config: AnomalyDetectorConfig):
         super().__init__(config)
         self.calibration = Calibration(config.num_calibration_scores)
+        self._reports_hold = True
 
     # What a method implements -------------------------------------------------------------------------------------------------
 
@@ -249,6 +251,7 @@ class AnomalyDetector(PreTrainedModel):
         scores, labels = self.score(dataloader, gather=gather, progress=progress, description="Calibrating")
         self._refuse_anomalies(labels, "calibrate")
         self.calibration.fit(scores, false_positive_rate)
+        self._reports_hold = False
         self.config.num_calibration_scores = scores.numel()
         self.config.false_positive_rate = float(false_positive_rate)
         return self
@@ -325,7 +328,8 @@ class AnomalyDetector(PreTrainedModel):
     def save_pretrained(self, save_directory, *args, is_main_process: bool = True, **kwargs):
         """As `PreTrainedModel.save_pretrained`, but whole or not at all, and with the companions of the folder that the detector was loaded from.
 
-        Files are written to a temporary folder inside `save_directory` and then renamed into place, the config last.
+        Files are written to a temporary folder inside `save_directory` and then renamed into place, the config last. Card and results do
+        not follow a detector that was fitted or calibrated anew: they tell of another.
         """
         if not is_main_process:
             return
@@ -340,12 +344,7 @@ class AnomalyDetector(PreTrainedModel):
         staging = Path(tempfile.mkdtemp(prefix=".saving-", dir=target))
         try:
             super().save_pretrained(staging, *args, **kwargs)
-            source = Path(self.config._name_or_path or os.devnull)
-            if source.is_dir() and source.resolve() != target.resolve():
-                for name in COMPANIONS:
-                    if (source / name).exists() and not (target / name).exists():
-                        copy = shutil.copytree if (source / name).is_dir() else shutil.copy2
-                        copy(source / name, staging / name)
+            self._bring_companions(target, staging)
             names = {path.name for path in staging.iterdir()}
             for name in sorted(names, key=lambda name: name == "config.json"):
                 os.replace(staging / name, target / name)
@@ -357,7 +356,19 @@ class AnomalyDetector(PreTrainedModel):
 
     # Inner helpers ------------------------------------------------------------------------------------------------------------
 
+    def _bring_companions(self, target: Path, staging: Path) -> None:
+        """Copies to `staging` what lies beside the loaded weights and is not in `target` yet."""
+        source = Path(self.config._name_or_path or os.devnull)
+        if not source.is_dir() or source.resolve() == target.resolve():
+            return
+        for name in COMPANIONS:
+            outdated = name in _REPORTS and not self._reports_hold
+            if (source / name).exists() and not (target / name).exists() and not outdated:
+                copy = shutil.copytree if (source / name).is_dir() else shutil.copy2
+                copy(source / name, staging / name)
+
     def _drop_calibration(self) -> None:
+        self._reports_hold = False
         self.calibration.reset()
         self.config.num_calibration_scores = 0
         self.config.false_positive_rate = None

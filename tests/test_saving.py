@@ -46,6 +46,15 @@ def test_load_and_save_brings_the_companions(folder, tmp_path):
     assert "dissolver/dissolver_config.json" in after
 
 
+def test_card_and_results_do_not_follow_a_detector_calibrated_anew(folder, tmp_path):
+    model = AutoModel.from_pretrained(folder)
+    model.calibrate([images(9, 2)], progress=False)
+    model.save_pretrained(tmp_path / "copy")
+    names = {path.name for path in (tmp_path / "copy").iterdir()}
+    assert {"preprocessor_config.json", "dissolver"} < names
+    assert names.isdisjoint({"README.md", "eval_results.json"})
+
+
 def test_companions_already_there_are_kept(folder, tmp_path):
     target = tmp_path / "copy"
     target.mkdir()

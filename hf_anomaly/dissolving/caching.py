@@ -34,8 +34,8 @@ def dissolve_dataset(
             None is `hf_anomaly` under the cache of datasets.
 
     Returns:
-        The dataset with a column `dissolved_images`, a list of V 8-bit images (PNG, gray or RGB) of the processor's output size:
-        x = v / 127.5 − 1.
+        The dataset with a column `dissolved_images`, a list of V 8-bit images (PNG, gray or RGB, `Image(decode=False)`) of the processor's output
+        size: x = v / 127.5 − 1.
 
     Raises:
         InputError: not a `datasets.Dataset` or an empty one, no column `image`, an unreadable image (naming its row), or a processor
