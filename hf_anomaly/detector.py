@@ -47,6 +47,7 @@ class AnomalyDetectorConfig(PreTrainedConfig):
     Args:
         image_size: height and width of `pixel_values`, in pixels.
         num_channels: 1 (gray) or 3 (RGB).
+        normal_label: the class that the training data called normal, for the record and for evaluation.
         false_positive_rate: the rate at which `calibrate` set the threshold; None before.
         num_calibration_scores: how many held-out normal images calibrated the detector; 0 before.
         hf_anomaly_version: the version of this package that wrote the file.
@@ -57,6 +58,7 @@ class AnomalyDetectorConfig(PreTrainedConfig):
 
     image_size: int = 32
     num_channels: int = 1
+    normal_label: str | None = None
     false_positive_rate: float | None = None
     num_calibration_scores: int = 0
     hf_anomaly_version: str | None = None
@@ -100,6 +102,12 @@ class AnomalyDetectorOutput(ModelOutput):
     scores: torch.Tensor | None = None
     anomaly_maps: torch.Tensor | None = None
     embeddings: torch.Tensor | None = None
+
+
+def refuse_anomalies(labels: torch.Tensor | None, where: str) -> None:
+    """Raises InputError where a label is not 0 (normal)."""
+    if labels is not None and bool((labels != 0).any()):
+        raise InputError(f"{where} takes normal images only, but image {int((labels != 0).nonzero()[0])} of a batch is labelled anomalous")
 
 
 class AnomalyDetector(PreTrainedModel):
@@ -218,7 +226,7 @@ class AnomalyDetector(PreTrainedModel):
         """
         collected: dict[str, list[torch.Tensor]] = {}
         for pixel_values, labels in self._eval_batches(dataloader, "Fitting the reference", progress):
-            self._refuse_anomalies(labels, "fit_reference")
+            refuse_anomalies(labels, "fit_reference")
             features = self.reference_features(pixel_values)
             for name, value in (gather(features) if gather else features).items():
                 collected.setdefault(name, []).append(value.cpu())
@@ -249,7 +257,7 @@ class AnomalyDetector(PreTrainedModel):
             NotFittedError: before `fit_reference`.
         """
         scores, labels = self.score(dataloader, gather=gather, progress=progress, description="Calibrating")
-        self._refuse_anomalies(labels, "calibrate")
+        refuse_anomalies(labels, "calibrate")
         self.calibration.fit(scores, false_positive_rate)
         self._reports_hold = False
         self.config.num_calibration_scores = scores.numel()
@@ -372,13 +380,6 @@ class AnomalyDetector(PreTrainedModel):
         self.calibration.reset()
         self.config.num_calibration_scores = 0
         self.config.false_positive_rate = None
-
-    @staticmethod
-    def _refuse_anomalies(labels: torch.Tensor | None, where: str) -> None:
-        if labels is not None and bool((labels != 0).any()):
-            raise InputError(
-                f"{where} takes normal images only, but image {int((labels != 0).nonzero()[0])} of a batch is labelled anomalous"
-            )
 
     def _eval_batches(self, dataloader: Iterable, description: str, progress: bool):
         """Yields (pixel_values on the model's device and dtype, labels or None) in eval mode, and puts the mode back afterwards."""

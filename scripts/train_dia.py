@@ -16,9 +16,10 @@ from transformers.trainer_utils import get_last_checkpoint
 
 from hf_anomaly import AnomalyImageProcessor, CSIConfig, CSIModel, DIAConfig, DIAModel, InputError
 from hf_anomaly.dissolving import DISSOLVERS, DiffusionDissolver, Dissolver, dissolve_dataset
-from hf_anomaly.training import AnomalyTrainingArguments, DataArguments, check_checkpoint, parse_arguments
+from hf_anomaly.training import AnomalyTrainingArguments, DataArguments, check_checkpoint, check_same_run, parse_arguments
 from hf_anomaly.training.runs import (
     default_output_dir,
+    describe_run,
     dissolver_arguments,
     image_size_of,
     load_splits,
@@ -38,8 +39,10 @@ class DissolverArguments:
         default="diffusion",
         metadata={"help": f"{', '.join(DISSOLVERS)}; none (CSI: no branch D); or a trained dissolver, as a folder or Hub id."},
     )
-    t_min: int = field(default=30, metadata={"help": "Smallest diffusion timestep to dissolve at."})
-    t_max: int = field(default=130, metadata={"help": "Largest one."})
+    t_min: int | None = field(
+        default=None, metadata={"help": "Smallest diffusion timestep to dissolve at. Default: a ready dissolver's own, else 30."}
+    )
+    t_max: int | None = field(default=None, metadata={"help": "Largest one. Default: a ready dissolver's own, else 130."})
     blur_kernel_size: int | None = field(default=None, metadata={"help": "Kernel of the gaussian and median dissolvers, odd, in pixels."})
     dissolving_resolution: int = field(default=32, metadata={"help": "Larger images are dissolved at this size and resized back."})
     dissolved_variants: int = field(default=8, metadata={"help": "Dissolved variants cached for each image; 0 dissolves on the fly."})
@@ -47,7 +50,7 @@ class DissolverArguments:
     dissolver_batch_size: int = field(default=32, metadata={"help": "Images per step of its training."})
     dissolver_learning_rate: float = field(default=1e-3, metadata={"help": "Its peak learning rate."})
     dissolver_max_timestep: int | None = field(
-        default=None, metadata={"help": "Train it on noise levels below this only. Default: twice t_max; the paper takes all 1000."}
+        default=None, metadata={"help": "Train it on noise levels below this only. Default: twice t_max; the paper takes 1000."}
     )
 
     def __post_init__(self):
@@ -91,8 +94,12 @@ def make_dissolver(args: DissolverArguments, training_args, splits, processor) -
         return DISSOLVERS["identity"]()
     if args.dissolver != "diffusion":
         return DiffusionDissolver.from_pretrained(args.dissolver, t_min=args.t_min, t_max=args.t_max)
+    t_range = {"t_min": 30 if args.t_min is None else args.t_min, "t_max": 130 if args.t_max is None else args.t_max}
+    run = describe_run(splits, training_args.seed, dissolver=asdict(args), image_size=processor.size["height"])
     if training_args.resume_from_checkpoint and folder.is_dir():
-        return DiffusionDissolver.from_pretrained(folder, t_min=args.t_min, t_max=args.t_max)
+        dissolver = DiffusionDissolver.from_pretrained(folder, **t_range)
+        check_same_run((dissolver.training_notes or {}).get("run"), run, folder)
+        return dissolver
     arguments = dissolver_arguments(
         training_args, steps=args.dissolver_steps, learning_rate=args.dissolver_learning_rate, batch_size=args.dissolver_batch_size
     )
@@ -102,11 +109,11 @@ def make_dissolver(args: DissolverArguments, training_args, splits, processor) -
         processor=processor,
         args=arguments,
         resolution=args.dissolving_resolution,
-        max_timestep=args.dissolver_max_timestep or min(2 * args.t_max, 1000),
-        t_min=args.t_min,
-        t_max=args.t_max,
+        max_timestep=args.dissolver_max_timestep,
+        **t_range,
         resume_from_checkpoint=resume or None,
         target=folder,
+        run=run,
     )
     shutil.rmtree(arguments.output_dir, ignore_errors=True)
     return dissolver
@@ -122,12 +129,13 @@ def main() -> None:
     default_output_dir(training_args, f"{method}-{Path(data_args.dataset_name).stem}")
     splits = load_splits(data_args, training_args.seed)
     image_size = image_size_of(splits, data_args.image_size)
-    processor = AnomalyImageProcessor.for_images(image_size, splits.num_channels)
+    num_channels = data_args.num_channels or splits.num_channels
+    processor = AnomalyImageProcessor.for_images(image_size, num_channels)
 
     settings = {
         name: value for name, value in asdict(detector_args).items() if name not in ("backbone", "crop_scale_min", "similarity_design")
     }
-    settings |= {"image_size": image_size, "num_channels": splits.num_channels, "crop_scale": (detector_args.crop_scale_min, 1.0)}
+    settings |= {"image_size": image_size, "num_channels": num_channels, "crop_scale": (detector_args.crop_scale_min, 1.0)}
     if detector_args.backbone is not None:
         try:
             settings["backbone_config"] = AutoConfig.from_pretrained(detector_args.backbone)
@@ -163,7 +171,7 @@ def main() -> None:
         training_args,
         train_dataset=train_dataset,
         started=started,
-        card_facts={"command": " ".join(["scripts/train_dia.py", *sys.argv[1:]]), "dissolver_arguments": asdict(dissolver_args)},
+        command=["scripts/train_dia.py", *sys.argv[1:]],
     )
     if training_args.process_index == 0:
         for name in ("auroc", "average_precision", "fpr_at_95_tpr", "reason", "num_normal", "num_anomalous", "seconds"):

@@ -3,12 +3,12 @@
 accelerate launch scripts/train_dissolver.py --dataset_name path/to/images --output_dir runs/dissolver
 """
 
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 from hf_anomaly import AnomalyImageProcessor
 from hf_anomaly.training import DataArguments, DissolverTrainingArguments, parse_arguments
-from hf_anomaly.training.runs import default_output_dir, image_size_of, load_splits, run_script, train_dissolver
+from hf_anomaly.training.runs import default_output_dir, describe_run, image_size_of, load_splits, run_script, train_dissolver
 
 
 @dataclass
@@ -18,7 +18,7 @@ class DiffusionArguments:
     resolution: int = field(default=32, metadata={"help": "Dissolving resolution in pixels; smaller images are padded to a power of two."})
     block_out_channels: list[int] = field(default_factory=lambda: [32, 64, 64], metadata={"help": "Widths of the UNet's blocks."})
     max_timestep: int | None = field(
-        default=None, metadata={"help": "Train on noise levels below this only. Default: all 1000, as in the paper."}
+        default=None, metadata={"help": "Train on noise levels below this only. Default: twice t_max; the paper takes 1000."}
     )
     t_min: int = field(default=30, metadata={"help": "Smallest timestep that the dissolver draws by default."})
     t_max: int = field(default=130, metadata={"help": "Largest one."})
@@ -33,7 +33,7 @@ def main() -> None:
     image_size = image_size_of(splits, data_args.image_size)
     train_dissolver(
         splits.train,
-        processor=AnomalyImageProcessor.for_images(image_size, splits.num_channels),
+        processor=AnomalyImageProcessor.for_images(image_size, data_args.num_channels or splits.num_channels),
         args=training_args,
         resolution=diffusion_args.resolution,
         block_out_channels=tuple(diffusion_args.block_out_channels),
@@ -41,6 +41,7 @@ def main() -> None:
         t_min=diffusion_args.t_min,
         t_max=diffusion_args.t_max,
         resume_from_checkpoint=training_args.resume_from_checkpoint,
+        run=describe_run(splits, training_args.seed, **asdict(diffusion_args), image_size=image_size),
     )
     if training_args.process_index == 0:
         print(f"saved: {training_args.output_dir}")

@@ -48,13 +48,13 @@ def detector(calibrated=True, **settings):
     return model.calibrate([torch.rand(39, 1, 8, 8) * 2 - 1], progress=False) if calibrated else model
 
 
-def card(folder, results=RESULTS, facts=None, calibrated=True, **settings):
+def card(folder, results=RESULTS, calibrated=True, command=None, repo_id=None, **settings):
     """The card's text, and its YAML."""
     folder.mkdir(exist_ok=True)
     model = detector(calibrated, **settings)
     model.save_pretrained(folder)
     AnomalyImageProcessor.for_images(8, 1).save_pretrained(folder)
-    write_card(folder, model, results, facts or {})
+    write_card(folder, model, results, command=command, repo_id=repo_id)
     assert not list(folder.glob(".README*"))
     text = (folder / "README.md").read_text()
     _, front, body = re.split(r"^---$", text, maxsplit=2, flags=re.MULTILINE)
@@ -75,7 +75,7 @@ def folder(tmp_path):
 
 
 def test_the_numbers_are_in(folder):
-    body, data = card(folder, facts={"command": "scripts/train_dia.py --seed 43"})
+    body, data = card(folder, command=["scripts/train_dia.py", "--seed", "43"])
     threshold = AutoModel.from_pretrained(folder).calibration.threshold.item()
     check_whole(body)
     assert body.lstrip().startswith("# dia-chest\n")
@@ -140,7 +140,7 @@ def test_an_infinite_threshold_is_told(folder):
     model = detector()
     model.calibrate([torch.rand(3, 1, 8, 8)], false_positive_rate=0.01, progress=False)
     folder.mkdir()
-    write_card(folder, model, RESULTS, {})
+    write_card(folder, model, RESULTS)
     body = (folder / "README.md").read_text()
     assert "infinite" in body
     assert "3." in body
@@ -162,9 +162,9 @@ def test_the_python_block_runs(tmp_path, calibrated, name, monkeypatch):
 
 def test_the_dissolver_is_named_where_there_is_one(folder):
     GaussianDissolver(3).save_pretrained(folder / "dissolver")
-    assert "DDPMPipeline" not in card(folder)[0]  # which could not load a blur
+    assert "UNet2DModel" not in card(folder)[0]  # which could not load a blur
     DiffusionDissolver(build_unet(8, 1, (8, 16)), build_scheduler()).save_pretrained(folder / "dissolver")
-    assert 'DDPMPipeline.from_pretrained("dia-chest/dissolver")' in card(folder)[0]
+    assert 'UNet2DModel.from_pretrained("dia-chest", subfolder="dissolver/unet")' in card(folder)[0]
 
 
 HOSTILE = [
@@ -209,3 +209,16 @@ def test_text_of_users_is_only_text(folder, text, source):
     prose = re.sub(r"^```.*?^```", "", body, flags=re.DOTALL | re.MULTILINE)
     for markup in ("<script", "](http", "49"):  # 7 * 7
         assert markup not in prose
+
+
+def test_the_command_is_shown_without_tokens_and_local_paths(folder):
+    words = ["scripts/train_dia.py", "--hub_token", "hf_secret", "--hub_token=hf_secret", "--dataset_name", "/home/me/lungs", "--output_dir=/tmp/x y"]
+    body, _ = card(folder, command=words)
+    assert "hf_secret" not in body
+    assert "/home" not in body
+    assert "--dataset_name lungs" in body
+
+
+def test_a_pushed_card_loads_from_its_repository(folder):
+    body, _ = card(folder, repo_id="org/lungs")
+    assert 'AutoModel.from_pretrained("org/lungs")' in body

@@ -364,10 +364,22 @@ BAD = {  # the culprit → arguments; a function makes its file or folder
     "no-such-dissolver": ["--dissolver", lambda folder: folder / "no-such-dissolver"],
     "no-such-data": ["--dataset_name", lambda folder: folder / "no-such-data"],
     "checkpoint-6 is not a complete checkpoint": ["--resume_from_checkpoint", unfinished_checkpoint],
+    "--load_best_model_at_end and --save_strategy best would choose": ["--save_strategy", "best"],
+    "t_max 130 is beyond": ["--dissolver", "diffusion", "--dissolver_max_timestep", "100"],
     "--dissolver_steps": ["--dissolver", "diffusion", "--dissolver_steps", "-3"],
     "--dissolved_variants": ["--dissolved_variants", "-1"],
     "max_timestep 5000": ["--dissolver", "diffusion", "--dissolver_max_timestep", "5000"],
 }
+
+
+def test_resume_refuses_the_work_of_another_run(train, tmp_path):
+    folder, _ = train(tmp_path / "run", "--dissolver", "none")
+    options = ["--output_dir", folder, "--dissolver", "none", "--max_steps", 4, "--use_cpu", "true", "--disable_tqdm", "true"]
+    before = (folder / "eval_results.json").read_text()
+    status, _, err = run("train_dia.py", *options, "--normal_label", "8", "--resume_from_checkpoint", "true")
+    assert status == 2
+    assert "checkpoint-4 belongs to another run" in err.splitlines()[-1]
+    assert (folder / "eval_results.json").read_text() == before
 
 
 def refused(script, argv, culprit, output_dir):
@@ -405,6 +417,12 @@ def test_bad_input(culprit, tmp_path):
 def test_bad_input_of_train_dissolver(culprit, argv, tmp_path):
     common = ["--output_dir", tmp_path / "run", "--max_steps", 2, "--report_to", "none", "--disable_tqdm", "true", "--use_cpu", "true"]
     refused("train_dissolver.py", [*common, *argv], culprit, tmp_path / "run")
+
+
+def test_gray_images_for_an_rgb_backbone(train, tmp_path):
+    folder, _ = train(tmp_path / "run", "--num_channels", 3, "--dissolver", "none", "--backbone", resnet(tmp_path))
+    assert AutoModel.from_pretrained(folder).config.num_channels == 3
+    assert AutoImageProcessor.from_pretrained(folder).do_convert_rgb
 
 
 def unfitted(folder):

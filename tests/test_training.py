@@ -409,3 +409,8 @@ def test_a_killed_run_resumes_bit_for_bit(tmp_path):
     assert results[0] == results[1]
     states = [load_file(tmp_path / folder / "model.safetensors") for folder in ("killed", "whole")]
     assert_same(*states)  # with bank, threshold and calibration scores
+
+
+def test_anomalies_are_refused_in_training(make):
+    with pytest.raises(InputError, match="training takes normal images only"):
+        make(train_dataset=images(BATCH * EPOCH, anomalous=BATCH * EPOCH - 1)).train()

@@ -9,13 +9,13 @@ from ..errors import InputError
 
 @strict
 class SmallResNetConfig(BackboneConfigMixin, PreTrainedConfig):
-    """A ResNet for small images: a 3×3 stem without max-pool, basic blocks.
+    """A ResNet for small images: a stem of one convolution without max-pool, basic blocks.
 
     Args:
         num_channels: channels of the images.
         hidden_sizes: width of each stage; each but the first halves the resolution.
         depths: basic blocks of each stage.
-        stem_stride: stride of the first convolution; 1 is the CIFAR stem.
+        stem_stride: stride s of the first convolution, whose kernel is max(3, 2s − 1); 1 is the CIFAR stem, 4 covers what ImageNet's stem does.
         norm: `"batch"`, or `"group"` (8 groups or fewer), which keeps no batch statistics.
     """
 

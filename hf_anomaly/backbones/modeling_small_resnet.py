@@ -44,8 +44,12 @@ class SmallResNetBackbone(BackboneMixin, PreTrainedModel):
         super().__init__(config)
         widths = [config.hidden_sizes[0], *config.hidden_sizes]
         self.num_features = widths
+        stride = config.stem_stride
+        kernel = max(3, 2 * stride - 1)  # grows with the stride: windows overlap, no pixel is skipped
         self.stem = nn.Sequential(
-            nn.Conv2d(config.num_channels, widths[0], 3, config.stem_stride, 1, bias=False), _norm(config, widths[0]), nn.ReLU(inplace=True)
+            nn.Conv2d(config.num_channels, widths[0], kernel, stride, kernel // 2, bias=False),
+            _norm(config, widths[0]),
+            nn.ReLU(inplace=True),
         )
         self.stages = nn.ModuleList(
             nn.Sequential(

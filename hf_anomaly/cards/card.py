@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shlex
 from pathlib import Path
 
 from ..detector import AnomalyDetector
@@ -22,12 +23,31 @@ def plain(text: object) -> str:
     return re.sub(r"[`<>|\[\]\r\n]", " ", str(text)).strip()
 
 
-def write_card(folder: str | os.PathLike, model: AnomalyDetector, results: dict, facts: dict) -> None:
+def shown_command(words: list[str]) -> str:
+    """A command line that can be published: without tokens, and of local paths only the last part."""
+    shown, secret = [], False
+    for word in words:
+        flag, equals, value = word.partition("=") if word.startswith("--") else ("", "", word)
+        if secret:
+            value = "…"
+        secret = word.startswith("--") and flag.endswith("token") and not equals
+        if flag.endswith("token") and equals:
+            value = "…"
+        if Path(value).is_absolute():
+            value = Path(value).name
+        shown.append(f"{flag}{equals}{value}")
+    return shlex.join(shown)
+
+
+def write_card(
+    folder: str | os.PathLike, model: AnomalyDetector, results: dict, *, command: list[str] | None = None, repo_id: str | None = None
+) -> None:
     """Writes `README.md` of a detector's folder, whole or not at all.
 
     Args:
         results: what `eval_results.json` holds.
-        facts: `command` and whatever else of the run should be on record.
+        command: the words of the command line that made it; tokens and folders are left out of the card.
+        repo_id: where the folder will be pushed; the card's code then loads it from there.
     """
     from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
@@ -71,6 +91,7 @@ def write_card(folder: str | os.PathLike, model: AnomalyDetector, results: dict,
         data,
         template_path=str(TEMPLATE),
         title=plain(name),
+        address=plain(repo_id or name),
         model_class=type(model).__name__,
         dataset=dataset,
         normal_label=plain(results["normal_label"]),
@@ -84,7 +105,7 @@ def write_card(folder: str | os.PathLike, model: AnomalyDetector, results: dict,
         num_calibration=config.num_calibration_scores,
         threshold=f"{model.calibration.threshold.item():.6g}" if model.calibration.is_calibrated else "",
         settings=json.dumps(changed, indent=2, sort_keys=True, default=str).replace("`", "'"),
-        command=plain(facts.get("command", "")),
+        command=plain(shown_command(command or [])),
         has_dissolver=(folder / "dissolver" / "unet").is_dir(),
         version=__version__,
     )

@@ -1,7 +1,7 @@
 """Training with `transformers.Trainer`: arguments, trainers, and the whole run from a dataset to a saved detector."""
 
 from .arguments import AnomalyTrainingArguments, DataArguments, DissolverTrainingArguments, parse_arguments
-from .trainers import AnomalyTrainer, DissolverTrainer, ReproducibleTrainer, check_checkpoint
+from .trainers import AnomalyTrainer, DissolverTrainer, ReproducibleTrainer, check_checkpoint, check_same_run
 
 __all__ = [
     "AnomalyTrainer",
@@ -11,5 +11,6 @@ __all__ = [
     "DissolverTrainingArguments",
     "ReproducibleTrainer",
     "check_checkpoint",
+    "check_same_run",
     "parse_arguments",
 ]

@@ -93,6 +93,9 @@ class DataArguments:
     image_size: int | None = field(
         default=None, metadata={"help": "Images are resized to this. Default: their own size up to 64, else 64."}
     )
+    num_channels: int | None = field(
+        default=None, metadata={"help": "1: gray, 3: RGB; images are converted. Default: gray if all training images are gray."}
+    )
     calibration_fraction: float = field(
         default=0.2, metadata={"help": "Share of the normal training images held out for calibration if there is no calibration split."}
     )

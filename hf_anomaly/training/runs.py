@@ -25,6 +25,16 @@ from .trainers import AnomalyTrainer, DissolverTrainer
 
 logger = logging.getLogger(__name__)
 
+# Fields of a configuration that say nothing of how the detector is trained.
+_NOT_SETTINGS = (
+    "bank_size",
+    "num_calibration_scores",
+    "false_positive_rate",
+    "hf_anomaly_version",
+    "transformers_version",
+    "architectures",
+)
+
 LARGEST_DEFAULT_SIZE = 64  # px: larger images are shrunk to this unless --image_size says otherwise
 
 
@@ -125,24 +135,28 @@ def train_dissolver(
     t_max: int = 130,
     resume_from_checkpoint: str | bool | None = None,
     target: str | os.PathLike | None = None,
+    run: dict | None = None,
 ) -> DiffusionDissolver:
     """Trains a DDPM on normal images and saves its averaged weights as a `DDPMPipeline` folder.
 
     Args:
         train_dataset: normal images, unprepared.
         resolution: the dissolving resolution in pixels; smaller images are padded to the next power of two.
-        max_timestep: noise levels t < max_timestep are trained; None: all of the schedule.
+        max_timestep: noise levels t < max_timestep are trained; None: up to twice `t_max`, since dissolving uses no others. The paper takes all 1000.
         t_min, t_max: the range that the dissolver will draw from by default.
         target: where it is saved; default `args.output_dir`.
+        run: what describes the run, see `describe_run`.
     """
     resolution = network_resolution(processor.size["height"], resolution)
     fit_batch_size(args, len(train_dataset))
     set_seed(args.seed)
     unet, scheduler = build_unet(resolution, processor.num_channels, block_out_channels), build_scheduler()
     DiffusionDissolver(unet, scheduler, t_min, t_max)  # refuses a bad range now, not after the training
-    trainer = DissolverTrainer(
-        DenoisingModel(unet, scheduler, max_timestep=max_timestep), args, train_dataset=prepare(train_dataset, processor)
-    )
+    max_timestep = min(2 * t_max, scheduler.config.num_train_timesteps) if max_timestep is None else max_timestep
+    if t_max >= max_timestep:
+        raise InputError(f"t_max {t_max} is beyond the noise levels that would be trained: max_timestep must be larger, got {max_timestep}")
+    model = DenoisingModel(unet, scheduler, max_timestep=max_timestep)
+    trainer = DissolverTrainer(model, args, train_dataset=prepare(train_dataset, processor), run=run)
     logger.info("Training the dissolver: %d steps on %d images at %d px", trainer.args.max_steps, len(train_dataset), resolution)
     trainer.train(resume_from_checkpoint)
     dissolver = DiffusionDissolver(unet.eval().requires_grad_(False), scheduler, t_min, t_max)
@@ -155,11 +169,18 @@ def train_dissolver(
             "max_timestep": max_timestep,
             "num_images": len(train_dataset),
             "seed": args.seed,
+            "run": run,
         }
         dissolver.save_pretrained(target or args.output_dir, training_notes=notes)
         push_result(args)
     trainer.accelerator.wait_for_everyone()
     return dissolver
+
+
+def describe_run(splits: OneClassSplits, seed: int, **settings) -> dict:
+    """What makes a run this run: its data, seed and settings. A checkpoint of another is not resumed."""
+    data = {"dataset": dataset_label(splits.source), "normal_label": splits.normal_label, "split_hash": splits.split_hash}
+    return {**data, "seed": seed, **settings}
 
 
 def dataset_label(source: str) -> str:
@@ -209,7 +230,7 @@ def train_detector(
     *,
     train_dataset=None,
     started: float,
-    card_facts: dict | None = None,
+    command: list[str] | None = None,
 ) -> dict:
     """Trains, fits, calibrates, evaluates and saves a detector with its processor, card and results in `args.output_dir`.
 
@@ -217,12 +238,21 @@ def train_detector(
         model: a new detector.
         train_dataset: the training images if they have more columns than `splits.train`, such as dissolved ones.
         started: `time.time()` at the start of the run.
-        card_facts: more for the card: how the dissolver was made, the command.
+        command: the command line, for the card.
 
     Returns:
         What `eval_results.json` holds.
     """
     fit_batch_size(args, len(splits.train))
+    if args.load_best_model_at_end or args.save_strategy == "best":
+        raise InputError(
+            "--load_best_model_at_end and --save_strategy best would choose the checkpoint on the split that the results are reported on"
+        )
+    if splits.test_missing_reason and args.eval_strategy != "no":
+        logger.warning("No evaluation during training: %s", splits.test_missing_reason)
+        args.eval_strategy = "no"
+    model.config.normal_label = splits.normal_label
+    unfitted = {name: value for name, value in model.config.to_dict().items() if name not in _NOT_SETTINGS}
     trainer = AnomalyTrainer(
         model,
         args,
@@ -231,11 +261,18 @@ def train_detector(
         calibration_dataset=None if splits.calibration is None else prepare(splits.calibration, processor),
         eval_dataset=None if splits.test_missing_reason else prepare(splits.test, processor),
         processing_class=processor,
+        run=describe_run(splits, args.seed, config=unfitted),
     )
     trainer.train(args.resume_from_checkpoint)
     trainer.fit_reference()
     if splits.calibration is not None:
         trainer.calibrate()
+    folder = Path(args.output_dir)
+    if trainer.is_world_process_zero():  # before the evaluation, which a broken test image may end
+        for outdated in ("README.md", "eval_results.json"):
+            (folder / outdated).unlink(missing_ok=True)
+        model.save_pretrained(folder)
+        processor.save_pretrained(folder)
 
     def score(dataset):
         prediction = trainer.predict(dataset)
@@ -250,11 +287,8 @@ def train_detector(
         "num_calibration": 0 if splits.calibration is None else len(splits.calibration),
     }
     if trainer.is_world_process_zero():
-        folder = Path(args.output_dir)
-        model.save_pretrained(folder)
-        processor.save_pretrained(folder)
         write_json(folder / "eval_results.json", results)
-        write_card(folder, model, results, card_facts or {})
+        write_card(folder, model, results, command=command, repo_id=args.hub_model_id if args.push_to_hub else None)
         push_result(args)
     trainer.accelerator.wait_for_everyone()
     return results

@@ -15,13 +15,14 @@ from transformers import Trainer, TrainerCallback
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, PredictionOutput, get_last_checkpoint, rotate_checkpoints
 
 from ..data import collate
-from ..detector import AnomalyDetector
+from ..detector import AnomalyDetector, refuse_anomalies
 from ..errors import InputError
 from ..metrics import image_metrics
 
 logger = logging.getLogger(__name__)
 
 _AVERAGE_FILE = "ema.safetensors"
+_RUN_FILE = "run.json"
 _STAGING = ".incomplete"
 
 
@@ -39,17 +40,48 @@ def check_checkpoint(checkpoint: str | os.PathLike | bool | None) -> None:
         raise InputError(f"{checkpoint} is not a complete checkpoint: it has no trainer_state.json")
 
 
+def check_same_run(theirs: dict | None, ours: dict | None, where: str | os.PathLike) -> None:
+    """Refuses to continue work that was begun with other data or settings.
+
+    Args:
+        theirs, ours: what describes each run, JSON values; nothing is compared where either is None.
+
+    Raises:
+        InputError: they differ; names the first field that does.
+    """
+    if theirs is None or ours is None:
+        return
+    ours = json.loads(json.dumps(ours))
+    for name in sorted(theirs.keys() | ours.keys()):
+        if theirs.get(name) != ours.get(name):
+            raise InputError(
+                f"{where} belongs to another run ({name} was {theirs.get(name)!r}, now {ours.get(name)!r}): "
+                "resume with the same arguments, or take another --output_dir"
+            )
+
+
 class ReproducibleTrainer(Trainer):
     """`transformers.Trainer` with random numbers derived from (seed, step, micro-step), averaged weights, whole checkpoints, and named losses in the log.
 
     - Before each micro-step the global random state is forked and seeded, alike on every process: a resumed run draws what an uninterrupted one
       would, and modules that draw for the global batch (`ops.distributed.draw_rows`) train alike on any number of processes.
-    - The exponential moving average of the parameters (`args.ema_decay`) is saved in checkpoints; after `train` the model holds it.
+    - The exponential moving average of the parameters (`args.ema_decay`) is saved in checkpoints; after `train` the model holds it. Statistics of
+      batch normalisation are not averaged again: they are moving averages themselves.
     - A checkpoint is written under another name and renamed when it is complete.
+    - Batch normalisation is synchronised over the processes on GPUs.
+
+    Args:
+        run: what describes the run (data, seed, settings), as JSON can hold it; written into checkpoints, and a checkpoint of another run is refused.
+        The others are `Trainer`'s.
     """
 
-    def __init__(self, *args, **kwargs):
-        super().__init__(*args, **kwargs)
+    def __init__(self, model, args, *, run: dict | None = None, **kwargs):
+        if args.n_gpu > 1:
+            raise InputError(f"one process sees {args.n_gpu} GPUs: start one process for each with `accelerate launch`")
+        if args.world_size > 1 and args.device.type == "cuda":
+            model = torch.nn.SyncBatchNorm.convert_sync_batchnorm(model)
+        super().__init__(model, args, **kwargs)
+        self.run = run
         self._average = None
         self._micro_step = (-1, 0)  # (global step, micro-batches done in it)
         self._loss_sums: dict[str, torch.Tensor] = {}
@@ -94,9 +126,13 @@ class ReproducibleTrainer(Trainer):
             InputError: `resume_from_checkpoint` names a folder that is no complete checkpoint. True takes the last checkpoint, if there is one.
         """
         check_checkpoint(resume_from_checkpoint)
-        if resume_from_checkpoint is True and not (Path(self.args.output_dir).is_dir() and get_last_checkpoint(self.args.output_dir)):
-            logger.info("There is no checkpoint in %s yet: starting from the beginning", self.args.output_dir)
-            resume_from_checkpoint = None
+        if resume_from_checkpoint is True:
+            folder = Path(self.args.output_dir)
+            resume_from_checkpoint = get_last_checkpoint(folder) if folder.is_dir() else None
+            if resume_from_checkpoint is None:
+                logger.info("There is no checkpoint in %s yet: starting from the beginning", folder)
+        if resume_from_checkpoint and (description := Path(resume_from_checkpoint, _RUN_FILE)).is_file():
+            check_same_run(json.loads(description.read_text()), self.run, resume_from_checkpoint)
         self._micro_step = (-1, 0)
         shutil.rmtree(Path(self.args.output_dir, _STAGING), ignore_errors=True)
         if self.train_dataset is not None and self.args.dataloader_drop_last:
@@ -184,6 +220,8 @@ class ReproducibleTrainer(Trainer):
             folder = Path(output_dir or self.args.output_dir)
             (folder / "training_args.bin").unlink(missing_ok=True)
             (folder / "training_args.json").write_text(json.dumps(self.args.to_sanitized_dict(), indent=2, sort_keys=True))
+            if self.run is not None:
+                (folder / _RUN_FILE).write_text(json.dumps(self.run, indent=2, sort_keys=True))
 
     def _push_from_checkpoint(self, checkpoint_folder):
         """Nothing: an unfinished, unfitted detector is no use to anybody. The finished one is pushed whole at the end of the run."""
@@ -224,6 +262,7 @@ class AnomalyTrainer(ReproducibleTrainer):
         calibration_dataset: prepared normals, disjoint from the other two.
         processing_class: the image processor, saved beside the model.
         callbacks: as in `Trainer`.
+        run: as in `ReproducibleTrainer`.
     """
 
     def __init__(
@@ -238,10 +277,12 @@ class AnomalyTrainer(ReproducibleTrainer):
         processing_class=None,
         data_collator=collate,
         callbacks=None,
+        run=None,
     ):
         super().__init__(
             model,
             args,
+            run=run,
             data_collator=data_collator,
             train_dataset=train_dataset,
             eval_dataset=eval_dataset,
@@ -253,6 +294,7 @@ class AnomalyTrainer(ReproducibleTrainer):
         self.calibration_dataset = calibration_dataset
 
     def model_inputs(self, inputs):
+        refuse_anomalies(inputs.get("labels"), "training")
         return {**inputs, "epoch": self.state.epoch}
 
     def train(self, resume_from_checkpoint=None, **kwargs):
@@ -329,8 +371,8 @@ class DissolverTrainer(ReproducibleTrainer):
         train_dataset: prepared normal images.
     """
 
-    def __init__(self, model, args, *, train_dataset, data_collator=collate, callbacks=None):
-        super().__init__(model, args, data_collator=data_collator, train_dataset=train_dataset, callbacks=callbacks)
+    def __init__(self, model, args, *, train_dataset, data_collator=collate, callbacks=None, run=None):
+        super().__init__(model, args, run=run, data_collator=data_collator, train_dataset=train_dataset, callbacks=callbacks)
 
     def model_inputs(self, inputs):
         return {"pixel_values": inputs["pixel_values"]}

@@ -76,3 +76,11 @@ def test_initial_maps_keep_their_scale():
 def test_wrong_config(settings, refused):
     with refused(next(iter(settings))):
         SmallResNetConfig(**{"hidden_sizes": [8, 12, 16], "depths": [1, 2, 1], **settings})
+
+
+@pytest.mark.parametrize("stride", [1, 2, 3, 4, 8])
+def test_no_pixel_is_skipped(stride):
+    model = tiny(stem_stride=stride).eval()
+    x = torch.randn(1, 1, 32, 32, requires_grad=True)
+    model.stem[0](x).square().sum().backward()
+    assert (x.grad != 0).all()

@@ -62,8 +62,9 @@ class CSIConfig(AnomalyDetectorConfig):
 
     def __post_init__(self, **kwargs):
         if self.backbone_config is None:
-            # The first stage works at about 16 px whatever the image's size: at 28 px a quarter of the time of stride 1.
-            self.backbone_config = SmallResNetConfig(num_channels=self.num_channels, stem_stride=max(1, self.image_size // 14))
+            # At 28 to 64 px the first stage works at 14 to 16 px: at 28 px a quarter of the time of stride 1.
+            stride = min(4, max(1, self.image_size // 14))
+            self.backbone_config = SmallResNetConfig(num_channels=self.num_channels, stem_stride=stride)
         elif isinstance(self.backbone_config, dict) and "model_type" not in self.backbone_config:
             raise InputError(
                 "backbone_config has no 'model_type': name the backbone's architecture, for instance 'small_resnet' or 'resnet'"
@@ -77,7 +78,7 @@ class CSIConfig(AnomalyDetectorConfig):
         if channels != self.num_channels:
             raise InputError(
                 f"backbone_config.num_channels is {channels}, but the images have {self.num_channels}: "
-                "build the backbone with the images' number of channels"
+                "convert the images (--num_channels) or take another backbone"
             )
         if self.temperature <= 0:
             raise InputError(f"temperature must be positive, got {self.temperature}")

@@ -22,8 +22,8 @@ logger = logging.getLogger(__name__)
 
 NUM_SHIFTS = 4  # K, of rotate and of perm
 
-# Rows of the encoder's batch at test time: bounds the memory of a call, whatever the number of shifts and views.
-_MAX_TEST_ROWS = 512
+# Pixels of all views that the encoder sees at once at test time: bounds the memory of a call, whatever its batch size. 2**19 are 668 views at 28 px.
+_MAX_TEST_PIXELS = 2**19
 
 
 class CSIReference(Float32State):
@@ -128,7 +128,7 @@ class CSIModel(AnomalyDetector):
     def view_features(self, pixel_values: torch.Tensor, views: torch.Tensor) -> dict[str, torch.Tensor]:
         """z (B, K, d) and the logit of the true shift (B, K), averaged over the test-time views (n, P)."""
         num_views = len(views)
-        chunk = max(1, _MAX_TEST_ROWS // (num_views * NUM_SHIFTS))
+        chunk = max(1, _MAX_TEST_PIXELS // (num_views * NUM_SHIFTS * pixel_values[0, 0].numel()))
         parts = [self._view_features(x, views) for x in pixel_values.split(chunk)]
         return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
 
