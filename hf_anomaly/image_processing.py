@@ -7,10 +7,8 @@ import torch
 from transformers.image_processing_backends import PilBackend
 from transformers.image_utils import PILImageResampling
 
+from .data.transforms import check_eight_bits
 from .errors import InputError
-
-# PIL would clip these to 255 silently when it converts them.
-_WIDE_MODES = ("I", "F", "I;16", "I;16B", "I;16L", "I;16N")
 
 
 def to_eight_bit_image(image: "PIL.Image.Image | np.ndarray | torch.Tensor", name: str = "image") -> PIL.Image.Image:
@@ -24,10 +22,7 @@ def to_eight_bit_image(image: "PIL.Image.Image | np.ndarray | torch.Tensor", nam
         InputError: more than 8 bits, NaN or infinite values, floats outside [0, 1], or a shape that is no image's.
     """
     if isinstance(image, PIL.Image.Image):
-        if image.mode in _WIDE_MODES:
-            raise InputError(
-                f"{name} has mode {image.mode!r}, more than 8 bits: rescale it to 8 bits first, a silent conversion would clip it"
-            )
+        check_eight_bits(image, name)
         return PIL.ImageOps.exif_transpose(image)
     array = image.detach().cpu().numpy() if isinstance(image, torch.Tensor) else np.asarray(image)
     if array.ndim == 3 and array.shape[0] in (1, 3, 4) and array.shape[-1] not in (1, 3, 4):

@@ -1,9 +1,12 @@
-"""Scores a dataset with a saved detector and writes the same JSON as training does.
+"""Scores a dataset with a saved detector and writes the same JSON as training does, but for the facts of the training.
+
+The split hash covers the evaluated rows alone: no training data is needed.
 
 python scripts/evaluate.py --model runs/dia-digits --dataset_name digits
 """
 
 import json
+import logging
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,6 +18,8 @@ from hf_anomaly.data import collate
 from hf_anomaly.training import DataArguments, parse_arguments
 from hf_anomaly.training.runs import evaluate_detector, load_detector, load_splits, run_script, write_json
 
+logger = logging.getLogger("hf_anomaly.evaluate")
+
 
 @dataclass
 class EvaluationArguments:
@@ -24,7 +29,6 @@ class EvaluationArguments:
     revision: str | None = field(default=None, metadata={"help": "Branch, tag or commit of a Hub model."})
     output: str | None = field(default=None, metadata={"help": "Also write the JSON to this file."})
     batch_size: int = field(default=64, metadata={"help": "Images scored at once."})
-    seed: int = field(default=42, metadata={"help": "Seed of the split, for its hash: the training run's."})
     device: str = field(default="cuda" if torch.cuda.is_available() else "cpu", metadata={"help": "Device to score on."})
 
 
@@ -33,7 +37,11 @@ def main() -> None:
     args, data_args = parse_arguments(EvaluationArguments, DataArguments, description=__doc__)
     model, processor = load_detector(args.model, args.revision)
     model.to(args.device)
-    splits = load_splits(data_args, args.seed)
+    trained_on = model.config.normal_label
+    data_args.normal_label = data_args.normal_label or trained_on
+    splits = load_splits(data_args, evaluation_only=True)
+    if trained_on not in (None, splits.normal_label):
+        logger.warning("Normal is %r here, but the detector was trained on %r", splits.normal_label, trained_on)
 
     def score(dataset):
         return model.score(DataLoader(dataset, batch_size=args.batch_size, collate_fn=collate))

@@ -212,7 +212,15 @@ def test_text_of_users_is_only_text(folder, text, source):
 
 
 def test_the_command_is_shown_without_tokens_and_local_paths(folder):
-    words = ["scripts/train_dia.py", "--hub_token", "hf_secret", "--hub_token=hf_secret", "--dataset_name", "/home/me/lungs", "--output_dir=/tmp/x y"]
+    words = [
+        "scripts/train_dia.py",
+        "--hub_token",
+        "hf_secret",
+        "--hub_token=hf_secret",
+        "--dataset_name",
+        "/home/me/lungs",
+        "--output_dir=/tmp/x y",
+    ]
     body, _ = card(folder, command=words)
     assert "hf_secret" not in body
     assert "/home" not in body

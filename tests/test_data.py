@@ -1,4 +1,5 @@
 import io
+import logging
 
 import datasets
 import numpy as np
@@ -258,13 +259,78 @@ def test_channels_and_size_of_mixed_images(tmp_path):
     assert (splits.num_channels, splits.native_size) == (3, 20)
 
 
+def test_anomalies_that_are_left_out_are_counted(tmp_path, caplog):
+    write(tmp_path, {"train/good": 4, "train/bad": 3, "calibration/good": 2, "calibration/bad": 1, "test/good": 1, "test/bad": 1})
+    with caplog.at_level(logging.INFO, "hf_anomaly"):
+        load_one_class(tmp_path)
+    assert caplog.messages == [
+        f"{count} anomalies of split {split!r} of {str(tmp_path)!r} are left out" for split, count in (("train", 3), ("calibration", 1))
+    ]
+    caplog.clear()
+    with caplog.at_level(logging.INFO, "hf_anomaly"):
+        load_one_class(write(tmp_path / "normals", {"good": 4}))
+    assert not caplog.records
+
+
+# Evaluation only
+
+
+def test_evaluation_takes_the_same_rows_and_nothing_else(tmp_path):
+    write(tmp_path, {"train/ok": 4, "calibration/ok": 2, "test/ok": 1, "test/ko": 2})
+    splits = load_one_class(tmp_path, evaluation_only=True)
+    assert splits.normal_label == "ok", "the only class of the training split"
+    assert splits.train is splits.calibration is splits.test_missing_reason is None
+    assert splits.test["label"][:] == load_one_class(tmp_path).test["label"][:] == [1, 1, 0]
+    for path in (tmp_path / "train" / "ok").iterdir():  # neither the training images nor the seed matter
+        path.write_bytes(b"no image")
+    assert load_one_class(tmp_path, evaluation_only=True, seed=1).split_hash == splits.split_hash
+    (tmp_path / "test" / "ok" / "0.png").unlink()
+    assert load_one_class(tmp_path, evaluation_only=True, normal_label="ok").split_hash != splits.split_hash
+
+
+def test_evaluation_needs_no_training_split(tmp_path):
+    splits = load_one_class(write(tmp_path / "folder", {"test/good": 2, "test/bad": 1}, (16, 20)), evaluation_only=True)
+    assert splits.test["label"][:] == [1, 0, 0]
+    assert (splits.num_channels, splits.native_size) == (1, 20)
+    path = save_npz(tmp_path / "x.npz", train_images=None, train_labels=None, val_images=None)
+    assert load_one_class(path, evaluation_only=True, normal_label=0).test["label"][:] == [0, 1] * 6
+
+
+def test_evaluation_of_a_source_without_splits(tmp_path, caplog):
+    for source, labels in [
+        (write(tmp_path / "folder", {"good": 2, "bad": 1}), [1, 0, 0]),
+        (save_parquet(tmp_path / "x.parquet", name="label"), [0, 1] * 5),
+    ]:
+        caplog.clear()
+        splits = load_one_class(source, evaluation_only=True)
+        assert splits.test["label"][:] == labels
+        assert splits.train is splits.calibration is splits.test_missing_reason is None
+        assert "must not have been trained on it" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("counts", "message"),
+    [
+        ({"train/good": 1, "val/good": 1}, "has no split 'test'; its splits: train, validation; choose with eval_split"),
+        ({"val/good": 1}, "has no split 'test'; its splits: validation"),
+        ({"train/good": 1, "test": 1}, "split 'test' .* has no labels to evaluate against; give label_column"),
+        ({".": 2}, "has no labels to evaluate against"),
+    ],
+)
+def test_nothing_to_evaluate(tmp_path, counts, message):
+    with pytest.raises(InputError, match=message) as error:
+        load_one_class(write(tmp_path / "x", counts), evaluation_only=True)
+    one_line(error)
+
+
 # Errors
 
 
 @pytest.mark.parametrize(
     ("arrays", "options", "message"),
     [
-        ({"train_images": None}, {}, "has no array 'train_images'; its arrays: train_labels, val_images"),
+        ({"train_images": None}, {}, "has no split 'train'; its splits: val, test"),
+        ({f"{split}_images": None for split in ("train", "val", "test")}, {}, "has no array of images; name them <split>_images"),
         ({"train_images": pixels(0, (12, 8, 8, 4))}, {}, r"'train_images' has shape \(12, 8, 8, 4\)"),
         ({"train_images": np.zeros((12, 8, 8), np.int64)}, {}, "'train_images' is of type int64; save uint8"),
         ({"train_images": np.full((12, 8, 8), 7.0)}, {}, "'train_images', row 0: floats outside"),

@@ -283,7 +283,52 @@ def test_saving_over_a_folder(tmp_path, diffusion):
     with pytest.raises(TypeError, match="not JSON serializable"):
         diffusion.save_pretrained(folder, training_notes={"x": object()})
     assert (folder / "dissolver_config.json").read_bytes() == before
+    assert sorted(p.name for p in folder.iterdir()) == [
+        "README.md",
+        "dissolver_config.json",
+        "logs",
+        "model_index.json",
+        "scheduler",
+        "unet",
+    ]
     assert [p.name for p in tmp_path.iterdir()] == ["d"]
+
+
+def test_saving_into_the_working_directory(tmp_path, diffusion, monkeypatch):
+    """The folder itself stays: it may be a process's working directory or a mount point."""
+    monkeypatch.chdir(tmp_path)
+    inode = tmp_path.stat().st_ino
+    for _ in range(2):
+        diffusion.save_pretrained(".")
+        assert os.getcwd() == str(tmp_path)
+        assert tmp_path.stat().st_ino == inode
+        assert Dissolver.from_pretrained(".").fingerprint() == diffusion.fingerprint()
+
+
+def test_nothing_is_written_beside_the_folder(tmp_path):
+    """The folder above may be read-only or another file system."""
+
+    class Recording(IdentityDissolver):
+        def _write(self, folder, training_notes):
+            super()._write(folder, training_notes)
+            assert [path.name for path in tmp_path.iterdir()] == ["d"]
+
+    Recording().save_pretrained(tmp_path / "d")
+    assert type(Dissolver.from_pretrained(tmp_path / "d")) is IdentityDissolver
+
+
+def test_t_beyond_the_training(tmp_path, diffusion):
+    """The network never saw such noise."""
+    diffusion.save_pretrained(tmp_path / "d", training_notes={"max_timestep": 131})
+    assert Dissolver.from_pretrained(tmp_path / "d").t_max == 130
+    with refused(tmp_path / "d", "t_max 131", "max_timestep 131"):
+        DiffusionDissolver.from_pretrained(tmp_path / "d", t_max=131)
+    diffusion.save_pretrained(tmp_path / "d", training_notes={"max_timestep": 100})
+    with refused("t_max 130", "max_timestep 100"):
+        Dissolver.from_pretrained(tmp_path / "d")
+    assert DiffusionDissolver.from_pretrained(tmp_path / "d", t_max=99).t_max == 99
+    diffusion.save_pretrained(tmp_path / "d", training_notes={"max_timestep": None})
+    assert DiffusionDissolver.from_pretrained(tmp_path / "d", t_max=999).t_max == 999
 
 
 def test_fingerprints_differ(diffusion):
@@ -477,6 +522,36 @@ def test_cache_is_found_again(tmp_path):
     dissolve_dataset(toy_dataset(), other, Processor(), cache_dir=tmp_path)
     assert other.calls == 1
     assert len(list(tmp_path.glob("dissolved-*.arrow"))) == 4
+
+
+def dataset_of_files(*names):
+    return datasets.Dataset.from_dict({"image": list(names)}, features=datasets.Features({"image": datasets.Image()}))
+
+
+def test_replaced_files_are_dissolved_anew(tmp_path, monkeypatch):
+    def dissolved():
+        return dissolve_dataset(dataset_of_files("x.png"), dissolver, Processor(), cache_dir=tmp_path / "cache")[0]
+
+    def save(folder, level):
+        (tmp_path / folder).mkdir(exist_ok=True)
+        Image.new("L", (16, 16), level).save(tmp_path / folder / "x.png")
+        os.utime(tmp_path / folder / "x.png", ns=(0, times.pop()))
+
+    dissolver, times = CountingMedian(3), [3, 1, 1]
+    save("one", 10)
+    save("other", 20)
+    monkeypatch.chdir(tmp_path / "one")
+    for calls in (1, 1):
+        assert images_of(dissolved())[0].getextrema() == (10, 10)
+        assert dissolver.calls == calls
+    monkeypatch.chdir(tmp_path / "other")  # another file of the same relative path, size and time
+    assert images_of(dissolved())[0].getextrema() == (20, 20)
+    save("other", 30)
+    assert images_of(dissolved())[0].getextrema() == (30, 30)
+    assert dissolver.calls == 3
+    (tmp_path / "other" / "x.png").unlink()
+    with refused("x.png", "restore"):
+        dissolved()
 
 
 def test_default_cache_folder(tmp_path, monkeypatch):

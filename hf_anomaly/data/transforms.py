@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -32,6 +33,19 @@ def _unreadable(value: Any, where: str, error: Exception) -> InputError:
     return InputError(f"{_name(value, where)}: unreadable image ({' '.join(reason.split())}); remove it or replace it by an intact one")
 
 
+def check_eight_bits(image: PIL.Image.Image, name: str) -> None:
+    """Refuses an image of more than 8 bits a channel. PIL drops the lower bits of 16-bit colour while decoding, so look before.
+
+    Raises:
+        InputError: a 16-bit, 32-bit or float image.
+    """
+    # ";16B", ";16L", ";16N" in a file's raw mode are 16-bit channels; BMP's "BGR;16" is 16 bits a pixel.
+    raw_modes = (re.search(r"\w+;16[BLN]", str(tile[3])) for tile in getattr(image, "tile", ()))
+    wide = [image.mode] if image.mode[0] in "IF" else [raw.group() for raw in raw_modes if raw]
+    if wide:  # PIL's convert() would clip them to 255 without a word
+        raise InputError(f"{name}: 16-bit, 32-bit or float image (mode {wide[0]!r}); convert it to 8 bits, with a window of your choice")
+
+
 def open_image(value: dict[str, Any] | PIL.Image.Image | np.ndarray, where: str) -> PIL.Image.Image:
     """Opens an image without decoding its pixels and refuses more than 8 bits a channel.
 
@@ -55,10 +69,7 @@ def open_image(value: dict[str, Any] | PIL.Image.Image | np.ndarray, where: str)
             raise _unreadable(value, where, error) from error
     else:
         raise InputError(f"{where}: the image is missing; remove the row")
-    if image.mode == "F" or image.mode.startswith("I"):  # PIL's convert() would clip these to 255 without a word
-        raise InputError(
-            f"{_name(value, where)}: 16-bit, 32-bit or float image (mode {image.mode}); convert it to 8 bits, with a window of your choice"
-        )
+    check_eight_bits(image, _name(value, where))
     return image
 
 

@@ -4,7 +4,7 @@ import hashlib
 import json
 import os
 import shutil
-import uuid
+import tempfile
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from pathlib import Path
@@ -86,9 +86,9 @@ class Dissolver(ABC):
         return digest.hexdigest()
 
     def save_pretrained(self, folder: str | os.PathLike, training_notes: dict | None = None) -> None:
-        """Writes `dissolver_config.json` (and a diffusion dissolver's networks) to a folder: the whole of it or nothing.
+        """Writes `dissolver_config.json` (and a diffusion dissolver's networks) to a folder; a failure while writing leaves the old content.
 
-        Everything is written to a temporary sibling folder that is then renamed. Other files of an existing folder are kept.
+        Everything is written to a temporary folder inside and then renamed into place, the config last. Other files of the folder are kept.
 
         Args:
             folder: made if it is not there.
@@ -97,29 +97,20 @@ class Dissolver(ABC):
         Raises:
             InputError: `folder` is a file.
         """
-        folder = Path(folder).resolve()
+        folder = Path(folder)
         if folder.exists() and not folder.is_dir():
             raise InputError(f"cannot save a dissolver to {folder}: it is a file; name a folder")
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        suffix = uuid.uuid4().hex
-        staging, replaced = (folder.with_name(f".{folder.name}.{word}-{suffix}") for word in ("saving", "replaced"))
-        staging.mkdir()
+        folder.mkdir(parents=True, exist_ok=True)
+        staging = Path(tempfile.mkdtemp(prefix=".saving-", dir=folder))
+        new, replaced = staging / "new", staging / "replaced"
         try:
-            self._write(staging, training_notes)
-            ours = {path.name for path in staging.iterdir()}
-            if folder.exists():
-                folder.rename(replaced)
-            try:
-                staging.rename(folder)
-            except OSError:
-                if replaced.exists():
-                    replaced.rename(folder)
-                raise
-            if replaced.exists():
-                for path in replaced.iterdir():
-                    if path.name not in ours:
-                        path.rename(folder / path.name)
-                shutil.rmtree(replaced)
+            new.mkdir()
+            replaced.mkdir()
+            self._write(new, training_notes)
+            for name in sorted(os.listdir(new), key=lambda name: name == CONFIG_NAME):
+                if (folder / name).is_dir():  # which a rename does not replace
+                    os.replace(folder / name, replaced / name)
+                os.replace(new / name, folder / name)
         finally:
             shutil.rmtree(staging, ignore_errors=True)
 

@@ -30,16 +30,16 @@ def dissolve_dataset(
         num_variants: V.
         batch_size: images per call of the dissolver; it does not change the timesteps.
         seed: seed of the timesteps, which depend on it, the row and the variant alone.
-        cache_dir: folder of the cache files, which are found again by a fingerprint of dataset, dissolver, processor, V and seed;
-            None is `hf_anomaly` under the cache of datasets.
+        cache_dir: folder of the cache files, which are found again by a fingerprint of dataset, image files, dissolver, processor, V and
+            seed; None is `hf_anomaly` under the cache of datasets.
 
     Returns:
         The dataset with a column `dissolved_images`, a list of V 8-bit images (PNG, gray or RGB, `Image(decode=False)`) of the processor's output
         size: x = v / 127.5 − 1.
 
     Raises:
-        InputError: not a `datasets.Dataset` or an empty one, no column `image`, an unreadable image (naming its row), or a processor
-            whose range is not [−1, 1].
+        InputError: not a `datasets.Dataset` or an empty one, no column `image`, a missing image file, an unreadable image (naming
+            its row), or a processor whose range is not [−1, 1].
     """
     import datasets
     from PIL import Image
@@ -75,9 +75,12 @@ def dissolve_dataset(
         levels = levels.squeeze(2) if levels.shape[2] == 1 else levels.movedim(2, -1)
         return {"dissolved_images": [[Image.fromarray(array) for array in row] for row in levels.cpu().numpy()]}
 
+    # Undecoded while mapping: a broken file then names its row, and the original bytes are stored as they were.
+    undecoded = dataset.with_format(None).cast_column("image", datasets.Image(decode=False))
     key = {
         "format": CACHE_FORMAT,
         "dataset": dataset._fingerprint,
+        "files": _files_fingerprint(undecoded),
         "dissolver": dissolver.fingerprint(),
         "processor": processor.to_dict(),
         "num_variants": num_variants,
@@ -86,8 +89,6 @@ def dissolve_dataset(
     fingerprint = hashlib.sha256(canonical_json(key)).hexdigest()
     folder = Path(datasets.config.HF_DATASETS_CACHE) / "hf_anomaly" if cache_dir is None else Path(cache_dir)
     folder.mkdir(parents=True, exist_ok=True)
-    # Undecoded while mapping: a broken file then names its row, and the original bytes are stored as they were.
-    undecoded = dataset.with_format(None).cast_column("image", datasets.Image(decode=False))
     return undecoded.map(
         dissolve,
         batched=True,
@@ -98,3 +99,19 @@ def dissolve_dataset(
         new_fingerprint=fingerprint,
         desc=f"Dissolving ({dissolver.kind})",
     )
+
+
+def _files_fingerprint(undecoded) -> str:
+    """SHA-256, in hex, over path, size and time of every image file: of images that are not embedded a dataset's own fingerprint covers the path alone."""
+    import pyarrow.compute
+
+    digest = hashlib.sha256()
+    for batch in undecoded.select_columns("image").with_format("arrow").iter(batch_size=1000):  # Arrow: embedded bytes are not copied
+        data, paths = (pyarrow.compute.struct_field(batch["image"], name) for name in ("bytes", "path"))
+        for path in paths.filter(data.is_null()).drop_null().to_pylist():
+            try:
+                stat = os.stat(path)
+            except OSError as error:
+                raise InputError(f"{path}: no image to be had there ({error.strerror}); restore the file or leave out its row") from error
+            digest.update(f"{os.path.abspath(path)}\0{stat.st_size}\0{stat.st_mtime_ns}\0".encode())
+    return digest.hexdigest()

@@ -95,7 +95,7 @@ class DiffusionDissolver(Dissolver):
     def save_pretrained(self, folder: str | os.PathLike, training_notes: dict | None = None) -> None:
         """Writes a `DDPMPipeline` folder (model_index.json, unet/, scheduler/; safetensors) with `dissolver_config.json`.
 
-        Whole or not at all, as `Dissolver.save_pretrained`. Without `training_notes`, those of a loaded dissolver are written again.
+        As `Dissolver.save_pretrained`. Without `training_notes`, those of a loaded dissolver are written again.
         """
         super().save_pretrained(folder, self.training_notes if training_notes is None else training_notes)
 
@@ -122,7 +122,7 @@ class DiffusionDissolver(Dissolver):
 
         Raises:
             InputError: missing, incomplete or damaged folder or repository, weights that are not safetensors, or a t range
-                outside the schedule.
+                outside the schedule or beyond the `max_timestep` of the training notes.
         """
         from diffusers import DDPMScheduler, UNet2DModel
 
@@ -144,7 +144,13 @@ class DiffusionDissolver(Dissolver):
         # The constructor copies the network, and must: weights mapped from a file lie at addresses where kernels may round otherwise,
         # and a loaded dissolver would differ in the last bits from the one that was saved.
         dissolver = cls(unet, scheduler, **range_)
-        dissolver.training_notes = config.get("training")
+        dissolver.training_notes = notes = config.get("training")
+        trained = notes.get("max_timestep") if isinstance(notes, dict) else None  # None: the whole schedule
+        if isinstance(trained, int) and dissolver.t_max >= trained:
+            raise InputError(
+                f"{root}: t_max {dissolver.t_max} was never trained, only t below max_timestep {trained}: "
+                "lower t_max, or train the dissolver with a larger max_timestep"
+            )
         return dissolver
 
 

@@ -50,8 +50,8 @@ def run_script(main: Callable[[], None]) -> None:
         sys.exit(2)
 
 
-def load_splits(data: DataArguments, seed: int) -> OneClassSplits:
-    """The splits that the data arguments name; the calibration images are drawn with this seed."""
+def load_splits(data: DataArguments, seed: int = 0, *, evaluation_only: bool = False) -> OneClassSplits:
+    """The splits that the data arguments name; the calibration images are drawn with this seed. See `load_one_class`."""
     return load_one_class(
         data.dataset_name,
         normal_label=data.normal_label,
@@ -60,6 +60,7 @@ def load_splits(data: DataArguments, seed: int) -> OneClassSplits:
         calibration_fraction=data.calibration_fraction,
         eval_split=data.eval_split,
         seed=seed,
+        evaluation_only=evaluation_only,
         config_name=data.dataset_config_name,
         revision=data.dataset_revision,
     )

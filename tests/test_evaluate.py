@@ -1,0 +1,71 @@
+"""scripts/evaluate.py: which class is normal, and data without a training split."""
+
+import json
+import runpy
+from pathlib import Path
+
+import numpy as np
+import PIL.Image
+import pytest
+import torch
+
+from hf_anomaly import AnomalyImageProcessor, CSIConfig, CSIModel, SmallResNetConfig
+
+SCRIPT = Path(__file__).parents[1] / "scripts" / "evaluate.py"
+
+
+@pytest.fixture(scope="module")
+def detector(tmp_path_factory):
+    """A fitted one, trained on images that were called "fine"."""
+    torch.manual_seed(0)
+    folder = tmp_path_factory.mktemp("detector")
+    model = CSIModel(CSIConfig(image_size=8, normal_label="fine", backbone_config=SmallResNetConfig(hidden_sizes=[8], depths=[1]))).eval()
+    model.fit_reference([{"pixel_values": torch.rand(4, 1, 8, 8) * 2 - 1}])
+    model.save_pretrained(folder)
+    AnomalyImageProcessor.for_images(8, 1).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def evaluate(detector, tmp_path, monkeypatch, capsys):
+    """Evaluates folders of these names with as many images; gives the exit status, the results and the log."""
+
+    def evaluate(counts, *argv):
+        for name, count in counts.items():
+            (tmp_path / name).mkdir(parents=True)
+            for i in range(count):
+                array = np.random.default_rng(i).integers(0, 256, (8, 8), dtype=np.uint8)
+                PIL.Image.fromarray(array).save(tmp_path / name / f"{i}.png")
+        monkeypatch.setattr("sys.argv", ["evaluate.py", "--model", str(detector), "--dataset_name", str(tmp_path), *argv])
+        status = 0
+        try:
+            runpy.run_path(str(SCRIPT), run_name="__main__")
+        except SystemExit as exit:
+            status = exit.code
+        out, err = capsys.readouterr()
+        return status, json.loads(out) if out else None, err
+
+    return evaluate
+
+
+@pytest.mark.parametrize("parent", ["test", "."])  # a test split alone, and a source without splits
+def test_the_class_that_the_detector_was_trained_on_is_normal(evaluate, parent, caplog):
+    status, results, err = evaluate({f"{parent}/fine": 3, f"{parent}/good": 2})  # by itself "good" would be taken
+    assert status == 0, err
+    assert (results["normal_label"], results["num_normal"], results["num_anomalous"]) == ("fine", 3, 2)
+    assert results["auroc"] is not None
+    assert "trained on 'fine'" not in caplog.text
+
+
+def test_another_normal_class_is_warned_of(evaluate, caplog):
+    status, results, err = evaluate({"test/fine": 3, "test/good": 2}, "--normal_label", "good")
+    assert status == 0, err
+    assert (results["normal_label"], results["num_normal"], results["num_anomalous"]) == ("good", 2, 3)
+    assert "Normal is 'good' here, but the detector was trained on 'fine'" in caplog.text
+
+
+def test_a_dataset_without_that_class_is_refused(evaluate):
+    status, results, err = evaluate({"test/good": 1, "test/hole": 1})
+    assert (status, results) == (2, None)
+    assert "error: normal_label='fine' is no label of" in err.splitlines()[-1]
+    assert "its labels: 'good' (1), 'hole' (1)" in err.splitlines()[-1]
