@@ -127,6 +127,7 @@ class AnomalyDetector(PreTrainedModel):
     _keep_in_fp32_modules_strict = {"calibration", "reference"}
     unsupported_maps_reason = "this method gives no anomaly maps"
     supports_anomaly_maps = False
+    citation = ""  # BibTeX of the method's paper, for the card
 
     def __init__(self, config: AnomalyDetectorConfig):
         super().__init__(config)

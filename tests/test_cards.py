@@ -9,7 +9,16 @@ import yaml
 from PIL import Image
 from transformers import AutoModel
 
-from hf_anomaly import AnomalyImageProcessor, DIAConfig, DIAModel, DiffusionDissolver, GaussianDissolver, SmallResNetConfig
+from hf_anomaly import (
+    AnomalyImageProcessor,
+    CSIConfig,
+    CSIModel,
+    DIAConfig,
+    DIAModel,
+    DiffusionDissolver,
+    GaussianDissolver,
+    SmallResNetConfig,
+)
 from hf_anomaly.cards import write_card
 from hf_anomaly.dissolving import build_scheduler, build_unet
 
@@ -230,3 +239,11 @@ def test_the_command_is_shown_without_tokens_and_local_paths(folder):
 def test_a_pushed_card_loads_from_its_repository(folder):
     body, _ = card(folder, repo_id="org/lungs")
     assert 'AutoModel.from_pretrained("org/lungs")' in body
+
+
+def test_the_card_cites_its_method(folder):
+    assert "shi2024dissolving" in card(folder)[0]
+    csi = CSIModel(CSIConfig(image_size=8, backbone_config=SmallResNetConfig(hidden_sizes=[8], depths=[1])))
+    write_card(folder, csi, RESULTS)
+    assert "tack2020csi" in (folder / "README.md").read_text()
+    assert "shi2024dissolving" not in (folder / "README.md").read_text()

@@ -107,6 +107,7 @@ def write_card(
         settings=json.dumps(changed, indent=2, sort_keys=True, default=str).replace("`", "'"),
         command=plain(shown_command(command or [])),
         has_dissolver=(folder / "dissolver" / "unet").is_dir(),
+        citation=model.citation,
         version=__version__,
     )
     temporary = folder / ".README.md.tmp"

@@ -46,6 +46,13 @@ class CSIModel(AnomalyDetector):
     config_class = CSIConfig
     config: CSIConfig
     unsupported_maps_reason = "the score compares whole views, CSI and DIA give no anomaly maps yet"
+    citation = """\
+@inproceedings{tack2020csi,
+  title = {{CSI}: Novelty Detection via Contrastive Learning on Distributionally Shifted Instances},
+  author = {Tack, Jihoon and Mo, Sangwoo and Jeong, Jongheon and Shin, Jinwoo},
+  booktitle = {Advances in Neural Information Processing Systems},
+  year = {2020}
+}"""
 
     def __init__(self, config: CSIConfig):
         super().__init__(config)

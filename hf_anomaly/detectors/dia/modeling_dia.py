@@ -21,6 +21,13 @@ class DIAModel(CSIModel):
 
     config_class = DIAConfig
     config: DIAConfig
+    citation = """\
+@inproceedings{shi2024dissolving,
+  title = {Dissolving Is Amplifying: Towards Fine-Grained Anomaly Detection},
+  author = {Shi, Jian and Zhang, Pengyi and Zhang, Ni and Ghazzai, Hakim and Wonka, Peter},
+  booktitle = {European Conference on Computer Vision},
+  year = {2024}
+}"""
 
     def __init__(self, config: DIAConfig):
         super().__init__(config)
