@@ -11,6 +11,7 @@ from pathlib import Path
 import torch
 from huggingface_hub.dataclasses import strict
 from safetensors import SafetensorError
+from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers import initialization as init
 from transformers.utils import ModelOutput, can_return_tuple
@@ -139,6 +140,15 @@ class AnomalyDetector(PreTrainedModel):
     def compute_losses(self, pixel_values: torch.Tensor, *, epoch: float | None, **inputs) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
         """The training loss () and its named parts (keys end in `_loss`)."""
         raise NotImplementedError
+
+    @property
+    def phases(self) -> dict[str, list[nn.Parameter]]:
+        """Adversarial methods: the name of each phase of a training step, in their order, and the parameters that it updates.
+
+        For every batch the trainer runs them in turn, each with a fresh `forward(..., phase=name)` and optimizer moments of its own, even for
+        parameters that phases share. Empty: one forward a batch updates all, and `phase` is not passed.
+        """
+        return {}
 
     def reference_features(self, pixel_values: torch.Tensor) -> dict[str, torch.Tensor]:
         """What `fit_reference` collects from a batch of normal images: named tensors with first dimension B, independent of the companions."""

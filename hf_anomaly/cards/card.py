@@ -60,6 +60,7 @@ def write_card(
         "architectures",
         "dtype",
         "bank_size",
+        "num_reference_images",
         "num_calibration_scores",
         "backbone_config",
     }

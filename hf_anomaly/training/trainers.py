@@ -4,6 +4,7 @@ import json
 import logging
 import os
 import shutil
+from collections import Counter
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -18,6 +19,7 @@ from ..data import collate
 from ..detector import AnomalyDetector, refuse_anomalies
 from ..errors import InputError
 from ..metrics import image_metrics
+from .phases import PhasedOptimizer, only
 
 logger = logging.getLogger(__name__)
 
@@ -85,7 +87,7 @@ class ReproducibleTrainer(Trainer):
         self._average = None
         self._micro_step = (-1, 0)  # (global step, micro-batches done in it)
         self._loss_sums: dict[str, torch.Tensor] = {}
-        self._loss_count = 0
+        self._loss_counts: Counter[str] = Counter()
         self._staging = False
         # Called only by Trainer's loop; a callback is its way to act between optimizer step and checkpoint.
         self.add_callback(_AverageCallback(self))
@@ -103,7 +105,7 @@ class ReproducibleTrainer(Trainer):
             outputs = model(**self.model_inputs(inputs))
         for name, value in (outputs.get("losses") or {}).items():
             self._loss_sums[name] = self._loss_sums.get(name, 0) + value.detach().float()
-        self._loss_count += 1
+            self._loss_counts[name] += 1
         return (outputs["loss"], outputs) if return_outputs else outputs["loss"]
 
     def _run_epoch(self, *args, **kwargs):
@@ -114,9 +116,10 @@ class ReproducibleTrainer(Trainer):
 
     def log(self, logs, start_time=None):
         if "loss" in logs and self._loss_sums:
-            means = self.accelerator.reduce({name: total / self._loss_count for name, total in self._loss_sums.items()}, "mean")
+            means = {name: total / self._loss_counts[name] for name, total in self._loss_sums.items()}
+            means = self.accelerator.reduce(means, "mean")
             logs = {**logs, **{name: mean.item() for name, mean in means.items()}}
-            self._loss_sums, self._loss_count = {}, 0
+            self._loss_sums, self._loss_counts = {}, Counter()
         super().log(logs, start_time)
 
     def train(self, resume_from_checkpoint=None, **kwargs):
@@ -253,6 +256,9 @@ class _AverageCallback(TrainerCallback):
 class AnomalyTrainer(ReproducibleTrainer):
     """Trains any `AnomalyDetector`; then `fit_reference` and `calibrate` make it ready to score.
 
+    A detector with `phases` runs them in turn for every batch: fresh forwards, gradient clipping and an optimizer step of its own each. The logged
+    loss is their sum; `global_step` and the averaged weights count batches.
+
     Args:
         model: the detector.
         args: `AnomalyTrainingArguments`.
@@ -263,6 +269,9 @@ class AnomalyTrainer(ReproducibleTrainer):
         processing_class: the image processor, saved beside the model.
         callbacks: as in `Trainer`.
         run: as in `ReproducibleTrainer`.
+
+    Raises:
+        InputError: a detector with phases under fp16, FSDP or DeepSpeed.
     """
 
     def __init__(
@@ -292,6 +301,47 @@ class AnomalyTrainer(ReproducibleTrainer):
         vars(model.config).pop("use_cache", None)  # Trainer puts it there, for language models; our configs refuse unknown fields
         self.reference_dataset = train_dataset if reference_dataset is None else reference_dataset
         self.calibration_dataset = calibration_dataset
+        self._micro_batches: list[dict] = []  # of an accumulated batch, until it is whole
+        # fp16's scaler would unscale the gradients of shared parameters once a phase; the other two keep their own optimizers.
+        if model.phases and (args.fp16 or self.is_fsdp_enabled or self.is_deepspeed_enabled):
+            raise InputError(
+                f"{type(model).__name__} trains in phases, which fp16, FSDP and DeepSpeed do not know: take bf16 or fp32 and plain processes"
+            )
+
+    def create_optimizer(self, model=None):
+        if self.optimizer is not None or not self.model.phases:
+            return super().create_optimizer(model)
+        optimizers = {}
+        for name, parameters in self.model.phases.items():
+            with only(parameters, self.model):  # Trainer's optimizer takes what requires a gradient
+                optimizers[name] = super().create_optimizer(model)
+            self.optimizer = None
+        self.optimizer = PhasedOptimizer(optimizers)
+        return self.optimizer
+
+    def training_step(self, model, inputs, num_items_in_batch=None):
+        phases = self.model.phases
+        if not phases:
+            return super().training_step(model, inputs, num_items_in_batch)
+        self._micro_batches.append(inputs)
+        if not self.accelerator.sync_gradients:  # a phase needs the whole batch before the next one's forward
+            return torch.zeros((), device=self.args.device)
+        batches, self._micro_batches = self._micro_batches, []
+        total = torch.zeros((), device=self.args.device)
+        for i, (name, parameters) in enumerate(phases.items()):
+            if i > 0:  # the step of the phase before; Trainer's loop takes that of the last one
+                if self.args.max_grad_norm > 0:
+                    self._clip_grad_norm(model)
+                self.optimizer.step()
+                model.zero_grad()
+            for batch in batches:
+                total += super().training_step(model, {**batch, "phase": name}, num_items_in_batch)
+            kept = {id(parameter) for parameter in parameters}
+            for parameter in self.model.parameters():
+                if id(parameter) not in kept:
+                    parameter.grad = None  # is another phase's, and must not count in the norm
+            self.optimizer.optimizer.phase = name
+        return total
 
     def model_inputs(self, inputs):
         refuse_anomalies(inputs.get("labels"), "training")
@@ -299,6 +349,7 @@ class AnomalyTrainer(ReproducibleTrainer):
 
     def train(self, resume_from_checkpoint=None, **kwargs):
         self.model.reset_reference()  # checkpoints are unfitted
+        self._micro_batches = []
         return super().train(resume_from_checkpoint, **kwargs)
 
     def fit_reference(self) -> None:
