@@ -15,6 +15,8 @@ from .detectors.csi.configuration_csi import CSIConfig
 from .detectors.csi.modeling_csi import CSIModel
 from .detectors.dia.configuration_dia import DIAConfig
 from .detectors.dia.modeling_dia import DIAModel
+from .detectors.shared_ae.configuration_shared_ae import SharedAEConfig
+from .detectors.shared_ae.modeling_shared_ae import SharedAEModel
 from .errors import InputError, NotFittedError
 from .image_processing import AnomalyImageProcessor
 from .version import __version__
@@ -23,6 +25,7 @@ from .version import __version__
 DETECTORS = {
     CSIConfig: CSIModel,
     DIAConfig: DIAModel,
+    SharedAEConfig: SharedAEModel,
 }
 
 AutoConfig.register(SmallResNetConfig.model_type, SmallResNetConfig)
@@ -59,6 +62,8 @@ __all__ = [
     "DIAModel",
     "InputError",
     "NotFittedError",
+    "SharedAEConfig",
+    "SharedAEModel",
     "SmallResNetBackbone",
     "SmallResNetConfig",
     "__version__",

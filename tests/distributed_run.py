@@ -13,13 +13,14 @@ from PIL import Image as PILImage
 from safetensors.torch import save_file
 from transformers import TrainerCallback
 
-from hf_anomaly import AnomalyImageProcessor, DIAConfig, DIAModel, SmallResNetConfig
+from hf_anomaly import AnomalyImageProcessor, DIAConfig, DIAModel, SharedAEConfig, SharedAEModel, SmallResNetConfig
 from hf_anomaly.data import prepare
 from hf_anomaly.dissolving import DenoisingModel, DiffusionDissolver, build_scheduler, build_unet, dissolve_dataset
 from hf_anomaly.training import AnomalyTrainer, AnomalyTrainingArguments, DissolverTrainer, DissolverTrainingArguments
 
 SIZE, GLOBAL_BATCH, STEPS = 8, 8, 4
 TRAIN, CALIBRATION, TEST = 19, 7, 13  # odd: the last batches are padded under two processes
+LOSSES = ("contrastive_loss", "shift_loss", "ede1_loss", "ede2_loss")  # of all methods
 PROCESSOR = AnomalyImageProcessor.for_images(SIZE, 1)
 
 
@@ -70,7 +71,7 @@ def main(folder, world_size):
         assert trainer.args.world_size == world_size, trainer.args.world_size
         trainer.train()
         history = [entry for entry in trainer.state.log_history if "loss" in entry]
-        for key in ("loss", "contrastive_loss", "shift_loss"):
+        for key in ("loss", *LOSSES):
             results[f"{name}/{key}"] = torch.tensor([entry[key] for entry in history if key in entry], dtype=torch.float64)
         results.update({f"{name}/gradient/{key}": value for key, value in callback.gradients.items()})
         results.update({f"{name}/weight/{key}": value.detach() for key, value in trainer.model.named_parameters()})
@@ -108,6 +109,15 @@ def main(folder, world_size):
             f"{name}/threshold": model.calibration.threshold,
             f"{name}/scores": torch.from_numpy(trainer.predict(prepare(images(TEST, 2), PROCESSOR)).predictions),
         }
+
+    torch.manual_seed(4)
+    model, callback = SharedAEModel(SharedAEConfig(image_size=SIZE, hidden_sizes=[4, 8, 8], latent_size=6)), FirstGradient()
+    for network in (model.encoder1, model.encoder2, model.decoder1, model.decoder2):
+        for i, layer in enumerate(network):
+            if isinstance(layer, torch.nn.BatchNorm2d):  # is not synchronised on CPUs
+                network[i] = torch.nn.Identity()
+    args = AnomalyTrainingArguments(**arguments(folder, "sgd"), per_device_train_batch_size=GLOBAL_BATCH // world_size)
+    train(AnomalyTrainer(model, args, train_dataset=prepare(images(TRAIN, 0), PROCESSOR), callbacks=[callback]), "phases", callback)
 
     torch.manual_seed(5)
     callback = FirstGradient()

@@ -10,6 +10,7 @@ from PIL import Image
 from transformers import AutoModel
 
 from hf_anomaly import (
+    DETECTORS,
     AnomalyImageProcessor,
     CSIConfig,
     CSIModel,
@@ -17,6 +18,7 @@ from hf_anomaly import (
     DIAModel,
     DiffusionDissolver,
     GaussianDissolver,
+    SharedAEConfig,
     SmallResNetConfig,
 )
 from hf_anomaly.cards import write_card
@@ -234,6 +236,29 @@ def test_the_command_is_shown_without_tokens_and_local_paths(folder):
     assert "hf_secret" not in body
     assert "/home" not in body
     assert "--dataset_name lungs" in body
+
+
+@pytest.mark.parametrize(
+    ("config", "words"),
+    [
+        (CSIConfig(image_size=8, backbone_config=SmallResNetConfig(hidden_sizes=[8], depths=[1])), "tack2020csi"),
+        (DIAConfig(image_size=8, backbone_config=SmallResNetConfig(hidden_sizes=[8], depths=[1])), "shi2024dissolving"),
+        (SharedAEConfig(image_size=8, hidden_sizes=[4, 4, 4]), "jia2023anomaly"),
+    ],
+)
+def test_the_method_is_cited(folder, config, words):
+    folder.mkdir()
+    write_card(folder, DETECTORS[type(config)](config), RESULTS)
+    body = (folder / "README.md").read_text()
+    assert re.findall(r"^@\w+\{(\w+),$", body, flags=re.MULTILINE) == [words]
+    assert body.endswith("}\n```\n")
+
+
+def test_a_method_without_a_citation(folder, monkeypatch):
+    monkeypatch.setattr(DIAModel, "citation", "")
+    body, _ = card(folder)
+    check_whole(body)
+    assert "Citation" not in body
 
 
 def test_a_pushed_card_loads_from_its_repository(folder):

@@ -18,6 +18,8 @@ from hf_anomaly import (
     DIAModel,
     GaussianDissolver,
     NotFittedError,
+    SharedAEConfig,
+    SharedAEModel,
     SmallResNetConfig,
     image_metrics,
 )
@@ -40,6 +42,7 @@ DETECTORS = {
     "dia": lambda **shape: with_attributes(
         DIAModel(DIAConfig(backbone_config=small_resnet(**shape), projection_size=16, **shape)), dissolver=GaussianDissolver(3)
     ),
+    "shared_ae": lambda **shape: SharedAEModel(SharedAEConfig(hidden_sizes=[8, 16, 16], latent_size=16, **shape)),
 }
 
 SHAPES = [{"image_size": 16, "num_channels": 1}, {"image_size": 12, "num_channels": 3}, {"image_size": 13, "num_channels": 1}]
@@ -411,10 +414,15 @@ def test_training_draws_from_the_global_seed(build):
     model = build(**SHAPES[0]).train()
 
     def loss(seed):
+        """And whether anything was drawn."""
         torch.manual_seed(seed)
-        return model(images(4), epoch=0.0).loss.item()
+        before = torch.get_rng_state()
+        value = model(images(4), epoch=0.0).loss.item()
+        return value, not torch.equal(torch.get_rng_state(), before)
 
-    assert loss(1) == loss(1) != loss(2)
+    (first, draws), (other, _) = loss(1), loss(2)
+    assert loss(1)[0] == first
+    assert (other != first) == draws
 
 
 def test_training_tells_normal_from_anomalous(build):

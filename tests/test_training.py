@@ -16,7 +16,18 @@ from PIL import Image as PILImage
 from safetensors.torch import load_file
 from transformers import TrainerCallback
 
-from hf_anomaly import AnomalyImageProcessor, CSIConfig, CSIModel, DIAConfig, DIAModel, InputError, SmallResNetBackbone, SmallResNetConfig
+from hf_anomaly import (
+    AnomalyImageProcessor,
+    CSIConfig,
+    CSIModel,
+    DIAConfig,
+    DIAModel,
+    InputError,
+    SharedAEConfig,
+    SharedAEModel,
+    SmallResNetBackbone,
+    SmallResNetConfig,
+)
 from hf_anomaly.data import prepare
 from hf_anomaly.dissolving import DenoisingModel, DiffusionDissolver, build_scheduler, build_unet, dissolve_dataset
 from hf_anomaly.training import AnomalyTrainer, AnomalyTrainingArguments, DissolverTrainer, DissolverTrainingArguments
@@ -48,6 +59,11 @@ def detector(config_class=CSIConfig, norm="batch"):
     return (DIAModel if config_class is DIAConfig else CSIModel)(config)
 
 
+def adversaries(**settings):
+    torch.manual_seed(3)
+    return SharedAEModel(SharedAEConfig(image_size=SIZE, hidden_sizes=[4, 8, 8], latent_size=6, max_adversarial_weight=1, **settings))
+
+
 @pytest.fixture
 def make(tmp_path):
     """Makes a trainer of one of the kinds below, always of the same initial weights and images."""
@@ -70,7 +86,7 @@ def make(tmp_path):
             model = DenoisingModel(build_unet(SIZE, 1, (8, 8)), build_scheduler())
             args = DissolverTrainingArguments(**common)
             return DissolverTrainer(model, args, train_dataset=prepare(train_dataset, PROCESSOR), callbacks=callbacks)
-        model = detector(CSIConfig if kind == "csi" else DIAConfig)
+        model = adversaries() if kind == "phases" else detector(CSIConfig if kind == "csi" else DIAConfig)
         if kind == "cached":
             train_dataset = dissolve_dataset(train_dataset, diffusion(), PROCESSOR, num_variants=3, cache_dir=tmp_path / "cache")
         elif kind == "on the fly":
@@ -89,7 +105,7 @@ def make(tmp_path):
 
 def losses(trainer):
     """[(step, loss, named losses …), …] as logged."""
-    names = ("step", "loss", "contrastive_loss", "shift_loss")
+    names = ("step", "loss", "contrastive_loss", "shift_loss", "ede1_loss", "ede2_loss")
     return [tuple(entry.get(name) for name in names) for entry in trainer.state.log_history if "loss" in entry]
 
 
@@ -168,8 +184,130 @@ def test_named_losses_are_logged(make):
     trainer = make(max_steps=4, logging_steps=2)
     trainer.train()
     assert [entry[0] for entry in losses(trainer)] == [2, 4]
-    for _, loss, contrastive, shift in losses(trainer):
+    for _, loss, contrastive, shift, *_ in losses(trainer):
         assert loss == pytest.approx(contrastive + shift, rel=1e-5)  # λ = 1
+
+
+# Phases
+
+
+class Calls:
+    """What each forward of a training run was given: [(phase, epoch, pixel_values), …]."""
+
+    def __init__(self, model):
+        self.calls = []
+        model.register_forward_pre_hook(self.note, with_kwargs=True)
+
+    def note(self, model, args, kwargs):
+        self.calls.append((kwargs["phase"], kwargs["epoch"], kwargs["pixel_values"].clone()))
+
+
+@pytest.mark.parametrize("accumulation", [1, 2])
+def test_phases_are_those_of_a_bare_loop(make, accumulation):
+    """Two optimizers over overlapping parameters, each with clipping and the schedule."""
+    steps, rate, norm = 6, 0.01, 0.1
+    trainer = make(
+        "phases", max_steps=steps, learning_rate=rate, lr_scheduler_type="linear", max_grad_norm=norm, ema_decay=0, weight_decay=0.1,
+        gradient_accumulation_steps=accumulation,
+    )  # fmt: skip
+    seen = Calls(trainer.model.double())  # as rounding is amplified
+    trainer.train()
+    batches = iter(seen.calls)
+
+    model = adversaries().double().train()
+    phases = {"ede1": ("encoder1", "encoder2", "decoder1"), "ede2": ("encoder1", "encoder2", "decoder2")}
+    own = {name: [p for part in parts for p in getattr(model, part).parameters()] for name, parts in phases.items()}
+    decayed = trainer.get_decay_parameter_names(model)
+    names = {id(p): name for name, p in model.named_parameters()}
+    optimizers = {
+        name: torch.optim.AdamW(
+            [
+                {"params": [p for p in own[name] if (names[id(p)] in decayed) == decay], "weight_decay": 0.1 * decay}
+                for decay in (True, False)
+            ],
+        )
+        for name in phases
+    }
+    logged = []
+    for step in range(steps):
+        # An epoch has 5 batches, so that the third accumulated step of each is of one batch alone.
+        count = 1 if accumulation == 2 and step % 3 == 2 else accumulation
+        logged.append({})
+        for name, optimizer in optimizers.items():
+            model.zero_grad()
+            for _ in range(count):
+                phase, epoch, x = next(batches)
+                assert phase == name
+                loss = model(x, epoch=epoch, phase=name).loss / count
+                loss.backward()
+                logged[-1][name] = logged[-1].get(name, 0) + loss.item()
+            torch.nn.utils.clip_grad_norm_(own[name], norm)
+            for group in optimizer.param_groups:
+                group["lr"] = rate * (1 - step / steps)
+            optimizer.step()
+    assert next(batches, None) is None
+    assert trainer.state.global_step == steps
+    for name, value in model.state_dict().items():
+        torch.testing.assert_close(trainer.model.state_dict()[name], value, msg=lambda text, name=name: f"{name}: {text}")
+    for (_, total, _, _, one, two), expected in zip(losses(trainer), logged, strict=True):
+        assert (one, two) == pytest.approx((expected["ede1"], expected["ede2"]), rel=1e-4)
+        assert total == pytest.approx(one + two, abs=2e-4)  # Trainer rounds it
+
+
+def test_a_phase_leaves_the_other_decoder_untouched(make):
+    trainer = make("phases", max_steps=7, ema_decay=0, weight_decay=0.1)
+    parts = ("encoder1", "encoder2", "decoder1", "decoder2")
+
+    def state():
+        return {part: [p.detach().clone() for p in getattr(trainer.model, part).parameters()] for part in parts}
+
+    history = []
+    trainer.model.register_forward_pre_hook(lambda *_, **__: history.append(state()))  # before ede1, before ede2, before ede1, …
+    trainer.train()
+    history.append(state())
+    assert len(history) == 15
+    for i, (before, after) in enumerate(itertools.pairwise(history)):
+        changed = {part for part in parts if not all(map(torch.equal, before[part], after[part]))}
+        assert changed == set(parts) - {"decoder2" if i % 2 == 0 else "decoder1"}
+
+
+def test_200_epochs_stay_finite_with_a_resume_in_the_middle(make, tmp_path):
+    """At the printed schedule and a high learning rate, where −adv is at its bound."""
+    options = {"train_dataset": images(2 * BATCH), "max_steps": 400, "learning_rate": 0.01, "logging_steps": 67}  # a report at 201
+    whole = make("phases", "whole", save_strategy="steps", save_steps=201, save_total_limit=None, **options)
+    whole.train()
+    assert whole.state.epoch == 200
+    history = losses(whole)
+    assert [entry[0] for entry in history] == [67, 134, 201, 268, 335]
+    bound = 4 * (whole.model.config.alpha + whole.model.config.beta)  # images and latents are in [−1, 1]
+    for _, total, _, _, one, two in history:
+        assert np.isfinite(total)
+        assert -bound <= one
+        assert 0 <= two <= bound
+    assert history[-1][4] < -1  # the adversary did train
+    assert all(torch.isfinite(tensor).all() for tensor in weights(whole).values())
+    resumed = make("phases", "resumed", **options)
+    resumed.train(str(tmp_path / "whole" / "checkpoint-201"))
+    assert losses(resumed) == history
+    assert_same(weights(resumed), weights(whole))
+
+
+def test_moments_are_kept_for_each_phase(make, tmp_path):
+    make("phases", save_strategy="steps", save_steps=12).train()
+    state = torch.load(tmp_path / "run" / "checkpoint-12" / "optimizer.pt", weights_only=True)
+    assert list(state) == ["ede1", "ede2"]
+    for phase in state.values():
+        assert all(moments["step"] == 12 for moments in phase["state"].values())
+    first, second = (state[name]["state"][0]["exp_avg"] for name in state)  # of E1's first convolution, in both
+    assert first.shape == second.shape
+    assert not torch.equal(first, second)
+
+
+def test_half_precision_with_a_scaler_is_refused(make):
+    args = make().args
+    args.fp16 = True  # set here, as a CPU has none
+    with pytest.raises(InputError, match=r"^SharedAEModel trains in phases, which fp16[^\n]*bf16"):
+        AnomalyTrainer(adversaries(), args, train_dataset=prepare(images(BATCH), PROCESSOR))
 
 
 # Evaluating in mid-training
@@ -242,7 +380,7 @@ def test_fewer_images_than_a_batch(make):
 # Checkpoints
 
 
-@pytest.mark.parametrize("kind", ["csi", "cached", "on the fly", "dissolver"])
+@pytest.mark.parametrize("kind", ["csi", "cached", "on the fly", "dissolver", "phases"])
 def test_a_resumed_run_is_the_uninterrupted_one(make, kind, tmp_path):
     whole = make(kind, "whole", save_strategy="steps", save_steps=1, save_total_limit=None)
     whole.train()
@@ -257,11 +395,12 @@ def test_a_resumed_run_is_the_uninterrupted_one(make, kind, tmp_path):
         assert_same(weights(resumed), weights(whole))
 
 
-def test_resuming_with_accumulation(make, tmp_path):
+@pytest.mark.parametrize("kind", ["cached", "phases"])
+def test_resuming_with_accumulation(make, kind, tmp_path):
     options = {"gradient_accumulation_steps": 2, "max_steps": 5}  # 2.5 steps an epoch
-    whole = make("cached", "whole", save_strategy="steps", save_steps=1, save_total_limit=None, **options)
+    whole = make(kind, "whole", save_strategy="steps", save_steps=1, save_total_limit=None, **options)
     whole.train()
-    resumed = make("cached", "resumed", **options)
+    resumed = make(kind, "resumed", **options)
     resumed.train(str(tmp_path / "whole" / "checkpoint-2"))
     assert losses(resumed) == losses(whole)
     assert_same(weights(resumed), weights(whole))

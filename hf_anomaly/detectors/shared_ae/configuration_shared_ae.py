@@ -1,0 +1,87 @@
+from typing import Literal
+
+from huggingface_hub.dataclasses import strict
+
+from ...detector import AnomalyDetectorConfig
+from ...errors import InputError
+
+_MIN_SIZE, _MAX_SIZE = 8, 512  # px: what three halvings and three quarterings bring to between 1 and _MAX_LAST_SIZE
+_MAX_LAST_SIZE = 8  # px: bounds the kernel of the fourth convolution
+
+
+@strict
+class SharedAEConfig(AnomalyDetectorConfig):
+    """Configuration of `SharedAEModel`.
+
+    The paper gives the architecture and the schedule, but none of the values below. The squared norms of Eq. 1–7 are means over their elements here, so
+    that image and latent weigh alike at any size.
+
+    Args:
+        image_size: 8 to 512 pixels. The first three convolutions halve the maps, as many of them quarter them as bring the last one to 8 pixels or fewer;
+            the fourth takes that one whole.
+        hidden_sizes: channels of the first three convolutions; the decoders have them in reverse.
+        latent_size: width of z, the output of the fourth: at 28 px, a twelfth of the pixels.
+        alpha, beta: α and β of Eq. 1–7, the weights of the image's and the latent's error. Pixels and latents have the same range.
+        max_adversarial_weight: bounds 1 − 1/n, the weight of the adversarial term; the reconstruction's is the rest, 1/n until the bound is reached.
+            1 is the schedule as printed. With it EDE1 soon wins, E2 marking reconstructions so that D1 paints them as far from x as it can, normal images
+            too, and the score tells little: on 8 px digits from about 0.3 on, while up to 0.2 training stays with reconstruction.
+        omega1, omega2: ω1 and ω2 of the score, which add up to 1; see `SharedAEModel.weigh_terms`.
+        ablation: the rows of Table 5: `"one"`, a single encoder–decoder–encoder; `"two"`, both, without adversarial training; `"full"`, the method.
+        num_reference_images: how many images `fit_reference` saw; 0 before.
+
+    Raises:
+        InputError: a value out of range, or an unknown field.
+    """
+
+    model_type = "shared_ae_anomaly"
+
+    hidden_sizes: list | tuple = (32, 64, 128)
+    latent_size: int = 64
+    alpha: float | int = 1.0
+    beta: float | int = 1.0
+    omega1: float | int = 0.5
+    omega2: float | int = 0.5
+    max_adversarial_weight: float | int = 0.1
+    ablation: Literal["one", "two", "full"] = "full"
+    num_reference_images: int = 0
+
+    def __post_init__(self, **kwargs):
+        self.hidden_sizes = list(self.hidden_sizes)
+        super().__post_init__(**kwargs)
+
+    def check(self):
+        super().check()
+        if not _MIN_SIZE <= self.image_size <= _MAX_SIZE:
+            raise InputError(f"image_size must be {_MIN_SIZE} to {_MAX_SIZE} pixels for four convolutions, got {self.image_size}")
+        if len(self.hidden_sizes) != 3 or not all(isinstance(width, int) and width > 0 for width in self.hidden_sizes):
+            raise InputError(f"hidden_sizes must be three positive integers, got {self.hidden_sizes}")
+        if self.latent_size < 1:
+            raise InputError(f"latent_size must be at least 1, got {self.latent_size}")
+        for name in ("alpha", "beta"):
+            if not 0 <= getattr(self, name) < float("inf"):
+                raise InputError(f"{name} must be a number ≥ 0, got {getattr(self, name)}")
+        if self.alpha == self.beta == 0:
+            raise InputError("alpha and beta are both 0: the loss needs at least one of them")
+        if not 0 <= self.max_adversarial_weight <= 1:
+            raise InputError(f"max_adversarial_weight must be between 0 and 1, got {self.max_adversarial_weight}")
+        if min(self.omega1, self.omega2) < 0 or not abs(self.omega1 + self.omega2 - 1) < 1e-6:
+            raise InputError(f"omega1 and omega2 must be ≥ 0 and add up to 1, got {self.omega1} and {self.omega2}")
+        if self.num_reference_images < 0:
+            raise InputError(f"num_reference_images must not be negative, got {self.num_reference_images}")
+
+    @property
+    def strides(self) -> list[int]:
+        """Strides of the first three convolutions, 4 for as many as needed and 2 for the others; kernels are twice as wide, see `feature_sizes`."""
+        choices = ([4] * fours + [2] * (3 - fours) for fours in range(4))
+        return next(strides for strides in choices if self._sizes(strides)[-1] <= _MAX_LAST_SIZE)
+
+    @property
+    def feature_sizes(self) -> list[int]:
+        """Height and width of the image and of the three maps after it, in pixels."""
+        return self._sizes(self.strides)
+
+    def _sizes(self, strides: list[int]) -> list[int]:
+        sizes = [self.image_size]
+        for stride in strides:
+            sizes.append((sizes[-1] - 2) // stride + 1)  # kernel 2·stride, padding stride − 1: no pixel is skipped, at any size
+        return sizes
