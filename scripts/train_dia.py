@@ -23,6 +23,7 @@ from hf_anomaly.training.runs import (
     dissolver_arguments,
     image_size_of,
     load_splits,
+    print_results,
     run_script,
     train_detector,
     train_dissolver,
@@ -173,11 +174,7 @@ def main() -> None:
         started=started,
         command=["scripts/train_dia.py", *sys.argv[1:]],
     )
-    if training_args.process_index == 0:
-        for name in ("auroc", "average_precision", "fpr_at_95_tpr", "reason", "num_normal", "num_anomalous", "seconds"):
-            if name in results:
-                print(f"{name}: {results[name]}")
-        print(f"saved: {training_args.output_dir}")
+    print_results(results, training_args)
 
 
 if __name__ == "__main__":

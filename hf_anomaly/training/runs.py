@@ -28,6 +28,7 @@ logger = logging.getLogger(__name__)
 # Fields of a configuration that say nothing of how the detector is trained.
 _NOT_SETTINGS = (
     "bank_size",
+    "num_reference_images",
     "num_calibration_scores",
     "false_positive_rate",
     "hf_anomaly_version",
@@ -293,6 +294,15 @@ def train_detector(
         push_result(args)
     trainer.accelerator.wait_for_everyone()
     return results
+
+
+def print_results(results: dict, args: AnomalyTrainingArguments) -> None:
+    """What a training script prints at its end, once: the results of `train_detector`, and where they are."""
+    if args.process_index == 0:
+        for name in ("auroc", "average_precision", "fpr_at_95_tpr", "reason", "num_normal", "num_anomalous", "seconds"):
+            if name in results:
+                print(f"{name}: {results[name]}")
+        print(f"saved: {args.output_dir}")
 
 
 def dissolver_arguments(args: AnomalyTrainingArguments, *, steps: int, learning_rate: float, batch_size: int) -> DissolverTrainingArguments:
