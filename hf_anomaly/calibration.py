@@ -39,6 +39,11 @@ def conformal_p_values(scores: torch.Tensor, calibration_scores: torch.Tensor) -
     return (1 + at_least).float() / (n + 1)
 
 
+def conformal_rank(n: int, false_positive_rate: float) -> int:
+    """⌈(1 − α)(n + 1)⌉, beyond n where n values are too few for the rate α."""
+    return math.ceil(round((1 - false_positive_rate) * (n + 1), 9))  # round: (1 − .05)·100 is 95.00000000000001 in floats
+
+
 def conformal_threshold(calibration_scores: torch.Tensor, false_positive_rate: float) -> float:
     """The ⌈(1 − α)(n + 1)⌉-th smallest of n calibration scores; an image is flagged when its score lies strictly above.
 
@@ -50,7 +55,7 @@ def conformal_threshold(calibration_scores: torch.Tensor, false_positive_rate: f
     if not 0 < false_positive_rate < 1:
         raise InputError(f"false_positive_rate must lie strictly between 0 and 1, got {false_positive_rate}")
     n = calibration_scores.numel()
-    rank = math.ceil(round((1 - false_positive_rate) * (n + 1), 9))  # round: (1 − .05)·100 is 95.00000000000001 in floats
+    rank = conformal_rank(n, false_positive_rate)
     if rank > n:
         needed = math.ceil(round(1 / false_positive_rate, 9)) - 1
         logger.warning(
@@ -59,6 +64,19 @@ def conformal_threshold(calibration_scores: torch.Tensor, false_positive_rate: f
         )
         return math.inf
     return calibration_scores[rank - 1].item()
+
+
+def normal_map_range(levels: torch.Tensor, false_positive_rate: float) -> list[float]:
+    """[low, high]: a usual pixel of normal images' maps, and what at most a share α of these images exceeds anywhere.
+
+    Args:
+        levels: (n, 2), the median and the maximum of the map of each held-out normal image.
+        false_positive_rate: α. Where n images are too few for it, high is their maximum.
+    """
+    low, peaks = levels[:, 0].median().item(), levels[:, 1].sort().values
+    rank = conformal_rank(len(peaks), false_positive_rate)
+    high = peaks[min(rank, len(peaks)) - 1].item()
+    return [low, high] if high > low else [low, low + 1]
 
 
 class Calibration(Float32State):

@@ -16,8 +16,9 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from transformers import initialization as init
 from transformers.utils import ModelOutput, can_return_tuple
 
-from .calibration import Calibration, Float32State
+from .calibration import Calibration, Float32State, normal_map_range
 from .errors import InputError, NotFittedError
+from .ops.maps import map_levels
 from .version import __version__
 
 # What PreTrainedConfig takes besides its own fields, from its callers and from config.json files.
@@ -51,6 +52,8 @@ class AnomalyDetectorConfig(PreTrainedConfig):
         normal_label: the class that the training data called normal, for the record and for evaluation.
         false_positive_rate: the rate at which `calibrate` set the threshold; None before.
         num_calibration_scores: how many held-out normal images calibrated the detector; 0 before.
+        anomaly_map_range: what their anomaly maps say is normal, [low, high], to paint maps with: the median of their pixels, and what at most the share
+            `false_positive_rate` of these images exceeds anywhere (or their maximum, where they are too few for that). None before, and without maps.
         hf_anomaly_version: the version of this package that wrote the file.
 
     Raises:
@@ -62,6 +65,7 @@ class AnomalyDetectorConfig(PreTrainedConfig):
     normal_label: str | None = None
     false_positive_rate: float | None = None
     num_calibration_scores: int = 0
+    anomaly_map_range: list | tuple | None = None
     hf_anomaly_version: str | None = None
 
     def __post_init__(self, **kwargs):
@@ -267,15 +271,15 @@ class AnomalyDetector(PreTrainedModel):
             InputError: no images, an image labelled anomalous, or a rate outside (0, 1).
             NotFittedError: before `fit_reference`.
         """
-        scores, labels = self.score(dataloader, gather=gather, progress=progress, description="Calibrating")
+        scores, labels, levels = self._score(dataloader, gather, progress, "Calibrating", with_map_levels=self.supports_anomaly_maps)
         refuse_anomalies(labels, "calibrate")
         self.calibration.fit(scores, false_positive_rate)
         self._reports_hold = False
         self.config.num_calibration_scores = scores.numel()
         self.config.false_positive_rate = float(false_positive_rate)
+        self.config.anomaly_map_range = None if levels is None else normal_map_range(levels, false_positive_rate)
         return self
 
-    @torch.no_grad()
     def score(
         self, dataloader: Iterable, *, gather: Callable | None = None, progress: bool = True, description: str = "Scoring"
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
@@ -284,17 +288,8 @@ class AnomalyDetector(PreTrainedModel):
         Raises:
             NotFittedError: before `fit_reference`.
         """
-        self.require_fitted()
-        scores, all_labels = [], []
-        for pixel_values, labels in self._eval_batches(dataloader, description, progress):
-            batch = {"scores": self(pixel_values).scores}
-            if labels is not None:
-                batch["labels"] = labels.to(pixel_values.device)
-            batch = gather(batch) if gather else batch
-            scores.append(batch["scores"].float().cpu())
-            if labels is not None:
-                all_labels.append(batch["labels"].cpu())
-        return (torch.cat(scores) if scores else torch.zeros(0)), (torch.cat(all_labels) if all_labels else None)
+        scores, labels, _ = self._score(dataloader, gather, progress, description)
+        return scores, labels
 
     def p_values(self, scores: torch.Tensor) -> torch.Tensor:
         """Conformal p-values (B,) of scores (B,); see `conformal_p_values`."""
@@ -386,11 +381,29 @@ class AnomalyDetector(PreTrainedModel):
                 copy = shutil.copytree if (source / name).is_dir() else shutil.copy2
                 copy(source / name, staging / name)
 
+    @torch.no_grad()
+    def _score(self, dataloader: Iterable, gather: Callable | None, progress: bool, description: str, with_map_levels: bool = False):
+        """As `score`, and the `map_levels` (N, 2) of all images on request, else None."""
+        self.require_fitted()
+        collected: dict[str, list[torch.Tensor]] = {}
+        for pixel_values, labels in self._eval_batches(dataloader, description, progress):
+            output = self(pixel_values, output_anomaly_maps=with_map_levels)
+            batch = {"scores": output.scores.float()}
+            if labels is not None:
+                batch["labels"] = labels.to(pixel_values.device)
+            if with_map_levels:
+                batch["levels"] = map_levels(output.anomaly_maps)
+            for name, value in (gather(batch) if gather else batch).items():
+                collected.setdefault(name, []).append(value.cpu())
+        everything = {name: torch.cat(values) for name, values in collected.items()}
+        return everything.get("scores", torch.zeros(0)), everything.get("labels"), everything.get("levels")
+
     def _drop_calibration(self) -> None:
         self._reports_hold = False
         self.calibration.reset()
         self.config.num_calibration_scores = 0
         self.config.false_positive_rate = None
+        self.config.anomaly_map_range = None
 
     def _eval_batches(self, dataloader: Iterable, description: str, progress: bool):
         """Yields (pixel_values on the model's device and dtype, labels or None) in eval mode, and puts the mode back afterwards."""

@@ -30,6 +30,7 @@ _NOT_SETTINGS = (
     "bank_size",
     "num_reference_images",
     "num_calibration_scores",
+    "anomaly_map_range",
     "false_positive_rate",
     "hf_anomaly_version",
     "transformers_version",
