@@ -1,4 +1,6 @@
-"""From any image to `pixel_values`: mode, size and range, saved with the model."""
+"""From any image to `pixel_values`, and from a detector's output back to the image's own size; saved with the model."""
+
+from collections.abc import Sequence
 
 import numpy as np
 import PIL.Image
@@ -8,7 +10,9 @@ from transformers.image_processing_backends import PilBackend
 from transformers.image_utils import PILImageResampling
 
 from .data.transforms import check_eight_bits
+from .detector import AnomalyDetectorOutput
 from .errors import InputError
+from .ops.maps import resize_maps
 
 
 def to_eight_bit_image(image: "PIL.Image.Image | np.ndarray | torch.Tensor", name: str = "image") -> PIL.Image.Image:
@@ -89,3 +93,37 @@ class AnomalyImageProcessor(PilBackend):
             image = image.resize((size["width"], size["height"]), self.resample)
         array = np.array(image)
         return np.moveaxis(array, -1, 0) if do_convert_rgb else array[None]
+
+    def post_process_anomaly_detection(
+        self, outputs: AnomalyDetectorOutput, target_sizes: "Sequence[tuple[int, int]] | torch.Tensor | None" = None
+    ) -> list[dict]:
+        """A detector's output image by image, each map stretched back to the size of its image.
+
+        Args:
+            outputs: of a detector in eval mode, B images; with `anomaly_maps` if it was asked for them.
+            target_sizes: B pairs (height, width) in pixels, of the upright images, PIL's `image.size[::-1]`; None keeps the size of the maps.
+
+        Returns:
+            B dicts: `score` (float) and `anomaly_map`, (H, W) float32 on the maps' device, or None without maps.
+
+        Raises:
+            InputError: an output without scores, sizes that are not B pairs, or a processor that was set to crop or to pad.
+        """
+        if outputs.scores is None:
+            raise InputError("the output has no scores: call the detector in eval mode")
+        scores, maps = outputs.scores.tolist(), outputs.anomaly_maps
+        if target_sizes is not None:
+            target_sizes = [tuple(int(length) for length in size) for size in target_sizes]
+            if len(target_sizes) != len(scores) or any(len(size) != 2 or min(size) < 1 for size in target_sizes):
+                raise InputError(f"target_sizes must be {len(scores)} pairs (height, width), one an image, got {target_sizes}")
+        if maps is None:
+            return [{"score": score, "anomaly_map": None} for score in scores]
+        for step in ("do_center_crop", "do_pad"):
+            if target_sizes is not None and getattr(self, step, None):
+                raise InputError(f"the processor has {step}=True, where a map does not cover the image alone: leave out target_sizes")
+        maps = maps.detach().float()
+        sizes = target_sizes or [maps.shape[-2:]] * len(scores)
+        return [
+            {"score": score, "anomaly_map": resize_maps(one[None], size)[0, 0]}
+            for score, one, size in zip(scores, maps, sizes, strict=True)
+        ]
