@@ -48,6 +48,7 @@ _LAZY = {
     "load_one_class": "data",
     "prepare": "data",
     "image_metrics": "metrics",
+    "overlay_anomaly_map": "visualization",
 }
 
 __all__ = [

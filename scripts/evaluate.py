@@ -7,6 +7,7 @@ python scripts/evaluate.py --model runs/dia-digits --dataset_name digits
 
 import json
 import logging
+import os
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,7 +15,8 @@ from pathlib import Path
 import torch
 from torch.utils.data import DataLoader
 
-from hf_anomaly.data import collate
+from hf_anomaly import InputError, overlay_anomaly_map
+from hf_anomaly.data import collate, decode_image
 from hf_anomaly.training import DataArguments, parse_arguments
 from hf_anomaly.training.runs import evaluate_detector, load_detector, load_splits, run_script, write_json
 
@@ -28,8 +30,36 @@ class EvaluationArguments:
     model: str = field(metadata={"help": "Folder or Hub id of a saved detector."})
     revision: str | None = field(default=None, metadata={"help": "Branch, tag or commit of a Hub model."})
     output: str | None = field(default=None, metadata={"help": "Also write the JSON to this file."})
+    save_maps: str | None = field(
+        default=None, metadata={"help": "Also write the highest-scoring images to this folder, anomaly maps over them."}
+    )
+    num_maps: int = field(default=20, metadata={"help": "How many images --save_maps writes."})
     batch_size: int = field(default=64, metadata={"help": "Images scored at once."})
     device: str = field(default="cuda" if torch.cuda.is_available() else "cpu", metadata={"help": "Device to score on."})
+
+
+def check_maps(model, args: EvaluationArguments) -> None:
+    """Refuses --save_maps before any image is scored, where nothing could come of it."""
+    if not model.supports_anomaly_maps:
+        raise InputError(f"--save_maps: {model.unsupported_maps_reason}")
+    if model.config.anomaly_map_range is None:
+        raise InputError(f"--save_maps: {args.model} does not know how high the maps of normal images are; calibrate it and save it again")
+    if args.num_maps < 1:
+        raise InputError(f"--num_maps must be at least 1, got {args.num_maps}")
+
+
+@torch.no_grad()
+def save_maps(model, processor, dataset, rows: list[int], folder: Path) -> None:
+    """Writes these images with their maps over them as PNG files, named by rank, row and label."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for rank, row in enumerate(rows, 1):
+        record = dataset[row]
+        image = decode_image(record["image"], f"row {record['row']}")
+        outputs = model(processor(images=image, return_tensors="pt")["pixel_values"].to(model.device), output_anomaly_maps=True)
+        overlay = overlay_anomaly_map(image, outputs.anomaly_maps[0], value_range=model.config.anomaly_map_range)
+        name = f"{rank:04d}_row{record['row']}_{dataset.features['label'].int2str(record['label'])}.png"
+        overlay.save(folder / f".{name}.tmp", format="PNG")
+        os.replace(folder / f".{name}.tmp", folder / name)
 
 
 def main() -> None:
@@ -37,6 +67,8 @@ def main() -> None:
     args, data_args = parse_arguments(EvaluationArguments, DataArguments, description=__doc__)
     model, processor = load_detector(args.model, args.revision)
     model.to(args.device)
+    if args.save_maps is not None:
+        check_maps(model, args)
     trained_on = model.config.normal_label
     data_args.normal_label = data_args.normal_label or trained_on
     splits = load_splits(data_args, evaluation_only=True)
@@ -44,7 +76,10 @@ def main() -> None:
         logger.warning("Normal is %r here, but the detector was trained on %r", splits.normal_label, trained_on)
 
     def score(dataset):
-        return model.score(DataLoader(dataset, batch_size=args.batch_size, collate_fn=collate))
+        scores, labels = model.score(DataLoader(dataset, batch_size=args.batch_size, collate_fn=collate))
+        if args.save_maps is not None:
+            save_maps(model, processor, splits.test, scores.topk(min(args.num_maps, len(scores))).indices.tolist(), Path(args.save_maps))
+        return scores, labels
 
     results = evaluate_detector(model, processor, splits, score)
     results["seconds"] = round(time.time() - started, 1)

@@ -17,7 +17,7 @@ LAYERS = [
     {"calibration"},
     {"detector"},
     {"backbones", "detectors"},
-    {"image_processing", "data", "dissolving", "metrics"},
+    {"image_processing", "data", "dissolving", "metrics", "visualization"},
     {"hub", "cards"},
     {"training"},
     {"pipeline", "cli"},

@@ -36,13 +36,17 @@ def test_flags_exist(script):
 
 
 def test_python_blocks_run(tmp_path):
-    """After the main command, cut to a few steps."""
-    steps = ["--max_steps", "4", "--dissolver_steps", "4", "--dissolved_variants", "1", "--disable_tqdm", "true"]
-    subprocess.run([sys.executable, str(ROOT / "scripts/train_dia.py"), *steps], cwd=tmp_path, check=True, capture_output=True)
+    """After the commands that train their detectors, cut to a few steps."""
+    few = ["--max_steps", "4", "--disable_tqdm", "true"]
+    for command in (["train_dia.py", "--dissolver_steps", "4", "--dissolved_variants", "1"], ["train_shared_ae.py"]):
+        subprocess.run(
+            [sys.executable, str(ROOT / "scripts" / command[0]), *command[1:], *few], cwd=tmp_path, check=True, capture_output=True
+        )
     code = "\n".join(blocks("python"))
     check = "\nassert scores.shape == p_values.shape == flagged.shape == (4,)\n"
     result = subprocess.run([sys.executable, "-c", code + check], cwd=tmp_path, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
+    assert len(list(tmp_path.glob("overlay?.png"))) == 4
     assert (tmp_path / "runs" / "python" / "model.safetensors").is_file()
 
 

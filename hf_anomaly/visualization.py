@@ -1,0 +1,72 @@
+"""An anomaly map as something a person sees."""
+
+from collections.abc import Sequence
+
+import numpy as np
+import PIL.Image
+import torch
+
+from .errors import InputError
+from .image_processing import to_eight_bit_image
+from .ops.maps import resize_maps
+
+
+def _heat() -> np.ndarray:
+    """From yellow over red to a dark red: (256, 3) uint8. Little is gray-like in it, so it stands out from any radiograph or photograph."""
+    anchors = [(255, 237, 111), (254, 178, 76), (252, 94, 45), (222, 25, 32), (152, 0, 38)]
+    positions = np.linspace(0, len(anchors) - 1, 256)
+    return np.stack([np.interp(positions, range(len(anchors)), channel) for channel in np.transpose(anchors)], 1).round().astype(np.uint8)
+
+
+HEAT = _heat()
+
+
+def overlay_anomaly_map(
+    image: "PIL.Image.Image | np.ndarray | torch.Tensor",
+    anomaly_map: "torch.Tensor | np.ndarray",
+    *,
+    value_range: Sequence[float],
+    alpha: float = 0.8,
+    colormap: np.ndarray = HEAT,
+) -> PIL.Image.Image:
+    """Paints heat over an image: none where the map is at or below the range, the more the higher it is.
+
+    Args:
+        image: a PIL image of any 8-bit mode, or an array (H, W), (H, W, C) or (C, H, W) of uint8 or of floats in [0, 1]; the original, of any size.
+        anomaly_map: (h, w), or with leading dimensions of 1; higher = more anomalous. It is stretched to the image.
+        value_range: (low, high), what is painted not at all and in full. One range for all images makes them comparable, and keeps normal images clean:
+            take `model.config.anomaly_map_range`, which `calibrate` learned from normal images, and not the map's own extremes.
+        alpha: opacity of the highest heat, in [0, 1].
+        colormap: (n, 3), uint8 or floats in [0, 1], from the low end to the high one.
+
+    Returns:
+        An RGB image of the size of the original, upright as its EXIF orientation says.
+
+    Raises:
+        InputError: NaN or infinite values, a map that is no map, or a value out of range.
+    """
+    if value_range is None:
+        raise InputError("value_range is None: calibrate the detector, or give the (low, high) of normal images' maps")
+    low, high = (float(value) for value in value_range) if len(value_range) == 2 else (np.nan, np.nan)
+    if not (np.isfinite([low, high]).all() and low < high):
+        raise InputError(f"value_range must be two finite numbers, the lower one first, got {tuple(value_range)}")
+    if not 0 <= alpha <= 1:
+        raise InputError(f"alpha must be between 0 and 1, got {alpha}")
+    colors = np.asarray(colormap)
+    if colors.ndim != 2 or colors.shape[1] != 3 or len(colors) < 2:
+        raise InputError(f"colormap must be (n, 3), the colours from low to high, got {colors.shape}")
+    if colors.dtype == np.uint8:
+        colors = colors / 255
+    elif not np.issubdtype(colors.dtype, np.floating) or colors.min() < 0 or colors.max() > 1:
+        raise InputError(f"colormap must be uint8 or floats in [0, 1], got {colors.dtype} from {colors.min()} to {colors.max()}")
+    values = torch.as_tensor(anomaly_map).detach().cpu().float()
+    if values.ndim < 2 or values.numel() == 0 or values.shape[:-2].numel() != 1:
+        raise InputError(f"anomaly_map must be one map (H, W), got shape {tuple(values.shape)}: give them one by one, each with its image")
+    if not torch.isfinite(values).all():
+        raise InputError("anomaly_map holds NaN or infinite values: it cannot be painted")
+    picture = to_eight_bit_image(image).convert("RGB")
+    values = resize_maps(values.view(1, 1, *values.shape[-2:]), (picture.height, picture.width))[0, 0].numpy()
+    heat = ((values - low) / (high - low)).clip(0, 1)
+    opacity = alpha * heat[..., None] ** 2  # squared, so that what is usual leaves but a trace
+    painted = (1 - opacity) * np.asarray(picture) + opacity * 255 * colors[np.rint(heat * (len(colors) - 1)).astype(int)]
+    return PIL.Image.fromarray(np.rint(painted).astype(np.uint8))
