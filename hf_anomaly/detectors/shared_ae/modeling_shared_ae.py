@@ -140,7 +140,10 @@ class SharedAEModel(AnomalyDetector):
         if phase is not None and phase not in names:
             raise InputError(f"phase must be one of {', '.join(names)}, got {phase!r}")
         if len(pixel_values) == 1:
-            raise InputError("SharedAE trains on batches of at least 2 images, got 1: set --per_device_train_batch_size higher")
+            raise InputError(
+                "SharedAE trains on batches of at least 2 images, got 1: give more images, another --per_device_train_batch_size, "
+                "or --dataloader_drop_last true"
+            )
         x, z, losses = pixel_values, self.encoder1(pixel_values), {}
         for name in names if phase is None else [phase]:
             image = (self.decoder1 if name == "ede1" else self.decoder2)(z)
