@@ -188,6 +188,14 @@ def test_named_losses_are_logged(make):
         assert loss == pytest.approx(contrastive + shift, rel=1e-5)  # λ = 1
 
 
+def test_named_losses_are_of_one_run(make):
+    trainer = make(max_steps=3, logging_steps=2)  # the third step's are not logged
+    trainer.train()
+    trainer.train()
+    for _, loss, contrastive, shift, *_ in losses(trainer):
+        assert loss == pytest.approx(contrastive + shift, rel=1e-3)
+
+
 # Phases
 
 

@@ -137,6 +137,7 @@ class ReproducibleTrainer(Trainer):
         if resume_from_checkpoint and (description := Path(resume_from_checkpoint, _RUN_FILE)).is_file():
             check_same_run(json.loads(description.read_text()), self.run, resume_from_checkpoint)
         self._micro_step = (-1, 0)
+        self._loss_sums, self._loss_counts = {}, Counter()
         shutil.rmtree(Path(self.args.output_dir, _STAGING), ignore_errors=True)
         if self.train_dataset is not None and self.args.dataloader_drop_last:
             batch = self.args.train_batch_size * self.args.world_size
