@@ -1,6 +1,7 @@
 """The contract that every detector obeys: configuration, output, fit_reference, calibrate, save and load."""
 
 import difflib
+import logging
 import os
 import shutil
 import tempfile
@@ -20,6 +21,8 @@ from .calibration import Calibration, Float32State, normal_map_range
 from .errors import InputError, NotFittedError
 from .ops.maps import map_levels
 from .version import __version__
+
+logger = logging.getLogger(__name__)
 
 # What PreTrainedConfig takes besides its own fields, from its callers and from config.json files.
 _INHERITED_KEYWORDS = {
@@ -54,11 +57,14 @@ class AnomalyDetectorConfig(PreTrainedConfig):
         num_calibration_scores: how many held-out normal images calibrated the detector; 0 before.
         anomaly_map_range: what their anomaly maps say is normal, [low, high], to paint maps with: the median of their pixels, and what at most the share
             `false_positive_rate` of these images exceeds anywhere (or their maximum, where they are too few for that). None before, and without maps.
+        calibrated_for: the values of `score_fields` that calibration was made with; None before.
         hf_anomaly_version: the version of this package that wrote the file.
 
     Raises:
         InputError: a keyword that is no field of the configuration, or a value out of range.
     """
+
+    score_fields = ()  # the fields with which a trained detector scores otherwise, so that its calibration no longer holds
 
     image_size: int = 32
     num_channels: int = 1
@@ -66,6 +72,7 @@ class AnomalyDetectorConfig(PreTrainedConfig):
     false_positive_rate: float | None = None
     num_calibration_scores: int = 0
     anomaly_map_range: list | tuple | None = None
+    calibrated_for: dict | None = None
     hf_anomaly_version: str | None = None
 
     def __post_init__(self, **kwargs):
@@ -79,6 +86,10 @@ class AnomalyDetectorConfig(PreTrainedConfig):
             self.hf_anomaly_version = __version__
         super().__post_init__(**kwargs)
         self.check()
+
+    def scored_by(self) -> dict:
+        """The values of `score_fields`."""
+        return {name: getattr(self, name) for name in self.score_fields}
 
     def check(self) -> None:
         """Refuses values out of range. Called at the end of the constructor; subclasses extend it."""
@@ -278,6 +289,7 @@ class AnomalyDetector(PreTrainedModel):
         self.config.num_calibration_scores = scores.numel()
         self.config.false_positive_rate = float(false_positive_rate)
         self.config.anomaly_map_range = None if levels is None else normal_map_range(levels, false_positive_rate)
+        self.config.calibrated_for = self.config.scored_by()
         return self
 
     def score(
@@ -311,7 +323,8 @@ class AnomalyDetector(PreTrainedModel):
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path, *model_args, output_loading_info=False, **kwargs):
-        """As `PreTrainedModel.from_pretrained`, from safetensors only.
+        """As `PreTrainedModel.from_pretrained`, from safetensors only. With other values of `config.score_fields` than the calibration was made for,
+        such as keywords here can give, the calibration is dropped with a warning.
 
         Raises:
             InputError: the weights lack the reference or the calibration that the config promises, those of a fitted detector lack
@@ -333,6 +346,14 @@ class AnomalyDetector(PreTrainedModel):
                 f"{pretrained_model_name_or_path}: the weights lack {', '.join(lost)}, which config.json promises; save the detector again "
                 "after fit_reference and calibrate"
             )
+        before, now = model.config.calibrated_for or {}, model.config.scored_by()
+        if changed := [name for name in before if name in now and before[name] != now[name]]:
+            logger.warning(
+                "%s was calibrated for other scores (%s): its calibration is dropped; calibrate it again",
+                pretrained_model_name_or_path,
+                ", ".join(f"{name} was {before[name]!r}, now {now[name]!r}" for name in changed),
+            )
+            model._drop_calibration()
         # Weights mapped from a file lie at any address, and some kernels round otherwise unless it is torch's own alignment.
         for tensor in (*model.parameters(), *model.buffers()):
             if tensor.data_ptr() % 64:
@@ -404,6 +425,7 @@ class AnomalyDetector(PreTrainedModel):
         self.config.num_calibration_scores = 0
         self.config.false_positive_rate = None
         self.config.anomaly_map_range = None
+        self.config.calibrated_for = None
 
     def _eval_batches(self, dataloader: Iterable, description: str, progress: bool):
         """Yields (pixel_values on the model's device and dtype, labels or None) in eval mode, and puts the mode back afterwards."""

@@ -335,6 +335,14 @@ def test_refitting_drops_the_calibration(model, refused):
         model.p_values(scores)
 
 
+def test_calibration_knows_what_it_was_made_for(model):
+    config = model.config
+    assert set(config.score_fields) <= set(config.to_dict())
+    assert config.calibrated_for == {name: getattr(config, name) for name in config.score_fields}
+    model.reset_reference()
+    assert config.calibrated_for is None
+
+
 def test_reset_reference(model, build, tmp_path, refused):
     shapes = {name: buffer.shape for name, buffer in states(build(**SHAPES[0])).items()}
     model.reset_reference()

@@ -55,6 +55,32 @@ def test_card_and_results_do_not_follow_a_detector_calibrated_anew(folder, tmp_p
     assert names.isdisjoint({"README.md", "eval_results.json"})
 
 
+def test_other_scores_have_no_calibration(folder, tmp_path, caplog):
+    x = images(4, 3)
+    before = AutoModel.from_pretrained(folder, temperature=0.7).eval()  # a setting of training
+    assert before.calibration.is_calibrated
+    assert not caplog.text
+    after = AutoModel.from_pretrained(folder, score_norm=True).eval()
+    assert not torch.allclose(after(x).scores, before(x).scores)
+    assert f"{folder} was calibrated for other scores (score_norm was False, now True): its calibration is dropped" in caplog.text
+    assert not after.calibration.is_calibrated
+    assert (after.config.num_calibration_scores, after.config.false_positive_rate, after.config.calibrated_for) == (0, None, None)
+    after.save_pretrained(tmp_path / "copy")
+    assert not (tmp_path / "copy" / "README.md").exists()  # its numbers were of the other scores
+    after.calibrate([images(9, 2)], progress=False).save_pretrained(tmp_path / "copy")
+    assert AutoModel.from_pretrained(tmp_path / "copy").calibration.is_calibrated
+
+
+def test_a_config_edited_by_hand_has_no_calibration(folder, caplog):
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "score_shift_logit": True}))
+    assert not AutoModel.from_pretrained(folder).calibration.is_calibrated
+    assert "score_shift_logit was False, now True" in caplog.text
+    config.pop("calibrated_for")  # as of a folder that was saved before the field
+    (folder / "config.json").write_text(json.dumps(config))
+    assert AutoModel.from_pretrained(folder).calibration.is_calibrated
+
+
 def test_companions_already_there_are_kept(folder, tmp_path):
     target = tmp_path / "copy"
     target.mkdir()

@@ -63,6 +63,7 @@ def write_card(
         "num_reference_images",
         "num_calibration_scores",
         "anomaly_map_range",
+        "calibrated_for",
         "backbone_config",
     }
     changed = {k: v for k, v in config.to_dict().items() if k not in skip and not k.startswith("_") and defaults.get(k) != v}

@@ -31,6 +31,7 @@ _NOT_SETTINGS = (
     "num_reference_images",
     "num_calibration_scores",
     "anomaly_map_range",
+    "calibrated_for",
     "false_positive_rate",
     "hf_anomaly_version",
     "transformers_version",

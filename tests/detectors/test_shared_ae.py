@@ -167,6 +167,17 @@ def test_the_terms_are_weighed_anew_without_training(refused):
         model.weigh_terms(1.2)
 
 
+@pytest.mark.parametrize("other", [{"omega1": 1.0, "omega2": 0.0}, {"ablation": "one"}])
+def test_the_calibration_does_not_outlive_its_scores(other, tmp_path, caplog):
+    detector().eval().fit_reference([pixels()], progress=False).calibrate([pixels(20)], progress=False).save_pretrained(tmp_path)
+    assert SharedAEModel.from_pretrained(tmp_path).calibration.is_calibrated
+    assert "dropped" not in caplog.text
+    model = SharedAEModel.from_pretrained(tmp_path, **other)
+    assert not model.calibration.is_calibrated
+    assert model.config.anomaly_map_range is None
+    assert all(name in caplog.text for name in ("dropped", *other))
+
+
 def test_a_detector_that_diverged_is_not_fitted(refused):
     model = detector().eval()
     with torch.no_grad():
@@ -215,7 +226,7 @@ def test_training_is_told_what_it_needs(refused):
         model(x, epoch=1.0, phase="ede3")
     with refused("phase", "'ede2'"):
         detector(ablation="one").train()(x, phase="ede2")
-    with refused("at least 2", "--per_device_train_batch_size"):
+    with refused("at least 2", "--per_device_train_batch_size", "--dataloader_drop_last"):
         model(x[:1], epoch=0.0)
 
 

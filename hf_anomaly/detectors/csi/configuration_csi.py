@@ -38,6 +38,7 @@ class CSIConfig(AnomalyDetectorConfig):
     """
 
     model_type = "csi_anomaly"
+    score_fields = ("shift", "score_cosine", "score_norm", "score_shift_logit")
     sub_configs_defaults = {"backbone_config": SubConfigSpec(config_class=AutoConfig, model_type="small_resnet", optional=True)}
 
     backbone_config: dict | PreTrainedConfig | None = None

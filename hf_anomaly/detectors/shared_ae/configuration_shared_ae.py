@@ -34,6 +34,7 @@ class SharedAEConfig(AnomalyDetectorConfig):
     """
 
     model_type = "shared_ae_anomaly"
+    score_fields = ("omega1", "omega2", "ablation")
 
     hidden_sizes: list | tuple = (32, 64, 128)
     latent_size: int = 64
