@@ -153,6 +153,7 @@ def test_a_peak_survives_shrinking():
     maps[..., 9, 22] = 1
     small = resize_maps(maps, (8, 8))[0, 0]
     assert divmod(int(small.argmax()), 8) == (2, 5)
+    assert small.sum().item() == pytest.approx(8 * 8 / (32 * 32))
 
 
 def test_sizes_of_their_own(processor, refused):
