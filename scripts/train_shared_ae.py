@@ -26,6 +26,9 @@ class DetectorArguments:
     max_adversarial_weight: float = field(
         default=0.1, metadata={"help": "Bound of the adversarial term's weight 1 - 1/epoch; 1 is the schedule as printed."}
     )
+    adversarial_margin: float = field(
+        default=1.5, metadata={"help": "Bounds what the first part gains by it, as a multiple of its reconstruction error; 0: no bound."}
+    )
     omega1: float = field(default=0.5, metadata={"help": "Weight of the score's first term; the second has the rest."})
     ablation: str = field(default="full", metadata={"help": "full; two: without adversarial training; one: a single decoder too."})
 
@@ -41,9 +44,8 @@ def main() -> None:
     image_size = image_size_of(splits, data_args.image_size)
     num_channels = data_args.num_channels or splits.num_channels
     set_seed(training_args.seed)
-    model = SharedAEModel(
-        SharedAEConfig(image_size=image_size, num_channels=num_channels, omega2=1 - detector_args.omega1, **asdict(detector_args))
-    )
+    settings = asdict(detector_args) | {"adversarial_margin": detector_args.adversarial_margin or None, "omega2": 1 - detector_args.omega1}
+    model = SharedAEModel(SharedAEConfig(image_size=image_size, num_channels=num_channels, **settings))
     results = train_detector(
         model,
         AnomalyImageProcessor.for_images(image_size, num_channels),

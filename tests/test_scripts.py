@@ -215,7 +215,23 @@ def test_a_pretrained_backbone_is_where_training_starts(train, tmp_path, backbon
 
 
 def test_train_shared_ae(train, tmp_path):
-    argv = ["--hidden_sizes", 4, 8, 8, "--latent_size", 6, "--alpha", 2, "--beta", 0.5, "--max_adversarial_weight", 0.2, "--omega1", 0.25]
+    argv = [
+        "--hidden_sizes",
+        4,
+        8,
+        8,
+        "--latent_size",
+        6,
+        "--alpha",
+        2,
+        "--beta",
+        0.5,
+        "--max_adversarial_weight",
+        0.2,
+        "--adversarial_margin",
+        3,
+    ]
+    argv += ["--omega1", 0.25]
     folder, out = train(tmp_path / "shared-ae", *argv, script="train_shared_ae.py")
     assert {path.name for path in folder.iterdir() if not path.name.startswith("checkpoint-")} == {
         "config.json", "model.safetensors", "preprocessor_config.json", "README.md", "eval_results.json",
@@ -224,7 +240,7 @@ def test_train_shared_ae(train, tmp_path):
     model = AutoModel.from_pretrained(folder)
     config = model.config
     assert (type(model).__name__, config.hidden_sizes, config.latent_size) == ("SharedAEModel", [4, 8, 8], 6)
-    assert (config.alpha, config.beta, config.max_adversarial_weight) == (2, 0.5, 0.2)
+    assert (config.alpha, config.beta, config.max_adversarial_weight, config.adversarial_margin) == (2, 0.5, 0.2, 3)
     assert (config.omega1, config.omega2, config.num_reference_images, config.ablation) == (0.25, 0.75, 114, "full")
     assert "num_reference_images" not in (folder / "README.md").read_text()
     status, out, err = run("evaluate.py", "--model", folder)

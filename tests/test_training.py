@@ -61,7 +61,11 @@ def detector(config_class=CSIConfig, norm="batch"):
 
 def adversaries(**settings):
     torch.manual_seed(3)
-    return SharedAEModel(SharedAEConfig(image_size=SIZE, hidden_sizes=[4, 8, 8], latent_size=6, max_adversarial_weight=1, **settings))
+    return SharedAEModel(
+        SharedAEConfig(
+            image_size=SIZE, hidden_sizes=[4, 8, 8], latent_size=6, max_adversarial_weight=1, adversarial_margin=None, **settings
+        )
+    )
 
 
 @pytest.fixture

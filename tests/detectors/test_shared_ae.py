@@ -60,6 +60,7 @@ def test_every_pixel_is_seen(size):
         ({"beta": math.nan}, ["beta"]),
         ({"alpha": 0, "beta": 0}, ["alpha and beta"]),
         ({"max_adversarial_weight": 1.1}, ["max_adversarial_weight"]),
+        ({"adversarial_margin": 0}, ["adversarial_margin", "None"]),
         ({"omega1": 0.7}, ["omega1 and omega2", "0.7"]),
         ({"omega1": 1.5, "omega2": -0.5}, ["omega1 and omega2"]),
         ({"num_reference_images": -1}, ["num_reference_images"]),
@@ -93,21 +94,22 @@ def mean_square(a, b):
     return total / a.size
 
 
-def expected_losses(v, n, alpha, beta, bound):
+def expected_losses(v, n, alpha, beta, bound, margin=math.inf):
     def error(image, latent):
         return alpha * mean_square(v["x"], v[image]) + beta * mean_square(v["z"], v[latent])
 
     share = max(1 / n, 1 - bound)
-    adversarial = (1 - share) * error("x1_", "z1_")
-    return share * error("x1", "z1") - adversarial, share * error("x2", "z2") + adversarial
+    first, second, adversarial = error("x1", "z1"), error("x2", "z2"), error("x1_", "z1_")
+    return share * first - (1 - share) * min(adversarial, margin * first), share * second + (1 - share) * adversarial
 
 
+@pytest.mark.parametrize("margin", [None, 5.0, 0.5])
 @pytest.mark.parametrize("bound", [1.0, 0.1])
 @pytest.mark.parametrize(("epoch", "n"), [(0.0, 1), (0.99, 1), (1.0, 2), (6.5, 7)])
-def test_losses(epoch, n, bound):
-    model = detector(alpha=0.7, beta=2.5, max_adversarial_weight=bound).train()
+def test_losses(epoch, n, bound, margin):
+    model = detector(alpha=0.7, beta=2.5, max_adversarial_weight=bound, adversarial_margin=margin).train()
     x = pixels()
-    one, two = expected_losses(oracle(model, x), n, 0.7, 2.5, bound)
+    one, two = expected_losses(oracle(model, x), n, 0.7, 2.5, bound, math.inf if margin is None else margin)
     for phase, expected in (("ede1", one), ("ede2", two)):
         output = model(x, epoch=epoch, phase=phase)
         assert output.loss.item() == pytest.approx(expected, rel=1e-5)
@@ -206,7 +208,7 @@ def test_a_phase_has_one_decoder_and_both_encoders(epoch):
 
 def test_the_gradient_of_decoder1_contains_minus_adv():
     """(1 − w) ∇rec_1 − w ∇adv, where ∇rec_1 comes from a first epoch and ∇adv from the losses' sums."""
-    model, x = detector(max_adversarial_weight=1.0).train(), pixels()
+    model, x = detector(max_adversarial_weight=1.0, adversarial_margin=None).train(), pixels()
     n = 4
     reconstruction = gradients(model, "decoder1", model(x, epoch=0.0, phase="ede1").loss)
     adversarial = gradients(model, "decoder1", model(x, epoch=n - 1.0, phase="ede2").loss)  # rec_2 does not depend on D1
@@ -214,6 +216,23 @@ def test_the_gradient_of_decoder1_contains_minus_adv():
     for rec, adv, both in zip(reconstruction, adversarial, together, strict=True):
         assert adv.any()
         torch.testing.assert_close(both, rec / n - adv, rtol=1e-4, atol=1e-6)
+
+
+def test_beyond_the_margin_ede1_gains_nothing_by_adv():
+    """Neither by worse twice-decoded images nor by a worse reconstruction, which the margin is a multiple of."""
+    settings, x = {"max_adversarial_weight": 0.5}, pixels()
+    bounded, plain = detector(**settings, adversarial_margin=1e-3).train(), detector(ablation="two").train()
+    bounded.load_state_dict(plain.state_dict())
+    for part in ("encoder1", "encoder2", "decoder1"):
+        expected = gradients(plain, part, plain(x, phase="ede1").loss)
+        for gradient, alone in zip(gradients(bounded, part, bounded(x, epoch=9.0, phase="ede1").loss), expected, strict=True):
+            torch.testing.assert_close(gradient, 0.5 * alone, rtol=1e-4, atol=1e-7)
+
+
+def test_new_latents_are_in_the_linear_range_of_tanh():
+    for size in (16, 28, 64):
+        encoder = detector(image_size=size, hidden_sizes=[16, 16, 16], latent_size=64).encoder1.train()
+        assert 0.03 < encoder(pixels(32, size)).std() < 0.4
 
 
 def test_training_is_told_what_it_needs(refused):

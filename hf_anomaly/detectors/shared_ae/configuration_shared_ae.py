@@ -22,9 +22,11 @@ class SharedAEConfig(AnomalyDetectorConfig):
         hidden_sizes: channels of the first three convolutions; the decoders have them in reverse.
         latent_size: width of z, the output of the fourth: at 28 px, a twelfth of the pixels.
         alpha, beta: α and β of Eq. 1–7, the weights of the image's and the latent's error. Pixels and latents have the same range.
-        max_adversarial_weight: bounds 1 − 1/n, the weight of the adversarial term; the reconstruction's is the rest, 1/n until the bound is reached.
-            1 is the schedule as printed. With it EDE1 soon wins, E2 marking reconstructions so that D1 paints them as far from x as it can, normal images
-            too, and the score tells little: on 8 px digits from about 0.3 on, while up to 0.2 training stays with reconstruction.
+        max_adversarial_weight: bounds 1 − 1/n, the weight of the adversarial term; the reconstruction's is the rest. 1 is the schedule as printed, in which
+            reconstruction fades out.
+        adversarial_margin: EDE1 is paid for adv up to this multiple of its own rec_1, which is held constant there; None: without limit, as printed.
+            Without it EDE1 wins sooner or later at any weight, E2 marking reconstructions so that D1 paints normal images as far from x as it can,
+            and the score tells nothing.
         omega1, omega2: ω1 and ω2 of the score, which add up to 1; see `SharedAEModel.weigh_terms`.
         ablation: the rows of Table 5: `"one"`, a single encoder–decoder–encoder; `"two"`, both, without adversarial training; `"full"`, the method.
         num_reference_images: how many images `fit_reference` saw; 0 before.
@@ -43,6 +45,7 @@ class SharedAEConfig(AnomalyDetectorConfig):
     omega1: float | int = 0.5
     omega2: float | int = 0.5
     max_adversarial_weight: float | int = 0.1
+    adversarial_margin: float | int | None = 1.5
     ablation: Literal["one", "two", "full"] = "full"
     num_reference_images: int = 0
 
@@ -65,6 +68,8 @@ class SharedAEConfig(AnomalyDetectorConfig):
             raise InputError("alpha and beta are both 0: the loss needs at least one of them")
         if not 0 <= self.max_adversarial_weight <= 1:
             raise InputError(f"max_adversarial_weight must be between 0 and 1, got {self.max_adversarial_weight}")
+        if self.adversarial_margin is not None and not 0 < self.adversarial_margin < float("inf"):
+            raise InputError(f"adversarial_margin must be a number > 0, or None for no limit, got {self.adversarial_margin}")
         if min(self.omega1, self.omega2) < 0 or not abs(self.omega1 + self.omega2 - 1) < 1e-6:
             raise InputError(f"omega1 and omega2 must be ≥ 0 and add up to 1, got {self.omega1} and {self.omega2}")
         if self.num_reference_images < 0:

@@ -13,6 +13,7 @@ from ...errors import InputError
 from .configuration_shared_ae import SharedAEConfig
 
 _LEAK = 0.2  # LeakyReLU's slope below 0
+_LATENT_SCALE = 0.14  # the standard deviation of what Tanh makes latents of, in a new encoder
 
 
 def _hidden_layer(convolution: nn.Module, norm: bool) -> list[nn.Module]:
@@ -54,9 +55,9 @@ class SharedAEModel(AnomalyDetector):
     n is the epoch, from 1. For every batch phase `"ede1"` updates E1, D1 and E2 by L_EDE1, then phase `"ede2"` E1, D2 and E2 by L_EDE2; on their sum the
     adversarial terms would cancel. Tanh bounds images and latents, hence adv, and with it L_EDE1 from below.
 
-    Two deviations. Eq. 7 and Algorithm 1 print x1 and z1 in the first bracket of L_EDE2: a slip, by Eq. 2 and the text they are x2 and z2, else
-    nothing would teach D2 to reconstruct. And the weight of adv is bounded, see `max_adversarial_weight`. In the losses ‖·‖² is the mean of the squares, in
-    the score their sum.
+    Three deviations. Eq. 7 and Algorithm 1 print x1 and z1 in the first bracket of L_EDE2: a slip, by Eq. 2 and the text they are x2 and z2, else
+    nothing would teach D2 to reconstruct. The weight of adv is bounded (`max_adversarial_weight`), and so is what EDE1 gains by adv
+    (`adversarial_margin`). In the losses ‖·‖² is the mean of the squares, in the score their sum.
 
     The anomaly map is ‖x − x1'‖ of every pixel, over the channels. With ablation `"one"` there is no D2: the score is ‖z − z1‖² and the map
     ‖x − x1‖. Scoring compares with nothing but the weights: `fit_reference` only checks that they score the normal training images.
@@ -88,7 +89,10 @@ class SharedAEModel(AnomalyDetector):
     @torch.no_grad()
     def _init_weights(self, module):
         super()._init_weights(module)
-        if isinstance(module, nn.Conv2d | nn.ConvTranspose2d):
+        if module in (self.encoder1[-2], self.encoder2[-2]):
+            # Into the linear range of Tanh. With He's scale the latents soon saturate, all images get the same one, and the decoders paint the mean image.
+            init.normal_(module.weight, std=_LATENT_SCALE / math.sqrt(module.weight[0].numel()))
+        elif isinstance(module, nn.Conv2d | nn.ConvTranspose2d):
             # After He et al. 2015: with transformers' N(0, 0.02) the latents of all images would be nearly 0.
             init.kaiming_normal_(module.weight, a=_LEAK, mode="fan_in" if isinstance(module, nn.Conv2d) else "fan_out")
 
@@ -148,12 +152,16 @@ class SharedAEModel(AnomalyDetector):
         for name in names if phase is None else [phase]:
             image = (self.decoder1 if name == "ede1" else self.decoder2)(z)
             latent = self.encoder2(image)
-            losses[f"{name}_loss"] = (1 - weight) * self._error(x, image, z, latent)
+            reconstruction = self._error(x, image, z, latent)
+            losses[f"{name}_loss"] = (1 - weight) * reconstruction
         if weight > 0:  # then there is one phase
             z2 = latent if phase == "ede2" else self.encoder2(self.decoder2(z))
             image = self.decoder1(z2)  # x1'
-            adversarial = weight * self._error(x, image, z, self.encoder2(image))
-            losses[f"{phase}_loss"] = losses[f"{phase}_loss"] + (adversarial if phase == "ede2" else -adversarial)
+            adversarial = self._error(x, image, z, self.encoder2(image))
+            if phase == "ede1":
+                margin = self.config.adversarial_margin
+                adversarial = -(adversarial if margin is None else torch.minimum(adversarial, margin * reconstruction.detach()))
+            losses[f"{phase}_loss"] = losses[f"{phase}_loss"] + weight * adversarial
         return sum(losses.values()), losses
 
     def _error(self, x, image, z, latent):
