@@ -29,6 +29,9 @@ class EvaluationArguments:
 
     model: str = field(metadata={"help": "Folder or Hub id of a saved detector."})
     revision: str | None = field(default=None, metadata={"help": "Branch, tag or commit of a Hub model."})
+    seed: int | None = field(
+        default=None, metadata={"help": "Seed of the training run, for --protocol balanced, whose test images it drew."}
+    )
     output: str | None = field(default=None, metadata={"help": "Also write the JSON to this file."})
     save_maps: str | None = field(
         default=None, metadata={"help": "Also write the highest-scoring images to this folder, anomaly maps over them."}
@@ -65,13 +68,17 @@ def save_maps(model, processor, dataset, rows: list[int], folder: Path) -> None:
 def main() -> None:
     started = time.time()
     args, data_args = parse_arguments(EvaluationArguments, DataArguments, description=__doc__)
+    if data_args.protocol == "balanced" and args.seed is None:
+        raise InputError(
+            "--protocol balanced drew the test images with the training run's seed, else they overlap with its own: give --seed"
+        )
     model, processor = load_detector(args.model, args.revision)
     model.to(args.device)
     if args.save_maps is not None:
         check_maps(model, args)
     trained_on = model.config.normal_label
     data_args.normal_label = data_args.normal_label or trained_on
-    splits = load_splits(data_args, evaluation_only=True)
+    splits = load_splits(data_args, args.seed or 0, evaluation_only=True)
     if trained_on not in (None, splits.normal_label):
         logger.warning("Normal is %r here, but the detector was trained on %r", splits.normal_label, trained_on)
 

