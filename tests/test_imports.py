@@ -21,6 +21,7 @@ LAYERS = [
     {"hub", "cards"},
     {"training"},
     {"pipeline", "cli"},
+    {"reproduction"},
 ]
 LEVEL = {part: level for level, parts in enumerate(LAYERS) for part in parts}
 FAMILIES = {("dia", "csi")}  # a detector → the shared base of its family

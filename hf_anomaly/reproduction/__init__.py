@@ -1,0 +1,21 @@
+"""The papers' tables: declared as cells, run one by one, and set beside the papers' own numbers."""
+
+from .methods import BUDGETS, METHODS
+from .report import write_report
+from .running import Selection, describe, run_table
+from .tables import TABLES, Cell, Row, Section, Table, find_table
+
+__all__ = [
+    "BUDGETS",
+    "METHODS",
+    "TABLES",
+    "Cell",
+    "Row",
+    "Section",
+    "Selection",
+    "Table",
+    "describe",
+    "find_table",
+    "run_table",
+    "write_report",
+]

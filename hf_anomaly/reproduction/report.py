@@ -1,0 +1,211 @@
+"""What the finished cells say: a Markdown table beside the paper's numbers, every cell as CSV, and the picture of a curve."""
+
+import csv
+import io
+import os
+import shlex
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+
+from ..data.recipes import RECIPES
+from ..errors import InputError
+from .methods import BUDGETS, METHODS
+from .running import ABSENT, NOT_IMPLEMENTED, PENDING, Selection
+from .tables import MEAN, Row, Section, Table
+
+NOTHING = "–"
+CSV_FIELDS = (
+    "table", "dataset", "protocol", "normal_label", "max_train_images", "method", "budget", "seed", "status", "auroc", "average_precision",
+    "fpr_at_95_tpr", "num_train", "num_calibration", "num_normal", "num_anomalous", "steps", "seconds", "split_hash", "command",
+)  # fmt: skip
+
+
+def write_report(table: Table, selection: Selection, command: list[str], *, draw: bool = True) -> list[Path]:
+    """Writes `<table>.md`, `<table>.csv` and, of a curve, `<table>.png` into the output folder, from all the finished cells of the whole table,
+    whichever run they are of; the selection says for which budget and seeds.
+
+    Returns:
+        The files written. There is no picture before a method has two points.
+
+    Raises:
+        InputError: the picture needs matplotlib, which is missing. The other files are written by then.
+    """
+    stem = Path(selection.output_dir, table.id.replace("/", "-"))
+    stem.parent.mkdir(parents=True, exist_ok=True)
+    files = [
+        _write(stem.with_suffix(".md"), markdown(table, selection, command)),
+        _write(stem.with_suffix(".csv"), cells_csv(table, selection)),
+    ]
+    if draw and table.is_curve and any(_curves(section, selection) for section in table.sections):
+        files.append(plot(table, selection, stem.with_suffix(".png")))
+    return files
+
+
+def _write(path: Path, text: str) -> Path:
+    temporary = path.with_name(f".{path.name}.tmp")
+    temporary.write_text(text, encoding="utf-8")
+    os.replace(temporary, path)
+    return path
+
+
+def _seeds(selection: Selection) -> tuple[int, ...]:
+    return selection.seeds[: BUDGETS[selection.budget].max_seeds]
+
+
+def _results(section: Section, row: Row, method: str, selection: Selection) -> dict[int, dict]:
+    """The finished results by seed."""
+    found = {seed: selection.result(section.cell(row, method, seed, selection.budget)) for seed in _seeds(selection)}
+    return {seed: result for seed, result in found.items() if result is not None}
+
+
+def mean_and_std(values: dict[int, float], seeds: tuple[int, ...]) -> str:
+    """`0.987 ± 0.004`: the mean over seeds and their sample standard deviation; where seeds are missing, which ones it is of."""
+    numbers = list(values.values())
+    text = f"{np.mean(numbers):.3f}" + (f" ± {np.std(numbers, ddof=1):.3f}" if len(numbers) > 1 else "")
+    missing = set(seeds) - set(values)
+    return f"{text} (seed {', '.join(map(str, values))} only)" if missing else text
+
+
+def _entry(section: Section, method: str, selection: Selection, values: dict[int, float]) -> str:
+    if not METHODS[method].is_implemented:
+        return NOT_IMPLEMENTED
+    return mean_and_std(values, _seeds(selection)) if values else PENDING
+
+
+def _means(section: Section, method: str, selection: Selection) -> dict[int, float]:
+    """For every seed the mean AUROC over the rows, if all of them are there: a mean over some would not compare."""
+    rows = [_results(section, row, method, selection) for row in section.rows]
+    return {
+        seed: float(np.mean([results[seed]["auroc"] for results in rows])) for seed in _seeds(selection) if all(seed in r for r in rows)
+    }
+
+
+def _joined(results: list[dict], text: Callable[[dict], str]) -> str:
+    return ", ".join(dict.fromkeys(map(text, results))) or NOTHING
+
+
+def markdown(table: Table, selection: Selection, command: list[str]) -> str:
+    """The report: for every section a table with a line a row, the paper's columns, ours, the number of images and the split hashes."""
+    lines = [
+        f"# {table.id}: {table.title}",
+        "",
+        f"AUROC; ours: mean ± standard deviation over the seeds {', '.join(map(str, _seeds(selection)))}.",
+    ]
+    lines += [f"Budget {BUDGETS[selection.budget].title}. The paper: {table.paper}.", *table.notes, ""]
+    for section in table.sections:
+        lines += [*_section_lines(section, selection), ""]
+    return "\n".join([*lines, "The command:", "", f"    {shlex.join(command)}", ""])
+
+
+def _section_lines(section: Section, selection: Selection) -> list[str]:
+    everything = {(row, method): _results(section, row, method, selection) for row in section.rows for method in section.methods}
+    finished = [result for results in everything.values() for result in results.values()]
+    titles = [section.row_title, *section.paper, *(METHODS[method].title for method in section.methods)]
+    titles += ["train + calibration", "test: normal + anomalous", "split hashes"]
+    protocol = _joined(finished, lambda result: result["protocol"]) if finished else section.protocol
+    lines = [f"## {RECIPES[section.dataset].title}, protocol {protocol}", ""]
+    lines += ["| " + " | ".join(titles) + " |", "|" + "---|" * len(titles)]
+    instructions = selection.instructions(section.dataset)
+    for row in section.rows if finished or instructions is None else ():  # without data the mean's row says it all
+        of_row = [result for method in section.methods for result in everything[row, method].values()]
+        entries = [f"{numbers[row.title]:.3f}" if row.title in numbers else NOTHING for numbers in section.paper.values()]
+        for method in section.methods:
+            values = {seed: result["auroc"] for seed, result in everything[row, method].items()}
+            entries.append(_entry(section, method, selection, values))
+        entries.append(_joined(of_row, lambda result: f"{result['num_train']} + {result['num_calibration']}"))
+        entries.append(_joined(of_row, lambda result: f"{result['num_normal']} + {result['num_anomalous']}"))
+        entries.append(_joined(of_row, lambda result: result["split_hash"][:8]))
+        lines.append("| " + " | ".join([row.title, *entries]) + " |")
+    if section.with_mean:
+        entries = [f"**{numbers[MEAN]:.3f}**" if MEAN in numbers else NOTHING for numbers in section.paper.values()]
+        entries += [_entry(section, method, selection, _means(section, method, selection)) for method in section.methods]
+        lines.append("| " + " | ".join([MEAN, *entries, NOTHING, NOTHING, NOTHING]) + " |")
+    lines.append("")
+    for method in section.methods:
+        results = [result for row in section.rows for result in everything[row, method].values()]
+        if steps := [result["steps"] for result in results if result["steps"]]:
+            steps = f"{min(steps)}" if min(steps) == max(steps) else f"{min(steps)} to {max(steps)}"
+            seconds = np.mean([result["seconds"] for result in results])
+            lines.append(f"{METHODS[method].title}: {steps} steps, {seconds:.0f} s a cell on average.")
+    if any(result["protocol"] != section.protocol for result in finished):
+        lines.append(
+            f"This copy has no test split: protocol {protocol} stands in for {section.protocol}, and the numbers are not the paper's setting."
+        )
+    if subsets := [result for result in finished if result["subset"]]:
+        lines.append(f"The copy of {RECIPES[section.dataset].title} is not whole: {_joined(subsets, lambda result: result['subset'])}.")
+    if instructions is not None:
+        lines.append(f"{ABSENT.capitalize()}: {instructions}")
+    return lines
+
+
+def cells_csv(table: Table, selection: Selection) -> str:
+    """Every cell of the table, a line each."""
+    text = io.StringIO()
+    writer = csv.DictWriter(text, CSV_FIELDS, restval="", extrasaction="ignore", lineterminator="\n")
+    writer.writeheader()
+    for section in table.sections:
+        for row in section.rows:
+            for method in section.methods:
+                for seed in _seeds(selection):
+                    cell = section.cell(row, method, seed, selection.budget)
+                    result = selection.result(cell) or {}
+                    more = {"table": table.id, "status": selection.status(cell), "command": shlex.join(result.get("command", []))}
+                    writer.writerow({**result, **vars(cell), "protocol": result.get("protocol", cell.protocol), **more})
+    return text.getvalue()
+
+
+def _curves(section: Section, selection: Selection) -> dict[str, list[tuple[int, float, float]]]:
+    """Method → (training images, mean AUROC, standard deviation), of the methods with at least two points."""
+    curves = {}
+    for method in section.methods:
+        points = []
+        for row in section.rows:
+            if results := list(_results(section, row, method, selection).values()):
+                numbers = [result["auroc"] for result in results]
+                spread = float(np.std(numbers, ddof=1)) if len(numbers) > 1 else 0.0
+                points.append((results[0]["num_train"], float(np.mean(numbers)), spread))
+        if len(points) > 1:
+            curves[method] = sorted(points)
+    return curves
+
+
+def plot(table: Table, selection: Selection, path: Path) -> Path:
+    """Draws AUROC against the number of training images, a panel a section that has a curve, with a band of one standard deviation.
+
+    Raises:
+        InputError: matplotlib is missing.
+    """
+    try:
+        from matplotlib.backends.backend_agg import FigureCanvasAgg
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise InputError(
+            "the picture needs matplotlib: pip install 'hf-anomaly[plots]' and repeat the command, no finished cell is run again; or --plot false"
+        ) from error
+    drawn = [(section, curves) for section in table.sections if (curves := _curves(section, selection))]
+    figure = Figure(figsize=(max(7, 5.5 * len(drawn)), 4.2), layout="constrained")
+    FigureCanvasAgg(figure)
+    panels = figure.subplots(1, len(drawn), squeeze=False, sharey=True)[0]
+    legend = {}
+    for panel, (section, curves) in zip(panels, drawn, strict=True):
+        ticks = set()
+        for method, points in curves.items():
+            images, means, spreads = map(np.asarray, zip(*points, strict=True))
+            color = f"C{section.methods.index(method)}"
+            (legend[METHODS[method].title],) = panel.plot(images, means, marker="o", markersize=4, color=color)
+            panel.fill_between(images, means - spreads, means + spreads, color=color, alpha=0.15, linewidth=0)
+            ticks |= set(images.tolist())
+        panel.set_xscale("log")
+        panel.set_xticks(sorted(ticks), labels=[str(tick) for tick in sorted(ticks)])
+        panel.minorticks_off()
+        panel.set_xlabel("training images")
+        panel.set_title(RECIPES[section.dataset].title)
+        panel.grid(alpha=0.3)
+    panels[0].set_ylabel("AUROC")
+    figure.legend(legend.values(), legend.keys(), loc="outside lower center", ncols=4, frameon=False)
+    temporary = path.with_name(f".{path.name}.tmp")
+    figure.savefig(temporary, format="png", dpi=150)
+    os.replace(temporary, path)
+    return path

@@ -1,0 +1,224 @@
+"""Runs the cells of a table, one after another in this process; every finished one is a JSON file and is not run again."""
+
+import io
+import json
+import logging
+import re
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager, redirect_stdout, suppress
+from dataclasses import asdict, dataclass
+from functools import lru_cache
+from pathlib import Path
+
+from accelerate import PartialState
+
+from ..data import load_one_class
+from ..data.recipes import RECIPES
+from ..errors import InputError
+from ..image_processing import AnomalyImageProcessor
+from ..training.runs import dataset_label, write_json
+from ..version import __version__
+from .methods import BUDGETS, METHODS, CellData
+from .tables import Cell, Table
+
+logger = logging.getLogger(__name__)
+
+FINISHED, PENDING, ABSENT, NOT_IMPLEMENTED = "finished", "not run", "no data", "not implemented"
+
+
+@dataclass(frozen=True)
+class Selection:
+    """Which cells of a table are run, and where.
+
+    Attributes:
+        datasets, methods: names; None: all of the table's.
+        seeds: of initialisation, batches and splits.
+        budget: a name in BUDGETS.
+        shard: "i/n", every n-th cell from the i-th on, i from 1.
+        output_dir: results lie in its `cells/`.
+        data_dir: see `DatasetRecipe.locate`.
+    """
+
+    output_dir: Path
+    datasets: tuple[str, ...] | None = None
+    methods: tuple[str, ...] | None = None
+    seeds: tuple[int, ...] = (0, 1, 2)
+    budget: str = "laptop"
+    shard: str = "1/1"
+    data_dir: str | None = None
+
+    def cells(self, table: Table) -> list[Cell]:
+        """The selected cells, those that share their data in a row.
+
+        Raises:
+            InputError: an unknown dataset, method, budget or shard, or no seed.
+        """
+        datasets = _known("datasets", self.datasets, [section.dataset for section in table.sections], table)
+        methods = _known("methods", self.methods, [method for section in table.sections for method in section.methods], table)
+        if self.budget not in BUDGETS:
+            raise InputError(f"there is no budget {self.budget!r}; the budgets: {', '.join(BUDGETS)}")
+        if not self.seeds or min(self.seeds) < 0 or len(set(self.seeds)) < len(self.seeds):
+            raise InputError(f"--seeds takes different numbers from 0 on, got {list(self.seeds)}")
+        match = re.fullmatch(r"(\d+)/(\d+)", self.shard)
+        shard, shards = map(int, match.groups()) if match else (0, 0)
+        if not 1 <= shard <= shards:
+            raise InputError(f"--shard takes i/n with i from 1 to n, such as 1/4, got {self.shard!r}")
+        cells = [
+            cell for section in table.sections if section.dataset in datasets for cell in section.cells(methods, self.seeds, self.budget)
+        ]
+        # A shard takes its part of every method, the slow ones too; only then do the cells of the same data come together.
+        return sorted(cells[shard - 1 :: shards], key=lambda cell: list(map(str, _data_key(cell))))
+
+    def result_file(self, cell: Cell) -> Path:
+        return Path(self.output_dir, "cells", cell.name).with_suffix(".json")
+
+    def result(self, cell: Cell) -> dict | None:
+        """A finished cell's result; None if there is none, or if it is of other settings.
+
+        Raises:
+            InputError: the file is no JSON.
+        """
+        path = self.result_file(cell)
+        if not path.is_file():
+            return None
+        try:
+            result = json.loads(path.read_text())
+            current = result["settings"] == METHODS[cell.method].settings(cell.budget)
+        except (ValueError, KeyError, TypeError) as error:
+            raise InputError(f"{path} is damaged: remove it, then its cell is run again") from error
+        return result if current else None
+
+    def status(self, cell: Cell) -> str:
+        if not METHODS[cell.method].is_implemented:
+            return NOT_IMPLEMENTED
+        if self.result(cell) is not None:
+            return FINISHED
+        return PENDING if self.instructions(cell.dataset) is None else ABSENT
+
+    def instructions(self, dataset: str) -> str | None:
+        """How to get a dataset that is not there; None if it is."""
+        try:
+            RECIPES[dataset].locate(self.data_dir)
+        except InputError as error:
+            return str(error)
+        return None
+
+
+def _known(what: str, asked: tuple[str, ...] | None, there: list[str], table: Table) -> tuple[str, ...]:
+    there = tuple(dict.fromkeys(there))
+    for name in asked or ():
+        if name not in there:
+            raise InputError(f"table {table.id} has no {name!r} among its {what}: {', '.join(there)}")
+    return there if asked is None else tuple(asked)
+
+
+def describe(table: Table, selection: Selection) -> str:
+    """The selected cells and how each stands, a line each."""
+    lines = [f"{selection.status(cell):15} {cell.name}" for cell in selection.cells(table)]
+    return "\n".join([f"{table.id}: {table.title}; {len(lines)} cells", *lines])
+
+
+def run_table(table: Table, selection: Selection, command: list[str]) -> None:
+    """Runs the selected cells that are not finished.
+
+    Args:
+        command: the command line, for the results.
+
+    Raises:
+        InputError: of a bad selection; or there are cells, but the data of none of them; or what ended a cell.
+    """
+    from tqdm.auto import tqdm
+    from tqdm.contrib.logging import logging_redirect_tqdm
+
+    cells = selection.cells(table)
+    status = {cell: selection.status(cell) for cell in cells}
+    absent = dict.fromkeys(cell.dataset for cell in cells if status[cell] == ABSENT)
+    messages = [selection.instructions(dataset) for dataset in absent]
+    if messages and not {PENDING, FINISHED} & set(status.values()):
+        raise InputError(f"nothing can be run: {'; '.join(messages)}")
+    for message in messages:
+        logger.warning("Left out: %s", message)
+    pending = [cell for cell in cells if status[cell] == PENDING]
+    process = PartialState()
+    process.wait_for_everyone()  # nobody finishes a cell before everybody has seen what is to do
+    with logging_redirect_tqdm():
+        progress = tqdm(pending, desc=table.id, unit="cell", disable=not process.is_main_process)
+        for cell in progress:
+            progress.set_postfix_str(f"{cell.dataset} {cell.normal_label} {cell.method} seed {cell.seed}")
+            run_cell(cell, selection, command)
+
+
+def run_cell(cell: Cell, selection: Selection, command: list[str]) -> None:
+    """Runs one cell and writes its result; the detector itself is not kept.
+
+    Raises:
+        InputError: there is no AUROC to be had, or anything that ends the training; names the cell.
+    """
+    process, method, recipe = PartialState(), METHODS[cell.method], RECIPES[cell.dataset]
+    folder = Path(selection.output_dir, "work", "-".join(cell.name.parts))
+    try:
+        with quiet():
+            data = _load(recipe.locate(selection.data_dir), *_data_key(cell))
+            results = method.run(cell, data, folder, command)
+    except InputError as error:
+        raise InputError(f"cell {cell.name}: {error}") from error
+    process.wait_for_everyone()
+    if process.is_main_process:
+        shutil.rmtree(folder, ignore_errors=True)
+        with suppress(OSError):  # somebody else's cell is at work there, or there never was one
+            folder.parent.rmdir()
+        record = {
+            **results,
+            "cell": asdict(cell),
+            "protocol": data.protocol,
+            "dataset": dataset_label(data.splits.source),
+            "subset": recipe.subset(data.splits.source),
+            "settings": method.settings(cell.budget),
+            "command": command,
+            "hf_anomaly_version": __version__,
+        }
+        path = selection.result_file(cell)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_json(path, record)
+    process.wait_for_everyone()
+
+
+def _data_key(cell: Cell) -> tuple:
+    return cell.dataset, cell.protocol, cell.normal_label, cell.max_train_images, cell.seed
+
+
+@lru_cache(maxsize=1)
+def _load(source: str, dataset: str, protocol: str, normal_label: str, max_train_images: int | None, seed: int) -> CellData:
+    options = {"normal_label": normal_label, "max_train_images": max_train_images, "seed": seed}
+    splits = load_one_class(source, protocol=protocol, **options)
+    if protocol == "official" and splits.test is None:
+        protocol = "stratified"
+        splits = load_one_class(source, protocol=protocol, **options)
+    if splits.test_missing_reason:
+        raise InputError(splits.test_missing_reason)
+    return CellData(splits, AnomalyImageProcessor.for_images(RECIPES[dataset].image_size, splits.num_channels), protocol)
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Nothing is printed within but errors: Trainer prints, and the libraries log and draw bars into the one of the table."""
+    import datasets
+    from transformers.utils import logging as transformers_logging
+
+    ours = logging.getLogger("hf_anomaly")
+    level, verbosity = ours.level, transformers_logging.get_verbosity()
+    bars = transformers_logging.is_progress_bar_enabled(), not datasets.are_progress_bars_disabled()
+    ours.setLevel(logging.ERROR)
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+    datasets.disable_progress_bars()
+    try:
+        with redirect_stdout(io.StringIO()):
+            yield
+    finally:
+        ours.setLevel(level)
+        transformers_logging.set_verbosity(verbosity)
+        for enabled, enable in zip(bars, (transformers_logging.enable_progress_bar, datasets.enable_progress_bars), strict=True):
+            if enabled:
+                enable()

@@ -1,0 +1,63 @@
+"""Runs a table of a paper, cell by cell, and sets the results beside the paper's numbers. Run again, it goes on where it was.
+
+python scripts/reproduce.py --table shared_ae/2 --data_dir path/to/data --budget laptop
+"""
+
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from accelerate import PartialState
+
+from hf_anomaly.reproduction import Selection, describe, find_table, run_table, write_report
+from hf_anomaly.training import parse_arguments
+from hf_anomaly.training.runs import run_script
+
+
+@dataclass
+class ReproduceArguments:
+    """Which table, which cells of it, and for how long."""
+
+    table: str = field(metadata={"help": "Its id, such as shared_ae/1; an unknown one lists all."})
+    data_dir: str | None = field(
+        default=None,
+        metadata={
+            "help": "Folder with the datasets: pneumoniamnist.npz, fashion-mnist/, mnist/. Default: $HF_ANOMALY_DATA_DIR, or else the Hub "
+            "where it has them."
+        },
+    )
+    datasets: list[str] | None = field(default=None, metadata={"help": "Run these of the table's datasets only."})
+    methods: list[str] | None = field(default=None, metadata={"help": "Run these of the table's methods only."})
+    seeds: list[int] = field(default_factory=lambda: [0, 1, 2], metadata={"help": "Seeds of initialisation, batches and random splits."})
+    budget: str = field(default="laptop", metadata={"help": "smoke: seconds, to see it run; laptop: up to three minutes a cell; paper."})
+    shard: str = field(default="1/1", metadata={"help": "i/n: run every n-th cell, from the i-th on. Several machines can share a folder."})
+    dry_run: bool = field(default=False, metadata={"help": "Only list the cells, and how each stands."})
+    plot: bool = field(default=True, metadata={"help": "Draw the table if it is a curve; needs matplotlib."})
+    output_dir: str = field(default="runs/reproduce", metadata={"help": "Where results and tables go."})
+
+
+def main() -> None:
+    (args,) = parse_arguments(ReproduceArguments, description=__doc__)
+    table = find_table(args.table)
+    selection = Selection(
+        output_dir=Path(args.output_dir),
+        datasets=None if args.datasets is None else tuple(args.datasets),
+        methods=None if args.methods is None else tuple(args.methods),
+        seeds=tuple(args.seeds),
+        budget=args.budget,
+        shard=args.shard,
+        data_dir=args.data_dir,
+    )
+    if args.dry_run:
+        print(describe(table, selection))
+        return
+    command = ["scripts/reproduce.py", *sys.argv[1:]]
+    run_table(table, selection, command)
+    if PartialState().is_main_process:
+        files = write_report(table, selection, command, draw=args.plot)
+        print(files[0].read_text(encoding="utf-8"))
+        print(*(f"saved: {path}" for path in files), sep="\n")
+
+
+if __name__ == "__main__":
+    run_script(main)

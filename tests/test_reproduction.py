@@ -1,0 +1,308 @@
+"""The papers' tables on tiny data: an 8 px Fashion-MNIST, a PneumoniaMNIST and a MNIST without test split."""
+
+import csv
+import gzip
+import io
+import json
+import os
+import runpy
+import struct
+import subprocess
+import sys
+from contextlib import redirect_stderr, redirect_stdout
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from hf_anomaly.data.recipes import RECIPES
+from hf_anomaly.reproduction import METHODS, TABLES, Selection, baselines, find_table, running
+from hf_anomaly.reproduction.report import markdown, mean_and_std, plot
+from hf_anomaly.reproduction.tables import MEAN
+
+SCRIPT = Path(__file__).parents[1] / "scripts" / "reproduce.py"
+
+
+def reproduce(*argv):
+    """(exit status, stdout, stderr)"""
+    out, err, status, before = io.StringIO(), io.StringIO(), 0, sys.argv
+    sys.argv = [SCRIPT.name, *map(str, argv)]
+    try:
+        with redirect_stdout(out), redirect_stderr(err):
+            runpy.run_path(str(SCRIPT), run_name="__main__")
+    except SystemExit as exit:
+        status = exit.code or 0
+    finally:
+        sys.argv = before
+    return status, out.getvalue(), err.getvalue()
+
+
+def images(labels, shape, seed):
+    """Noise around a brightness that is the class's."""
+    noise = np.random.default_rng(seed).integers(0, 60, (len(labels), *shape))
+    return (noise + 15 * np.asarray(labels)[:, None, None]).astype(np.uint8)
+
+
+@pytest.fixture(scope="module")
+def data_dir(tmp_path_factory):
+    root = tmp_path_factory.mktemp("data")
+    (root / "fashion-mnist").mkdir()
+    (root / "mnist").mkdir()
+    for seed, (prefix, n) in enumerate((("train", 20), ("t10k", 5))):
+        labels = np.repeat(np.arange(10), n).astype(np.uint8)
+        for name, array in (("images-idx3", images(labels, (8, 8), seed)), ("labels-idx1", labels)):
+            content = struct.pack(f">BBBB{array.ndim}I", 0, 0, 8, array.ndim, *array.shape) + array.tobytes()
+            (root / "fashion-mnist" / f"{prefix}-{name}-ubyte.gz").write_bytes(gzip.compress(content))
+    for digit in range(10):
+        (root / "mnist" / f"{digit}.json").write_text(json.dumps({"data": (images([digit] * 15, (28, 28), digit) / 255).ravel().tolist()}))
+    labels = np.arange(60) % 2
+    arrays = {f"{split}_images": images(10 * labels, (28, 28), seed) for seed, split in enumerate(("train", "val", "test"))}
+    np.savez(root / "pneumoniamnist.npz", **arrays, **{f"{split}_labels": labels for split in ("train", "val", "test")})
+    return root
+
+
+@pytest.fixture(scope="module")
+def first(data_dir, tmp_path_factory):
+    """A finished smoke run of the first table: its folder, stdout and stderr."""
+    folder = tmp_path_factory.mktemp("reproduce")
+    status, out, err = reproduce("--table", "shared_ae/1", "--budget", "smoke", "--data_dir", data_dir, "--output_dir", folder)
+    assert status == 0, err
+    return folder, out, err
+
+
+def test_every_table_is_sound():
+    for table in TABLES.values():
+        assert table.sections
+        for section in table.sections:
+            titles = {row.title for row in section.rows}
+            assert len(titles) == len(section.rows)
+            assert {row.normal_label for row in section.rows} <= set(RECIPES[section.dataset].classes)
+            assert set(section.methods) <= set(METHODS)
+            assert {"mean_intensity", "contrast", "pixel_knn", "pca_residual"} <= set(section.methods)
+            for numbers in section.paper.values():
+                assert set(numbers) <= titles | {MEAN}
+                assert all(0 <= number <= 1 for number in numbers.values())
+    for numbers in find_table("shared_ae/2").sections[0].paper.values():  # typed by hand: a wrong digit would show in the mean
+        classes = [number for title, number in numbers.items() if title != MEAN]
+        assert np.mean(classes) == pytest.approx(numbers[MEAN], abs=1e-3)
+
+
+def test_smoke_run(first):
+    folder, out, err = first
+    assert {path.name for path in folder.iterdir()} == {"cells", "shared_ae-1.md", "shared_ae-1.csv"}
+    assert (folder / "shared_ae-1.md").read_text() in out
+    assert "No data: COIL-100 is not there" in out
+    assert "train_runtime" not in out + err
+    assert "Writing model shards" not in err
+    path = folder / "cells" / "smoke" / "fashion_mnist-balanced" / "0" / "shared_ae" / "seed0.json"
+    result = json.loads(path.read_text())
+    assert (result["num_train"], result["num_calibration"], result["num_normal"], result["num_anomalous"]) == (16, 4, 5, 5)
+    assert (result["steps"], result["protocol"], result["seed"]) == (1, "balanced", 0)
+    assert 0 <= result["auroc"] <= 1
+    assert len(result["split_hash"]) == 64
+    assert result["command"][0] == "scripts/reproduce.py"
+    assert result["subset"] is None
+    lines = {line.split(" | ")[0]: line for line in out.splitlines()}
+    assert f" {result['auroc']:.3f} | " in lines["| 0 T-shirt"]
+    assert result["split_hash"][:8] in lines["| 0 T-shirt"]
+    assert "16 + 4 | 5 + 5" in lines["| 0 T-shirt"]
+    assert lines["| 1 trouser"].count("not run") == 5
+    assert "**1.000**" in lines["| mean"], "COIL-100 comes last"
+    assert lines["| mean"].count("not run") == 5
+    assert "the npm package's 10,000 digits" in out
+    assert "Budget smoke" in out
+    rows = list(csv.DictReader((folder / "shared_ae-1.csv").open()))
+    assert len(rows) == (10 + 10 + 30) * 5
+    assert {row["status"] for row in rows} == {"finished", "not run", "no data"}
+    (row,) = (row for row in rows if row["status"] == "finished" and row["dataset"] == "fashion_mnist" and row["method"] == "shared_ae")
+    assert float(row["auroc"]) == result["auroc"]
+    assert row["split_hash"] == result["split_hash"]
+
+
+def test_finished_cells_are_not_run_again(first, data_dir, monkeypatch):
+    folder, out, _ = first
+    ran = []
+    original = running.run_cell
+    monkeypatch.setattr(running, "run_cell", lambda cell, *rest: (ran.append(cell), original(cell, *rest)))
+    path = folder / "cells" / "smoke" / "fashion_mnist-balanced" / "0" / "contrast" / "seed0.json"
+    before = path.read_text()
+    argv = ("--table", "shared_ae/1", "--budget", "smoke", "--data_dir", data_dir, "--output_dir", folder)
+    assert reproduce(*argv)[1] == out
+    assert not ran
+    path.unlink()
+    assert reproduce(*argv)[1] == out
+    assert [cell.method for cell in ran] == ["contrast"]
+    assert {**json.loads(path.read_text()), "seconds": 0} == {**json.loads(before), "seconds": 0}
+    ran.clear()
+    trained = path.parents[1] / "shared_ae" / "seed0.json"
+    trained.write_text(json.dumps({**json.loads(trained.read_text()), "settings": {"epochs": 7}}))
+    assert reproduce(*argv)[1].splitlines()[0] == out.splitlines()[0]
+    assert [cell.method for cell in ran] == ["shared_ae"], "it was of other settings"
+    trained.write_text("{")
+    status, _, err = reproduce(*argv)
+    assert status == 2
+    assert f"{trained} is damaged" in err
+    trained.unlink()
+
+
+def test_dry_run_lists_the_cells(first, data_dir, tmp_path):
+    common = ("--table", "shared_ae/5", "--data_dir", data_dir, "--output_dir", tmp_path, "--dry_run")
+    status, out, _ = reproduce(*common, "--seeds", 0, 1, "--budget", "laptop")
+    assert status == 0
+    assert out.splitlines()[0].endswith(f"; {10 * 8 * 2} cells")
+    assert not list(tmp_path.iterdir())
+    assert "not implemented laptop/mnist-official/3/autoencoder/seed1" in out
+    assert "not run         laptop/mnist-official/3/shared_ae_two/seed0" in out
+    shards = [reproduce(*common, "--seeds", 0, 1, "--shard", f"{i}/3")[1].splitlines()[1:] for i in (1, 2, 3)]
+    assert sorted(line for shard in shards for line in shard) == sorted(out.splitlines()[1:])
+    assert all(6 <= sum("/shared_ae/" in line for line in shard) <= 7 for shard in shards), "every shard has its part of the slow ones"
+
+
+def test_source_without_test_split(data_dir, tmp_path):
+    status, out, err = reproduce(
+        "--table", "shared_ae/2", "--budget", "smoke", "--methods", "contrast", "--data_dir", data_dir, "--output_dir", tmp_path
+    )  # fmt: skip
+    assert status == 0, err
+    assert "## MNIST, protocol stratified" in out
+    assert "protocol stratified stands in for official" in out
+    assert "| 0.986 | 0.997 |" in out
+
+
+def test_curve(data_dir, tmp_path, monkeypatch):
+    argv = ("--table", "addp/1", "--data_dir", data_dir, "--output_dir", tmp_path, "--seeds", 0, 1, "--methods", "contrast", "pixel_knn")
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    status, out, err = reproduce(*argv, "--datasets", "pneumonia_mnist")
+    assert status == 2
+    assert err.splitlines()[-1].startswith("error: the picture needs matplotlib: pip install 'hf-anomaly[plots]'")
+    assert (tmp_path / "addp-1.md").is_file(), "the numbers are safe"
+    assert reproduce(*argv, "--datasets", "pneumonia_mnist", "--plot", "false")[0] == 0
+    monkeypatch.undo()
+    pytest.importorskip("matplotlib")
+    status, out, err = reproduce(*argv)
+    assert status == 0, err
+    assert (tmp_path / "addp-1.png").read_bytes().startswith(b"\x89PNG")
+    assert "| 16 | not implemented | not implemented | not implemented | not run | " in out
+    assert "not implemented" in reproduce(*argv[:6], "--methods", "addp_decoder")[1]
+    # Two panels; the points are the means over seeds, at the number of images trained on.
+    figures = []
+    monkeypatch.setattr("matplotlib.figure.Figure.savefig", lambda self, path, **kwargs: (figures.append(self), Path(path).touch()))
+    selection = Selection(tmp_path, seeds=(0, 1), data_dir=str(data_dir))
+    table = find_table("addp/1")
+    plot(table, selection, tmp_path / "x.png")
+    panels = figures[0].axes
+    assert [panel.get_title() for panel in panels] == ["PneumoniaMNIST", "Fashion-MNIST"]
+    assert panels[0].get_xscale() == "log"
+    section = table.sections[0]
+    results = [selection.result(section.cell(section.rows[0], "pixel_knn", seed, "laptop")) for seed in (0, 1)]
+    images, means = panels[0].lines[1].get_data()
+    assert list(images) == [16, 24, 24, 24], "24 of 30 normals are left to train on"
+    assert means[0] == pytest.approx(np.mean([result["auroc"] for result in results]))
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (("--table", "shared_ae/9"), "there is no table 'shared_ae/9'; the tables: shared_ae/1, shared_ae/2,"),
+        (("--table", "shared_ae/1", "--datasets", "mnits"), "no 'mnits' among its datasets: mnist, fashion_mnist"),
+        (("--table", "shared_ae/1", "--methods", "addp_decoder"), "no 'addp_decoder' among its methods: shared_ae,"),
+        (("--table", "shared_ae/1", "--budget", "huge"), "the budgets: smoke, laptop, paper"),
+        (("--table", "shared_ae/1", "--shard", "0/3"), "--shard takes i/n"),
+        (("--table", "shared_ae/1", "--shard", "3"), "--shard takes i/n"),
+        (("--table", "shared_ae/1", "--seeds", "1", "1"), "--seeds takes different numbers"),
+        (("--table", "shared_ae/2"), "nothing can be run: MNIST is not there: "),
+        (("--table", "shared_ae/extra", "--datasets", "pneumonia_mnist"), "get pneumoniamnist.npz from medmnist.com"),
+    ],
+)
+def test_what_cannot_be_run(tmp_path, argv, message):
+    status, out, err = reproduce(*argv, "--data_dir", tmp_path, "--output_dir", tmp_path / "out")
+    assert (status, out) == (2, "")
+    assert len(err.splitlines()) == 1
+    assert message in err
+
+
+def test_where_data_lies(tmp_path, monkeypatch, refused):
+    monkeypatch.delenv("HF_ANOMALY_DATA_DIR", raising=False)
+    assert RECIPES["mnist"].locate() == "ylecun/mnist"
+    assert RECIPES["digits"].locate() == "digits"
+    with refused("PneumoniaMNIST", "medmnist.com", "--data_dir", "HF_ANOMALY_DATA_DIR"):
+        RECIPES["pneumonia_mnist"].locate()
+    (tmp_path / "mnist").mkdir()
+    monkeypatch.setenv("HF_ANOMALY_DATA_DIR", str(tmp_path))
+    assert RECIPES["mnist"].locate() == str(tmp_path / "mnist")
+    with refused(str(tmp_path / "fashion-mnist"), "Debian"):
+        RECIPES["fashion_mnist"].locate()
+
+
+def test_mean_and_std():
+    assert mean_and_std({0: 0.9, 1: 0.8}, (0, 1)) == "0.850 ± 0.071"
+    assert mean_and_std({1: 0.8}, (0, 1)) == "0.800 (seed 1 only)"
+    assert mean_and_std({0: 0.8}, (0,)) == "0.800"
+
+
+def test_the_mean_needs_every_class(tmp_path, data_dir):
+    table = find_table("shared_ae/extra")
+    section = replace(table.sections[0], rows=table.sections[0].rows[:2], methods=("contrast",))
+    small = replace(table, sections=(section,))
+    selection = Selection(tmp_path, seeds=(0, 1), data_dir=str(data_dir))
+    cells = selection.cells(small)
+    assert len(cells) == 4
+    for cell in cells[:3]:
+        running.run_cell(cell, selection, ["x"])
+    done = {seed for seed in (0, 1) if all(selection.result(cell) for cell in cells if cell.seed == seed)}
+    means = [np.mean([selection.result(cell)["auroc"] for cell in cells if cell.seed == seed]) for seed in done]
+    line = next(line for line in markdown(small, selection, ["x"]).splitlines() if line.startswith("| mean"))
+    assert len(done) == 1
+    assert line.split(" | ")[1] == f"{means[0]:.3f} (seed {min(done)} only)"
+
+
+def test_baselines_against_loops():
+    generator = np.random.default_rng(0)
+    train, test = generator.uniform(-1, 1, (9, 6)).astype(np.float32), generator.uniform(-1, 1, (4, 6)).astype(np.float32)
+    train[:, 3:] *= 0.1
+    brightness, flatness, distances, residuals = [], [], [], []
+    center = train.mean(0)
+    values, vectors = np.linalg.eigh(np.cov((train - center).T.astype(np.float64)))
+    shares = np.cumsum(values[::-1]) / values.sum()
+    plane = vectors[:, ::-1][:, : int(np.argmax(shares > 0.9)) + 1]
+    assert 1 < plane.shape[1] < 6
+    for image in test:
+        brightness.append(sum(image) / len(image))
+        flatness.append(-np.sqrt(sum((pixel - brightness[-1]) ** 2 for pixel in image) / len(image)))
+        distances.append(np.mean(sorted(np.sqrt(((image - other) ** 2).sum()) for other in train)[:5]))
+        offset = image - center
+        residuals.append(((offset - plane @ (plane.T @ offset)) ** 2).sum())
+    for function, expected in (
+        (baselines.mean_intensity, brightness),
+        (baselines.contrast, flatness),
+        (baselines.pixel_knn, distances),
+        (baselines.pca_residual, residuals),
+    ):
+        np.testing.assert_allclose(function(train, test), expected, rtol=1e-4, atol=1e-6)
+    np.testing.assert_allclose(
+        baselines.pixel_knn(train[:2], test), np.linalg.norm(test[:, None] - train[None, :2], axis=2).mean(1), rtol=1e-5
+    )
+
+
+def test_two_processes(data_dir, tmp_path):
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc_per_node",
+        "2",
+        str(SCRIPT),
+        "--table",
+        "shared_ae/extra",
+    ]
+    options = ["--budget", "smoke", "--datasets", "pneumonia_mnist", "--methods", "shared_ae", "contrast"]
+    environment = {**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
+    result = subprocess.run(
+        [*command, *options, "--data_dir", str(data_dir), "--output_dir", str(tmp_path)], env=environment, capture_output=True, text=True
+    )
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.count("# shared_ae/extra") == 1, "one process reports"
+    cells = sorted((tmp_path / "cells").rglob("*.json"))
+    assert [path.parent.name for path in cells] == ["contrast", "shared_ae"]
+    assert not (tmp_path / "work").exists()
