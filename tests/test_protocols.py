@@ -1,6 +1,9 @@
 """Protocols that pool a source's splits, and fewer training images."""
 
+import runpy
+import sys
 from itertools import pairwise
+from pathlib import Path
 
 import datasets
 import numpy as np
@@ -130,3 +133,12 @@ def test_sources_that_cannot_be_pooled(tmp_path, refused):
     for protocol in PROTOCOLS:
         with refused("few.npz", "too few images", protocol):
             load_one_class(tmp_path / "few.npz", protocol=protocol, normal_label=0)
+
+
+def test_evaluate_asks_for_the_seed_of_drawn_test_images(monkeypatch, capsys):
+    script = Path(__file__).parents[1] / "scripts" / "evaluate.py"
+    monkeypatch.setattr(sys, "argv", [script.name, "--model", "none", "--protocol", "balanced"])
+    with pytest.raises(SystemExit) as exit:
+        runpy.run_path(str(script), run_name="__main__")
+    assert exit.value.code == 2
+    assert "--protocol balanced" in capsys.readouterr().err
