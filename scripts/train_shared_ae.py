@@ -19,7 +19,7 @@ from hf_anomaly.training.runs import default_output_dir, image_size_of, load_spl
 class DetectorArguments:
     """The detector; the configuration's docstring has the details."""
 
-    hidden_sizes: list[int] = field(default_factory=lambda: [32, 64, 128], metadata={"help": "Channels of the first three convolutions."})
+    hidden_sizes: list[int] = field(default_factory=lambda: [16, 32, 64], metadata={"help": "Channels of the first three convolutions."})
     latent_size: int = field(default=64, metadata={"help": "Width of the latents."})
     alpha: float = field(default=1.0, metadata={"help": "Weight of the image's error in the losses."})
     beta: float = field(default=1.0, metadata={"help": "Weight of the latent's error in the losses."})

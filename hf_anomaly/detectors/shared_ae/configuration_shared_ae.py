@@ -38,7 +38,7 @@ class SharedAEConfig(AnomalyDetectorConfig):
     model_type = "shared_ae_anomaly"
     score_fields = ("omega1", "omega2", "ablation")
 
-    hidden_sizes: list | tuple = (32, 64, 128)
+    hidden_sizes: list | tuple = (16, 32, 64)
     latent_size: int = 64
     alpha: float | int = 1.0
     beta: float | int = 1.0
