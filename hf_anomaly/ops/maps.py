@@ -1,4 +1,4 @@
-"""Anomaly maps: their size, and what is usual in them."""
+"""Anomaly maps: their size, what is usual in them, and how they are smoothed."""
 
 import torch
 import torch.nn.functional as F
@@ -21,3 +21,19 @@ def map_levels(maps: torch.Tensor) -> torch.Tensor:
     """(B, 2): the median and the maximum of each map (B, 1, H, W)."""
     values = maps.flatten(1)
     return torch.stack([values.median(1).values, values.amax(1)], 1)
+
+
+def median_filter(maps: torch.Tensor, size: int) -> torch.Tensor:
+    """The median of the size × size pixels around each pixel; edges are replicated.
+
+    Args:
+        maps: (B, 1, H, W).
+        size: odd, in pixels; 1 changes nothing.
+
+    Returns:
+        (B, 1, H, W).
+    """
+    if size == 1:
+        return maps
+    windows = F.unfold(F.pad(maps, (size // 2,) * 4, mode="replicate"), size)  # (B, size², H·W)
+    return windows.median(dim=1).values.view_as(maps)
