@@ -101,6 +101,22 @@ class AnomalyDetectorConfig(PreTrainedConfig):
             raise InputError(f"num_calibration_scores must not be negative, got {self.num_calibration_scores}")
 
 
+@strict
+class SelfContainedDetectorConfig(AnomalyDetectorConfig):
+    """Configuration of a `SelfContainedDetector`.
+
+    Args:
+        num_reference_images: how many images `fit_reference` saw; 0 before.
+    """
+
+    num_reference_images: int = 0
+
+    def check(self):
+        super().check()
+        if self.num_reference_images < 0:
+            raise InputError(f"num_reference_images must not be negative, got {self.num_reference_images}")
+
+
 @dataclass
 class AnomalyDetectorOutput(ModelOutput):
     """What a detector returns.
@@ -440,3 +456,28 @@ class AnomalyDetector(PreTrainedModel):
                 yield pixel_values.to(device=self.device, dtype=self.dtype), labels
         finally:
             self.train(was_training)
+
+
+class SelfContainedDetector(AnomalyDetector):
+    """A detector that compares with nothing but its weights: `fit_reference` only checks that they score the normal training images."""
+
+    config_class = SelfContainedDetectorConfig
+    config: SelfContainedDetectorConfig
+
+    @property
+    def is_fitted(self) -> bool:
+        return self.config.num_reference_images > 0
+
+    def reference_features(self, pixel_values):
+        return {"scores": self.compute_scores(pixel_values, output_anomaly_maps=False, output_embeddings=False).scores}
+
+    def set_reference(self, features):
+        scores = features["scores"]
+        if not torch.isfinite(scores).all():
+            raise InputError(
+                f"normal image {int((~torch.isfinite(scores)).nonzero()[0])} has no finite score: train again with a lower learning rate"
+            )
+        self.config.num_reference_images = len(scores)
+
+    def clear_reference(self):
+        self.config.num_reference_images = 0

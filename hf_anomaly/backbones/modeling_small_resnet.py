@@ -1,5 +1,3 @@
-import math
-
 import torch
 from torch import nn
 from transformers import PreTrainedModel
@@ -9,10 +7,7 @@ from transformers.modeling_outputs import BackboneOutput
 from transformers.utils import can_return_tuple
 
 from .configuration_small_resnet import SmallResNetConfig
-
-
-def _norm(config: SmallResNetConfig, channels: int) -> nn.Module:
-    return nn.BatchNorm2d(channels) if config.norm == "batch" else nn.GroupNorm(math.gcd(8, channels), channels)
+from .layers import norm_layer
 
 
 class BasicBlock(nn.Module):
@@ -20,14 +15,16 @@ class BasicBlock(nn.Module):
         super().__init__()
         self.residual = nn.Sequential(
             nn.Conv2d(in_channels, out_channels, 3, stride, 1, bias=False),
-            _norm(config, out_channels),
+            norm_layer(config.norm, out_channels),
             nn.ReLU(inplace=True),
             nn.Conv2d(out_channels, out_channels, 3, 1, 1, bias=False),
-            _norm(config, out_channels),
+            norm_layer(config.norm, out_channels),
         )
         self.shortcut = nn.Identity()
         if stride != 1 or in_channels != out_channels:
-            self.shortcut = nn.Sequential(nn.Conv2d(in_channels, out_channels, 1, stride, bias=False), _norm(config, out_channels))
+            self.shortcut = nn.Sequential(
+                nn.Conv2d(in_channels, out_channels, 1, stride, bias=False), norm_layer(config.norm, out_channels)
+            )
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return torch.relu_(self.residual(x) + self.shortcut(x))
@@ -48,7 +45,7 @@ class SmallResNetBackbone(BackboneMixin, PreTrainedModel):
         kernel = max(3, 2 * stride - 1)  # grows with the stride: windows overlap, no pixel is skipped
         self.stem = nn.Sequential(
             nn.Conv2d(config.num_channels, widths[0], kernel, stride, kernel // 2, bias=False),
-            _norm(config, widths[0]),
+            norm_layer(config.norm, widths[0]),
             nn.ReLU(inplace=True),
         )
         self.stages = nn.ModuleList(

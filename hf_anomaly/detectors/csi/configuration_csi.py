@@ -5,6 +5,7 @@ from transformers import AutoConfig, PreTrainedConfig
 from transformers.configuration_utils import SubConfigSpec
 
 from ...backbones.configuration_small_resnet import SmallResNetConfig
+from ...backbones.pretrained import check_backbone_config
 from ...detector import AnomalyDetectorConfig
 from ...errors import InputError
 
@@ -66,21 +67,13 @@ class CSIConfig(AnomalyDetectorConfig):
             # At 28 to 64 px the first stage works at 14 to 16 px: at 28 px a quarter of the time of stride 1.
             stride = min(4, max(1, self.image_size // 14))
             self.backbone_config = SmallResNetConfig(num_channels=self.num_channels, stem_stride=stride)
-        elif isinstance(self.backbone_config, dict) and "model_type" not in self.backbone_config:
-            raise InputError(
-                "backbone_config has no 'model_type': name the backbone's architecture, for instance 'small_resnet' or 'resnet'"
-            )
+        check_backbone_config(self.backbone_config, self.num_channels)  # here a dict, in `check` a configuration
         self.crop_scale, self.color_jitter = list(self.crop_scale), list(self.color_jitter)
         super().__post_init__(**kwargs)
 
     def check(self):
         super().check()
-        channels = getattr(self.backbone_config, "num_channels", self.num_channels)
-        if channels != self.num_channels:
-            raise InputError(
-                f"backbone_config.num_channels is {channels}, but the images have {self.num_channels}: "
-                "convert the images (--num_channels) or take another backbone"
-            )
+        check_backbone_config(self.backbone_config, self.num_channels)
         if self.temperature <= 0:
             raise InputError(f"temperature must be positive, got {self.temperature}")
         if len(self.crop_scale) != 2 or not 0 < self.crop_scale[0] <= self.crop_scale[1] <= 1:

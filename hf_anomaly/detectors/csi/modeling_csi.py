@@ -5,12 +5,12 @@ import logging
 import torch
 import torch.nn.functional as F
 from torch import nn
-from transformers import AutoBackbone, AutoConfig
+from transformers import AutoBackbone
 from transformers import initialization as init
 
+from ...backbones.pretrained import load_backbone_weights
 from ...calibration import Float32State
 from ...detector import AnomalyDetector, AnomalyDetectorOutput
-from ...errors import InputError
 from ...ops.contrastive import amplified_nt_xent
 from ...ops.distributed import draw_rows
 from ...ops.knn import max_cosine
@@ -204,13 +204,5 @@ class CSIModel(AnomalyDetector):
         Raises:
             InputError: its architecture or widths differ from the detector's `backbone_config`.
         """
-        # Not AutoBackbone.from_pretrained, which knows no folders.
-        config = AutoConfig.from_pretrained(name_or_path, **kwargs)
-        pretrained = type(AutoBackbone.from_config(config)).from_pretrained(name_or_path, config=config, use_safetensors=True, **kwargs)
-        try:
-            self.backbone.load_state_dict(pretrained.state_dict())
-        except RuntimeError as error:
-            raise InputError(
-                f"{name_or_path} does not fit the detector's backbone_config: {str(error).splitlines()[-1].strip()}"
-            ) from error
+        load_backbone_weights(self.backbone, name_or_path, **kwargs)
         return self

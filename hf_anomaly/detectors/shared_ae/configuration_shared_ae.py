@@ -2,7 +2,7 @@ from typing import Literal
 
 from huggingface_hub.dataclasses import strict
 
-from ...detector import AnomalyDetectorConfig
+from ...detector import SelfContainedDetectorConfig
 from ...errors import InputError
 
 _MIN_SIZE, _MAX_SIZE = 8, 512  # px: what three halvings and three quarterings bring to between 1 and _MAX_LAST_SIZE
@@ -10,7 +10,7 @@ _MAX_LAST_SIZE = 8  # px: bounds the kernel of the fourth convolution
 
 
 @strict
-class SharedAEConfig(AnomalyDetectorConfig):
+class SharedAEConfig(SelfContainedDetectorConfig):
     """Configuration of `SharedAEModel`.
 
     The paper gives the architecture and the schedule, but none of the values below. The squared norms of Eq. 1–7 are means over their elements here, so
@@ -29,7 +29,6 @@ class SharedAEConfig(AnomalyDetectorConfig):
             and the score tells nothing.
         omega1, omega2: ω1 and ω2 of the score, which add up to 1; see `SharedAEModel.weigh_terms`.
         ablation: the rows of Table 5: `"one"`, a single encoder–decoder–encoder; `"two"`, both, without adversarial training; `"full"`, the method.
-        num_reference_images: how many images `fit_reference` saw; 0 before.
 
     Raises:
         InputError: a value out of range, or an unknown field.
@@ -47,7 +46,6 @@ class SharedAEConfig(AnomalyDetectorConfig):
     max_adversarial_weight: float | int = 0.1
     adversarial_margin: float | int | None = 1.5
     ablation: Literal["one", "two", "full"] = "full"
-    num_reference_images: int = 0
 
     def __post_init__(self, **kwargs):
         self.hidden_sizes = list(self.hidden_sizes)
@@ -72,8 +70,6 @@ class SharedAEConfig(AnomalyDetectorConfig):
             raise InputError(f"adversarial_margin must be a number > 0, or None for no limit, got {self.adversarial_margin}")
         if min(self.omega1, self.omega2) < 0 or not abs(self.omega1 + self.omega2 - 1) < 1e-6:
             raise InputError(f"omega1 and omega2 must be ≥ 0 and add up to 1, got {self.omega1} and {self.omega2}")
-        if self.num_reference_images < 0:
-            raise InputError(f"num_reference_images must not be negative, got {self.num_reference_images}")
 
     @property
     def strides(self) -> list[int]:

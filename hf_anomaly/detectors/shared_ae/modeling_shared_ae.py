@@ -8,7 +8,7 @@ from torch import nn
 from transformers import initialization as init
 from transformers.utils import can_return_tuple
 
-from ...detector import AnomalyDetector, AnomalyDetectorOutput
+from ...detector import AnomalyDetectorOutput, SelfContainedDetector
 from ...errors import InputError
 from .configuration_shared_ae import SharedAEConfig
 
@@ -43,7 +43,7 @@ class SharedAEDecoder(nn.Sequential):
         super().__init__(*layers)
 
 
-class SharedAEModel(AnomalyDetector):
+class SharedAEModel(SelfContainedDetector):
     """Two encoder–decoder–encoders, E1→D1→E2 and E1→D2→E2, of which the second learns to deceive the first.
 
         z = E1(x)   x_i = D_i(z)   z_i = E2(x_i)   x1' = D1(z2)   z1' = E2(x1')
@@ -60,7 +60,7 @@ class SharedAEModel(AnomalyDetector):
     (`adversarial_margin`). In the losses ‖·‖² is the mean of the squares, in the score their sum.
 
     The anomaly map is ‖x − x1'‖ of every pixel, over the channels. With ablation `"one"` there is no D2: the score is ‖z − z1‖² and the map
-    ‖x − x1‖. Scoring compares with nothing but the weights: `fit_reference` only checks that they score the normal training images.
+    ‖x − x1‖.
 
     Reference: Jia & Liu, Anomaly detection in images with shared autoencoders, Frontiers in Neurorobotics 16, 2023, doi 10.3389/fnbot.2022.1046867.
     """
@@ -168,11 +168,7 @@ class SharedAEModel(AnomalyDetector):
         """α‖x − image‖² + β‖z − latent‖², the norms as means."""
         return self.config.alpha * F.mse_loss(image, x) + self.config.beta * F.mse_loss(latent, z)
 
-    # Reference and score ------------------------------------------------------------------------------------------------------
-
-    @property
-    def is_fitted(self) -> bool:
-        return self.config.num_reference_images > 0
+    # Score -------------------------------------------------------------------------------------------------------------------
 
     def weigh_terms(self, omega1: float) -> "SharedAEModel":
         """Sets ω1, and ω2 = 1 − ω1, of a trained detector. The calibration, which was for other scores, is dropped.
@@ -197,21 +193,6 @@ class SharedAEModel(AnomalyDetector):
             image = self.decoder1(first)
             second = self.encoder2(image)
         return z.flatten(1), first.flatten(1), image, second.flatten(1)
-
-    def reference_features(self, pixel_values):
-        return {"scores": self.compute_scores(pixel_values, output_anomaly_maps=False, output_embeddings=False).scores}
-
-    def set_reference(self, features):
-        # The weights hold all that scoring needs. What is left to do is to see that they score normal images at all.
-        scores = features["scores"]
-        if not torch.isfinite(scores).all():
-            raise InputError(
-                f"normal image {int((~torch.isfinite(scores)).nonzero()[0])} has no finite score: train again with a lower learning rate"
-            )
-        self.config.num_reference_images = len(scores)
-
-    def clear_reference(self):
-        self.config.num_reference_images = 0
 
     def compute_scores(self, pixel_values, *, output_anomaly_maps, output_embeddings):
         z, first, image, second = (tensor.float() for tensor in self.reconstruct(pixel_values))
