@@ -6,11 +6,13 @@ imported when it is used.
 
 from importlib import import_module
 
-from transformers import AutoBackbone, AutoConfig, AutoImageProcessor, AutoModel
+from transformers import AutoBackbone, AutoConfig, AutoImageProcessor, AutoModel, AutoModelForPreTraining
 
 from .backbones.configuration_small_resnet import SmallResNetConfig
 from .backbones.modeling_small_resnet import SmallResNetBackbone
 from .detector import AnomalyDetector, AnomalyDetectorConfig, AnomalyDetectorOutput
+from .detectors.addp.configuration_addp import ADDPConfig
+from .detectors.addp.modeling_addp import ADDPForPreTraining, ADDPModel
 from .detectors.csi.configuration_csi import CSIConfig
 from .detectors.csi.modeling_csi import CSIModel
 from .detectors.dia.configuration_dia import DIAConfig
@@ -23,6 +25,7 @@ from .version import __version__
 
 # One line a detector.
 DETECTORS = {
+    ADDPConfig: ADDPModel,
     CSIConfig: CSIModel,
     DIAConfig: DIAModel,
     SharedAEConfig: SharedAEModel,
@@ -34,6 +37,7 @@ for _config_class, _model_class in DETECTORS.items():
     AutoConfig.register(_config_class.model_type, _config_class)
     AutoModel.register(_config_class, _model_class)
     AutoImageProcessor.register(_config_class, image_processor_classes={"pil": AnomalyImageProcessor})
+AutoModelForPreTraining.register(ADDPConfig, ADDPForPreTraining)
 
 _LAZY = {
     "AnomalyTrainer": "training",
@@ -52,6 +56,9 @@ _LAZY = {
 }
 
 __all__ = [
+    "ADDPConfig",
+    "ADDPForPreTraining",
+    "ADDPModel",
     "AnomalyDetector",
     "AnomalyDetectorConfig",
     "AnomalyDetectorOutput",
