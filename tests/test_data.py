@@ -9,7 +9,7 @@ import torch
 from datasets import ClassLabel, Dataset, Features, Image, List, Value
 from torch.utils.data import DataLoader
 
-from hf_anomaly.data import PixelTransform, check_images, collate, decode_image, load_one_class, prepare
+from hf_anomaly.data import PixelTransform, check_images, collate, decode_image, load_one_class, load_unlabelled, prepare
 from hf_anomaly.errors import InputError
 
 datasets.disable_progress_bars()
@@ -508,3 +508,20 @@ def test_transform_errors():
         PixelTransform(processor)({"image": [pixels(0), None], "row": [4, 5]})
     with pytest.raises(InputError, match=r"^dissolved views of image 0 of the batch: .* one size"):
         PixelTransform(processor)({"image": [pixels(0)], "dissolved_images": [[pixels(0), pixels(0, (8, 8))]]})
+
+
+# Images of any class
+
+
+def test_load_unlabelled(tmp_path, refused):
+    write(tmp_path / "pets", {"train/cats": 3, "train/dogs": 2, "test/cats": 4})
+    images = load_unlabelled(tmp_path / "pets")
+    assert (len(images), images.column_names, images["label"][:]) == (5, ["image", "label", "row"], [0] * 5)
+    assert len(load_unlabelled("digits")) == 1437
+    write(tmp_path / "flat", {".": 3})
+    assert len(load_unlabelled(tmp_path / "flat")) == 3
+    np.savez(tmp_path / "scans.npz", val_images=pixels(0, (4, 8, 8)), test_images=pixels(1, (2, 8, 8)))
+    with refused("no split 'train'", "val, test"):
+        load_unlabelled(tmp_path / "scans.npz")
+    with refused("no-such-data"):
+        load_unlabelled(str(tmp_path / "no-such-data.npz"))

@@ -185,6 +185,28 @@ def load_one_class(
     )
 
 
+def load_unlabelled(
+    dataset_name: str | os.PathLike[str], *, image_column: str | None = None, config_name: str | None = None, revision: str | None = None
+) -> datasets.Dataset:
+    """All images of a source's training split, or of its only split, whatever their class, with the columns of `OneClassSplits`; every label is 0.
+
+    Args:
+        dataset_name, image_column, config_name, revision: as in `load_one_class`.
+
+    Raises:
+        InputError: nothing readable under that name, no such column, no training split among several, or an unreadable image.
+    """
+    source = os.fspath(dataset_name)
+    raw = _read(source, None, config_name, revision)
+    splits = _by_our_names(raw)
+    split = splits.get("train") or (next(iter(raw.values())) if len(raw) == 1 else None)
+    if split is None:
+        raise InputError(f"{source!r} has no split 'train'; its splits: {', '.join(raw)}; rename the one that holds the training images")
+    images = _one_class(split, image_column or _image_column(split), None, "normal", "train")
+    check_images(images, "train")
+    return images
+
+
 def check_images(dataset: datasets.Dataset, split_name: str) -> list[tuple[str, tuple[int, int]]]:
     """Reads the header of every image, without decoding pixels.
 
