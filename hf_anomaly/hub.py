@@ -3,7 +3,7 @@
 import os
 
 # What a run leaves in its folder that is no part of the result.
-_NOT_SHARED = ["checkpoint-*", "dissolver-training", ".*", "training_args.*"]
+_NOT_SHARED = ["checkpoint-*", "*-training", ".*", "training_args.*"]
 
 
 def push_folder(

@@ -11,16 +11,16 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 from accelerate import PartialState
-from transformers import AutoConfig, set_seed
-from transformers.trainer_utils import get_last_checkpoint
+from transformers import set_seed
 
 from hf_anomaly import AnomalyImageProcessor, CSIConfig, CSIModel, DIAConfig, DIAModel, InputError
+from hf_anomaly.backbones.pretrained import load_backbone_config
 from hf_anomaly.dissolving import DISSOLVERS, DiffusionDissolver, Dissolver, dissolve_dataset
 from hf_anomaly.training import AnomalyTrainingArguments, DataArguments, check_checkpoint, check_same_run, parse_arguments
 from hf_anomaly.training.runs import (
     default_output_dir,
+    denoising_arguments,
     describe_run,
-    dissolver_arguments,
     image_size_of,
     load_splits,
     print_results,
@@ -101,10 +101,13 @@ def make_dissolver(args: DissolverArguments, training_args, splits, processor) -
         dissolver = DiffusionDissolver.from_pretrained(folder, **t_range)
         check_same_run((dissolver.training_notes or {}).get("run"), run, folder)
         return dissolver
-    arguments = dissolver_arguments(
-        training_args, steps=args.dissolver_steps, learning_rate=args.dissolver_learning_rate, batch_size=args.dissolver_batch_size
+    arguments = denoising_arguments(
+        training_args,
+        "dissolver",
+        steps=args.dissolver_steps,
+        learning_rate=args.dissolver_learning_rate,
+        batch_size=args.dissolver_batch_size,
     )
-    resume = training_args.resume_from_checkpoint and Path(arguments.output_dir).is_dir() and get_last_checkpoint(arguments.output_dir)
     dissolver = train_dissolver(
         splits.train,
         processor=processor,
@@ -112,7 +115,7 @@ def make_dissolver(args: DissolverArguments, training_args, splits, processor) -
         resolution=args.dissolving_resolution,
         max_timestep=args.dissolver_max_timestep,
         **t_range,
-        resume_from_checkpoint=resume or None,
+        resume_from_checkpoint=bool(training_args.resume_from_checkpoint),
         target=folder,
         run=run,
     )
@@ -138,10 +141,7 @@ def main() -> None:
     }
     settings |= {"image_size": image_size, "num_channels": num_channels, "crop_scale": (detector_args.crop_scale_min, 1.0)}
     if detector_args.backbone is not None:
-        try:
-            settings["backbone_config"] = AutoConfig.from_pretrained(detector_args.backbone)
-        except (OSError, ValueError) as error:
-            raise InputError(f"--backbone {detector_args.backbone!r} cannot be loaded: {error}") from error
+        settings["backbone_config"] = load_backbone_config(detector_args.backbone)
     # Built before anything long runs, so that a wrong value is refused at once.
     set_seed(training_args.seed)
     design = {"similarity_design": detector_args.similarity_design}

@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 from hf_anomaly import AnomalyImageProcessor
-from hf_anomaly.training import DataArguments, DissolverTrainingArguments, parse_arguments
+from hf_anomaly.training import DataArguments, DenoisingTrainingArguments, parse_arguments
 from hf_anomaly.training.runs import default_output_dir, describe_run, image_size_of, load_splits, run_script, train_dissolver
 
 
@@ -26,7 +26,7 @@ class DiffusionArguments:
 
 def main() -> None:
     diffusion_args, data_args, training_args = parse_arguments(
-        DiffusionArguments, DataArguments, DissolverTrainingArguments, description=__doc__
+        DiffusionArguments, DataArguments, DenoisingTrainingArguments, description=__doc__
     )
     default_output_dir(training_args, f"dissolver-{Path(data_args.dataset_name).stem}")
     splits = load_splits(data_args, training_args.seed)

@@ -13,10 +13,19 @@ from PIL import Image as PILImage
 from safetensors.torch import save_file
 from transformers import TrainerCallback
 
-from hf_anomaly import AnomalyImageProcessor, DIAConfig, DIAModel, SharedAEConfig, SharedAEModel, SmallResNetConfig
+from hf_anomaly import (
+    ADDPConfig,
+    ADDPForPreTraining,
+    AnomalyImageProcessor,
+    DIAConfig,
+    DIAModel,
+    SharedAEConfig,
+    SharedAEModel,
+    SmallResNetConfig,
+)
 from hf_anomaly.data import prepare
 from hf_anomaly.dissolving import DenoisingModel, DiffusionDissolver, build_scheduler, build_unet, dissolve_dataset
-from hf_anomaly.training import AnomalyTrainer, AnomalyTrainingArguments, DissolverTrainer, DissolverTrainingArguments
+from hf_anomaly.training import AnomalyTrainer, AnomalyTrainingArguments, DenoisingTrainer, DenoisingTrainingArguments
 
 SIZE, GLOBAL_BATCH, STEPS = 8, 8, 4
 TRAIN, CALIBRATION, TEST = 19, 7, 13  # odd: the last batches are padded under two processes
@@ -121,10 +130,17 @@ def main(folder, world_size):
 
     torch.manual_seed(5)
     callback = FirstGradient()
-    args = DissolverTrainingArguments(**arguments(folder, "sgd"), per_device_train_batch_size=GLOBAL_BATCH // world_size)
+    args = DenoisingTrainingArguments(**arguments(folder, "sgd"), per_device_train_batch_size=GLOBAL_BATCH // world_size)
     denoising = DenoisingModel(build_unet(SIZE, 1, (8, 8)), build_scheduler())
-    trainer = DissolverTrainer(denoising, args, train_dataset=prepare(images(TRAIN, 0), PROCESSOR), callbacks=[callback])
+    trainer = DenoisingTrainer(denoising, args, train_dataset=prepare(images(TRAIN, 0), PROCESSOR), callbacks=[callback])
     train(trainer, "dissolver", callback)
+
+    torch.manual_seed(6)
+    callback = FirstGradient()
+    args = DenoisingTrainingArguments(**arguments(folder, "sgd"), per_device_train_batch_size=GLOBAL_BATCH // world_size)
+    pretraining = ADDPForPreTraining(ADDPConfig(image_size=SIZE, hidden_sizes=[8, 8], norm="group"))
+    trainer = DenoisingTrainer(pretraining, args, train_dataset=prepare(images(TRAIN, 0), PROCESSOR), callbacks=[callback])
+    train(trainer, "pretraining", callback)
 
     if trainer.is_world_process_zero():
         save_file({name: value.contiguous() for name, value in results.items()}, folder / f"{world_size}.safetensors")

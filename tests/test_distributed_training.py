@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 
 SCRIPT = Path(__file__).with_name("distributed_run.py")
 DETECTORS = ["cached", "on the fly", "adamw"]
-NAMED = {"dissolver": (), "phases": ("ede1_loss", "ede2_loss")}  # losses; of the others both of DIA's
+NAMED = {"dissolver": (), "pretraining": (), "phases": ("ede1_loss", "ede2_loss")}  # losses; of the others both of DIA's
 KINDS = [*DETECTORS, *NAMED]
 
 

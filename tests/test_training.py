@@ -30,7 +30,7 @@ from hf_anomaly import (
 )
 from hf_anomaly.data import prepare
 from hf_anomaly.dissolving import DenoisingModel, DiffusionDissolver, build_scheduler, build_unet, dissolve_dataset
-from hf_anomaly.training import AnomalyTrainer, AnomalyTrainingArguments, DissolverTrainer, DissolverTrainingArguments
+from hf_anomaly.training import AnomalyTrainer, AnomalyTrainingArguments, DenoisingTrainer, DenoisingTrainingArguments
 
 datasets.disable_progress_bars()
 
@@ -88,8 +88,8 @@ def make(tmp_path):
         if kind == "dissolver":
             torch.manual_seed(5)
             model = DenoisingModel(build_unet(SIZE, 1, (8, 8)), build_scheduler())
-            args = DissolverTrainingArguments(**common)
-            return DissolverTrainer(model, args, train_dataset=prepare(train_dataset, PROCESSOR), callbacks=callbacks)
+            args = DenoisingTrainingArguments(**common)
+            return DenoisingTrainer(model, args, train_dataset=prepare(train_dataset, PROCESSOR), callbacks=callbacks)
         model = adversaries() if kind == "phases" else detector(CSIConfig if kind == "csi" else DIAConfig)
         if kind == "cached":
             train_dataset = dissolve_dataset(train_dataset, diffusion(), PROCESSOR, num_variants=3, cache_dir=tmp_path / "cache")

@@ -1,14 +1,14 @@
 """Training with `transformers.Trainer`: arguments, trainers, and the whole run from a dataset to a saved detector."""
 
-from .arguments import AnomalyTrainingArguments, DataArguments, DissolverTrainingArguments, parse_arguments
-from .trainers import AnomalyTrainer, DissolverTrainer, ReproducibleTrainer, check_checkpoint, check_same_run
+from .arguments import AnomalyTrainingArguments, DataArguments, DenoisingTrainingArguments, parse_arguments
+from .trainers import AnomalyTrainer, DenoisingTrainer, ReproducibleTrainer, check_checkpoint, check_same_run
 
 __all__ = [
     "AnomalyTrainer",
     "AnomalyTrainingArguments",
     "DataArguments",
-    "DissolverTrainer",
-    "DissolverTrainingArguments",
+    "DenoisingTrainer",
+    "DenoisingTrainingArguments",
     "ReproducibleTrainer",
     "check_checkpoint",
     "check_same_run",

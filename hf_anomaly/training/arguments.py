@@ -63,8 +63,8 @@ class AnomalyTrainingArguments(ReproducibleArguments):
 
 
 @dataclass
-class DissolverTrainingArguments(ReproducibleArguments):
-    """Arguments of `DissolverTrainer`."""
+class DenoisingTrainingArguments(ReproducibleArguments):
+    """Arguments of `DenoisingTrainer`."""
 
     ema_decay: float = field(
         default=0.995, metadata={"help": "Decay of the moving average of the weights, which is what is saved; 0: none."}

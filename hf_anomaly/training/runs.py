@@ -3,6 +3,7 @@
 import json
 import logging
 import os
+import shutil
 import sys
 import time
 from collections.abc import Callable
@@ -10,18 +11,21 @@ from pathlib import Path
 
 import torch
 from huggingface_hub.errors import HfHubHTTPError, StrictDataclassError
-from transformers import set_seed
+from safetensors import SafetensorError
+from transformers import AutoConfig, set_seed
 
 from ..cards import write_card
 from ..data import OneClassSplits, load_one_class, prepare
 from ..detector import AnomalyDetector
+from ..detectors.addp.configuration_addp import ADDPConfig
+from ..detectors.addp.modeling_addp import ADDPForPreTraining, ADDPModel
 from ..dissolving import DenoisingModel, DiffusionDissolver, build_scheduler, build_unet, network_resolution
 from ..errors import InputError, NotFittedError
 from ..hub import push_folder
 from ..image_processing import AnomalyImageProcessor
 from ..metrics import image_metrics
-from .arguments import AnomalyTrainingArguments, DataArguments, DissolverTrainingArguments
-from .trainers import AnomalyTrainer, DissolverTrainer
+from .arguments import AnomalyTrainingArguments, DataArguments, DenoisingTrainingArguments
+from .trainers import AnomalyTrainer, DenoisingTrainer
 
 logger = logging.getLogger(__name__)
 
@@ -36,7 +40,11 @@ _NOT_SETTINGS = (
     "hf_anomaly_version",
     "transformers_version",
     "architectures",
+    "dtype",
+    "_name_or_path",
 )
+
+PRETRAINING_NOTES = "pretraining.json"  # beside the weights of a first stage: how they were trained
 
 LARGEST_DEFAULT_SIZE = 64  # px: larger images are shrunk to this unless --image_size says otherwise
 
@@ -101,11 +109,11 @@ def write_json(path: Path, content: dict) -> None:
     os.replace(temporary, path)
 
 
-def push_result(args) -> None:
-    """Pushes `args.output_dir` where `--push_to_hub` asks for it; to `--hub_model_id`, or to a repository named like the folder."""
+def push_result(args, folder: str | os.PathLike | None = None) -> None:
+    """Pushes `folder`, by default `args.output_dir`, where `--push_to_hub` asks for it; to `--hub_model_id`, or to a repository named like the run's folder."""
     if args.push_to_hub and args.process_index == 0:
         name = args.hub_model_id or Path(args.output_dir).resolve().name
-        url = push_folder(args.output_dir, name, private=args.hub_private_repo, token=args.hub_token)
+        url = push_folder(folder or args.output_dir, name, private=args.hub_private_repo, token=args.hub_token)
         logger.info("Pushed: %s", url)
 
 
@@ -133,7 +141,7 @@ def train_dissolver(
     train_dataset,
     *,
     processor: AnomalyImageProcessor,
-    args: DissolverTrainingArguments,
+    args: DenoisingTrainingArguments,
     resolution: int = 32,
     block_out_channels: tuple[int, ...] = (32, 64, 64),
     max_timestep: int | None = None,
@@ -154,7 +162,6 @@ def train_dissolver(
         run: what describes the run, see `describe_run`.
     """
     resolution = network_resolution(processor.size["height"], resolution)
-    fit_batch_size(args, len(train_dataset))
     set_seed(args.seed)
     unet, scheduler = build_unet(resolution, processor.num_channels, block_out_channels), build_scheduler()
     DiffusionDissolver(unet, scheduler, t_min, t_max)  # refuses a bad range now, not after the training
@@ -162,31 +169,106 @@ def train_dissolver(
     if t_max >= max_timestep:
         raise InputError(f"t_max {t_max} is beyond the noise levels that would be trained: max_timestep must be larger, got {max_timestep}")
     model = DenoisingModel(unet, scheduler, max_timestep=max_timestep)
-    trainer = DissolverTrainer(model, args, train_dataset=prepare(train_dataset, processor), run=run)
-    logger.info("Training the dissolver: %d steps on %d images at %d px", trainer.args.max_steps, len(train_dataset), resolution)
-    trainer.train(resume_from_checkpoint)
+    logger.info("Training the dissolver at %d px", resolution)
+    trainer, notes = _train_denoiser(
+        model, train_dataset, processor=processor, args=args, resume_from_checkpoint=resume_from_checkpoint, run=run
+    )
     dissolver = DiffusionDissolver(unet.eval().requires_grad_(False), scheduler, t_min, t_max)
     if trainer.is_world_process_zero():
-        notes = {
-            "steps": trainer.state.global_step,
-            "batch_size": args.train_batch_size * args.world_size * args.gradient_accumulation_steps,
-            "learning_rate": args.learning_rate,
-            "ema_decay": args.ema_decay,
-            "max_timestep": max_timestep,
-            "num_images": len(train_dataset),
-            "seed": args.seed,
-            "run": run,
-        }
-        dissolver.save_pretrained(target or args.output_dir, training_notes=notes)
+        dissolver.save_pretrained(target or args.output_dir, training_notes={**notes, "max_timestep": max_timestep})
         push_result(args)
     trainer.accelerator.wait_for_everyone()
     return dissolver
+
+
+def pretrain(
+    model: ADDPForPreTraining,
+    train_dataset,
+    *,
+    processor: AnomalyImageProcessor,
+    args: DenoisingTrainingArguments,
+    resume_from_checkpoint: str | bool | None = None,
+    target: str | os.PathLike | None = None,
+    run: dict | None = None,
+) -> ADDPModel:
+    """Runs ADDP's first stage and gives the detector that the second begins with: the averaged weights of denoising, unfitted.
+
+    Args:
+        model: a new one, or a pretrained one to go on with.
+        train_dataset: unprepared images; their labels are ignored.
+        args: its `output_dir` takes checkpoints only.
+        target: the folder to save model, processor and notes in; None: nothing is saved.
+        run: what describes the run, see `describe_run`.
+    """
+    trainer, notes = _train_denoiser(
+        model, train_dataset, processor=processor, args=args, resume_from_checkpoint=resume_from_checkpoint, run=run
+    )
+    if target is not None and trainer.is_world_process_zero():
+        target = Path(target)
+        staging = target.with_name(f".{target.name}.tmp")
+        shutil.rmtree(staging, ignore_errors=True)
+        model.save_pretrained(staging)
+        processor.save_pretrained(staging)
+        write_json(staging / PRETRAINING_NOTES, notes)
+        shutil.rmtree(target, ignore_errors=True)
+        os.replace(staging, target)
+    trainer.accelerator.wait_for_everyone()
+    return ADDPModel.from_pretraining(model)
+
+
+def load_pretraining(name_or_path: str | os.PathLike, *, image_size: int, num_channels: int, **changes) -> ADDPForPreTraining:
+    """What `pretrain` saved, for images of another size too.
+
+    Args:
+        name_or_path: a folder or Hub id; that of an ADDP detector serves as well.
+        changes: further fields of the configuration that shall differ, none that changes the weights' shapes.
+
+    Raises:
+        InputError: there is none, it is something else, or it takes images of other channels.
+    """
+    try:
+        config = AutoConfig.from_pretrained(name_or_path)
+        if not isinstance(config, ADDPConfig):
+            raise InputError(f"{str(name_or_path)!r} holds a {type(config).__name__}: only ADDP's own weights can be gone on with")
+        if config.num_channels != num_channels:
+            raise InputError(
+                f"{str(name_or_path)!r} was pretrained on images of {config.num_channels} channels, these have {num_channels}: "
+                f"--num_channels {config.num_channels} converts them"
+            )
+        config = ADDPConfig.from_dict({**config.to_dict(), "image_size": image_size, **changes})
+        return ADDPForPreTraining.from_pretrained(name_or_path, config=config)
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+        if isinstance(error, InputError):
+            raise
+        raise InputError(f"{str(name_or_path)!r} cannot be loaded as pretrained weights: {error}") from error
+
+
+def _train_denoiser(model, train_dataset, *, processor, args, resume_from_checkpoint, run) -> tuple[DenoisingTrainer, dict]:
+    """Trains, and tells how in JSON values. Afterwards the model holds the averaged weights."""
+    fit_batch_size(args, len(train_dataset))
+    trainer = DenoisingTrainer(model, args, train_dataset=prepare(train_dataset, processor), run=run)
+    logger.info("Training to denoise on %d images", len(train_dataset))
+    trainer.train(resume_from_checkpoint)
+    return trainer, {
+        "steps": trainer.state.global_step,
+        "batch_size": args.train_batch_size * args.world_size * args.gradient_accumulation_steps,
+        "learning_rate": args.learning_rate,
+        "ema_decay": args.ema_decay,
+        "num_images": len(train_dataset),
+        "seed": args.seed,
+        "run": run,
+    }
 
 
 def describe_run(splits: OneClassSplits, seed: int, **settings) -> dict:
     """What makes a run this run: its data, seed and settings. A checkpoint of another is not resumed."""
     data = {"dataset": dataset_label(splits.source), "normal_label": splits.normal_label, "split_hash": splits.split_hash}
     return {**data, "seed": seed, **settings}
+
+
+def settings_of(config) -> dict:
+    """What a configuration says of how its model is trained, for `describe_run`."""
+    return {name: value for name, value in config.to_dict().items() if name not in _NOT_SETTINGS}
 
 
 def dataset_label(source: str) -> str:
@@ -258,7 +340,6 @@ def train_detector(
         logger.warning("No evaluation during training: %s", splits.test_missing_reason)
         args.eval_strategy = "no"
     model.config.normal_label = splits.normal_label
-    unfitted = {name: value for name, value in model.config.to_dict().items() if name not in _NOT_SETTINGS}
     trainer = AnomalyTrainer(
         model,
         args,
@@ -267,7 +348,7 @@ def train_detector(
         calibration_dataset=None if splits.calibration is None else prepare(splits.calibration, processor),
         eval_dataset=None if splits.test_missing_reason else prepare(splits.test, processor),
         processing_class=processor,
-        run=describe_run(splits, args.seed, config=unfitted),
+        run=describe_run(splits, args.seed, config=settings_of(model.config)),
     )
     trainer.train(args.resume_from_checkpoint)
     trainer.fit_reference()
@@ -309,11 +390,18 @@ def print_results(results: dict, args: AnomalyTrainingArguments) -> None:
         print(f"saved: {args.output_dir}")
 
 
-def dissolver_arguments(args: AnomalyTrainingArguments, *, steps: int, learning_rate: float, batch_size: int) -> DissolverTrainingArguments:
-    """Arguments for a dissolver that is trained within a detector's run: the run's device, seed and logging, its own schedule and folder."""
-    return DissolverTrainingArguments(
-        output_dir=os.path.join(args.output_dir, "dissolver-training"),
+def denoising_arguments(
+    args: AnomalyTrainingArguments, stage: str, *, learning_rate: float, batch_size: int, steps: int = -1, epochs: float = 0.0
+) -> DenoisingTrainingArguments:
+    """Arguments for a stage before the detector's own training: the run's device, seed and logging, its own schedule and folder.
+
+    Args:
+        stage: its checkpoints go to the folder <stage>-training of the run.
+    """
+    return DenoisingTrainingArguments(
+        output_dir=os.path.join(args.output_dir, f"{stage}-training"),
         max_steps=steps,
+        num_train_epochs=epochs,
         learning_rate=learning_rate,
         per_device_train_batch_size=batch_size,
         seed=args.seed,

@@ -83,6 +83,8 @@ class ReproducibleTrainer(Trainer):
         if args.world_size > 1 and args.device.type == "cuda":
             model = torch.nn.SyncBatchNorm.convert_sync_batchnorm(model)
         super().__init__(model, args, **kwargs)
+        if hasattr(model, "config"):
+            vars(model.config).pop("use_cache", None)  # Trainer puts it there, for language models; our configs refuse unknown fields
         self.run = run
         self._average = None
         self._micro_step = (-1, 0)  # (global step, micro-batches done in it)
@@ -299,7 +301,6 @@ class AnomalyTrainer(ReproducibleTrainer):
             processing_class=processing_class,
             callbacks=callbacks,
         )
-        vars(model.config).pop("use_cache", None)  # Trainer puts it there, for language models; our configs refuse unknown fields
         self.reference_dataset = train_dataset if reference_dataset is None else reference_dataset
         self.calibration_dataset = calibration_dataset
         self._micro_batches: list[dict] = []  # of an accumulated batch, until it is whole
@@ -414,13 +415,13 @@ class AnomalyTrainer(ReproducibleTrainer):
         return not self.args.disable_tqdm and self.is_world_process_zero()
 
 
-class DissolverTrainer(ReproducibleTrainer):
-    """Trains a diffusion model for dissolving.
+class DenoisingTrainer(ReproducibleTrainer):
+    """Trains a model that learns from images alone by taking noise away: a diffusion model for dissolving, or ADDP's first stage.
 
     Args:
-        model: a `hf_anomaly.dissolving.DenoisingModel`.
-        args: `DissolverTrainingArguments`.
-        train_dataset: prepared normal images.
+        model: called with `pixel_values`, gives `loss`: `hf_anomaly.dissolving.DenoisingModel`, `ADDPForPreTraining`.
+        args: `DenoisingTrainingArguments`.
+        train_dataset: prepared images; what labels they have is ignored.
     """
 
     def __init__(self, model, args, *, train_dataset, data_collator=collate, callbacks=None, run=None):
