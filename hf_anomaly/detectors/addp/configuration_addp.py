@@ -33,7 +33,8 @@ class ADDPConfig(SelfContainedDetectorConfig):
         attention_gates: weigh the maps of skip connections by what the decoder asks for (Oktay et al., arXiv 1804.03999).
         norm: `"batch"`, or `"group"`, which keeps no batch statistics: for tiny batches, or several processes on CPUs.
         noise: of pretraining, `"gaussian"`, `"coarse"` or `"simplex"`; see `hf_anomaly.ops.noise`.
-        noise_level: its standard deviation σ, in units of `pixel_values`, which span 2.
+        noise_level: its standard deviation σ, in units of `pixel_values`, which span 2. A fifth of the range is near what decoder denoising
+            pretraining takes (.22).
         noise_resolution: points of coarse noise, or units of simplex noise's first octave, along the image's side.
         pretraining_mode: what pretraining trains, `"encoder_decoder"` or `"decoder"`, the encoder frozen.
         freeze_encoder: whether the detector's training leaves the encoder as it is. Frozen are its parameters, batch statistics and dropout.
@@ -54,7 +55,7 @@ class ADDPConfig(SelfContainedDetectorConfig):
     skip_connections: bool = False
     attention_gates: bool = False
     norm: Literal["batch", "group"] = "batch"
-    noise: Literal["gaussian", "coarse", "simplex"] = "coarse"
+    noise: Literal["gaussian", "coarse", "simplex"] = "gaussian"
     noise_level: float | int = 0.4
     noise_resolution: int = 4
     pretraining_mode: Literal["encoder_decoder", "decoder"] = "encoder_decoder"
