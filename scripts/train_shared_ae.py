@@ -22,7 +22,7 @@ class DetectorArguments:
     hidden_sizes: list[int] = field(default_factory=lambda: [16, 32, 64], metadata={"help": "Channels of the first three convolutions."})
     latent_size: int = field(default=64, metadata={"help": "Width of the latents."})
     alpha: float = field(default=1.0, metadata={"help": "Weight of the image's error in the losses."})
-    beta: float = field(default=1.0, metadata={"help": "Weight of the latent's error in the losses."})
+    beta: float = field(default=0.1, metadata={"help": "Weight of the latent's error in the losses."})
     max_adversarial_weight: float = field(
         default=0.1, metadata={"help": "Bound of the adversarial term's weight 1 - 1/epoch; 1 is the schedule as printed."}
     )

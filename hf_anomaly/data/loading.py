@@ -197,8 +197,8 @@ def load_unlabelled(
         InputError: nothing readable under that name, no such column, no training split among several, or an unreadable image.
     """
     source = os.fspath(dataset_name)
-    raw = _read(source, None, config_name, revision)
-    splits = _by_our_names(raw)
+    raw = read_source(source, None, config_name, revision)
+    splits = by_our_names(raw)
     split = splits.get("train") or (next(iter(raw.values())) if len(raw) == 1 else None)
     if split is None:
         raise InputError(f"{source!r} has no split 'train'; its splits: {', '.join(raw)}; rename the one that holds the training images")

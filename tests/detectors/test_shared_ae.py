@@ -120,7 +120,7 @@ def test_losses(epoch, n, bound, margin):
 
 @pytest.mark.parametrize("ablation", ["one", "two"])
 def test_the_ablations_have_no_adversary(ablation):
-    full, model = detector(), detector(ablation=ablation).train()
+    full, model = detector(), detector(ablation=ablation, beta=1).train()
     full.load_state_dict(model.state_dict(), strict=False)
     x = pixels()
     one, two = expected_losses(oracle(full.train(), x), 1, 1, 1, 1)

@@ -21,7 +21,8 @@ class SharedAEConfig(SelfContainedDetectorConfig):
             the fourth takes that one whole.
         hidden_sizes: channels of the first three convolutions; the decoders have them in reverse.
         latent_size: width of z, the output of the fourth: at 28 px, a twelfth of the pixels.
-        alpha, beta: α and β of Eq. 1–7, the weights of the image's and the latent's error. Pixels and latents have the same range.
+        alpha, beta: α and β of Eq. 1–7, the weights of the image's and the latent's error. A latent error as heavy as the image's is reduced by
+            shrinking the latents, and what they tell with them.
         max_adversarial_weight: bounds 1 − 1/n, the weight of the adversarial term; the reconstruction's is the rest. 1 is the schedule as printed, in which
             reconstruction fades out.
         adversarial_margin: EDE1 is paid for adv up to this multiple of its own rec_1, which is held constant there; None: without limit, as printed.
@@ -40,7 +41,7 @@ class SharedAEConfig(SelfContainedDetectorConfig):
     hidden_sizes: list | tuple = (16, 32, 64)
     latent_size: int = 64
     alpha: float | int = 1.0
-    beta: float | int = 1.0
+    beta: float | int = 0.1
     omega1: float | int = 0.5
     omega2: float | int = 0.5
     max_adversarial_weight: float | int = 0.1
