@@ -202,7 +202,7 @@ def load_unlabelled(
     split = splits.get("train") or (next(iter(raw.values())) if len(raw) == 1 else None)
     if split is None:
         raise InputError(f"{source!r} has no split 'train'; its splits: {', '.join(raw)}; rename the one that holds the training images")
-    images = _one_class(split, image_column or _image_column(split), None, "normal", "train")
+    images = _one_class(split, image_column or _image_column(split), None, "normal", "train", np.arange(len(split)))
     check_images(images, "train")
     return images
 

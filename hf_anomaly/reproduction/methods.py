@@ -1,23 +1,26 @@
 """What can stand in a table's column: detectors to train and trivial baselines, by name; and for how long each is trained."""
 
+import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from functools import cached_property, partial
+from functools import cached_property, lru_cache, partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from transformers import set_seed
 
-from ..data import OneClassSplits, prepare
+from ..data import OneClassSplits, load_unlabelled, prepare
 from ..detector import AnomalyDetector
+from ..detectors.addp.configuration_addp import ADDPConfig
+from ..detectors.addp.modeling_addp import ADDPForPreTraining, ADDPModel
 from ..detectors.shared_ae.configuration_shared_ae import SharedAEConfig
 from ..detectors.shared_ae.modeling_shared_ae import SharedAEModel
 from ..image_processing import AnomalyImageProcessor
 from ..metrics import image_metrics
 from ..training import AnomalyTrainingArguments
-from ..training.runs import train_detector
+from ..training.runs import denoising_arguments, pretrain, train_detector
 from . import baselines
 
 
@@ -57,6 +60,11 @@ class Training:
     max_steps: int | None = None
     batch_size: int = 64
     learning_rate: float = 1e-3
+
+    def twice(self) -> "Training":
+        """For twice as many steps."""
+        most = None if self.max_steps is None else 2 * self.max_steps
+        return replace(self, epochs=2 * self.epochs, min_steps=2 * self.min_steps, max_steps=most)
 
     def arguments(self, num_images: int, seed: int, folder: Path) -> AnomalyTrainingArguments:
         """Arguments of a silent run which leaves no checkpoints in its folder."""
@@ -162,25 +170,48 @@ def shared_ae(cell, splits, processor, args, *, ablation: str = "full") -> Share
     return SharedAEModel(SharedAEConfig(image_size=size, num_channels=processor.num_channels, ablation=ablation))
 
 
-def addp(pretrain_mode: str | None) -> Builder | None:
-    """ADDP's detector after stage one; None while the package has no such detector, and its cells show "not implemented".
+def addp(cell, splits, processor, args, *, mode: str | None = None, from_digits: bool = False) -> ADDPModel:
+    """ADDP's detector, ready for its second stage. The first one denoises the same training images, in as many steps and batches as the second.
 
     Args:
-        pretrain_mode: what stage one trains, "encoder_decoder" or "decoder"; None: there is no stage one.
+        mode: what the first stage trains, "encoder_decoder" or "decoder"; None: there is none.
+        from_digits: begin with an encoder from elsewhere, see `_encoder_of_digits`.
     """
-    return None
+    shape = {"image_size": processor.size["height"], "num_channels": processor.num_channels}
+    weights = _encoder_of_digits(**shape, seed=cell.seed, steps=args.max_steps) if from_digits else None
+    set_seed(cell.seed)  # the same decoder, whether the encoder was at hand or not
+    model = ADDPForPreTraining(ADDPConfig(**shape, pretraining_mode=mode or "encoder_decoder"))
+    if weights is not None:
+        model.encoder.load_state_dict(weights)
+    if mode is None:
+        return ADDPModel.from_pretraining(model)
+    batch_size, rate = args.per_device_train_batch_size, args.learning_rate
+    stage = denoising_arguments(args, "pretrained", learning_rate=rate, batch_size=batch_size, steps=args.max_steps)
+    return pretrain(model, splits.train, processor=processor, args=stage)
+
+
+@lru_cache(maxsize=4)
+def _encoder_of_digits(*, image_size: int, num_channels: int, seed: int, steps: int) -> dict:
+    """The weights of an encoder that learned, with a decoder of its own, to denoise scikit-learn's 1,797 digits, enlarged to `image_size`."""
+    set_seed(seed)
+    processor = AnomalyImageProcessor.for_images(image_size, num_channels)
+    model = ADDPForPreTraining(ADDPConfig(image_size=image_size, num_channels=num_channels))
+    with tempfile.TemporaryDirectory() as folder:
+        args = AnomalyTrainingArguments(output_dir=folder, seed=seed, disable_tqdm=True, report_to="none", save_strategy="no")
+        stage = denoising_arguments(args, "digits", learning_rate=1e-3, batch_size=32, steps=steps)
+        return pretrain(model, load_unlabelled("digits"), processor=processor, args=stage).encoder.state_dict()
 
 
 SHARED_AE_TRAINING = Training(epochs=100)
-ADDP_TRAINING = Training(epochs=100, min_steps=300)  # 16 images make one step an epoch
+ADDP_TRAINING = Training(epochs=100, min_steps=300)  # of each stage; 16 images make one step an epoch
 SHARED_AE_LENGTHS = {
     "smoke": replace(SHARED_AE_TRAINING, epochs=1, max_steps=2),
-    "laptop": replace(SHARED_AE_TRAINING, epochs=30, max_steps=500),
+    "laptop": replace(SHARED_AE_TRAINING, epochs=30, max_steps=300),
     "paper": SHARED_AE_TRAINING,
 }
 ADDP_LENGTHS = {
     "smoke": replace(ADDP_TRAINING, epochs=1, min_steps=2, max_steps=2),
-    "laptop": replace(ADDP_TRAINING, epochs=30, max_steps=500),
+    "laptop": replace(ADDP_TRAINING, min_steps=200, max_steps=200, batch_size=32),
     "paper": ADDP_TRAINING,
 }
 
@@ -196,8 +227,10 @@ METHODS: dict[str, Trained | Baseline] = {
     "shared_ae_one": Trained("one EDE", partial(shared_ae, ablation="one"), SHARED_AE_LENGTHS),
     "shared_ae_two": Trained("two EDEs", partial(shared_ae, ablation="two"), SHARED_AE_LENGTHS),
     "autoencoder": Trained("autoencoder alone", None, SHARED_AE_LENGTHS),
-    "addp_random": Trained("random init", addp(None), ADDP_LENGTHS),
-    "addp_encoder_decoder": Trained("encoder + decoder pretrained", addp("encoder_decoder"), ADDP_LENGTHS),
-    "addp_decoder": Trained("decoder pretrained", addp("decoder"), ADDP_LENGTHS),
+    "addp_random": Trained("random init", addp, ADDP_LENGTHS),
+    "addp_random_longer": Trained("random init, the steps of both stages", addp, {name: two.twice() for name, two in ADDP_LENGTHS.items()}),
+    "addp_encoder_decoder": Trained("encoder + decoder pretrained", partial(addp, mode="encoder_decoder"), ADDP_LENGTHS),
+    "addp_digits": Trained("encoder of digits, random decoder", partial(addp, from_digits=True), ADDP_LENGTHS),
+    "addp_decoder": Trained("encoder of digits, decoder pretrained", partial(addp, from_digits=True, mode="decoder"), ADDP_LENGTHS),
     **_BASELINES,
 }
