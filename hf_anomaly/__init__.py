@@ -19,7 +19,7 @@ from .detectors.dia.configuration_dia import DIAConfig
 from .detectors.dia.modeling_dia import DIAModel
 from .detectors.shared_ae.configuration_shared_ae import SharedAEConfig
 from .detectors.shared_ae.modeling_shared_ae import SharedAEModel
-from .errors import InputError, NotFittedError
+from .errors import HubError, InputError, NotFittedError
 from .image_processing import AnomalyImageProcessor
 from .version import __version__
 
@@ -68,6 +68,7 @@ __all__ = [
     "DETECTORS",
     "DIAConfig",
     "DIAModel",
+    "HubError",
     "InputError",
     "NotFittedError",
     "SharedAEConfig",

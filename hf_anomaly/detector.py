@@ -3,7 +3,6 @@
 import difflib
 import logging
 import os
-import shutil
 import tempfile
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -16,10 +15,15 @@ from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers import initialization as init
 from transformers.utils import ModelOutput, can_return_tuple
+from transformers.utils.hub import cached_file, resolve_revision
 
 from .calibration import Calibration, Float32State, normal_map_range
+from .cards import tag_card, write_card
 from .errors import InputError, NotFittedError
+from .hub import CommitInfo, hub_errors, push_folder
 from .ops.maps import map_levels
+from .saving import Home, auto_map, bring_companions, drop_outdated_results, staged, write_remote_code
+from .untrusted import check_backbone_config, check_memory, check_shard_names
 from .version import __version__
 
 logger = logging.getLogger(__name__)
@@ -40,9 +44,11 @@ _INHERITED_KEYWORDS = {
     "torch_dtype",
 }
 
-# Files that belong to a detector beside its weights and config; they follow it from folder to folder.
-COMPANIONS = ("preprocessor_config.json", "README.md", "eval_results.json", "dissolver")
-_REPORTS = ("README.md", "eval_results.json")  # companions that a new reference or calibration makes untrue
+_LARGEST_IMAGE = 2**14  # px
+_MOST_CALIBRATION_SCORES = 10**9
+
+# What `save_pretrained(push_to_hub=True)` hands on.
+_PUSH_ARGUMENTS = ("repo_id", "commit_message", "commit_description", "private", "revision", "create_pr", "tags", "git_tag")
 
 
 @strict
@@ -84,6 +90,8 @@ class AnomalyDetectorConfig(PreTrainedConfig):
                 raise InputError(f"{type(self).__name__} has no field {name!r}: {hint}")
         if self.hf_anomaly_version is None:
             self.hf_anomaly_version = __version__
+        if (backbone_config := getattr(self, "backbone_config", None)) is not None:
+            check_backbone_config(backbone_config if isinstance(backbone_config, dict) else backbone_config.to_dict())
         super().__post_init__(**kwargs)
         self.check()
 
@@ -93,12 +101,16 @@ class AnomalyDetectorConfig(PreTrainedConfig):
 
     def check(self) -> None:
         """Refuses values out of range. Called at the end of the constructor; subclasses extend it."""
-        if self.image_size < 1:
-            raise InputError(f"image_size must be at least 1, got {self.image_size}")
+        if not 1 <= self.image_size <= _LARGEST_IMAGE:
+            raise InputError(f"image_size must be 1 to {_LARGEST_IMAGE} pixels, got {self.image_size}")
         if self.num_channels not in (1, 3):
             raise InputError(f"num_channels must be 1 (gray) or 3 (RGB), got {self.num_channels}")
-        if self.num_calibration_scores < 0:
-            raise InputError(f"num_calibration_scores must not be negative, got {self.num_calibration_scores}")
+        if not 0 <= self.num_calibration_scores <= _MOST_CALIBRATION_SCORES:
+            raise InputError(f"num_calibration_scores must be 0 to {_MOST_CALIBRATION_SCORES}, got {self.num_calibration_scores}")
+
+    @classmethod
+    def register_for_auto_class(cls, auto_class="AutoConfig"):
+        """Nothing: a saved detector refers to the package, whose code is not copied beside it."""
 
 
 @strict
@@ -164,7 +176,7 @@ class AnomalyDetector(PreTrainedModel):
     def __init__(self, config: AnomalyDetectorConfig):
         super().__init__(config)
         self.calibration = Calibration(config.num_calibration_scores)
-        self._reports_hold = True
+        self._homes: list[Home] = []  # where it was saved last, and where it was loaded from
 
     # What a method implements -------------------------------------------------------------------------------------------------
 
@@ -301,7 +313,7 @@ class AnomalyDetector(PreTrainedModel):
         scores, labels, levels = self._score(dataloader, gather, progress, "Calibrating", with_map_levels=self.supports_anomaly_maps)
         refuse_anomalies(labels, "calibrate")
         self.calibration.fit(scores, false_positive_rate)
-        self._reports_hold = False
+        self._outdate_reports()
         self.config.num_calibration_scores = scores.numel()
         self.config.false_positive_rate = float(false_positive_rate)
         self.config.anomaly_map_range = None if levels is None else normal_map_range(levels, false_positive_rate)
@@ -338,85 +350,179 @@ class AnomalyDetector(PreTrainedModel):
             super()._init_weights(module)
 
     @classmethod
+    def register_for_auto_class(cls, auto_class="AutoModel"):
+        """Nothing: a saved detector refers to the package, whose code is not copied beside it."""
+
+    @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path, *model_args, output_loading_info=False, **kwargs):
         """As `PreTrainedModel.from_pretrained`, from safetensors only. With other values of `config.score_fields` than the calibration was made for,
         such as keywords here can give, the calibration is dropped with a warning.
 
         Raises:
             InputError: the weights lack the reference or the calibration that the config promises, those of a fitted detector lack
-                anything at all, or they are damaged.
+                anything at all, or they are damaged, or pickles.
         """
+        name = pretrained_model_name_or_path
+        place = {key: kwargs.get(key) for key in ("revision", "token", "cache_dir")} | {
+            "local_files_only": kwargs.get("local_files_only", False)
+        }
+        place["revision"] = kwargs["revision"] = resolve_revision(name, **place)  # one state of the repository for all that is read
+        where = {**place, "subfolder": kwargs.get("subfolder") or "", "_raise_exceptions_for_missing_entries": False}
+
+        def find(file):
+            return None if name is None else cached_file(name, file, _raise_exceptions_for_connection_errors=False, **where)
+
+        if (index := find("model.safetensors.index.json")) is not None:
+            check_shard_names(index)
         kwargs["use_safetensors"] = True
         try:
-            model, info = super().from_pretrained(pretrained_model_name_or_path, *model_args, output_loading_info=True, **kwargs)
+            model, info = super().from_pretrained(name, *model_args, output_loading_info=True, **kwargs)
         except (SafetensorError, RuntimeError) as error:
             reason = " ".join(str(error).split())
             raise InputError(
-                f"{pretrained_model_name_or_path}: the weights are damaged or do not fit config.json ({reason}); save or download them again"
+                f"{name}: the weights are damaged or do not fit config.json ({reason}); save or download them again"
             ) from error
-        states = tuple(f"{name}." for name, module in model.named_modules() if isinstance(module, Float32State))
+        except OSError as error:
+            if index is None and find("model.safetensors") is None and (find("pytorch_model.bin") or find("pytorch_model.bin.index.json")):
+                raise InputError(
+                    f"{name}: its weights are pickles (.bin), which run code when they are loaded, and are refused; save them as safetensors"
+                ) from error
+            raise
+        states = tuple(f"{prefix}." for prefix, module in model.named_modules() if isinstance(module, Float32State))
         tensors = model.state_dict()
         lost = sorted(key for key in info["missing_keys"] if (model.is_fitted or key.startswith(states)) and tensors[key].numel())
         if lost:
             raise InputError(
-                f"{pretrained_model_name_or_path}: the weights lack {', '.join(lost)}, which config.json promises; save the detector again "
+                f"{name}: the weights lack {', '.join(lost)}, which config.json promises; save the detector again "
                 "after fit_reference and calibrate"
             )
         before, now = model.config.calibrated_for or {}, model.config.scored_by()
-        if changed := [name for name in before if name in now and before[name] != now[name]]:
+        if changed := [field for field in before if field in now and before[field] != now[field]]:
             logger.warning(
                 "%s was calibrated for other scores (%s): its calibration is dropped; calibrate it again",
-                pretrained_model_name_or_path,
-                ", ".join(f"{name} was {before[name]!r}, now {now[name]!r}" for name in changed),
+                name,
+                ", ".join(f"{field} was {before[field]!r}, now {now[field]!r}" for field in changed),
             )
             model._drop_calibration()
         # Weights mapped from a file lie at any address, and some kernels round otherwise unless it is torch's own alignment.
         for tensor in (*model.parameters(), *model.buffers()):
             if tensor.data_ptr() % 64:
                 tensor.data = tensor.data.clone()
+        if name is not None:
+            commit = getattr(place["revision"], "resolved", place["revision"])
+            model._homes = [Home(os.fspath(name), commit, where["subfolder"], place["cache_dir"])]
         return (model, info) if output_loading_info else model
 
-    def save_pretrained(self, save_directory, *args, is_main_process: bool = True, **kwargs):
-        """As `PreTrainedModel.save_pretrained`, but whole or not at all, and with the companions of the folder that the detector was loaded from.
+    @staticmethod
+    def _load_pretrained_model(model, state_dict, checkpoint_files, *args, **kwargs):
+        if checkpoint_files:
+            check_memory(model, checkpoint_files, str(model.config.name_or_path))
+        return PreTrainedModel._load_pretrained_model(model, state_dict, checkpoint_files, *args, **kwargs)
 
-        Files are written to a temporary folder inside `save_directory` and then renamed into place, the config last. Card and results do
-        not follow a detector that was fitted or calibrated anew: they tell of another.
+    def save_pretrained(
+        self,
+        save_directory,
+        is_main_process: bool = True,
+        state_dict: dict | None = None,
+        push_to_hub: bool = False,
+        max_shard_size: int | str = "50GB",
+        variant: str | None = None,
+        token: str | bool | None = None,
+        **kwargs,
+    ) -> None:
+        """As `PreTrainedModel.save_pretrained`, but whole or not at all, and with the companions of the place that the detector was loaded from.
+
+        Files are written to a temporary folder inside `save_directory` and then renamed into place, the config last. Card and results tell of a
+        detector as it was: if this one was fitted or calibrated anew, the results stay away, and what the card says of them is taken out.
+
+        Args:
+            push_to_hub: then push it; `push_to_hub` gets what else is given, and the folder's name if there is no `repo_id`.
         """
         if not is_main_process:
             return
-        if kwargs.get("push_to_hub"):
-            super().save_pretrained(save_directory, *args, **kwargs)
-            return
-        self.config.hf_anomaly_version = __version__
-        target = Path(save_directory)
-        if target.is_file():
-            raise InputError(f"cannot save a detector to {target}: it is a file; name a folder")
-        target.mkdir(parents=True, exist_ok=True)
-        staging = Path(tempfile.mkdtemp(prefix=".saving-", dir=target))
-        try:
-            super().save_pretrained(staging, *args, **kwargs)
-            self._bring_companions(target, staging)
-            names = {path.name for path in staging.iterdir()}
-            for name in sorted(names, key=lambda name: name == "config.json"):
-                os.replace(staging / name, target / name)
-            for path in target.glob("model*.safetensors*"):  # an earlier save in other shards, which would be loaded instead
-                if path.name not in names:
-                    path.unlink()
-        finally:
-            shutil.rmtree(staging, ignore_errors=True)
+        target = Path(save_directory).absolute()
+        hub = {name: kwargs.pop(name) for name in _PUSH_ARGUMENTS if name in kwargs} if push_to_hub else {}
+        self._save(target, token=token, state_dict=state_dict, max_shard_size=max_shard_size, variant=variant, **kwargs)
+        self._homes = [Home(os.fspath(target)), *self._homes[-1:]]
+        if push_to_hub:
+            self.push_to_hub(hub.pop("repo_id", target.name), token=token, max_shard_size=max_shard_size, **hub)
+
+    def push_to_hub(
+        self,
+        repo_id: str,
+        *,
+        commit_message: str | None = None,
+        commit_description: str | None = None,
+        private: bool | None = None,
+        token: str | bool | None = None,
+        revision: str | None = None,
+        create_pr: bool = False,
+        max_shard_size: int | str = "50GB",
+        tags: list[str] | None = None,
+        git_tag: str | None = None,
+    ) -> CommitInfo:
+        """Pushes the detector whole, in one commit: weights, config, processor, card, results and dissolver.
+
+        What lies beside the weights comes from where the detector was saved last or loaded from. What a person wrote in the repository's card stays.
+
+        Args:
+            repo_id: "name" or "organisation/name"; made if it does not exist.
+            private: whether a new repository is private.
+            revision: branch to push to, made if it does not exist.
+            create_pr: open a pull request instead.
+            max_shard_size: larger weights are saved in several files.
+            tags: for the card.
+            git_tag: also gives the commit this tag.
+
+        Raises:
+            NotFittedError: before `fit_reference`.
+            HubError: the Hub refused or cannot be reached; one line, with the remedy.
+        """
+        self.require_fitted()
+        with tempfile.TemporaryDirectory() as folder:
+            folder = Path(folder, repo_id.split("/")[-1])
+            with hub_errors(repo_id):
+                self._save(folder, token=token, max_shard_size=max_shard_size, whole=True)
+            if not (folder / "README.md").exists():
+                write_card(folder, self)
+            if tags:
+                card = folder / "README.md"
+                card.write_text(tag_card(card.read_text(encoding="utf-8"), tags), encoding="utf-8")
+            if not (folder / "preprocessor_config.json").exists():
+                logger.warning("%s gets no image processor: save the detector to a folder with its processor, and push it then", repo_id)
+            return push_folder(
+                folder,
+                repo_id,
+                private=private,
+                token=token,
+                message=commit_message or f"Upload {type(self).__name__}",
+                description=commit_description,
+                revision=revision,
+                create_pr=create_pr,
+                git_tag=git_tag,
+            )
 
     # Inner helpers ------------------------------------------------------------------------------------------------------------
 
-    def _bring_companions(self, target: Path, staging: Path) -> None:
-        """Copies to `staging` what lies beside the loaded weights and is not in `target` yet."""
-        source = Path(self.config._name_or_path or os.devnull)
-        if not source.is_dir() or source.resolve() == target.resolve():
-            return
-        for name in COMPANIONS:
-            outdated = name in _REPORTS and not self._reports_hold
-            if (source / name).exists() and not (target / name).exists() and not outdated:
-                copy = shutil.copytree if (source / name).is_dir() else shutil.copy2
-                copy(source / name, staging / name)
+    def _save(self, target: Path, *, token, whole: bool = False, **kwargs) -> None:
+        """Saves weights, config and companions; `whole`: companions that cannot be had are an error."""
+        self.config.hf_anomaly_version = __version__
+        self.config.auto_map = auto_map(AutoConfig=type(self.config), AutoModel=type(self))
+        with staged(target) as staging:
+            super().save_pretrained(staging, **kwargs)
+            try:
+                bring_companions(self._homes, target, staging, token)
+            except OSError as error:
+                if whole:
+                    raise
+                logger.warning("Saved without what lies beside %s on the Hub: %s", self._homes[-1].name, " ".join(str(error).split()))
+            if self.config.auto_map is not None:
+                write_remote_code(staging)
+        drop_outdated_results(self._homes, target)
+
+    def _outdate_reports(self) -> None:
+        for home in self._homes:
+            home.reports_hold = False
 
     @torch.no_grad()
     def _score(self, dataloader: Iterable, gather: Callable | None, progress: bool, description: str, with_map_levels: bool = False):
@@ -436,7 +542,7 @@ class AnomalyDetector(PreTrainedModel):
         return everything.get("scores", torch.zeros(0)), everything.get("labels"), everything.get("levels")
 
     def _drop_calibration(self) -> None:
-        self._reports_hold = False
+        self._outdate_reports()
         self.calibration.reset()
         self.config.num_calibration_scores = 0
         self.config.false_positive_rate = None

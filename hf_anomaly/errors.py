@@ -7,3 +7,7 @@ class InputError(ValueError):
 
 class NotFittedError(RuntimeError):
     """A detector was asked for scores before `fit_reference`, or for a decision before `calibrate`."""
+
+
+class HubError(OSError):
+    """The Hub refused something or cannot be reached. The message names the repository and the remedy; scripts print it without a traceback."""

@@ -1,26 +1,176 @@
-"""To the Hub, in one commit."""
+"""To the Hub, in one commit: a reader finds the old state or the new one, never half a model."""
 
+import logging
 import os
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from fnmatch import fnmatch
+from pathlib import Path
+
+from huggingface_hub import CommitInfo, CommitOperationAdd, CommitOperationDelete, HfApi, constants
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError, HTTPError, LocalTokenNotFoundError
+
+from .cards.merging import address_card, merge_cards
+from .errors import HubError, InputError
+from .untrusted import contained_files
+
+logger = logging.getLogger(__name__)
 
 # What a run leaves in its folder that is no part of the result.
-_NOT_SHARED = ["checkpoint-*", "*-training", ".*", "training_args.*"]
+_NOT_SHARED = ("checkpoint-*", "*-training", ".*", "training_args.*")
+# What belongs to the model that was there before, and would be read together with the new one.
+_REPLACED = ("model*.safetensors", "model.safetensors.index.json", "eval_results.json", "dissolver/*", "pretrained/*")
+
+_REMEDIES = {
+    401: "the Hub does not accept the token: log in with `hf auth login`, or give a valid token",
+    403: "the token may not write there: take one with write permission, push to a namespace of your own, or propose it with create_pr=True",
+    404: "there is no such repository or revision, or it is private and the token may not see it: check the name and the token",
+    409: "it exists already: choose another name",
+    412: "somebody else committed at the same time: push again",
+    429: "too many requests: wait a few minutes and push again",
+}
+_PAUSES = (1, 4)  # seconds before the second and the third attempt
+
+
+@contextmanager
+def hub_errors(repo_id: str) -> Iterator[None]:
+    """What goes wrong with the Hub inside the block, as a `HubError` of one line with the remedy."""
+    try:
+        yield
+    except LocalTokenNotFoundError as error:
+        raise HubError(f"{repo_id}: {_REMEDIES[401]}") from error
+    except HFValidationError as error:
+        raise InputError(f"{repo_id!r} is no name of a repository: use 'name' or 'organisation/name'") from error
+    except (HTTPError, ConnectionError) as error:  # HTTPError: of the client's library, statuses as well as failures of the network
+        status = _status(error)
+        if status is None:
+            remedy = f"{constants.ENDPOINT} cannot be reached ({_one_line(error)}): check the network and that no *_OFFLINE variable is set"
+        elif status >= 500:
+            remedy = f"the Hub is out of order ({status}): try again later"
+        else:
+            remedy = _REMEDIES.get(status, f"the Hub refused ({_one_line(error)})")
+        raise HubError(f"{repo_id}: {remedy}") from error
 
 
 def push_folder(
-    folder: str | os.PathLike, repo_id: str, *, private: bool | None = None, token: str | None = None, message: str = "Upload model"
-) -> str:
-    """Uploads a saved detector or dissolver in one commit, without checkpoints.
+    folder: str | os.PathLike,
+    repo_id: str,
+    *,
+    private: bool | None = None,
+    token: str | bool | None = None,
+    message: str = "Upload model",
+    description: str | None = None,
+    revision: str | None = None,
+    create_pr: bool = False,
+    git_tag: str | None = None,
+) -> CommitInfo:
+    """Uploads a saved detector or dissolver in one commit, without checkpoints, and takes away what is left there of an earlier one.
+
+    The card keeps what a person wrote in the repository's, see `cards.merging`. Trouble of the Hub or the network is met with two more attempts.
 
     Args:
         repo_id: "name" or "organisation/name"; created if it does not exist.
         private: whether a new repository is private.
+        revision: branch to push to, made if it does not exist; with `create_pr` the one that the pull request is for.
+        create_pr: propose it in a pull request.
+        git_tag: also gives the commit this tag.
 
     Returns:
-        The commit's URL.
-    """
-    from huggingface_hub import HfApi
+        The commit; as a string its URL.
 
+    Raises:
+        HubError: the Hub refused or cannot be reached; one line, with the remedy.
+        InputError: a symbolic link leads out of the folder.
+    """
+    folder = Path(folder)
+    files = list(contained_files(folder, _is_shared))
     api = HfApi(token=token)
-    repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
-    patterns = [pattern for name in _NOT_SHARED for pattern in (name, f"{name}/**")]
-    return api.upload_folder(repo_id=repo_id, folder_path=os.fspath(folder), ignore_patterns=patterns, commit_message=message).commit_url
+    with hub_errors(repo_id):
+        repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
+        if revision is not None and not create_pr and not revision.startswith("refs/"):
+            api.create_branch(repo_id, branch=revision, exist_ok=True)
+        for pause in (*_PAUSES, None):
+            try:
+                commit = _commit(api, repo_id, folder, files, message, description, revision, create_pr)
+                break
+            except (HTTPError, ConnectionError) as error:
+                # Harmless to repeat, as the next attempt starts from what is there now; but a pull request would be opened twice.
+                if pause is None or create_pr or (_status(error) or 500) < 500:
+                    raise
+                logger.warning("%s: %s; trying again in %d s", repo_id, _one_line(error), pause)
+                time.sleep(pause)
+        if git_tag is not None:
+            api.create_tag(repo_id, tag=git_tag, revision=commit.oid)
+    return commit
+
+
+def push_checkpoint(
+    folder: str | os.PathLike,
+    repo_id: str,
+    *,
+    branch: str,
+    path_in_repo: str,
+    token: str | None = None,
+    message: str,
+    ignore: list[str] | None = None,
+) -> CommitInfo:
+    """Uploads a training checkpoint to a branch of its own, away from those who load the model.
+
+    Args:
+        path_in_repo: the folder there, which is replaced; "" for the branch's root.
+        ignore: patterns of files that stay here.
+
+    Raises:
+        HubError: as `push_folder`.
+    """
+    api = HfApi(token=token)
+    with hub_errors(repo_id):
+        api.create_branch(repo_id, branch=branch, exist_ok=True)
+        return api.upload_folder(
+            repo_id=repo_id,
+            folder_path=folder,
+            path_in_repo=path_in_repo,
+            revision=branch,
+            commit_message=message,
+            ignore_patterns=ignore,
+            delete_patterns="*" if path_in_repo else list(_REPLACED),
+        )
+
+
+def _is_shared(path: Path) -> bool:
+    return not any(fnmatch(part, name) for part in path.parts for name in _NOT_SHARED)
+
+
+def _commit(api, repo_id, folder, files, message, description, revision, create_pr) -> CommitInfo:
+    head = api.model_info(repo_id, revision=revision)
+    there = {sibling.rfilename for sibling in head.siblings}
+    contents: dict[str, Path | bytes] = {path.as_posix(): folder / path for path in files}
+    if "README.md" in contents:
+        card = address_card(contents["README.md"].read_text(encoding="utf-8"), repo_id)
+        if "README.md" in there:
+            path = api.hf_hub_download(repo_id, "README.md", revision=head.sha)
+            card = merge_cards(card, Path(path).read_text(encoding="utf-8"))
+        contents["README.md"] = card.encode()
+    gone = {name for name in there - contents.keys() if any(fnmatch(name, pattern) for pattern in _REPLACED)}
+    return api.create_commit(
+        repo_id,
+        [
+            *(CommitOperationAdd(name, content) for name, content in contents.items()),
+            *(CommitOperationDelete(name) for name in sorted(gone)),
+        ],
+        commit_message=message,
+        commit_description=description,
+        revision=revision,
+        create_pr=create_pr,
+        parent_commit=head.sha,
+    )
+
+
+def _status(error: Exception) -> int | None:
+    response = getattr(error, "response", None) if isinstance(error, HfHubHTTPError) else None
+    return None if response is None else response.status_code
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split()) or type(error).__name__

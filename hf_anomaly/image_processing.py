@@ -13,6 +13,7 @@ from .data.transforms import check_eight_bits
 from .detector import AnomalyDetectorOutput
 from .errors import InputError
 from .ops.maps import resize_maps
+from .saving import auto_map, write_remote_code
 
 
 def to_eight_bit_image(image: "PIL.Image.Image | np.ndarray | torch.Tensor", name: str = "image") -> PIL.Image.Image:
@@ -74,6 +75,21 @@ class AnomalyImageProcessor(PilBackend):
             image_mean=[0.5] * num_channels,
             image_std=[0.5] * num_channels,
         )
+
+    def to_dict(self) -> dict:
+        content = super().to_dict()
+        content["auto_map"] = auto_map(AutoImageProcessor=type(self))
+        return {name: value for name, value in content.items() if name != "auto_map" or value is not None}
+
+    def save_pretrained(self, save_directory, push_to_hub: bool = False, **kwargs) -> list[str]:
+        """As `ImageProcessingMixin.save_pretrained`; also found by `AutoImageProcessor.from_pretrained(..., trust_remote_code=True)`."""
+        files = super().save_pretrained(save_directory, push_to_hub=push_to_hub, **kwargs)
+        write_remote_code(save_directory)
+        return files
+
+    @classmethod
+    def register_for_auto_class(cls, auto_class="AutoImageProcessor"):
+        """Nothing: a saved processor refers to the package, whose code is not copied beside it."""
 
     @property
     def num_channels(self) -> int:

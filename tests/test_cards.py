@@ -250,7 +250,7 @@ def test_the_method_is_cited(folder, config, words):
     write_card(folder, DETECTORS[type(config)](config), RESULTS)
     body = (folder / "README.md").read_text()
     assert re.findall(r"^@\w+\{(\w+),$", body, flags=re.MULTILINE) == [words]
-    assert body.endswith("}\n```\n")
+    assert body.endswith("}\n```\n<!-- /hf-anomaly: citation -->\n")
 
 
 def test_a_method_without_a_citation(folder, monkeypatch):

@@ -1,13 +1,30 @@
 """Saving is whole or nothing, brings the companions, and loading refuses what is damaged."""
 
 import json
+import resource
+import shutil
+import time
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModel
 
-from hf_anomaly import AnomalyImageProcessor, CSIConfig, CSIModel, GaussianDissolver, SmallResNetConfig
+from hf_anomaly import AnomalyImageProcessor, CSIConfig, CSIModel, DiffusionDissolver, GaussianDissolver, SmallResNetConfig
+from hf_anomaly.cards import write_card
+from hf_anomaly.dissolving import build_scheduler, build_unet
+
+MEASURED = {
+    "dataset": "x.npz",
+    "normal_label": "good",
+    "num_train": 6,
+    "num_calibration": 19,
+    "num_normal": 5,
+    "num_anomalous": 5,
+    "seed": 0,
+    "steps": 1,
+}
+MEASURED |= {"split_hash": "0123abcd", "auroc": 0.5, "false_positive_rate_at_threshold": 0.0, "true_positive_rate_at_threshold": 0.5}
 
 
 def detector(model_class=CSIModel):
@@ -95,9 +112,67 @@ def test_saving_in_place_keeps_everything_else(folder):
     model.calibrate([images(9, 2)], progress=False)
     model.save_pretrained(folder)
     after = contents(folder)
-    assert {name for name in before if before[name] != after[name]} == {"config.json", "model.safetensors"}
-    assert after.keys() == before.keys()
+    assert {name for name in after if before[name] != after[name]} == {"config.json", "model.safetensors"}
+    assert before.keys() - after.keys() == {"eval_results.json"}  # of the detector as it was
     assert AutoModel.from_pretrained(folder).calibration.scores.numel() == 9
+
+
+@pytest.mark.parametrize("elsewhere", [False, True])
+def test_a_generated_card_loses_its_results_when_they_no_longer_hold(folder, tmp_path, elsewhere):
+    target = tmp_path / "copy" if elsewhere else folder
+    write_card(folder, AutoModel.from_pretrained(folder), {**MEASURED, "auroc": 0.8765})
+    with open(folder / "README.md", "a") as card:
+        card.write("\n## My own words\n")
+    model = AutoModel.from_pretrained(folder)
+    model.calibrate([images(9, 2)], progress=False)
+    model.save_pretrained(target)
+    card = (target / "README.md").read_text()
+    assert "fitted or calibrated again" in card
+    assert "My own words" in card
+    for gone in ("0.8765", "model-index", "aims at a false-positive rate"):
+        assert gone not in card
+    assert not (target / "eval_results.json").exists()
+
+
+def test_what_is_written_after_saving_holds(folder, tmp_path):
+    """As a training script does: calibrate, save, evaluate, write the card; what is then saved elsewhere brings that card."""
+    model = detector()
+    model.save_pretrained(folder)
+    write_card(folder, model, {**MEASURED, "auroc": 0.8765})
+    model.save_pretrained(tmp_path / "copy")
+    assert "0.8765" in (tmp_path / "copy" / "README.md").read_text()
+    assert (tmp_path / "copy" / "eval_results.json").exists()
+
+
+def test_companions_come_after_a_save_to_a_place_that_is_gone(folder, tmp_path):
+    model = AutoModel.from_pretrained(folder)
+    model.save_pretrained(tmp_path / "checkpoint")
+    shutil.rmtree(tmp_path / "checkpoint")
+    model.save_pretrained(tmp_path / "copy")
+    assert (tmp_path / "copy" / "dissolver").is_dir()
+
+
+@pytest.mark.parametrize("name", ["README.md", "dissolver/unet/config.json", "dissolver"])
+def test_links_that_leave_the_folder_are_not_followed(folder, tmp_path, refused, name):
+    secret = tmp_path / "secret"
+    (secret / "id.json").parent.mkdir()
+    (secret / "id.json").write_text("{}")
+    link = folder / name
+    shutil.rmtree(link) if link.is_dir() else link.unlink(missing_ok=True)
+    link.parent.mkdir(exist_ok=True)
+    link.symlink_to(secret if name == "dissolver" else secret / "id.json")
+    model = AutoModel.from_pretrained(folder)
+    with refused(str(secret), "outside"):
+        model.save_pretrained(tmp_path / "copy")
+    assert not list((tmp_path / "copy").iterdir())
+
+
+def test_only_files_of_a_dissolver_come_from_its_folder(folder, tmp_path):
+    (folder / "dissolver" / "unet").mkdir()
+    for name in ("weights.bin", "code.py", "model.safetensors"):
+        (folder / "dissolver" / "unet" / name).write_text("")
+    AutoModel.from_pretrained(folder).save_pretrained(tmp_path / "copy")
+    assert [path.name for path in (tmp_path / "copy" / "dissolver" / "unet").iterdir()] == ["model.safetensors"]
 
 
 class DiskFull(CSIModel):
@@ -165,11 +240,11 @@ def test_truncated_weights_are_refused(folder, keep, refused):
         AutoModel.from_pretrained(folder)
 
 
-def test_pickles_are_refused(folder):
+def test_pickles_are_refused(folder, refused):
     torch.save(load_file(folder / "model.safetensors"), folder / "pytorch_model.bin")
     (folder / "model.safetensors").unlink()
     for settings in ({}, {"use_safetensors": False}):
-        with pytest.raises(OSError, match="safetensors"):
+        with refused(str(folder), "pickles", "safetensors"):
             AutoModel.from_pretrained(folder, **settings)
 
 
@@ -192,3 +267,65 @@ def test_shards_of_an_earlier_save_are_replaced(folder):
 def test_loaded_tensors_are_aligned_as_torch_aligns_them(folder):
     """A matrix-vector product with weights mapped at another address differs in its last bits."""
     assert all(tensor.data_ptr() % 64 == 0 for tensor in AutoModel.from_pretrained(folder).state_dict().values())
+
+
+def edit_config(folder, **changes):
+    path = folder / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+
+RESNET = {"model_type": "small_resnet", "num_channels": 1}
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"num_calibration_scores": 10**8}, ["calibration.scores", "GiB"]),
+        ({"num_calibration_scores": 10**12}, ["num_calibration_scores"]),
+        ({"bank_size": 10**12}, ["bank_size"]),
+        ({"bank_size": 10**9, "max_bank_size": 10**9}, ["reference.bank", "GiB"]),
+        ({"projection_size": 10**9}, ["GiB"]),
+        ({"image_size": 10**9}, ["image_size"]),
+        ({"num_test_views": 10**12}, []),
+        ({"backbone_config": {**RESNET, "hidden_sizes": [10**9], "depths": [1]}}, ["hidden_sizes"]),
+        ({"backbone_config": {**RESNET, "hidden_sizes": [8], "depths": [10**9]}}, ["depths"]),
+        ({"backbone_config": {**RESNET, "hidden_sizes": [8], "depths": [10**5]}}, ["depths"]),
+        ({"backbone_config": {**RESNET, "auto_map": {"AutoBackbone": "evil.Evil", "AutoConfig": "evil.Evil"}}}, ["auto_map"]),
+        ({"backbone_config": {"model_type": "evil"}}, ["evil", "backbone"]),
+        ({"backbone_config": {"model_type": "gpt2"}}, ["gpt2", "backbone"]),
+        ({"backbone_config": {"model_type": ["small_resnet"]}}, ["model_type"]),
+        ({"transformers_weights": "../model.safetensors"}, ["transformers_weights"]),
+        ({"quantization_config": {"quant_method": "gptq"}}, ["quantization_config"]),
+    ],
+)
+def test_a_hostile_config_is_refused_at_once(folder, changes, words, refused):
+    edit_config(folder, **changes)
+    resource.setrlimit(resource.RLIMIT_AS, limit := (8 * 2**30, resource.getrlimit(resource.RLIMIT_AS)[1]))
+    started = time.monotonic()
+    try:
+        with refused(*words):
+            AutoModel.from_pretrained(folder)
+    finally:
+        resource.setrlimit(resource.RLIMIT_AS, (limit[1], limit[1]))
+    assert time.monotonic() - started < 5
+
+
+@pytest.mark.parametrize("shard", ["../outside.safetensors", "/etc/passwd", "model.bin", "..\\outside.safetensors", 1])
+def test_an_index_names_files_beside_it_only(folder, shard, refused):
+    weights = load_file(folder / "model.safetensors")
+    (folder / "model.safetensors").rename(folder.parent / "outside.safetensors")
+    index = {"metadata": {"total_size": 1}, "weight_map": dict.fromkeys(weights, shard)}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    with refused("model.safetensors.index.json"):
+        AutoModel.from_pretrained(folder)
+
+
+@pytest.mark.parametrize(
+    ("file", "changes"),
+    [("scheduler/scheduler_config.json", {"num_train_timesteps": 10**10}), ("unet/config.json", {"layers_per_block": 10**6})],
+)
+def test_a_hostile_dissolver_is_refused(tmp_path, file, changes, refused):
+    DiffusionDissolver(build_unet(8, 1, (8, 16)), build_scheduler()).save_pretrained(tmp_path)
+    (tmp_path / file).write_text(json.dumps(json.loads((tmp_path / file).read_text()) | changes))
+    with refused(*changes):
+        DiffusionDissolver.from_pretrained(tmp_path)

@@ -499,21 +499,6 @@ def test_a_checkpoint_without_an_average(make, tmp_path):
         make("csi", "other").train(str(tmp_path / "run" / "checkpoint-6"))
 
 
-def test_checkpoints_are_not_pushed(make, tmp_path, monkeypatch):
-    """Trainer pushes through the Hub's client, which is not to be reached."""
-    import huggingface_hub
-
-    pushed = []
-    for name in ("upload_folder", "create_commit", "create_repo"):
-        monkeypatch.setattr(huggingface_hub.HfApi, name, lambda self, *args, **kwargs: pushed.append(kwargs))
-    trainer = make(save_strategy="steps", save_steps=1, max_steps=2, hub_strategy="all_checkpoints")
-    trainer.args.push_to_hub = True  # set here, as the constructor would create the repository at once
-    trainer.hub_model_id = "someone/something"
-    trainer.train()
-    assert (tmp_path / "run" / "checkpoint-2").is_dir()
-    assert not pushed
-
-
 # A killed process
 
 

@@ -6,16 +6,12 @@ import re
 import shlex
 from pathlib import Path
 
-from ..detector import AnomalyDetector
+from transformers import PreTrainedModel
+
 from ..version import __version__
+from .merging import METRICS, TASK_NAME
 
 TEMPLATE = Path(__file__).with_name("template.md")
-
-METRICS = {  # key in eval_results.json → metric id and name
-    "auroc": ("roc_auc", "AUROC"),
-    "average_precision": ("average_precision", "Average precision"),
-    "fpr_at_95_tpr": ("fpr_at_95_tpr", "FPR at 95 % TPR"),
-}
 
 
 def plain(text: object) -> str:
@@ -40,19 +36,26 @@ def shown_command(words: list[str]) -> str:
 
 
 def write_card(
-    folder: str | os.PathLike, model: AnomalyDetector, results: dict, *, command: list[str] | None = None, repo_id: str | None = None
+    folder: str | os.PathLike,
+    model: PreTrainedModel,
+    results: dict | None = None,
+    *,
+    command: list[str] | None = None,
+    repo_id: str | None = None,
 ) -> None:
     """Writes `README.md` of a detector's folder, whole or not at all.
 
     Args:
-        results: what `eval_results.json` holds.
+        model: a detector.
+        results: what `eval_results.json` holds; None if nothing is known of data and results.
         command: the words of the command line that made it; tokens and folders are left out of the card.
         repo_id: where the folder will be pushed; the card's code then loads it from there.
     """
     from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
     folder = Path(folder)
-    config = model.config
+    config, known = model.config, results is not None
+    results = results or {"reason": "the detector was not evaluated"}
     defaults = type(config)(image_size=config.image_size, num_channels=config.num_channels).to_dict()
     skip = {
         "hf_anomaly_version",
@@ -65,10 +68,11 @@ def write_card(
         "anomaly_map_range",
         "calibrated_for",
         "backbone_config",
+        "auto_map",
     }
     changed = {k: v for k, v in config.to_dict().items() if k not in skip and not k.startswith("_") and defaults.get(k) != v}
     name = folder.resolve().name
-    dataset = plain(Path(results["dataset"]).name)
+    dataset = plain(Path(results["dataset"]).name) if known else ""
     measured = {key: results[key] for key in METRICS if results.get(key) is not None}
     data = ModelCardData(
         library_name="hf-anomaly",
@@ -79,7 +83,7 @@ def write_card(
         eval_results=[
             EvalResult(
                 task_type="image-classification",
-                task_name="Image anomaly detection",
+                task_name=TASK_NAME,
                 dataset_type=dataset,
                 dataset_name=dataset,
                 metric_type=METRICS[key][0],
@@ -97,9 +101,10 @@ def write_card(
         address=plain(repo_id or name),
         model_class=type(model).__name__,
         dataset=dataset,
-        normal_label=plain(results["normal_label"]),
+        normal_label=plain(results.get("normal_label", "")),
         image_size=config.image_size,
         channels="gray" if config.num_channels == 1 else "RGB",
+        known=known,
         results=results,
         rows=[(METRICS[key][1], f"{value:.4f}") for key, value in measured.items()],
         reason=plain(results.get("reason", "")),

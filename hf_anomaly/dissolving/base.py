@@ -181,8 +181,10 @@ def canonical_json(value: dict) -> bytes:
 def read_config(root: Path) -> dict:
     """`dissolver_config.json`, or nothing if the folder holds a plain DDPMPipeline."""
     path = root / CONFIG_NAME
-    if not path.exists():
-        return {}
+    return read_json(path) if path.exists() else {}
+
+
+def read_json(path: Path) -> dict:
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:

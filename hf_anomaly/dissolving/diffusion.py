@@ -12,7 +12,8 @@ from torch import Tensor
 
 from ..errors import InputError
 from ..ops.distributed import draw_rows
-from .base import Dissolver, canonical_json, check_integer, check_pixel_values, locate, read_config, resize, working_size
+from ..untrusted import check_plausible, check_shard_names
+from .base import Dissolver, canonical_json, check_integer, check_pixel_values, locate, read_config, read_json, resize, working_size
 
 
 class DiffusionDissolver(Dissolver):
@@ -130,6 +131,7 @@ class DiffusionDissolver(Dissolver):
         config = read_config(root)
         if config.get("kind", cls.kind) != cls.kind:
             raise InputError(f"{root} holds a {config['kind']!r} dissolver, not {cls.kind!r}: load it with Dissolver.from_pretrained")
+        _check_networks(root)
         try:
             with torch.device("cpu"):  # a caller may be building its model on the meta device
                 unet, info = UNet2DModel.from_pretrained(root, subfolder="unet", use_safetensors=True, output_loading_info=True)
@@ -315,6 +317,15 @@ def _sample_size(unet) -> int:
     if len(sides) != 1:
         raise InputError(f"the UNet's sample_size must be one number of pixels, got {size}: set it in its config.json")
     return sides.pop()
+
+
+def _check_networks(root: Path) -> None:
+    """Refuses configs that would exhaust memory or time, and an index of weights outside the folder."""
+    for path in (root / "unet" / "config.json", root / "scheduler" / "scheduler_config.json"):
+        if path.is_file():
+            check_plausible(read_json(path), str(path))
+    for path in (root / "unet").glob("*.index.json"):
+        check_shard_names(path)
 
 
 def _check_channels(channels: int, unet) -> None:

@@ -27,6 +27,13 @@ class ReproducibleArguments(TrainingArguments):
     save_steps: float = field(default=200, metadata={"help": "Steps between two checkpoints."})
     save_total_limit: int | None = field(default=1, metadata={"help": "Checkpoints to keep."})
     remove_unused_columns: bool = field(default=False, metadata={"help": "Leave False: images become pixel_values when they are read."})
+    hub_strategy: str = field(
+        default="end",
+        metadata={
+            "help": "With --push_to_hub: end, the finished detector alone. In mid-training, to branch 'training': every_save, the weights; checkpoint, the "
+            "last checkpoint as last-checkpoint/, to resume from; all_checkpoints, all of them."
+        },
+    )
     dataloader_drop_last: bool = field(default=True, metadata={"help": "Leave out a last incomplete batch of an epoch."})
     ema_decay: float = field(
         default=0.99, metadata={"help": "Decay of the exponential moving average of the weights, which is what is saved; 0: none."}

@@ -20,12 +20,11 @@ from ..detector import AnomalyDetector
 from ..detectors.addp.configuration_addp import ADDPConfig
 from ..detectors.addp.modeling_addp import ADDPForPreTraining, ADDPModel
 from ..dissolving import DenoisingModel, DiffusionDissolver, build_scheduler, build_unet, network_resolution
-from ..errors import InputError, NotFittedError
-from ..hub import push_folder
+from ..errors import HubError, InputError, NotFittedError
 from ..image_processing import AnomalyImageProcessor
 from ..metrics import image_metrics
 from .arguments import AnomalyTrainingArguments, DataArguments, DenoisingTrainingArguments
-from .trainers import AnomalyTrainer, DenoisingTrainer
+from .trainers import AnomalyTrainer, DenoisingTrainer, push_output
 
 logger = logging.getLogger(__name__)
 
@@ -40,6 +39,7 @@ _NOT_SETTINGS = (
     "hf_anomaly_version",
     "transformers_version",
     "architectures",
+    "auto_map",
     "dtype",
     "_name_or_path",
 )
@@ -55,7 +55,7 @@ def run_script(main: Callable[[], None]) -> None:
     logging.getLogger("hf_anomaly").setLevel(logging.INFO)
     try:
         main()
-    except (InputError, NotFittedError, StrictDataclassError, HfHubHTTPError) as error:
+    except (HubError, InputError, NotFittedError, StrictDataclassError, HfHubHTTPError) as error:
         reason = error.__cause__ if isinstance(error, StrictDataclassError) and error.__cause__ else error
         print(f"error: {' '.join(str(reason).split())}", file=sys.stderr)
         sys.exit(2)
@@ -112,9 +112,7 @@ def write_json(path: Path, content: dict) -> None:
 def push_result(args, folder: str | os.PathLike | None = None) -> None:
     """Pushes `folder`, by default `args.output_dir`, where `--push_to_hub` asks for it; to `--hub_model_id`, or to a repository named like the run's folder."""
     if args.push_to_hub and args.process_index == 0:
-        name = args.hub_model_id or Path(args.output_dir).resolve().name
-        url = push_folder(folder or args.output_dir, name, private=args.hub_private_repo, token=args.hub_token)
-        logger.info("Pushed: %s", url)
+        logger.info("Pushed: %s", push_output(args, folder))
 
 
 def load_detector(name_or_path: str, revision: str | None = None) -> tuple[AnomalyDetector, AnomalyImageProcessor]:

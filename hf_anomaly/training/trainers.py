@@ -13,11 +13,13 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch.utils.data import DataLoader
 from transformers import Trainer, TrainerCallback
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, PredictionOutput, get_last_checkpoint, rotate_checkpoints
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, HubStrategy, PredictionOutput, get_last_checkpoint, rotate_checkpoints
 
+from ..cards import write_card
 from ..data import collate
 from ..detector import AnomalyDetector, refuse_anomalies
-from ..errors import InputError
+from ..errors import HubError, InputError
+from ..hub import CommitInfo, hub_errors, push_checkpoint, push_folder
 from ..metrics import image_metrics
 from .phases import PhasedOptimizer, only
 
@@ -26,6 +28,14 @@ logger = logging.getLogger(__name__)
 _AVERAGE_FILE = "ema.safetensors"
 _RUN_FILE = "run.json"
 _STAGING = ".incomplete"
+
+TRAINING_BRANCH = "training"
+_CHECKPOINT_PATHS = {  # hub strategy → the folder on that branch; "end" pushes none
+    HubStrategy.EVERY_SAVE: "",
+    HubStrategy.CHECKPOINT: "last-checkpoint",
+    HubStrategy.ALL_CHECKPOINTS: "{name}",
+}
+_TRAINING_STATE = ["optimizer*", "scheduler*", "rng_state*", "scaler*", "trainer_state.json", "training_args*", _AVERAGE_FILE, _RUN_FILE]
 
 
 @contextmanager
@@ -60,6 +70,23 @@ def check_same_run(theirs: dict | None, ours: dict | None, where: str | os.PathL
                 f"{where} belongs to another run ({name} was {theirs.get(name)!r}, now {ours.get(name)!r}): "
                 "resume with the same arguments, or take another --output_dir"
             )
+
+
+def push_output(args, folder=None, message: str = "End of training", *, token=None, revision=None, private=None) -> CommitInfo:
+    """Pushes `folder`, by default `args.output_dir`, in one commit, to `args.hub_model_id` or a repository named like the run's folder; what is not given
+    is as in `args`.
+
+    Raises:
+        HubError: the Hub refused or cannot be reached; one line, with the remedy.
+    """
+    return push_folder(
+        args.output_dir if folder is None else folder,
+        args.hub_model_id or Path(args.output_dir).absolute().name,
+        private=args.hub_private_repo if private is None else private,
+        token=args.hub_token if token is None else token,
+        message=message,
+        revision=args.hub_revision if revision is None else revision,
+    )
 
 
 class ReproducibleTrainer(Trainer):
@@ -211,6 +238,7 @@ class ReproducibleTrainer(Trainer):
             shutil.rmtree(run_dir / name, ignore_errors=True)
             os.replace(run_dir / _STAGING / name, run_dir / name)
             os.rmdir(run_dir / _STAGING)
+            self._push_checkpoint(run_dir / name)
             rotate_checkpoints(
                 output_dir=str(run_dir),
                 save_total_limit=self.args.save_total_limit,
@@ -229,8 +257,50 @@ class ReproducibleTrainer(Trainer):
             if self.run is not None:
                 (folder / _RUN_FILE).write_text(json.dumps(self.run, indent=2, sort_keys=True))
 
+    # The Hub ------------------------------------------------------------------------------------------------------------------
+
+    def init_hf_repo(self, token=None, private=None):
+        with hub_errors(self.args.hub_model_id or Path(self.args.output_dir).absolute().name):
+            super().init_hf_repo(token, private)
+
+    def push_to_hub(self, commit_message="End of training", blocking=True, token=None, revision=None, private=None) -> CommitInfo | None:
+        """Pushes `args.output_dir`, as it is, in one commit; to `args.hub_model_id` or a repository named like the folder. On the main process.
+
+        Args:
+            blocking: only True is taken.
+
+        Raises:
+            HubError: the Hub refused or cannot be reached; one line, with the remedy.
+        """
+        if not blocking:
+            raise InputError("push_to_hub(blocking=False) is not supported: a push that fails in the background goes unnoticed")
+        if not self.is_world_process_zero():
+            return None
+        self.callback_handler.on_push_begin(self.args, self.state, self.control)
+        return push_output(self.args, message=commit_message, token=token, revision=revision, private=private)
+
     def _push_from_checkpoint(self, checkpoint_folder):
-        """Nothing: an unfinished, unfitted detector is no use to anybody. The finished one is pushed whole at the end of the run."""
+        """Nothing here: the checkpoint is not whole yet. `_push_checkpoint` comes after."""
+
+    def _push_checkpoint(self, checkpoint: Path):
+        """In mid-training, as `args.hub_strategy` says, to a branch of its own: who loads the model never gets an unfinished one."""
+        path_in_repo = _CHECKPOINT_PATHS.get(self.args.hub_strategy)
+        if not self.args.push_to_hub or path_in_repo is None:
+            return
+        ignored = _TRAINING_STATE if not path_in_repo else None
+        try:
+            url = push_checkpoint(
+                checkpoint,
+                self.hub_model_id,
+                branch=TRAINING_BRANCH,
+                path_in_repo=path_in_repo.format(name=checkpoint.name),
+                token=self.args.hub_token,
+                message=f"Training in progress, step {self.state.global_step}",
+                ignore=ignored,
+            )
+            logger.info("Pushed: %s", url)
+        except HubError as error:  # training goes on: the next checkpoint and the end push again
+            logger.warning("The checkpoint of step %d was not pushed: %s", self.state.global_step, error)
 
     def _save_optimizer_and_scheduler(self, output_dir):
         super()._save_optimizer_and_scheduler(output_dir)
@@ -395,6 +465,22 @@ class AnomalyTrainer(ReproducibleTrainer):
         self.log(dict(metrics))
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
+
+    def push_to_hub(self, commit_message="End of training", blocking=True, token=None, revision=None, private=None) -> CommitInfo | None:
+        """Saves the detector with its processor, and a card if there is none, in `args.output_dir`, and pushes that; see `ReproducibleTrainer.push_to_hub`.
+
+        Raises:
+            NotFittedError: before `fit_reference`.
+        """
+        self.model.require_fitted()
+        if self.is_world_process_zero():
+            folder = Path(self.args.output_dir)
+            self.model.save_pretrained(folder)
+            if self.processing_class is not None:
+                self.processing_class.save_pretrained(folder)
+            if not (folder / "README.md").exists():
+                write_card(folder, self.model)
+        return super().push_to_hub(commit_message, blocking, token, revision, private)
 
     def _loader(self, dataset):
         # Not get_test_dataloader: it would drop the last batch as training does.

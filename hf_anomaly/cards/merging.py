@@ -1,0 +1,122 @@
+"""Cards that both a program and a person write: what the program wrote lies between marks, all else is the person's.
+
+    <!-- hf-anomaly: results -->
+    …
+    <!-- /hf-anomaly: results -->
+
+In the YAML the program's are the results of the task `TASK_NAME`, their metrics and the tag of the model type; the rest is the person's.
+"""
+
+import json
+import logging
+import re
+
+import yaml
+from huggingface_hub.utils import yaml_dump
+
+logger = logging.getLogger(__name__)
+
+TASK_NAME = "Image anomaly detection"
+METRICS = {  # key in eval_results.json → metric id and name
+    "auroc": ("roc_auc", "AUROC"),
+    "average_precision": ("average_precision", "Average precision"),
+    "fpr_at_95_tpr": ("fpr_at_95_tpr", "FPR at 95 % TPR"),
+}
+OUTDATED = (
+    "## Results\n\nThe detector was fitted or calibrated again after this card was written: the results no longer hold and were taken out. The images "
+    "named above trained its weights; they need not be those that calibrate it now."
+)
+
+_BLOCK = re.compile(r"^<!-- hf-anomaly: (\w+) -->\n(.*?)^<!-- /hf-anomaly: \1 -->$", re.DOTALL | re.MULTILINE)
+_FRONT_MATTER = re.compile(r"\s*^---[ \t]*\n(.*?)^---[ \t]*$\n?", re.DOTALL | re.MULTILINE)
+_ADDRESS = re.compile(r'(?<=from_pretrained\()"(?:[^"\\\n]|\\.)*"')
+
+
+def split_card(text: str) -> tuple[dict, str]:
+    """The YAML at the head of a card, and the rest. YAML that cannot be read counts as text."""
+    text = text.replace("\r\n", "\n")
+    if match := _FRONT_MATTER.match(text):
+        try:
+            data = yaml.safe_load(match[1]) or {}
+        except yaml.YAMLError:
+            data = None
+        if isinstance(data, dict):
+            return data, text[match.end() :]
+    return {}, text
+
+
+def join_card(data: dict, body: str) -> str:
+    front = f"---\n{yaml_dump(data, sort_keys=False)}---\n\n" if data else ""
+    return front + body.strip() + "\n"
+
+
+def merge_cards(ours: str, theirs: str) -> str:
+    """A new generated card, with all that a person wrote in the card that it replaces.
+
+    A block that the person deleted stays away. Text of a person in `ours` gives way to such text in `theirs`.
+    """
+    (our_data, our_body), (their_data, their_body) = split_card(ours), split_card(theirs)
+    data = _merge_data(our_data, their_data)
+    if not _own_text(their_body):
+        return join_card(data, our_body)
+    if _own_text(our_body) and _own_text(our_body) != _own_text(their_body):
+        logger.warning("The card that is replaced has text of its own, which is kept instead of that in the new card")
+    blocks = {match[1]: match[0] for match in _BLOCK.finditer(our_body)}
+    if _BLOCK.search(their_body):
+        return join_card(data, _BLOCK.sub(lambda match: blocks.get(match[1], ""), their_body))
+    return join_card(data, "\n\n".join([their_body.strip(), *blocks.values()]))
+
+
+def outdate_card(text: str) -> str | None:
+    """The card of a detector that was fitted or calibrated since, without its results; None if nothing tells which words are a program's."""
+    data, body = split_card(text)
+    if not _BLOCK.search(body):
+        return None
+    replacement = f"<!-- hf-anomaly: results -->\n{OUTDATED}\n<!-- /hf-anomaly: results -->"
+    body = _BLOCK.sub(lambda match: replacement if match[1] == "results" else match[0], body)
+    return join_card(_without_results(data), body)
+
+
+def address_card(text: str, repo_id: str) -> str:
+    """The card with `repo_id` in the generated code that loads the detector."""
+    return _BLOCK.sub(lambda match: _ADDRESS.sub(lambda _: json.dumps(repo_id), match[0]) if match[1] == "usage" else match[0], text)
+
+
+def tag_card(text: str, tags: list[str]) -> str:
+    """The card with these tags too."""
+    data, body = split_card(text)
+    return join_card(data | {"tags": list(dict.fromkeys([*_list(data.get("tags")), *tags]))}, body)
+
+
+def _own_text(body: str) -> str:
+    """What a person wrote, beyond the blocks and the title."""
+    return re.sub(r"^# .*\n?", "", _BLOCK.sub("", body).strip(), count=1).strip()
+
+
+def _merge_data(ours: dict, theirs: dict) -> dict:
+    kept = _without_results(theirs)
+    tags = _list(ours.get("tags"))
+    kept["tags"] = [tag for tag in _list(theirs.get("tags")) if tag in tags or not str(tag).endswith("_anomaly")]
+    merged = {**ours, **kept}
+    for name in ("tags", "metrics"):
+        merged[name] = list(dict.fromkeys([*_list(kept.get(name)), *_list(ours.get(name))]))
+    entries = [*_list(kept.get("model-index")), *_list(ours.get("model-index"))]
+    if entries:
+        merged["model-index"] = [{**entries[-1], "results": [result for entry in entries for result in entry["results"]]}]
+    order = dict.fromkeys([*theirs, *merged])  # theirs, so that a card with nothing new stays as it is
+    return {name: merged[name] for name in order if merged.get(name) not in (None, [])}
+
+
+def _without_results(data: dict) -> dict:
+    """The YAML without the program's results and their metrics."""
+    data = dict(data)
+    index = []
+    for entry in _list(data.pop("model-index", None)):
+        results = [r for r in _list(entry.get("results")) if (r.get("task") or {}).get("name") != TASK_NAME]
+        index += [{**entry, "results": results}] if results else []
+    metrics = [metric for metric in _list(data.pop("metrics", None)) if metric not in {id_ for id_, _ in METRICS.values()}]
+    return data | ({"model-index": index} if index else {}) | ({"metrics": metrics} if metrics else {})
+
+
+def _list(value) -> list:
+    return value if isinstance(value, list) else [] if value is None else [value]

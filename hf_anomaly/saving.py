@@ -1,0 +1,145 @@
+"""A detector's folder: written whole or not at all, with what belongs to the detector beside its weights, and loadable without importing this package."""
+
+import logging
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from fnmatch import fnmatch
+from pathlib import Path
+
+from .cards.merging import outdate_card
+from .errors import InputError
+from .untrusted import contained_files
+
+logger = logging.getLogger(__name__)
+
+# Files that belong to a detector beside its weights and config; they follow it from folder to folder.
+COMPANIONS = ("preprocessor_config.json", "README.md", "eval_results.json", "dissolver")
+_COMPANION_FILES = (*COMPANIONS[:-1], "dissolver/*.json", "dissolver/*.safetensors")
+_REPORTS = ("README.md", "eval_results.json")  # companions that a new reference or calibration makes untrue
+
+REMOTE_CODE_FILE = "modeling_hf_anomaly.py"
+REMOTE_CODE = '''\
+"""The code of this detector is the package hf-anomaly (pip install hf-anomaly). Through this file transformers' Auto classes find it there."""
+
+import hf_anomaly
+
+
+def __getattr__(name):
+    return getattr(hf_anomaly, name)
+'''
+
+
+def auto_map(**classes: type) -> dict[str, str] | None:
+    """The entry `auto_map` of a config: Auto class → the package's class, by way of `REMOTE_CODE_FILE`. None for classes from elsewhere."""
+    if not all(class_.__module__.startswith("hf_anomaly.") for class_ in classes.values()):
+        return None
+    return {auto: f"{Path(REMOTE_CODE_FILE).stem}.{class_.__name__}" for auto, class_ in classes.items()}
+
+
+def write_remote_code(folder: str | os.PathLike) -> None:
+    Path(folder, REMOTE_CODE_FILE).write_text(REMOTE_CODE, encoding="utf-8")
+
+
+@contextmanager
+def staged(target: str | os.PathLike) -> Iterator[Path]:
+    """A temporary folder inside `target`, whose entries are renamed into it at the end, config.json last; after an error, none.
+
+    Raises:
+        InputError: `target` is a file.
+    """
+    target = Path(target)
+    if target.is_file():
+        raise InputError(f"cannot save a detector to {target}: it is a file; name a folder")
+    target.mkdir(parents=True, exist_ok=True)
+    staging = Path(tempfile.mkdtemp(prefix=".saving-", dir=target))
+    try:
+        yield staging
+        names = {path.name for path in staging.iterdir()}
+        for name in sorted(names, key=lambda name: name == "config.json"):
+            os.replace(staging / name, target / name)
+        for path in target.glob("model*.safetensors*"):  # an earlier save in other shards, which would be loaded instead
+            if path.name not in names:
+                path.unlink()
+    finally:
+        shutil.rmtree(staging, ignore_errors=True)
+
+
+@dataclass
+class Home:
+    """Where a detector lies, in a folder or on the Hub, and with it its companions.
+
+    Args:
+        name: a folder or the id of a repository.
+        revision: its branch, tag or commit.
+        subfolder: where in it.
+        cache_dir: of the Hub's client.
+        reports_hold: whether card and results still tell of the detector: until it is fitted or calibrated anew.
+    """
+
+    name: str
+    revision: str | None = None
+    subfolder: str = ""
+    cache_dir: str | None = None
+    reports_hold: bool = True
+    _folder: Path | None = None
+
+    def folder(self, token: str | bool | None = None) -> Path | None:
+        """The local folder with the companions, downloaded if need be; None if there is none any more.
+
+        Raises:
+            OSError: the Hub refused or cannot be reached.
+        """
+        if self._folder is None or not self._folder.is_dir():
+            if os.path.isdir(self.name):
+                self._folder = Path(self.name, self.subfolder)
+            elif os.path.isabs(self.name) or self.name.count("/") > 1 or self.name.startswith("."):  # it was a folder
+                return None
+            else:
+                from huggingface_hub import snapshot_download
+
+                prefix = f"{self.subfolder}/" if self.subfolder else ""
+                patterns = [prefix + pattern for pattern in _COMPANION_FILES]
+                snapshot = snapshot_download(
+                    self.name, revision=self.revision, cache_dir=self.cache_dir, token=token, allow_patterns=patterns
+                )
+                self._folder = Path(snapshot, self.subfolder)
+        return self._folder
+
+
+def bring_companions(homes: list[Home], target: Path, staging: Path, token: str | bool | None = None) -> None:
+    """Copies to `staging` the companions that are not in `target` yet, each from the first home that has it.
+
+    Results of a detector that was fitted or calibrated anew do not come, and its card only without them; if `target` is such a home, its card is
+    replaced by one without them.
+
+    Raises:
+        InputError: a companion is a link that leads out of its folder.
+        OSError: a home on the Hub cannot be reached.
+    """
+    for home in homes:
+        folder = home.folder(token)
+        if folder is None or not folder.is_dir():
+            continue
+        in_place = folder.resolve() == target.resolve()
+        wanted = {name for name in COMPANIONS if in_place or not ((target / name).exists() or (staging / name).exists())}
+        for path in contained_files(folder, lambda path, wanted=wanted: path.parts[0] in wanted):
+            if path.name == "README.md" and not home.reports_hold:
+                if card := outdate_card((folder / path).read_text(encoding="utf-8")):
+                    (staging / path).write_text(card, encoding="utf-8")
+            elif not in_place and (home.reports_hold or path.name not in _REPORTS) and _is_companion(path):
+                (staging / path).parent.mkdir(parents=True, exist_ok=True)
+                shutil.copyfile(folder / path, staging / path)
+
+
+def drop_outdated_results(homes: list[Home], target: Path) -> None:
+    """Deletes the results that lie in `target`, if it is a home of a detector that was fitted or calibrated anew."""
+    if any(not home.reports_hold and Path(home.name).is_dir() and Path(home.name).resolve() == target.resolve() for home in homes):
+        (target / "eval_results.json").unlink(missing_ok=True)
+
+
+def _is_companion(path: Path) -> bool:
+    return any(fnmatch(path.as_posix(), pattern) for pattern in _COMPANION_FILES)

@@ -1,0 +1,118 @@
+"""Files from elsewhere: what they may ask of the loader. A repository's config must not read or write outside its folder, exhaust the memory, or name code."""
+
+import json
+import os
+from collections.abc import Callable, Iterator
+from pathlib import Path, PurePosixPath
+
+import torch
+from safetensors import safe_open
+from transformers import AutoBackbone
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+from .errors import InputError
+
+LARGEST_NUMBER = 2**20  # no width, image or kernel size comes near it
+LARGEST_DEPTH = 1000  # layers; each costs time even where its weights cost nothing
+LARGEST_LIST = 10_000
+_FREE_BYTES = 64 * 2**20  # so much more than its file a model may always take
+
+
+def check_plausible(config: dict, where: str) -> None:
+    """Refuses numbers and lists in a network's config, at any depth, that would exhaust memory or time before the weights are looked at.
+
+    Raises:
+        InputError: names the entry.
+    """
+    for name, value in config.items():
+        if isinstance(value, dict):
+            check_plausible(value, f"{where}.{name}")
+            continue
+        values = list(value) if isinstance(value, list | tuple) else [value]
+        numbers = [abs(number) for number in values if isinstance(number, int)]
+        if len(values) > LARGEST_LIST:
+            raise InputError(f"{where}.{name} is a list of {len(values)}: more than {LARGEST_LIST} is no network's; correct the config")
+        if any(number > LARGEST_NUMBER for number in numbers):
+            raise InputError(f"{where}.{name} is {value}: more than {LARGEST_NUMBER} is no network's; correct the config")
+        if any(word in str(name) for word in ("depth", "layers")) and sum(numbers) > LARGEST_DEPTH:
+            raise InputError(f"{where}.{name} is {value}: more than {LARGEST_DEPTH} layers are no network's; correct the config")
+
+
+def check_backbone_config(backbone_config: dict) -> None:
+    """Refuses a nested config whose architecture transformers does not have as a backbone, or that names code.
+
+    Raises:
+        InputError: also for implausible numbers, see `check_plausible`.
+    """
+    model_type = backbone_config.get("model_type")
+    if not isinstance(model_type, str):
+        raise InputError("backbone_config has no 'model_type': name the backbone's architecture, for instance 'small_resnet' or 'resnet'")
+    if backbone_config.get("auto_map") is not None:
+        raise InputError("backbone_config has an auto_map: code from a repository is never run for a backbone; take the entry out")
+    if model_type not in CONFIG_MAPPING or CONFIG_MAPPING[model_type] not in AutoBackbone._model_mapping:
+        raise InputError(f"backbone_config.model_type {model_type!r} is no backbone: transformers' AutoBackbone does not know it")
+    check_plausible(backbone_config, "backbone_config")
+
+
+def check_shard_names(index: str | os.PathLike) -> None:
+    """Refuses the index of a sharded checkpoint (`*.safetensors.index.json`) that names files outside its folder, or pickles.
+
+    Raises:
+        InputError: also if it is damaged.
+    """
+    try:
+        names = set(json.loads(Path(index).read_text(encoding="utf-8"))["weight_map"].values())
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise InputError(f"{index} is no index of a sharded checkpoint ({error!r}): save or download the weights again") from error
+    for name in names:
+        if not isinstance(name, str) or PurePosixPath(name).name != name or "\\" in name or not name.endswith(".safetensors"):
+            raise InputError(f"{index} names {name!r}: only .safetensors files beside it are read; save or download the weights again")
+
+
+def check_memory(model: torch.nn.Module, checkpoint_files: list[str], where: str) -> None:
+    """Refuses a config that promises tensors far larger than the files: loading would allocate them, only to find that they are not there.
+
+    Args:
+        model: built from the config, on the meta device.
+
+    Raises:
+        InputError: names the largest of them.
+    """
+    stored, size = {}, 0
+    for file in checkpoint_files:
+        size += os.path.getsize(file)
+        with safe_open(file, framework="pt") as tensors:
+            stored |= {name: tuple(tensors.get_slice(name).get_shape()) for name in tensors.keys()}  # noqa: SIM118
+    absent = {
+        name: tensor.numel() * tensor.element_size()
+        for name, tensor in model.state_dict().items()
+        if stored.get(name) != tuple(tensor.shape)
+    }
+    if sum(absent.values()) > _FREE_BYTES + 4 * size:
+        name = max(absent, key=absent.get)
+        raise InputError(
+            f"{where}: config.json promises {absent[name] / 2**30:.1f} GiB of {name}, which the weights of {size / 2**30:.3f} GiB do not hold; "
+            "save or download the detector again"
+        )
+
+
+def contained_files(folder: str | os.PathLike, wanted: Callable[[Path], bool]) -> Iterator[Path]:
+    """The wanted files of a folder, at any depth, as paths relative to it.
+
+    Symbolic links may lead within the folder or, in a snapshot of the Hub's cache, to the cache's own blobs.
+
+    Raises:
+        InputError: a link leads elsewhere: what lies there is nobody's to copy or to publish.
+    """
+    root = Path(folder).resolve()
+    allowed = [root]
+    for parent in (root, *root.parents):
+        if parent.parent.name == "snapshots":
+            allowed += [parent, parent.parent.parent / "blobs"]
+    for path in sorted(root.rglob("*")):
+        if wanted(path.relative_to(root)) and (path.is_symlink() or path.is_file()):
+            target = path.resolve()
+            if not any(target.is_relative_to(place) for place in allowed):
+                raise InputError(f"{path} is a link to {target}, outside of its folder: replace it by the file itself, or delete it")
+            if target.is_file():
+                yield path.relative_to(root)

@@ -1,0 +1,89 @@
+"""A Hub for the session, and processes that use it through the real client."""
+
+import json
+import os
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+
+import pytest
+
+from .emulator import Hub, serve
+
+HERE = Path(__file__).parent
+
+# What every script may use.
+PRELUDE = (HERE / "prelude.py").read_text()
+
+
+class HubSession:
+    """`hub.run(code)`: in a process that has imported hf_anomaly. `hub.run_fresh(code)`: in a new interpreter.
+
+    `hub.state` is the Hub itself.
+    """
+
+    def __init__(self, url: str, state: Hub, home: Path):
+        self.url, self.state, self.home = url, state, home
+        self._runner = None
+
+    def environment(self, **changes: str | None) -> dict[str, str]:
+        """Variables under which the client talks to this Hub alone; None takes one away."""
+        variables = {name: value for name, value in os.environ.items() if not name.endswith("_OFFLINE") and name != "HF_TOKEN"}
+        variables |= {
+            "HF_ENDPOINT": self.url,
+            "HF_TOKEN": "hf_test",
+            "HF_HOME": str(self.home),
+            "HF_DATASETS_CACHE": str(self.home / "datasets"),
+            "HF_HUB_DISABLE_XET": "1",
+            "HF_HUB_DISABLE_TELEMETRY": "1",
+            "HF_HUB_DISABLE_PROGRESS_BARS": "1",
+            "HF_HUB_DOWNLOAD_TIMEOUT": "20",
+            "DISABLE_SAFETENSORS_CONVERSION": "1",
+            "NO_PROXY": "127.0.0.1,localhost",
+            "PYTHONPATH": os.pathsep.join([str(HERE.parents[1]), os.environ.get("PYTHONPATH", "")]),
+            "OMP_NUM_THREADS": "1",
+        }
+        variables.update(changes)
+        return {name: value for name, value in variables.items() if value is not None}
+
+    def run(self, code: str) -> str:
+        """Runs the prelude and a script; the script fails the test by an exception. Returns what it printed."""
+        if self._runner is None:
+            command = [sys.executable, str(HERE / "runner.py")]
+            self._runner = subprocess.Popen(
+                command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=self.environment(), text=True, cwd=self.home
+            )
+        self._runner.stdin.write(json.dumps({"code": PRELUDE + textwrap.dedent(code)}) + "\n")
+        self._runner.stdin.flush()
+        result = json.loads(self._runner.stdout.readline())
+        assert result["status"] == 0, result["output"]
+        return result["output"]
+
+    def run_fresh(self, code: str, prelude: bool = False, **environment: str | None) -> str:
+        script = (PRELUDE if prelude else "") + textwrap.dedent(code)
+        result = subprocess.run(
+            [sys.executable, "-c", script], env=self.environment(**environment), capture_output=True, text=True, cwd=self.home
+        )
+        assert result.returncode == 0, result.stderr
+        return result.stdout
+
+    def close(self):
+        if self._runner is not None:
+            self._runner.stdin.close()
+            self._runner.wait()
+
+
+@pytest.fixture(scope="session")
+def hub_session(tmp_path_factory):
+    server, state = serve()
+    session = HubSession(f"http://127.0.0.1:{server.server_address[1]}", state, tmp_path_factory.mktemp("hub-home"))
+    yield session
+    session.close()
+    server.shutdown()
+
+
+@pytest.fixture
+def hub(hub_session):
+    yield hub_session
+    hub_session.state.faults.clear()

@@ -1,0 +1,207 @@
+"""Pushing, through the real client: one commit, whole, over whatever goes wrong; and a person's words stay."""
+
+WHOLE = {
+    "README.md",
+    "config.json",
+    "dissolver/dissolver_config.json",
+    "eval_results.json",
+    "model.safetensors",
+    "modeling_hf_anomaly.py",
+    "preprocessor_config.json",
+}
+
+
+def test_one_commit_holds_all(hub):
+    hub.run(f"""
+        WHOLE = {WHOLE}
+        model = AutoModel.from_pretrained(finished())
+        url = model.push_to_hub("org/whole", commit_message="First", tags=["mine"], git_tag="v1")
+        assert "org/whole/commit/" in url, url
+        assert files("org/whole") - {{".gitattributes"}} == WHOLE, files("org/whole")
+        assert titles("org/whole") == ["First", "initial commit"]
+        card = text("org/whole")
+        assert 'AutoModel.from_pretrained("org/whole")' in card and "0.8765" in card and "- mine" in card, card
+        assert not api.model_info("org/whole").private
+        # Nothing new: no commit. Another detector on a branch, which is made; main stays; the tag stays.
+        model.push_to_hub("org/whole", tags=["mine"])
+        assert len(titles("org/whole")) == 2, changed("org/whole")
+        detector(1).push_to_hub("org/whole", revision="next", commit_message="Second")
+        assert titles("org/whole", "next")[0] == "Second" and len(titles("org/whole")) == 2
+        # What belongs to the old detector does not stay with the new one.
+        assert files("org/whole", "next") >= {{"model.safetensors", "README.md"}}
+        assert files("org/whole", "next").isdisjoint({{"dissolver/dissolver_config.json", "eval_results.json"}})
+        assert "0.8765" not in text("org/whole", revision="next")
+        first, second, tagged = (scores(AutoModel.from_pretrained("org/whole", revision=r)) for r in ("main", "next", "v1"))
+        assert torch.equal(first, scores(detector())) and torch.equal(second, scores(detector(1))) and torch.equal(tagged, first)
+    """)
+
+
+def test_private_pull_request_shards_and_save_pretrained(hub):
+    hub.run(f"""
+        WHOLE = {WHOLE}
+        model = AutoModel.from_pretrained(finished())
+        model.save_pretrained("elsewhere", push_to_hub=True, repo_id="org/secret", private=True, commit_message="Saved")
+        assert titles("org/secret") == ["Saved", "initial commit"] and files("org/secret") == WHOLE == {{
+            path.relative_to("elsewhere").as_posix() for path in Path("elsewhere").rglob("*") if path.is_file()
+        }}
+        assert api.model_info("org/secret").private
+        assert not HfApi(token=False).repo_exists("org/secret")
+        # A pull request, from somebody who may not write.
+        model.push_to_hub("org/open")
+        detector(1).push_to_hub("org/open", token="hf_guest", create_pr=True, commit_message="Proposal")
+        assert len(titles("org/open")) == 2
+        assert titles("org/open", "refs/pr/1")[0] == "Proposal"
+        assert torch.equal(scores(AutoModel.from_pretrained("org/open", revision="refs/pr/1")), scores(detector(1)))
+        # Shards, and back to one file: nothing of the earlier save stays to be loaded.
+        for settings, count in (({{"max_shard_size": "2KB"}}, 3), ({{}}, 1)):
+            model = detector(count)
+            model.push_to_hub("org/open", **settings)
+            weights = [name for name in files("org/open") if name.endswith(".safetensors")]
+            assert (len(weights) == 1) == (count == 1), weights
+            assert torch.equal(scores(AutoModel.from_pretrained("org/open")), scores(model))
+        # Saved in a folder named like the repository, in one's own namespace.
+        detector().save_pretrained("folder", push_to_hub=True)
+        assert "config.json" in files("tester/folder")
+    """)
+
+
+def test_a_detector_from_anywhere_is_pushed_whole(hub):
+    hub.run(f"""
+        WHOLE = {WHOLE}
+        AutoModel.from_pretrained(finished()).push_to_hub("org/source")
+        before = scores(AutoModel.from_pretrained("org/source"))
+        AutoModel.from_pretrained("org/source").push_to_hub("org/from-hub")
+        snapshot = api.snapshot_download("org/source")
+        AutoModel.from_pretrained(snapshot).push_to_hub("org/from-cache")
+        for path in (tmp / "detector").rglob("*"):
+            if path.is_file() and "checkpoint" not in str(path):
+                edit("org/nested", {{f"inner/{{path.relative_to(tmp / 'detector')}}": path.read_bytes()}})
+        CSIModel.from_pretrained("org/nested", subfolder="inner").push_to_hub("org/from-subfolder")
+        for name in ("hub", "cache", "subfolder"):
+            repo_id = f"org/from-{{name}}"
+            assert files(repo_id) == WHOLE, (name, files(repo_id))
+            assert len(titles(repo_id)) == 2
+            assert torch.equal(scores(AutoModel.from_pretrained(repo_id)), before)
+            assert f'AutoModel.from_pretrained("{{repo_id}}")' in text(repo_id)
+        AutoModel.from_pretrained("org/source").save_pretrained("copy")
+        assert {{path.name for path in Path("copy").iterdir()}} == {{name.split("/")[0] for name in WHOLE}}
+        # The state that was loaded counts, not what came after it.
+        model = AutoModel.from_pretrained("org/source")
+        edit("org/source", {{"README.md": b"# another"}})
+        model.push_to_hub("org/pinned")
+        assert "another" not in text("org/pinned")
+        # A home that is gone: an error in a push, a warning when saving.
+        model = AutoModel.from_pretrained("org/source", revision="main")
+        fault("GET", "org/source", status=404, times=99)
+        refused(HubError, lambda: model.push_to_hub("org/source-gone"), "org/source-gone")
+        model.save_pretrained("alone")
+        assert Path("alone/model.safetensors").exists()
+    """)
+
+
+def test_a_persons_words_stay(hub):
+    hub.run("""
+        model = AutoModel.from_pretrained(finished())
+        model.push_to_hub("org/words")
+        card = text("org/words").replace("# detector", "# Our detector\\n\\nAn introduction.").replace("library_name:", "license: mit\\nlibrary_name:")
+        card = card.replace("tags:", "tags:\\n- ours").replace("<!-- hf-anomaly: limits -->", "## Ethics\\n\\nThink.\\n\\n<!-- hf-anomaly: limits -->")
+        start, end = card.index("<!-- hf-anomaly: settings -->"), card.index("<!-- /hf-anomaly: settings -->")
+        card = card[:start] + card[end + len("<!-- /hf-anomaly: settings -->"):]
+        edit("org/words", {"README.md": card.encode()})
+
+        def check(card):
+            for word in ("# Our detector", "An introduction.", "license: mit", "- ours", "## Ethics", "Think.", "anomaly-detection"):
+                assert card.count(word) == 1, (word, card)
+            assert "Settings that differ" not in card
+
+        # Pushed again from the folder, with new results.
+        write_card(tmp / "detector", model, MEASURED | {"auroc": 0.4321})
+        AutoModel.from_pretrained(tmp / "detector").push_to_hub("org/words")
+        card = text("org/words")
+        check(card)
+        assert "0.4321" in card and "0.8765" not in card and card.count("value: 0.4321") == 1
+        # Loaded, calibrated again and pushed: results go.
+        model = AutoModel.from_pretrained("org/words")
+        model.calibrate([images(39, 5)], progress=False)
+        model.push_to_hub("org/words")
+        card = text("org/words")
+        check(card)
+        assert "0.4321" not in card and "model-index" not in card and "calibrated again" in card
+        assert "eval_results.json" not in files("org/words")
+        # A card that is wholly a person's, with results of another task.
+        own = "---\\nlicense: mit\\nmodel-index:\\n- name: x\\n  results:\\n  - task:\\n      type: other\\n    dataset:\\n      name: d\\n      type: d\\n"
+        own += "    metrics:\\n    - type: acc\\n      value: 0.125\\n---\\n\\n# Mine\\n\\nAll of it.\\n"
+        edit("org/own", {"README.md": own.encode()})
+        for _ in range(2):
+            AutoModel.from_pretrained(tmp / "detector").push_to_hub("org/own")
+            card = text("org/own")
+            for word in ("license: mit", "0.125", "value: 0.4321", "All of it.", "## How to use it", "# Mine"):
+                assert card.count(word) == 1, (word, card)
+        # What the website makes when one picks a license.
+        edit("org/license", {"README.md": b"---\\nlicense: apache-2.0\\n---\\n"})
+        AutoModel.from_pretrained(tmp / "detector").push_to_hub("org/license")
+        assert "license: apache-2.0" in text("org/license") and "# detector" in text("org/license")
+    """)
+
+
+def test_refusals_are_one_line_with_the_remedy(hub):
+    hub.run("""
+        model = AutoModel.from_pretrained(finished())
+        model.push_to_hub("org/mine")
+        push = lambda *args, **settings: lambda: model.push_to_hub(*args, **settings)
+        refused(HubError, push("org/mine", token="hf_wrong"), "org/mine", "hf auth login")
+        refused(HubError, push("org/mine", token=False), "hf auth login")
+        refused(HubError, push("other/mine"), "other/mine", "write permission")
+        refused(HubError, push("org/mine", token="hf_guest"), "write permission")
+        refused(HubError, push("org/mine", create_pr=True, revision="nowhere"), "check the name")
+        refused(InputError, push("a/b/c"), "a/b/c", "organisation/name")
+        model.push_to_hub("org/mine", git_tag="v1")
+        refused(HubError, push("org/mine", git_tag="v1"), "another name")
+        fault("POST", "/commit/", status=412)
+        refused(HubError, push("org/mine", tags=["x"]), "push again")
+        fault("POST", "/commit/", status=429)
+        refused(HubError, push("org/mine", tags=["x"]), "wait")
+        assert len(titles("org/mine")) == 2
+        refused(RuntimeError, lambda: CSIModel(model.config.__class__(image_size=8)).push_to_hub("org/unfitted"), "fit_reference")
+        assert not api.repo_exists("org/unfitted")
+    """)
+
+
+def test_trouble_on_the_way_leaves_the_old_state_or_the_new(hub):
+    hub.run("""
+        import hf_anomaly.hub
+
+        hf_anomaly.hub._PAUSES = (0.1, 0.1)
+        old, new = detector(), detector(1)
+        old.push_to_hub("org/trouble")
+        reader = lambda: scores(AutoModel.from_pretrained("org/trouble"))
+        # Bursts of errors and dropped connections are met with another attempt.
+        fault("POST", "/commit/", status=503)
+        fault("POST", "lfs/objects/batch", status=500)
+        fault("PUT", "/lfs/", drop_after=100)
+        new.push_to_hub("org/trouble")
+        assert len(titles("org/trouble")) == 3
+        assert torch.equal(reader(), scores(new))
+        # A commit whose answer is lost was made; the next attempt sees it and makes no second one.
+        fault("POST", "/commit/", drop_after=20)
+        fault("GET", "/resolve/", delay=1.0)
+        old.push_to_hub("org/trouble")
+        assert len(titles("org/trouble")) == 4
+        # Trouble without end: one line, and readers have what was there.
+        fault("POST", "/commit/", status=503, times=9)
+        refused(HubError, lambda: new.push_to_hub("org/trouble"), "out of order (503)")
+        assert torch.equal(reader(), scores(old))
+    """)
+
+
+def test_the_network_is_down(hub):
+    hub.run("""
+        from huggingface_hub import constants
+
+        model = detector()
+        constants.HF_HUB_OFFLINE = True
+        refused(HubError, lambda: model.push_to_hub("org/x"), "org/x", "cannot be reached", "OFFLINE")
+        constants.HF_HUB_OFFLINE, constants.ENDPOINT = False, "http://127.0.0.1:9"
+        for settings in ({}, {"create_pr": True}, {"revision": "next"}):
+            refused(HubError, lambda: model.push_to_hub("org/x", **settings), "org/x", "cannot be reached", "check the network")
+    """)
