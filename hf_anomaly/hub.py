@@ -53,6 +53,16 @@ def hub_errors(repo_id: str) -> Iterator[None]:
         raise HubError(f"{repo_id}: {remedy}") from error
 
 
+def create_repository(repo_id: str, *, private: bool | None = None, token: str | bool | None = None) -> str:
+    """Makes a repository if it is not there yet; its full id.
+
+    Raises:
+        HubError: the Hub refused or cannot be reached.
+    """
+    with hub_errors(repo_id):
+        return HfApi(token=token).create_repo(repo_id, private=private, exist_ok=True).repo_id
+
+
 def push_folder(
     folder: str | os.PathLike,
     repo_id: str,
@@ -85,9 +95,8 @@ def push_folder(
     """
     folder = Path(folder)
     files = list(contained_files(folder, _is_shared))
-    api = HfApi(token=token)
+    api, repo_id = HfApi(token=token), create_repository(repo_id, private=private, token=token)
     with hub_errors(repo_id):
-        repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
         if revision is not None and not create_pr and not revision.startswith("refs/"):
             api.create_branch(repo_id, branch=revision, exist_ok=True)
         for pause in (*_PAUSES, None):

@@ -18,6 +18,7 @@ from hf_anomaly.backbones.pretrained import load_backbone_config
 from hf_anomaly.dissolving import DISSOLVERS, DiffusionDissolver, Dissolver, dissolve_dataset
 from hf_anomaly.training import AnomalyTrainingArguments, DataArguments, check_checkpoint, check_same_run, parse_arguments
 from hf_anomaly.training.runs import (
+    check_push,
     default_output_dir,
     denoising_arguments,
     describe_run,
@@ -131,6 +132,7 @@ def main() -> None:
     check_checkpoint(training_args.resume_from_checkpoint)
     method = "csi" if dissolver_args.dissolver == "none" else "dia"
     default_output_dir(training_args, f"{method}-{Path(data_args.dataset_name).stem}")
+    check_push(training_args)
     splits = load_splits(data_args, training_args.seed)
     image_size = image_size_of(splits, data_args.image_size)
     num_channels = data_args.num_channels or splits.num_channels

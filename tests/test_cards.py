@@ -13,6 +13,7 @@ from hf_anomaly import (
     DETECTORS,
     AnomalyImageProcessor,
     CSIConfig,
+    CSIModel,
     DIAConfig,
     DIAModel,
     DiffusionDissolver,
@@ -263,3 +264,11 @@ def test_a_method_without_a_citation(folder, monkeypatch):
 def test_a_pushed_card_loads_from_its_repository(folder):
     body, _ = card(folder, repo_id="org/lungs")
     assert 'AutoModel.from_pretrained("org/lungs")' in body
+
+
+def test_the_card_cites_its_method(folder):
+    assert "shi2024dissolving" in card(folder)[0]
+    csi = CSIModel(CSIConfig(image_size=8, backbone_config=SmallResNetConfig(hidden_sizes=[8], depths=[1])))
+    write_card(folder, csi, RESULTS)
+    assert "tack2020csi" in (folder / "README.md").read_text()
+    assert "shi2024dissolving" not in (folder / "README.md").read_text()

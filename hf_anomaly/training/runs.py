@@ -21,10 +21,11 @@ from ..detectors.addp.configuration_addp import ADDPConfig
 from ..detectors.addp.modeling_addp import ADDPForPreTraining, ADDPModel
 from ..dissolving import DenoisingModel, DiffusionDissolver, build_scheduler, build_unet, network_resolution
 from ..errors import HubError, InputError, NotFittedError
+from ..hub import create_repository
 from ..image_processing import AnomalyImageProcessor
 from ..metrics import image_metrics
 from .arguments import AnomalyTrainingArguments, DataArguments, DenoisingTrainingArguments
-from .trainers import AnomalyTrainer, DenoisingTrainer, push_output
+from .trainers import AnomalyTrainer, DenoisingTrainer, hub_name, push_output
 
 logger = logging.getLogger(__name__)
 
@@ -107,6 +108,12 @@ def write_json(path: Path, content: dict) -> None:
     temporary = path.with_name(f".{path.name}.tmp")
     temporary.write_text(json.dumps(content, indent=2, sort_keys=True, allow_nan=False) + "\n")
     os.replace(temporary, path)
+
+
+def check_push(args) -> None:
+    """Makes the repository that `--push_to_hub` asks for: where that is not allowed, better now than after the training."""
+    if args.push_to_hub and args.process_index == 0:
+        create_repository(hub_name(args), private=args.hub_private_repo, token=args.hub_token)
 
 
 def push_result(args, folder: str | os.PathLike | None = None) -> None:

@@ -72,16 +72,20 @@ def check_same_run(theirs: dict | None, ours: dict | None, where: str | os.PathL
             )
 
 
+def hub_name(args) -> str:
+    """`args.hub_model_id`, or the name of the output folder."""
+    return args.hub_model_id or Path(args.output_dir).absolute().name
+
+
 def push_output(args, folder=None, message: str = "End of training", *, token=None, revision=None, private=None) -> CommitInfo:
-    """Pushes `folder`, by default `args.output_dir`, in one commit, to `args.hub_model_id` or a repository named like the run's folder; what is not given
-    is as in `args`.
+    """Pushes `folder`, by default `args.output_dir`, in one commit, to the repository `hub_name`; what is not given is as in `args`.
 
     Raises:
         HubError: the Hub refused or cannot be reached; one line, with the remedy.
     """
     return push_folder(
         args.output_dir if folder is None else folder,
-        args.hub_model_id or Path(args.output_dir).absolute().name,
+        hub_name(args),
         private=args.hub_private_repo if private is None else private,
         token=args.hub_token if token is None else token,
         message=message,
@@ -260,7 +264,7 @@ class ReproducibleTrainer(Trainer):
     # The Hub ------------------------------------------------------------------------------------------------------------------
 
     def init_hf_repo(self, token=None, private=None):
-        with hub_errors(self.args.hub_model_id or Path(self.args.output_dir).absolute().name):
+        with hub_errors(hub_name(self.args)):
             super().init_hf_repo(token, private)
 
     def push_to_hub(self, commit_message="End of training", blocking=True, token=None, revision=None, private=None) -> CommitInfo | None:
