@@ -372,7 +372,8 @@ class AnomalyDetector(PreTrainedModel):
         def find(file):
             return None if name is None else cached_file(name, file, _raise_exceptions_for_connection_errors=False, **where)
 
-        if (index := find("model.safetensors.index.json")) is not None:
+        variant = f".{kwargs['variant']}" if kwargs.get("variant") else ""
+        if (index := find(f"model.safetensors.index{variant}.json")) is not None:
             check_shard_names(index)
         kwargs["use_safetensors"] = True
         try:
@@ -410,7 +411,8 @@ class AnomalyDetector(PreTrainedModel):
                 tensor.data = tensor.data.clone()
         if name is not None:
             commit = getattr(place["revision"], "resolved", place["revision"])
-            model._homes = [Home(os.fspath(name), commit, where["subfolder"], place["cache_dir"])]
+            home = os.path.abspath(name) if os.path.isdir(name) else os.fspath(name)
+            model._homes = [Home(home, commit, where["subfolder"], place["cache_dir"])]
         return (model, info) if output_loading_info else model
 
     @staticmethod

@@ -73,7 +73,7 @@ class Home:
     """Where a detector lies, in a folder or on the Hub, and with it its companions.
 
     Args:
-        name: a folder or the id of a repository.
+        name: the absolute path of a folder, or the id of a repository.
         revision: its branch, tag or commit.
         subfolder: where in it.
         cache_dir: of the Hub's client.
@@ -96,7 +96,7 @@ class Home:
         if self._folder is None or not self._folder.is_dir():
             if os.path.isdir(self.name):
                 self._folder = Path(self.name, self.subfolder)
-            elif os.path.isabs(self.name) or self.name.count("/") > 1 or self.name.startswith("."):  # it was a folder
+            elif os.path.isabs(self.name):  # it was a folder
                 return None
             else:
                 from huggingface_hub import snapshot_download

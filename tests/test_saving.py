@@ -144,6 +144,15 @@ def test_what_is_written_after_saving_holds(folder, tmp_path):
     assert (tmp_path / "copy" / "eval_results.json").exists()
 
 
+def test_a_folder_that_is_gone_is_not_sought_on_the_hub(folder, tmp_path, monkeypatch):
+    monkeypatch.chdir(folder.parent.parent)
+    model = AutoModel.from_pretrained(f"{folder.parent.name}/{folder.name}")
+    shutil.rmtree(folder)
+    model.save_pretrained(tmp_path / "copy")
+    assert (tmp_path / "copy" / "model.safetensors").is_file()
+    assert model._homes[-1].folder() is None
+
+
 def test_companions_come_after_a_save_to_a_place_that_is_gone(folder, tmp_path):
     model = AutoModel.from_pretrained(folder)
     model.save_pretrained(tmp_path / "checkpoint")

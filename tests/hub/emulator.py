@@ -130,7 +130,6 @@ class Hub:
         self.repositories: dict[str, Repository] = {}
         self.uploads: dict[str, bytes] = {}  # large files by SHA-256
         self.faults: list[Fault] = []
-        self.requests: list[tuple[str, str, int]] = []
         self.users = {"hf_test": ("tester", ["org"]), "hf_guest": ("guest", [])}  # token → name, organisations
         self.lock = threading.RLock()
 
@@ -197,7 +196,7 @@ class Handler(BaseHTTPRequestHandler):
 
     def handle_request(self):
         url = urlsplit(self.path)
-        self.query, self.status = parse_qs(url.query), 0
+        self.query = parse_qs(url.query)
         fault = None if url.path.startswith("/_") else self.hub.fault_for(self.command, url.path)
         self.write_limit = None
         try:
@@ -224,8 +223,6 @@ class Handler(BaseHTTPRequestHandler):
         except Exception as error:
             traceback.print_exc()
             self.answer({"error": repr(error)}, 400)
-        finally:
-            self.hub.requests.append((self.command, url.path, self.status))
 
     do_GET = do_HEAD = do_POST = do_PUT = do_DELETE = handle_request
 
@@ -242,7 +239,6 @@ class Handler(BaseHTTPRequestHandler):
     def answer(self, content: dict | list | bytes | None = None, status: int = 200, headers: dict | None = None):
         data = content if isinstance(content, bytes) else b"" if content is None else json.dumps(content).encode()
         kind = "application/octet-stream" if isinstance(content, bytes) else "application/json; charset=utf-8"
-        self.status = status
         self.send_response(status)
         for name, value in {"Content-Type": kind, "Content-Length": str(len(data)), **(headers or {})}.items():
             self.send_header(name, value)

@@ -1,5 +1,8 @@
 """Loading from the Hub in every way, each in a process that has done nothing else: the same scores, bit for bit."""
 
+import re
+from pathlib import Path
+
 import pytest
 
 PUSH = """
@@ -120,6 +123,13 @@ def test_a_slow_and_broken_download_ends_whole(hub, stored):
     same(AutoModel.from_pretrained("org/large", cache_dir="cache"))
     """
     )
+
+
+def test_the_readmes_code_runs(hub, stored):
+    (code,) = re.findall(r"```py\n(.*?)```", (Path(__file__).parents[2] / "README.md").read_text(), re.DOTALL)
+    before = 'AutoModel.from_pretrained("org/load").save_pretrained("runs/mine")\n'
+    after = 'assert api.model_info("org/name").private and torch.equal(scores(model), scores(detector()))\n'
+    hub.run(before + code + after)
 
 
 # Without importing hf_anomaly first, and offline: in new interpreters -----------------------------------------------------------
