@@ -108,7 +108,7 @@ def digits(tmp_path_factory, train):
 def test_digits_gives_all_that_is_promised(digits):
     folder, out = digits
     assert {path.name for path in folder.iterdir() if not path.name.startswith("checkpoint-")} == {
-        "config.json", "model.safetensors", "preprocessor_config.json", "README.md", "eval_results.json", "dissolver",
+        "config.json", "model.safetensors", "modeling_hf_anomaly.py", "preprocessor_config.json", "README.md", "eval_results.json", "dissolver",
     }  # fmt: skip
     assert {"model_index.json", "unet", "scheduler"} <= {path.name for path in (folder / "dissolver").iterdir()}
     results = results_of(folder)
@@ -235,7 +235,7 @@ def test_train_shared_ae(train, tmp_path):
     argv += ["--omega1", 0.25]
     folder, out = train(tmp_path / "shared-ae", *argv, script="train_shared_ae.py")
     assert {path.name for path in folder.iterdir() if not path.name.startswith("checkpoint-")} == {
-        "config.json", "model.safetensors", "preprocessor_config.json", "README.md", "eval_results.json",
+        "config.json", "model.safetensors", "modeling_hf_anomaly.py", "preprocessor_config.json", "README.md", "eval_results.json",
     }  # fmt: skip
     assert f"auroc: {results_of(folder)['auroc']}\n" in out
     model = AutoModel.from_pretrained(folder)
