@@ -20,6 +20,7 @@ from hf_anomaly.data import load_unlabelled
 from hf_anomaly.training import AnomalyTrainingArguments, DataArguments, check_checkpoint, check_same_run, parse_arguments
 from hf_anomaly.training.runs import (
     PRETRAINING_NOTES,
+    check_push,
     dataset_label,
     default_output_dir,
     denoising_arguments,
@@ -34,6 +35,7 @@ from hf_anomaly.training.runs import (
     settings_of,
     train_detector,
 )
+from hf_anomaly.training.trainers import hub_name
 
 logger = logging.getLogger("hf_anomaly.train_addp")
 
@@ -163,6 +165,8 @@ def first_stage(model: ADDPForPreTraining, args: PretrainingArguments, data_args
         resume_from_checkpoint=bool(training_args.resume_from_checkpoint),
         target=folder,
         run=run,
+        dataset=dataset_label(args.pretrain_dataset_name or data_args.dataset_name),
+        repo_id=hub_name(training_args) if args.pretrain_only and training_args.push_to_hub else None,
     )
     shutil.rmtree(arguments.output_dir, ignore_errors=True)
     return detector
@@ -175,6 +179,7 @@ def main() -> None:
     )
     check_checkpoint(training_args.resume_from_checkpoint)
     default_output_dir(training_args, f"addp-{Path(data_args.dataset_name).stem}")
+    check_push(training_args)
     splits = load_splits(data_args, training_args.seed)
     image_size = image_size_of(splits, data_args.image_size)
     num_channels = data_args.num_channels or splits.num_channels

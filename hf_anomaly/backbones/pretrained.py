@@ -1,9 +1,44 @@
 """What every detector with an `AutoBackbone` for its encoder needs."""
 
+import json
+from functools import lru_cache
+
+import torch
 from torch import nn
 from transformers import AutoBackbone, AutoConfig, PreTrainedConfig
 
 from ..errors import InputError
+
+_COMMON_SIZES = (8, 16, 32, 48, 64, 96, 128, 192, 224, 256, 384, 512)  # px, to say which would do
+
+
+def build_backbone(backbone_config: PreTrainedConfig, image_size: int, num_channels: int) -> nn.Module:
+    """A new backbone for images of this size.
+
+    Raises:
+        InputError: it cannot take them; names sizes that it can.
+    """
+    settings = backbone_config.to_json_string(use_diff=False)
+    if not _takes(settings, image_size, num_channels):
+        fitting = [str(size) for size in _COMMON_SIZES if _takes(settings, size, num_channels)]
+        if fitting:  # else something but the size is wrong, or it cannot be tried in this way
+            raise InputError(
+                f"the backbone {backbone_config.model_type!r} cannot take images of {image_size} px; it takes, for instance, {', '.join(fitting)}: "
+                "set image_size (--image_size)"
+            )
+    return AutoBackbone.from_config(backbone_config)
+
+
+@lru_cache(maxsize=256)
+def _takes(settings: str, image_size: int, num_channels: int) -> bool:
+    """Whether the backbone of this configuration, as JSON, takes such images. Tries shapes alone, without weights."""
+    try:
+        with torch.device("meta"):
+            backbone = AutoBackbone.from_config(AutoConfig.for_model(**json.loads(settings))).eval()
+            maps = backbone(torch.empty(1, num_channels, image_size, image_size)).feature_maps
+    except (RuntimeError, ValueError):
+        return False
+    return all(min(map_.shape[-2:]) > 0 for map_ in maps)
 
 
 def check_backbone_config(backbone_config, num_channels: int) -> None:

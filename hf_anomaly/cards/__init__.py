@@ -1,6 +1,6 @@
 """The model card: filled from the run, and merged with what a person wrote."""
 
-from .card import write_card
+from .card import write_card, write_pretraining_card
 from .merging import METRICS, TASK_NAME, address_card, merge_cards, outdate_card, tag_card
 
-__all__ = ["METRICS", "TASK_NAME", "address_card", "merge_cards", "outdate_card", "tag_card", "write_card"]
+__all__ = ["METRICS", "TASK_NAME", "address_card", "merge_cards", "outdate_card", "tag_card", "write_card", "write_pretraining_card"]

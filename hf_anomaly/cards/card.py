@@ -12,6 +12,7 @@ from ..version import __version__
 from .merging import METRICS, TASK_NAME
 
 TEMPLATE = Path(__file__).with_name("template.md")
+PRETRAINING_TEMPLATE = Path(__file__).with_name("pretraining.md")
 
 
 def plain(text: object) -> str:
@@ -118,6 +119,43 @@ def write_card(
         citation=model.citation,
         version=__version__,
     )
+    _save(card, folder)
+
+
+def write_pretraining_card(
+    folder: str | os.PathLike, model: PreTrainedModel, notes: dict, *, dataset: str | None = None, repo_id: str | None = None
+) -> None:
+    """Writes `README.md` of a folder of pretrained weights, whole or not at all.
+
+    Args:
+        model: an `ADDPForPreTraining`.
+        notes: `num_images`, `steps`, `batch_size` and `seed` of the pretraining.
+        dataset: the name of the images' source.
+        repo_id: as in `write_card`.
+    """
+    from huggingface_hub import ModelCard, ModelCardData
+
+    config, name = model.config, Path(folder).resolve().name
+    card = ModelCard.from_template(
+        ModelCardData(library_name="hf-anomaly", tags=["anomaly-detection", "denoising", config.model_type]),
+        template_path=str(PRETRAINING_TEMPLATE),
+        title=plain(repo_id or name),
+        address=plain(repo_id or name),
+        model_class=type(model).__name__,
+        channels="gray" if config.num_channels == 1 else "RGB",
+        image_size=config.image_size,
+        dataset=plain(Path(dataset).name) if dataset else "",
+        notes=notes,
+        noise=config.noise,
+        noise_level=config.noise_level,
+        trained="the decoder, with the encoder frozen" if model.encoder_is_frozen else "encoder and decoder",
+        citation=model.citation,
+        version=__version__,
+    )
+    _save(card, Path(folder))
+
+
+def _save(card, folder: Path) -> None:
     temporary = folder / ".README.md.tmp"
     card.save(temporary)
     os.replace(temporary, folder / "README.md")

@@ -14,7 +14,7 @@ from huggingface_hub.errors import HfHubHTTPError, StrictDataclassError
 from safetensors import SafetensorError
 from transformers import AutoConfig, set_seed
 
-from ..cards import write_card
+from ..cards import write_card, write_pretraining_card
 from ..data import OneClassSplits, load_one_class, prepare
 from ..detector import AnomalyDetector
 from ..detectors.addp.configuration_addp import ADDPConfig
@@ -195,6 +195,8 @@ def pretrain(
     resume_from_checkpoint: str | bool | None = None,
     target: str | os.PathLike | None = None,
     run: dict | None = None,
+    dataset: str | None = None,
+    repo_id: str | None = None,
 ) -> ADDPModel:
     """Runs ADDP's first stage and gives the detector that the second begins with: the averaged weights of denoising, unfitted.
 
@@ -204,6 +206,7 @@ def pretrain(
         args: its `output_dir` takes checkpoints only.
         target: the folder to save model, processor and notes in; None: nothing is saved.
         run: what describes the run, see `describe_run`.
+        dataset, repo_id: for the card, the name of the images' source and where the folder will be pushed.
     """
     trainer, notes = _train_denoiser(
         model, train_dataset, processor=processor, args=args, resume_from_checkpoint=resume_from_checkpoint, run=run
@@ -215,6 +218,7 @@ def pretrain(
         model.save_pretrained(staging)
         processor.save_pretrained(staging)
         write_json(staging / PRETRAINING_NOTES, notes)
+        write_pretraining_card(staging, model, notes, dataset=dataset, repo_id=repo_id or target.name)
         shutil.rmtree(target, ignore_errors=True)
         os.replace(staging, target)
     trainer.accelerator.wait_for_everyone()

@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from transformers import AutoModel, AutoModelForPreTraining, ResNetConfig
+from transformers import AutoModel, AutoModelForPreTraining, ConvNextConfig, ResNetConfig
 
-from hf_anomaly import ADDPConfig, ADDPForPreTraining, ADDPModel, SmallResNetBackbone, SmallResNetConfig
+from hf_anomaly import ADDPConfig, ADDPForPreTraining, ADDPModel, CSIConfig, CSIModel, SmallResNetBackbone, SmallResNetConfig
 from hf_anomaly.detectors.addp.networks import AttentionGate
 
 STAGES = ["stem", "stage1", "stage2"]
@@ -71,6 +71,16 @@ def fit(model, data, steps, lr=3e-3):
 
 
 # Networks ---------------------------------------------------------------------------------------------------------------------
+
+
+def test_a_backbone_says_which_sizes_it_takes(refused):
+    backbone = ConvNextConfig(num_channels=1, hidden_sizes=[4, 4, 4, 4], depths=[1, 1, 1, 1])
+    with refused("'convnext'", "28 px", "32, 48, 64", "--image_size"):
+        ADDPModel(ADDPConfig(image_size=28, backbone_config=backbone))
+    with refused("'convnext'", "28 px"):
+        CSIModel(CSIConfig(image_size=28, backbone_config=backbone))
+    model = ADDPModel(ADDPConfig(image_size=32, backbone_config=backbone))
+    assert model.reconstruct(pixels(2, 32))[0].shape == (2, 1, 32, 32)
 
 
 @torch.no_grad()

@@ -93,9 +93,14 @@ SCRIPT = """
         return 0
 """.replace("SCRIPTS", str(ROOT / "scripts"))
 DETECTOR = {"README.md", "config.json", "eval_results.json", "model.safetensors", "modeling_hf_anomaly.py", "preprocessor_config.json"}
+PRETRAINED = DETECTOR - {"eval_results.json"} | {"pretraining.json"}
 NETWORKS = {"scheduler/scheduler_config.json", "unet/config.json", "unet/diffusion_pytorch_model.safetensors"}
 SCRIPTS = {
     "train_shared_ae.py": (["--max_steps=2", "--hidden_sizes", "4", "4", "4", "--latent_size=4"], DETECTOR),
+    "train_addp.py": (
+        ["--max_steps=2", "--pretrain_steps=2", "--hidden_sizes", "4", "4"],
+        DETECTOR | {f"pretrained/{name}" for name in PRETRAINED},
+    ),
     "train_dia.py": (["--max_steps=2", "--dissolver=gaussian", "--dissolved_variants=1"], DETECTOR | {"dissolver/dissolver_config.json"}),
     "train_dissolver.py": (["--max_steps=2", "--block_out_channels", "8", "8"], NETWORKS | {"dissolver_config.json", "model_index.json"}),
 }
@@ -134,3 +139,31 @@ def test_a_script_that_may_not_push_says_so_before_it_trains(hub, name):
     )
     (error,) = [line for line in output.splitlines() if line.startswith("error:")]
     assert "write permission" in error
+
+
+def test_a_first_stage_alone_is_pushed_and_gone_on_with(hub):
+    size = ["--hidden_sizes", "4", "4", "--pretrain_steps=2", "--pretrain_dataset_name=digits", "--normal_label=0"]
+    hub.run(
+        SCRIPT
+        + f"""
+    assert script("train_addp.py", "--pretrain_only=true", "--hub_model_id=org/denoiser", *{size}) == 0
+    """
+    )
+    assert hub.state.files("org/denoiser", "main").keys() == PRETRAINED
+    card = hub.state.files("org/denoiser", "main")["README.md"].decode()
+    assert "# org/denoiser" in card
+    assert "1437 images of `digits`" in card
+    hub.run(
+        SCRIPT
+        + """
+    from hf_anomaly import ADDPForPreTraining, ADDPModel
+
+    weights = ADDPForPreTraining.from_pretrained("org/denoiser").state_dict()
+    options = "--pretrained=org/denoiser --normal_label=1 --image_size=12 --hub_model_id=org/ones --learning_rate=1e-12 --ema_decay=0 --max_steps=2"
+    assert script("train_addp.py", *options.split()) == 0
+    detector = ADDPModel.from_pretrained("org/ones")
+    assert detector.config.image_size == 12 and detector.is_fitted
+    for name, value in detector.named_parameters():
+        torch.testing.assert_close(value, weights[name])
+    """
+    )

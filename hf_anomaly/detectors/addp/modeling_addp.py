@@ -34,6 +34,13 @@ class ADDPPreTrainedModel(PreTrainedModel):
     config: ADDPConfig
     base_model_prefix = "addp"
     main_input_name = "pixel_values"
+    citation = """\
+@article{ge2023addp,
+  title = {{ADDP}: Anomaly Detection based on Denoising Pretraining},
+  author = {Ge, Xianlei and Li, Xiaoyan and Zhang, Zhipeng},
+  journal = {International Journal of Electronics and Telecommunications},
+  year = {2023}
+}"""
 
     def __init__(self, config: ADDPConfig):
         super().__init__(config)
@@ -157,13 +164,6 @@ class ADDPModel(ADDPPreTrainedModel, SelfContainedDetector):
     """
 
     supports_anomaly_maps = True
-    citation = """\
-@article{ge2023addp,
-  title = {{ADDP}: Anomaly Detection based on Denoising Pretraining},
-  author = {Ge, Xianlei and Li, Xiaoyan and Zhang, Zhipeng},
-  journal = {International Journal of Electronics and Telecommunications},
-  year = {2023}
-}"""
 
     def __init__(self, config: ADDPConfig):
         super().__init__(config)

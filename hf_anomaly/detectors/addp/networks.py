@@ -5,9 +5,9 @@ from itertools import pairwise
 import torch
 import torch.nn.functional as F
 from torch import nn
-from transformers import AutoBackbone
 
 from ...backbones.layers import norm_layer
+from ...backbones.pretrained import build_backbone
 from .configuration_addp import ADDPConfig
 
 
@@ -52,7 +52,7 @@ class BackboneEncoder(nn.Module):
 
     def __init__(self, config: ADDPConfig):
         super().__init__()
-        self.backbone = AutoBackbone.from_config(config.backbone_config)
+        self.backbone = build_backbone(config.backbone_config, config.image_size, config.num_channels)
         self.channels = list(self.backbone.channels)
 
     def forward(self, pixel_values: torch.Tensor) -> tuple[list[torch.Tensor], list[torch.Tensor]]:

@@ -5,10 +5,9 @@ import logging
 import torch
 import torch.nn.functional as F
 from torch import nn
-from transformers import AutoBackbone
 from transformers import initialization as init
 
-from ...backbones.pretrained import load_backbone_weights
+from ...backbones.pretrained import build_backbone, load_backbone_weights
 from ...calibration import Float32State
 from ...detector import AnomalyDetector, AnomalyDetectorOutput
 from ...ops.contrastive import amplified_nt_xent
@@ -56,7 +55,7 @@ class CSIModel(AnomalyDetector):
 
     def __init__(self, config: CSIConfig):
         super().__init__(config)
-        self.backbone = AutoBackbone.from_config(config.backbone_config)
+        self.backbone = build_backbone(config.backbone_config, config.image_size, config.num_channels)
         width = self.backbone.channels[-1]
         self.projection = nn.Sequential(nn.Linear(width, width), nn.ReLU(), nn.Linear(width, config.projection_size))
         self.shift_classifier = nn.Linear(width, NUM_SHIFTS)
