@@ -397,14 +397,6 @@ class AnomalyDetector(PreTrainedModel):
                 f"{name}: the weights lack {', '.join(lost)}, which config.json promises; save the detector again "
                 "after fit_reference and calibrate"
             )
-        before, now = model.config.calibrated_for or {}, model.config.scored_by()
-        if changed := [field for field in before if field in now and before[field] != now[field]]:
-            logger.warning(
-                "%s was calibrated for other scores (%s): its calibration is dropped; calibrate it again",
-                name,
-                ", ".join(f"{field} was {before[field]!r}, now {now[field]!r}" for field in changed),
-            )
-            model._drop_calibration()
         # Weights mapped from a file lie at any address, and some kernels round otherwise unless it is torch's own alignment.
         for tensor in (*model.parameters(), *model.buffers()):
             if tensor.data_ptr() % 64:
@@ -413,6 +405,14 @@ class AnomalyDetector(PreTrainedModel):
             commit = getattr(place["revision"], "resolved", place["revision"])
             home = os.path.abspath(name) if os.path.isdir(name) else os.fspath(name)
             model._homes = [Home(home, commit, where["subfolder"], place["cache_dir"])]
+        before, now = model.config.calibrated_for or {}, model.config.scored_by()
+        if changed := [field for field in before if field in now and before[field] != now[field]]:
+            logger.warning(
+                "%s was calibrated for other scores (%s): its calibration is dropped; calibrate it again",
+                name,
+                ", ".join(f"{field} was {before[field]!r}, now {now[field]!r}" for field in changed),
+            )
+            model._drop_calibration()
         return (model, info) if output_loading_info else model
 
     @staticmethod

@@ -285,7 +285,7 @@ def equal(one, other):
 def test_train_addp(addp):
     folder, out = addp
     assert {path.name for path in folder.iterdir() if not path.name.startswith("checkpoint-")} == {
-        "config.json", "model.safetensors", "preprocessor_config.json", "README.md", "eval_results.json", "pretrained",
+        "config.json", "model.safetensors", "preprocessor_config.json", "modeling_hf_anomaly.py", "README.md", "eval_results.json", "pretrained",
     }  # fmt: skip
     assert f"auroc: {results_of(folder)['auroc']}\n" in out
     model = AutoModel.from_pretrained(folder)
@@ -300,7 +300,10 @@ def test_train_addp(addp):
 
 def test_the_first_stage_of_addp_stands_alone(addp, train, tmp_path):
     folder = addp[0] / "pretrained"
-    assert {path.name for path in folder.iterdir()} == {"config.json", "model.safetensors", "preprocessor_config.json", "pretraining.json"}
+    assert {path.name for path in folder.iterdir()} == {
+        "config.json", "model.safetensors", "preprocessor_config.json", "modeling_hf_anomaly.py", "README.md", "pretraining.json",
+    }  # fmt: skip
+    assert "114 images of `digits`" in (folder / "README.md").read_text()
     notes = json.loads((folder / "pretraining.json").read_text())
     assert (notes["steps"], notes["num_images"], notes["run"]["config"]["noise"]) == (4, 114, "simplex")
     assert type(AutoModelForPreTraining.from_pretrained(folder)).__name__ == "ADDPForPreTraining"
