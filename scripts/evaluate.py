@@ -30,7 +30,10 @@ class EvaluationArguments:
     model: str = field(metadata={"help": "Folder or Hub id of a saved detector."})
     revision: str | None = field(default=None, metadata={"help": "Branch, tag or commit of a Hub model."})
     seed: int | None = field(
-        default=None, metadata={"help": "Seed of the training run, for --protocol balanced, whose test images it drew."}
+        default=None,
+        metadata={
+            "help": "Seed of the training run, for --protocol balanced, whose test images it drew. Default: as recorded beside the model."
+        },
     )
     output: str | None = field(default=None, metadata={"help": "Also write the JSON to this file."})
     save_maps: str | None = field(
@@ -39,6 +42,12 @@ class EvaluationArguments:
     num_maps: int = field(default=20, metadata={"help": "How many images --save_maps writes."})
     batch_size: int = field(default=64, metadata={"help": "Images scored at once."})
     device: str = field(default="cuda" if torch.cuda.is_available() else "cpu", metadata={"help": "Device to score on."})
+
+
+def recorded_seed(model: str) -> int | None:
+    """The seed in the results beside a saved detector."""
+    path = Path(model, "eval_results.json")
+    return json.loads(path.read_text()).get("seed") if path.is_file() else None
 
 
 def check_maps(model, args: EvaluationArguments) -> None:
@@ -68,9 +77,16 @@ def save_maps(model, processor, dataset, rows: list[int], folder: Path) -> None:
 def main() -> None:
     started = time.time()
     args, data_args = parse_arguments(EvaluationArguments, DataArguments, description=__doc__)
+    recorded = recorded_seed(args.model)
+    if args.seed is None:
+        args.seed = recorded
     if data_args.protocol == "balanced" and args.seed is None:
         raise InputError(
             "--protocol balanced drew the test images with the training run's seed, else they overlap with its own: give --seed"
+        )
+    if data_args.protocol == "balanced" and recorded not in (None, args.seed):
+        raise InputError(
+            f"{args.model} was trained with --seed {recorded}: with {args.seed} it would be tested on images that it was trained on"
         )
     model, processor = load_detector(args.model, args.revision)
     model.to(args.device)

@@ -69,3 +69,20 @@ def test_a_dataset_without_that_class_is_refused(evaluate):
     assert (status, results) == (2, None)
     assert "error: normal_label='fine' is no label of" in err.splitlines()[-1]
     assert "its labels: 'good' (1), 'hole' (1)" in err.splitlines()[-1]
+
+
+def test_images_that_the_training_drew_are_drawn_again(evaluate, detector):
+    """Another seed would draw test images that the detector was trained on."""
+    status, _, err = evaluate({"fine": 10, "good": 10}, "--protocol", "balanced")
+    assert status == 2
+    assert "give --seed" in err.splitlines()[-1]
+    (detector / "eval_results.json").write_text('{"seed": 3}')
+    try:
+        status, recorded, err = evaluate({}, "--protocol", "balanced")
+        assert status == 0, err
+        assert evaluate({}, "--protocol", "balanced", "--seed", "3")[1]["split_hash"] == recorded["split_hash"]
+        status, _, err = evaluate({}, "--protocol", "balanced", "--seed", "4")
+        assert status == 2
+        assert "was trained with --seed 3: with 4" in err.splitlines()[-1]
+    finally:
+        (detector / "eval_results.json").unlink()
