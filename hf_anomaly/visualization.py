@@ -1,6 +1,8 @@
 """An anomaly map as something a person sees."""
 
+import os
 from collections.abc import Sequence
+from pathlib import Path
 
 import numpy as np
 import PIL.Image
@@ -9,6 +11,17 @@ import torch
 from .errors import InputError
 from .image_processing import to_eight_bit_image
 from .ops.maps import resize_maps
+
+
+def write_image(image: PIL.Image.Image, path: str | os.PathLike) -> None:
+    """Writes a PNG file, whole or not at all."""
+    path = Path(path)
+    temporary = path.with_name(f".{path.name}.tmp")
+    try:
+        image.save(temporary, format="PNG")
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 def _heat() -> np.ndarray:
@@ -70,3 +83,38 @@ def overlay_anomaly_map(
     opacity = alpha * heat[..., None] ** 2  # squared, so that what is usual leaves but a trace
     painted = (1 - opacity) * np.asarray(picture) + opacity * 255 * colors[np.rint(heat * (len(colors) - 1)).astype(int)]
     return PIL.Image.fromarray(np.rint(painted).astype(np.uint8))
+
+
+def image_grid(rows: "Sequence[Sequence[torch.Tensor]]", captions: Sequence[str], *, least_size: int = 128) -> PIL.Image.Image:
+    """Images side by side, with a caption over each column.
+
+    Args:
+        rows: images (C, H, W) in [−1, 1], gray or RGB, as many in each row as there are captions.
+        least_size: small images are enlarged by a whole factor until their longer side has so many pixels.
+
+    Returns:
+        An RGB image.
+    """
+    from PIL import ImageDraw
+
+    margin, header = 4, 20
+    cells = [[_enlarged(image, least_size) for image in row] for row in rows]
+    width = max(cell.width for row in cells for cell in row) + margin
+    heights = [max(cell.height for cell in row) + margin for row in cells]
+    grid = PIL.Image.new("RGB", (width * len(captions) + margin, sum(heights) + header + margin), "white")
+    draw = ImageDraw.Draw(grid)
+    for column, caption in enumerate(captions):
+        draw.text((margin + column * width, margin), caption, fill="black")
+    top = header
+    for row, height in zip(cells, heights, strict=True):
+        for column, cell in enumerate(row):
+            grid.paste(cell, (margin + column * width, top))
+        top += height
+    return grid
+
+
+def _enlarged(image: torch.Tensor, least_size: int) -> PIL.Image.Image:
+    array = ((image.detach().cpu().float() + 1) * 127.5).round().clamp(0, 255).byte().numpy()
+    picture = to_eight_bit_image(np.moveaxis(array, 0, -1)).convert("RGB")
+    factor = max(1, -(-least_size // max(picture.size)))
+    return picture.resize((picture.width * factor, picture.height * factor), PIL.Image.Resampling.NEAREST)

@@ -3,49 +3,10 @@
 accelerate launch scripts/train_dissolver.py --dataset_name path/to/images --output_dir runs/dissolver
 """
 
-from dataclasses import asdict, dataclass, field
-from pathlib import Path
+import sys
 
-from hf_anomaly import AnomalyImageProcessor
-from hf_anomaly.training import DataArguments, DenoisingTrainingArguments, parse_arguments
-from hf_anomaly.training.runs import default_output_dir, describe_run, image_size_of, load_splits, run_script, train_dissolver
-
-
-@dataclass
-class DiffusionArguments:
-    """The diffusion model."""
-
-    resolution: int = field(default=32, metadata={"help": "Dissolving resolution in pixels; smaller images are padded to a power of two."})
-    block_out_channels: list[int] = field(default_factory=lambda: [32, 64, 64], metadata={"help": "Widths of the UNet's blocks."})
-    max_timestep: int | None = field(
-        default=None, metadata={"help": "Train on noise levels below this only. Default: twice t_max; the paper takes 1000."}
-    )
-    t_min: int = field(default=30, metadata={"help": "Smallest timestep that the dissolver draws by default."})
-    t_max: int = field(default=130, metadata={"help": "Largest one."})
-
-
-def main() -> None:
-    diffusion_args, data_args, training_args = parse_arguments(
-        DiffusionArguments, DataArguments, DenoisingTrainingArguments, description=__doc__
-    )
-    default_output_dir(training_args, f"dissolver-{Path(data_args.dataset_name).stem}")
-    splits = load_splits(data_args, training_args.seed)
-    image_size = image_size_of(splits, data_args.image_size)
-    train_dissolver(
-        splits.train,
-        processor=AnomalyImageProcessor.for_images(image_size, data_args.num_channels or splits.num_channels),
-        args=training_args,
-        resolution=diffusion_args.resolution,
-        block_out_channels=tuple(diffusion_args.block_out_channels),
-        max_timestep=diffusion_args.max_timestep,
-        t_min=diffusion_args.t_min,
-        t_max=diffusion_args.t_max,
-        resume_from_checkpoint=training_args.resume_from_checkpoint,
-        run=describe_run(splits, training_args.seed, **asdict(diffusion_args), image_size=image_size),
-    )
-    if training_args.process_index == 0:
-        print(f"saved: {training_args.output_dir}")
-
+from hf_anomaly.training.commands.train_dissolver import main
+from hf_anomaly.training.runs import run_script
 
 if __name__ == "__main__":
-    run_script(main)
+    run_script(lambda: main(sys.argv[1:], program="scripts/train_dissolver.py"))

@@ -4,58 +4,9 @@ accelerate launch scripts/train_shared_ae.py --dataset_name path/to/images --out
 """
 
 import sys
-import time
-from dataclasses import asdict, dataclass, field
-from pathlib import Path
 
-from transformers import set_seed
-
-from hf_anomaly import AnomalyImageProcessor, SharedAEConfig, SharedAEModel
-from hf_anomaly.training import AnomalyTrainingArguments, DataArguments, check_checkpoint, parse_arguments
-from hf_anomaly.training.runs import default_output_dir, image_size_of, load_splits, print_results, run_script, train_detector
-
-
-@dataclass
-class DetectorArguments:
-    """The detector; the configuration's docstring has the details."""
-
-    hidden_sizes: list[int] = field(default_factory=lambda: [16, 32, 64], metadata={"help": "Channels of the first three convolutions."})
-    latent_size: int = field(default=64, metadata={"help": "Width of the latents."})
-    alpha: float = field(default=1.0, metadata={"help": "Weight of the image's error in the losses."})
-    beta: float = field(default=0.1, metadata={"help": "Weight of the latent's error in the losses."})
-    max_adversarial_weight: float = field(
-        default=0.1, metadata={"help": "Bound of the adversarial term's weight 1 - 1/epoch; 1 is the schedule as printed."}
-    )
-    adversarial_margin: float = field(
-        default=1.5, metadata={"help": "Bounds what the first part gains by it, as a multiple of its reconstruction error; 0: no bound."}
-    )
-    omega1: float = field(default=0.5, metadata={"help": "Weight of the score's first term; the second has the rest."})
-    ablation: str = field(default="full", metadata={"help": "full; two: without adversarial training; one: a single decoder too."})
-
-
-def main() -> None:
-    started = time.time()
-    detector_args, data_args, training_args = parse_arguments(
-        DetectorArguments, DataArguments, AnomalyTrainingArguments, description=__doc__
-    )
-    check_checkpoint(training_args.resume_from_checkpoint)
-    default_output_dir(training_args, f"shared-ae-{Path(data_args.dataset_name).stem}")
-    splits = load_splits(data_args, training_args.seed)
-    image_size = image_size_of(splits, data_args.image_size)
-    num_channels = data_args.num_channels or splits.num_channels
-    set_seed(training_args.seed)
-    settings = asdict(detector_args) | {"adversarial_margin": detector_args.adversarial_margin or None, "omega2": 1 - detector_args.omega1}
-    model = SharedAEModel(SharedAEConfig(image_size=image_size, num_channels=num_channels, **settings))
-    results = train_detector(
-        model,
-        AnomalyImageProcessor.for_images(image_size, num_channels),
-        splits,
-        training_args,
-        started=started,
-        command=["scripts/train_shared_ae.py", *sys.argv[1:]],
-    )
-    print_results(results, training_args)
-
+from hf_anomaly.training.commands.train_shared_ae import main
+from hf_anomaly.training.runs import run_script
 
 if __name__ == "__main__":
-    run_script(main)
+    run_script(lambda: main(sys.argv[1:], program="scripts/train_shared_ae.py"))

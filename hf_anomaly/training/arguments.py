@@ -118,8 +118,12 @@ class DataArguments:
     max_train_images: int | None = field(default=None, metadata={"help": "Train on this many normal images, drawn with the seed."})
 
 
-def parse_arguments(*classes: type, description: str, argv: list[str] | None = None) -> tuple:
+def parse_arguments(*classes: type, description: str, argv: list[str] | None = None, program: str | None = None) -> tuple:
     """Parses the command line into dataclasses, one of each class.
+
+    Args:
+        argv: its words; by default those of this process.
+        program: what comes before them, for the help.
 
     Raises:
         InputError: an unknown flag (with the nearest known one), a missing one, or a value out of range.
@@ -128,7 +132,7 @@ def parse_arguments(*classes: type, description: str, argv: list[str] | None = N
     def refuse(message):
         raise InputError(f"{message}; --help lists all")
 
-    parser = HfArgumentParser(classes, description=description, allow_abbrev=False)
+    parser = HfArgumentParser(classes, prog=program, description=description, allow_abbrev=False)
     parser.error = refuse  # argparse would print every flag there is
     *parsed, rest = parser.parse_args_into_dataclasses(args=sys.argv[1:] if argv is None else argv, return_remaining_strings=True)
     if rest:

@@ -1,0 +1,1 @@
+"""What the scripts and `hf-anomaly` run: each module has `main(argv, program)`."""

@@ -1,0 +1,109 @@
+"""Scores a dataset with a saved detector and writes the same JSON as training does, but for the facts of the training.
+
+The split hash covers the evaluated rows alone: no training data is needed.
+"""
+
+import json
+import logging
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from torch.utils.data import DataLoader
+
+from ...data import collate, decode_image
+from ...errors import InputError
+from ...visualization import overlay_anomaly_map, write_image
+from .. import DataArguments, parse_arguments
+from ..runs import evaluate_detector, load_detector, load_splits, write_json
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass
+class EvaluationArguments:
+    """What is evaluated, and how."""
+
+    model: str = field(metadata={"help": "Folder or Hub id of a saved detector."})
+    revision: str | None = field(default=None, metadata={"help": "Branch, tag or commit of a Hub model."})
+    seed: int | None = field(
+        default=None,
+        metadata={
+            "help": "Seed of the training run, for --protocol balanced, whose test images it drew. Default: as recorded beside the model."
+        },
+    )
+    output: str | None = field(default=None, metadata={"help": "Also write the JSON to this file."})
+    save_maps: str | None = field(
+        default=None, metadata={"help": "Also write the highest-scoring images to this folder, anomaly maps over them."}
+    )
+    num_maps: int = field(default=20, metadata={"help": "How many images --save_maps writes."})
+    batch_size: int = field(default=64, metadata={"help": "Images scored at once."})
+    device: str = field(default="cuda" if torch.cuda.is_available() else "cpu", metadata={"help": "Device to score on."})
+
+
+def recorded_seed(model: str) -> int | None:
+    """The seed in the results beside a saved detector."""
+    path = Path(model, "eval_results.json")
+    return json.loads(path.read_text()).get("seed") if path.is_file() else None
+
+
+def check_maps(model, name: str) -> None:
+    """Refuses --save_maps before any image is scored, where nothing could come of it."""
+    if not model.supports_anomaly_maps:
+        raise InputError(f"--save_maps: {model.unsupported_maps_reason}")
+    if model.config.anomaly_map_range is None:
+        raise InputError(f"--save_maps: {name} does not know how high the maps of normal images are; calibrate it and save it again")
+
+
+@torch.no_grad()
+def save_maps(model, processor, dataset, rows: list[int], folder: Path) -> None:
+    """Writes these images with their maps over them as PNG files, named by rank, row and label."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for rank, row in enumerate(rows, 1):
+        record = dataset[row]
+        image = decode_image(record["image"], f"row {record['row']}")
+        outputs = model(processor(images=image, return_tensors="pt")["pixel_values"].to(model.device), output_anomaly_maps=True)
+        overlay = overlay_anomaly_map(image, outputs.anomaly_maps[0], value_range=model.config.anomaly_map_range)
+        name = f"{rank:04d}_row{record['row']}_{dataset.features['label'].int2str(record['label'])}.png"
+        write_image(overlay, folder / name)
+
+
+def main(argv: list[str], program: str) -> None:
+    """Runs the command line `argv`; `program` is what comes before it, for help and card."""
+    started = time.time()
+    args, data_args = parse_arguments(EvaluationArguments, DataArguments, description=__doc__, program=program, argv=argv)
+    recorded = recorded_seed(args.model)
+    if args.seed is None:
+        args.seed = recorded
+    if data_args.protocol == "balanced" and args.seed is None:
+        raise InputError(
+            "--protocol balanced drew the test images with the training run's seed, else they overlap with its own: give --seed"
+        )
+    if data_args.protocol == "balanced" and recorded not in (None, args.seed):
+        raise InputError(
+            f"{args.model} was trained with --seed {recorded}: with {args.seed} it would be tested on images that it was trained on"
+        )
+    model, processor = load_detector(args.model, args.revision)
+    model.to(args.device)
+    if args.save_maps is not None:
+        check_maps(model, args.model)
+        if args.num_maps < 1:
+            raise InputError(f"--num_maps must be at least 1, got {args.num_maps}")
+    trained_on = model.config.normal_label
+    data_args.normal_label = data_args.normal_label or trained_on
+    splits = load_splits(data_args, args.seed or 0, evaluation_only=True)
+    if trained_on not in (None, splits.normal_label):
+        logger.warning("Normal is %r here, but the detector was trained on %r", splits.normal_label, trained_on)
+
+    def score(dataset):
+        scores, labels = model.score(DataLoader(dataset, batch_size=args.batch_size, collate_fn=collate))
+        if args.save_maps is not None:
+            save_maps(model, processor, splits.test, scores.topk(min(args.num_maps, len(scores))).indices.tolist(), Path(args.save_maps))
+        return scores, labels
+
+    results = evaluate_detector(model, processor, splits, score)
+    results["seconds"] = round(time.time() - started, 1)
+    if args.output is not None:
+        write_json(Path(args.output), results)
+    print(json.dumps(results, indent=2, sort_keys=True, allow_nan=False))

@@ -1,0 +1,210 @@
+"""Trains ADDP: denoising pretraining, then detector, reference, calibration, evaluation, card."""
+
+import json
+import logging
+import shutil
+import time
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+from accelerate import PartialState
+from transformers import set_seed
+
+from ...backbones.pretrained import load_backbone_config
+from ...data import load_unlabelled
+from ...detectors.addp.configuration_addp import ADDPConfig
+from ...detectors.addp.modeling_addp import ADDPForPreTraining, ADDPModel
+from ...errors import InputError
+from ...image_processing import AnomalyImageProcessor
+from .. import AnomalyTrainingArguments, DataArguments, check_checkpoint, check_same_run, parse_arguments
+from ..runs import (
+    PRETRAINING_NOTES,
+    check_push,
+    dataset_label,
+    default_output_dir,
+    denoising_arguments,
+    describe_run,
+    image_size_of,
+    load_pretraining,
+    load_splits,
+    pretrain,
+    print_results,
+    push_result,
+    settings_of,
+    train_detector,
+)
+from ..trainers import hub_name
+
+logger = logging.getLogger(__name__)
+
+DEFAULT_PRETRAIN_STEPS = 200
+
+
+@dataclass
+class PretrainingArguments:
+    """The first stage, denoising; --num_train_epochs and --max_steps are the second's."""
+
+    pretrained: str | None = field(
+        default=None, metadata={"help": "Start from a first stage that is done, as a folder or Hub id; --pretrain_steps goes on with it."}
+    )
+    pretrain_steps: int | None = field(
+        default=None, metadata={"help": f"Its steps; 0: none. Default: {DEFAULT_PRETRAIN_STEPS}, or 0 with --pretrained."}
+    )
+    pretrain_epochs: float | None = field(default=None, metadata={"help": "Its passes over the images, in place of --pretrain_steps."})
+    pretrain_batch_size: int = field(default=32, metadata={"help": "Its images per step."})
+    pretrain_learning_rate: float = field(default=1e-3, metadata={"help": "Its peak learning rate."})
+    pretrain_mode: str = field(
+        default="encoder_decoder", metadata={"help": "What it trains: encoder_decoder, or decoder with the encoder frozen."}
+    )
+    pretrain_dataset_name: str | None = field(
+        default=None, metadata={"help": "Images to denoise, of any class, as --dataset_name. Default: the normal training images."}
+    )
+    pretrain_only: bool = field(default=False, metadata={"help": "End after the first stage."})
+    noise: str | None = field(default=None, metadata={"help": "Its noise: gaussian, coarse or simplex."})
+    noise_level: float | None = field(default=None, metadata={"help": "Standard deviation of the noise, pixels being in [-1, 1]."})
+    noise_resolution: int | None = field(default=None, metadata={"help": "Blobs of coarse or simplex noise along the image's side."})
+
+    def __post_init__(self):
+        if self.pretrain_steps is not None and self.pretrain_epochs is not None:
+            raise InputError("--pretrain_steps and --pretrain_epochs both say how long pretraining takes: give one of them")
+        for name, least in (("pretrain_steps", 0), ("pretrain_epochs", 0), ("pretrain_batch_size", 1)):
+            if getattr(self, name) is not None and getattr(self, name) < least:
+                raise InputError(f"--{name} must be at least {least}, got {getattr(self, name)}")
+        if self.pretrain_steps is None and self.pretrain_epochs is None:
+            self.pretrain_steps = DEFAULT_PRETRAIN_STEPS if self.pretrained is None else 0
+
+    @property
+    def duration(self) -> dict:
+        return {"epochs": self.pretrain_epochs} if self.pretrain_epochs is not None else {"steps": self.pretrain_steps}
+
+
+@dataclass
+class ArchitectureArguments:
+    """What the weights' shapes hang on; the configuration's docstring has details and defaults. With --pretrained it is given."""
+
+    encoder: str | None = field(
+        default=None, metadata={"help": "unet, segnet, or a pretrained backbone as a Hub id or folder. Default: unet."}
+    )
+    hidden_sizes: list[int] | None = field(default=None, metadata={"help": "Channels at full, half, a quarter … of the resolution."})
+    latent_size: int | None = field(default=None, metadata={"help": "Channels of the bottleneck."})
+    skip_connections: bool = field(default=False, metadata={"help": "U-Net's skip connections, which let anomalies through."})
+    attention_gates: bool = field(default=False, metadata={"help": "Attention gates on the skip connections."})
+    norm: str | None = field(default=None, metadata={"help": "Normalisation: batch or group."})
+
+
+@dataclass
+class DetectorArguments:
+    """The second stage."""
+
+    freeze_encoder: bool = field(default=False, metadata={"help": "Train the decoder alone."})
+    map_filter_size: int = field(default=1, metadata={"help": "Side of the median filter on anomaly maps; 1: none."})
+
+
+def given(args) -> dict:
+    """The flags that were given; the others have the configuration's defaults."""
+    return {name: value for name, value in asdict(args).items() if value not in (None, False)}
+
+
+def make_model(pretraining_args, architecture_args, detector_args, image_size: int, num_channels: int) -> ADDPForPreTraining:
+    """The network before the first stage: new, or from --pretrained."""
+    settings = {name: value for name, value in given(pretraining_args).items() if name.startswith("noise")}
+    settings |= {
+        "image_size": image_size,
+        "num_channels": num_channels,
+        "pretraining_mode": pretraining_args.pretrain_mode,
+        **asdict(detector_args),
+    }
+    architecture = given(architecture_args)
+    if pretraining_args.pretrained is not None:
+        if architecture:
+            raise InputError(f"--{next(iter(architecture))} comes with the weights of --pretrained: leave it out")
+        return load_pretraining(pretraining_args.pretrained, **settings)
+    backbone = architecture.get("encoder", "unet")
+    backbone = None if backbone in ("unet", "segnet") else backbone
+    if backbone is not None:
+        architecture |= {"encoder": "backbone", "backbone_config": load_backbone_config(backbone)}
+    model = ADDPForPreTraining(ADDPConfig(**settings, **architecture))
+    if backbone is not None:
+        model.load_backbone(backbone)
+    elif model.encoder_is_frozen:
+        logger.warning("--pretrain_mode decoder freezes an encoder of random weights: give --pretrained, or a backbone as --encoder")
+    return model
+
+
+def first_stage(model: ADDPForPreTraining, args: PretrainingArguments, data_args, training_args, splits, processor) -> ADDPModel:
+    """The detector that the second stage begins with, pretrained now if it has to be; what comes of that lies in the run's folder pretrained/."""
+    folder = Path(training_args.output_dir, "pretrained")
+    if not any(args.duration.values()):
+        PartialState().wait_for_everyone()
+        if training_args.should_save and (args.pretrained is None or Path(args.pretrained).resolve() != folder.resolve()):
+            shutil.rmtree(folder, ignore_errors=True)  # an earlier run's
+        return ADDPModel.from_pretraining(model)
+    run = describe_run(splits, training_args.seed, config=settings_of(model.config), pretraining=asdict(args))
+    for name in ("pretrained", "pretrain_dataset_name"):
+        if run["pretraining"][name] is not None:
+            run["pretraining"][name] = dataset_label(run["pretraining"][name])
+    if training_args.resume_from_checkpoint and folder.is_dir():
+        notes = json.loads((folder / PRETRAINING_NOTES).read_text())
+        check_same_run(notes["run"], run, folder)
+        config = model.config
+        return ADDPModel.from_pretraining(load_pretraining(folder, image_size=config.image_size, num_channels=config.num_channels))
+    arguments = denoising_arguments(
+        training_args,
+        "pretrained",
+        **args.duration,
+        learning_rate=args.pretrain_learning_rate,
+        batch_size=args.pretrain_batch_size,
+    )
+    detector = pretrain(
+        model,
+        splits.train if args.pretrain_dataset_name is None else load_unlabelled(args.pretrain_dataset_name),
+        processor=processor,
+        args=arguments,
+        resume_from_checkpoint=bool(training_args.resume_from_checkpoint),
+        target=folder,
+        run=run,
+        dataset=dataset_label(args.pretrain_dataset_name or data_args.dataset_name),
+        repo_id=hub_name(training_args) if args.pretrain_only and training_args.push_to_hub else None,
+    )
+    shutil.rmtree(arguments.output_dir, ignore_errors=True)
+    return detector
+
+
+def main(argv: list[str], program: str) -> None:
+    """Runs the command line `argv`; `program` is what comes before it, for help and card."""
+    started = time.time()
+    pretraining_args, architecture_args, detector_args, data_args, training_args = parse_arguments(
+        PretrainingArguments,
+        ArchitectureArguments,
+        DetectorArguments,
+        DataArguments,
+        AnomalyTrainingArguments,
+        description=__doc__,
+        program=program,
+        argv=argv,
+    )
+    check_checkpoint(training_args.resume_from_checkpoint)
+    default_output_dir(training_args, f"addp-{Path(data_args.dataset_name).stem}")
+    check_push(training_args)
+    splits = load_splits(data_args, training_args.seed)
+    image_size = image_size_of(splits, data_args.image_size)
+    num_channels = data_args.num_channels or splits.num_channels
+    processor = AnomalyImageProcessor.for_images(image_size, num_channels)
+    set_seed(training_args.seed)
+    model = make_model(pretraining_args, architecture_args, detector_args, image_size, num_channels)
+    detector = first_stage(model, pretraining_args, data_args, training_args, splits, processor)
+    if pretraining_args.pretrain_only:
+        folder = Path(training_args.output_dir, "pretrained")
+        push_result(training_args, folder)
+        if training_args.process_index == 0:
+            print(f"saved: {folder}")
+        return
+    results = train_detector(
+        detector,
+        processor,
+        splits,
+        training_args,
+        started=started,
+        command=[*program.split(), *argv],
+    )
+    print_results(results, training_args)

@@ -1,0 +1,180 @@
+"""Trains DIA (or CSI, with --dissolver none): dissolver, detector, reference, calibration, evaluation, card."""
+
+import logging
+import shutil
+import time
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+from accelerate import PartialState
+from transformers import set_seed
+
+from ...backbones.pretrained import load_backbone_config
+from ...detectors.csi.configuration_csi import CSIConfig
+from ...detectors.csi.modeling_csi import CSIModel
+from ...detectors.dia.configuration_dia import DIAConfig
+from ...detectors.dia.modeling_dia import DIAModel
+from ...dissolving import DISSOLVERS, DiffusionDissolver, Dissolver, dissolve_dataset
+from ...errors import InputError
+from ...image_processing import AnomalyImageProcessor
+from .. import AnomalyTrainingArguments, DataArguments, check_checkpoint, check_same_run, parse_arguments
+from ..runs import (
+    check_push,
+    default_output_dir,
+    denoising_arguments,
+    describe_run,
+    image_size_of,
+    load_splits,
+    print_results,
+    train_detector,
+    train_dissolver,
+)
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass
+class DissolverArguments:
+    """What makes branch D."""
+
+    dissolver: str = field(
+        default="diffusion",
+        metadata={"help": f"{', '.join(DISSOLVERS)}; none (CSI: no branch D); or a trained dissolver, as a folder or Hub id."},
+    )
+    t_min: int | None = field(
+        default=None, metadata={"help": "Smallest diffusion timestep to dissolve at. Default: a ready dissolver's own, else 30."}
+    )
+    t_max: int | None = field(default=None, metadata={"help": "Largest one. Default: a ready dissolver's own, else 130."})
+    blur_kernel_size: int | None = field(default=None, metadata={"help": "Kernel of the gaussian and median dissolvers, odd, in pixels."})
+    dissolving_resolution: int = field(default=32, metadata={"help": "Larger images are dissolved at this size and resized back."})
+    dissolved_variants: int = field(default=8, metadata={"help": "Dissolved variants cached for each image; 0 dissolves on the fly."})
+    dissolver_steps: int = field(default=600, metadata={"help": "Training steps of the diffusion model."})
+    dissolver_batch_size: int = field(default=32, metadata={"help": "Images per step of its training."})
+    dissolver_learning_rate: float = field(default=1e-3, metadata={"help": "Its peak learning rate."})
+    dissolver_max_timestep: int | None = field(
+        default=None, metadata={"help": "Train it on noise levels below this only. Default: twice t_max; the paper takes 1000."}
+    )
+
+    def __post_init__(self):
+        for name, least in (("dissolved_variants", 0), ("dissolver_steps", 1), ("dissolver_batch_size", 1)):
+            if getattr(self, name) < least:
+                raise InputError(f"--{name} must be at least {least}, got {getattr(self, name)}")
+
+
+@dataclass
+class DetectorArguments:
+    """The detector; the configuration's docstring has the details."""
+
+    backbone: str | None = field(
+        default=None, metadata={"help": "A pretrained backbone, as a Hub id or folder. Default: a small ResNet from scratch."}
+    )
+    shift: str = field(default="rotate", metadata={"help": "Shifting transformations: rotate or perm."})
+    similarity_design: str = field(default="a", metadata={"help": "a, or b: leave an anchor's own dissolved twin out of the denominator."})
+    temperature: float = field(default=0.5, metadata={"help": "Temperature of the contrastive loss."})
+    loss_divisor: str = field(default="anchors", metadata={"help": "anchors, or views as in the authors' code."})
+    crop_scale_min: float = field(default=0.54, metadata={"help": "Smallest area of a random crop."})
+    test_views: str = field(default="augmentations", metadata={"help": "Fixed views at test time: augmentations or crops."})
+    num_test_views: int = field(default=10, metadata={"help": "How many."})
+    score_cosine: bool = field(default=True, metadata={"help": "Eq. 10: the cosine to the nearest training image."})
+    score_norm: bool = field(default=False, metadata={"help": "Eq. 10: the norm of the projection."})
+    score_shift_logit: bool = field(default=False, metadata={"help": "Eq. 10: the logit of the true shift."})
+
+
+def make_dissolver(args: DissolverArguments, training_args, splits, processor) -> Dissolver | None:
+    """The dissolver that the arguments ask for, trained now if it has to be."""
+    folder = Path(training_args.output_dir, "dissolver")
+    kernel = {} if args.blur_kernel_size is None else {"kernel_size": args.blur_kernel_size}
+    if args.dissolver in ("gaussian", "median"):
+        return DISSOLVERS[args.dissolver](**kernel, resolution=args.dissolving_resolution)
+    if kernel:
+        raise InputError(f"--blur_kernel_size belongs to the gaussian and median dissolvers, not to {args.dissolver!r}")
+    if args.dissolver == "none":
+        return None
+    if args.dissolver == "resize":
+        return DISSOLVERS["resize"](resolution=args.dissolving_resolution)
+    if args.dissolver == "identity":
+        return DISSOLVERS["identity"]()
+    if args.dissolver != "diffusion":
+        return DiffusionDissolver.from_pretrained(args.dissolver, t_min=args.t_min, t_max=args.t_max)
+    t_range = {"t_min": 30 if args.t_min is None else args.t_min, "t_max": 130 if args.t_max is None else args.t_max}
+    run = describe_run(splits, training_args.seed, dissolver=asdict(args), image_size=processor.size["height"])
+    if training_args.resume_from_checkpoint and folder.is_dir():
+        dissolver = DiffusionDissolver.from_pretrained(folder, **t_range)
+        check_same_run((dissolver.training_notes or {}).get("run"), run, folder)
+        return dissolver
+    arguments = denoising_arguments(
+        training_args,
+        "dissolver",
+        steps=args.dissolver_steps,
+        learning_rate=args.dissolver_learning_rate,
+        batch_size=args.dissolver_batch_size,
+    )
+    dissolver = train_dissolver(
+        splits.train,
+        processor=processor,
+        args=arguments,
+        resolution=args.dissolving_resolution,
+        max_timestep=args.dissolver_max_timestep,
+        **t_range,
+        resume_from_checkpoint=bool(training_args.resume_from_checkpoint),
+        target=folder,
+        run=run,
+    )
+    shutil.rmtree(arguments.output_dir, ignore_errors=True)
+    return dissolver
+
+
+def main(argv: list[str], program: str) -> None:
+    """Runs the command line `argv`; `program` is what comes before it, for help and card."""
+    started = time.time()
+    dissolver_args, detector_args, data_args, training_args = parse_arguments(
+        DissolverArguments, DetectorArguments, DataArguments, AnomalyTrainingArguments, description=__doc__, program=program, argv=argv
+    )
+    check_checkpoint(training_args.resume_from_checkpoint)
+    method = "csi" if dissolver_args.dissolver == "none" else "dia"
+    default_output_dir(training_args, f"{method}-{Path(data_args.dataset_name).stem}")
+    check_push(training_args)
+    splits = load_splits(data_args, training_args.seed)
+    image_size = image_size_of(splits, data_args.image_size)
+    num_channels = data_args.num_channels or splits.num_channels
+    processor = AnomalyImageProcessor.for_images(image_size, num_channels)
+
+    settings = {
+        name: value for name, value in asdict(detector_args).items() if name not in ("backbone", "crop_scale_min", "similarity_design")
+    }
+    settings |= {"image_size": image_size, "num_channels": num_channels, "crop_scale": (detector_args.crop_scale_min, 1.0)}
+    if detector_args.backbone is not None:
+        settings["backbone_config"] = load_backbone_config(detector_args.backbone)
+    # Built before anything long runs, so that a wrong value is refused at once.
+    set_seed(training_args.seed)
+    design = {"similarity_design": detector_args.similarity_design}
+    model = CSIModel(CSIConfig(**settings)) if method == "csi" else DIAModel(DIAConfig(**settings, **design))
+    if detector_args.backbone is not None:
+        model.load_backbone(detector_args.backbone)
+
+    dissolver, train_dataset = make_dissolver(dissolver_args, training_args, splits, processor), splits.train
+    PartialState().wait_for_everyone()
+    if training_args.should_save and dissolver_args.dissolver != "diffusion":  # that one is saved as soon as it is trained
+        folder = Path(training_args.output_dir, "dissolver")
+        shutil.rmtree(folder, ignore_errors=True)  # an earlier run's may be of another kind
+        if dissolver is not None:
+            dissolver.save_pretrained(folder)
+    if dissolver is not None:
+        dissolver.to(training_args.device)
+        model.config.dissolver, model.config.dissolver_settings = dissolver.kind, dissolver.settings()
+        model.dissolver = dissolver
+        if dissolver_args.dissolved_variants > 0:
+            with training_args.main_process_first(desc="dissolving"):
+                train_dataset = dissolve_dataset(
+                    splits.train, dissolver, processor, num_variants=dissolver_args.dissolved_variants, seed=training_args.seed
+                )
+    results = train_detector(
+        model,
+        processor,
+        splits,
+        training_args,
+        train_dataset=train_dataset,
+        started=started,
+        command=[*program.split(), *argv],
+    )
+    print_results(results, training_args)

@@ -1,0 +1,45 @@
+"""Trains a diffusion model on normal images, to dissolve with: a DDPMPipeline folder that diffusers loads."""
+
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+from ...image_processing import AnomalyImageProcessor
+from .. import DataArguments, DenoisingTrainingArguments, parse_arguments
+from ..runs import default_output_dir, describe_run, image_size_of, load_splits, train_dissolver
+
+
+@dataclass
+class DiffusionArguments:
+    """The diffusion model."""
+
+    resolution: int = field(default=32, metadata={"help": "Dissolving resolution in pixels; smaller images are padded to a power of two."})
+    block_out_channels: list[int] = field(default_factory=lambda: [32, 64, 64], metadata={"help": "Widths of the UNet's blocks."})
+    max_timestep: int | None = field(
+        default=None, metadata={"help": "Train on noise levels below this only. Default: twice t_max; the paper takes 1000."}
+    )
+    t_min: int = field(default=30, metadata={"help": "Smallest timestep that the dissolver draws by default."})
+    t_max: int = field(default=130, metadata={"help": "Largest one."})
+
+
+def main(argv: list[str], program: str) -> None:
+    """Runs the command line `argv`; `program` is what comes before it, for help and card."""
+    diffusion_args, data_args, training_args = parse_arguments(
+        DiffusionArguments, DataArguments, DenoisingTrainingArguments, description=__doc__, program=program, argv=argv
+    )
+    default_output_dir(training_args, f"dissolver-{Path(data_args.dataset_name).stem}")
+    splits = load_splits(data_args, training_args.seed)
+    image_size = image_size_of(splits, data_args.image_size)
+    train_dissolver(
+        splits.train,
+        processor=AnomalyImageProcessor.for_images(image_size, data_args.num_channels or splits.num_channels),
+        args=training_args,
+        resolution=diffusion_args.resolution,
+        block_out_channels=tuple(diffusion_args.block_out_channels),
+        max_timestep=diffusion_args.max_timestep,
+        t_min=diffusion_args.t_min,
+        t_max=diffusion_args.t_max,
+        resume_from_checkpoint=training_args.resume_from_checkpoint,
+        run=describe_run(splits, training_args.seed, **asdict(diffusion_args), image_size=image_size),
+    )
+    if training_args.process_index == 0:
+        print(f"saved: {training_args.output_dir}")
