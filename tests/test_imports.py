@@ -21,7 +21,9 @@ LAYERS = [
     {"backbones", "detectors"},
     {"image_processing", "data", "dissolving", "metrics", "visualization"},
     {"training"},
-    {"pipeline", "cli"},
+    {"pipeline"},
+    {"registry"},
+    {"cli"},
     {"reproduction"},
 ]
 LEVEL = {part: level for level, parts in enumerate(LAYERS) for part in parts}

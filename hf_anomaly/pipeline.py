@@ -1,0 +1,249 @@
+"""`pipeline("image-anomaly-detection", model=…)`: images of any kind in, score, p-value and verdict out."""
+
+import logging
+import math
+import os
+from collections.abc import Iterable, Iterator, Sequence, Sized
+from functools import partial
+from typing import Any
+
+import numpy as np
+import PIL.Image
+import torch
+from torch.utils.data import DataLoader, Dataset, IterableDataset
+from transformers import Pipeline
+
+from .data.transforms import decode_image
+from .detector import AnomalyDetector, AnomalyDetectorOutput
+from .errors import InputError
+from .image_processing import AnomalyImageProcessor, to_eight_bit_image
+
+logger = logging.getLogger(__name__)
+
+TASK = "image-anomaly-detection"
+
+
+class AnomalyDetectionPipeline(Pipeline):
+    """Scores images with a detector.
+
+        pipe = pipeline("image-anomaly-detection", model="org/name")
+        pipe("chest.png")  # {"score": 1.73, "p_value": 0.02, "label": "anomaly", "threshold": 1.64}
+
+    Args:
+        model: a detector.
+        image_processor: the one that was saved with it; by default one for images of its size and channels.
+        threshold, false_positive_rate, output_anomaly_maps, timeout: defaults for the calls, see there.
+
+    Raises:
+        InputError: the model is no detector, or the processor none of this package.
+    """
+
+    _load_image_processor = True
+    _load_video_processor = False
+    _load_tokenizer = False
+    _load_feature_extractor = False
+    _load_processor = False
+
+    def __init__(self, model, image_processor=None, **kwargs):
+        if not isinstance(model, AnomalyDetector):
+            raise InputError(f"pipeline({TASK!r}) needs an anomaly detector, but the model is a {type(model).__name__}")
+        image_processor = image_processor or AnomalyImageProcessor.for_images(model.config.image_size, model.config.num_channels)
+        if not isinstance(image_processor, AnomalyImageProcessor):
+            raise InputError(f"pipeline({TASK!r}) needs an AnomalyImageProcessor, not a {type(image_processor).__name__}")
+        self._warned = False
+        super().__init__(model=model.eval(), image_processor=image_processor, **kwargs)
+
+    def _sanitize_parameters(self, threshold=None, false_positive_rate=None, output_anomaly_maps=None, timeout=None):
+        if threshold is not None and false_positive_rate is not None:
+            raise InputError("threshold and false_positive_rate both say what is flagged: give one of them")
+        if threshold is not None and math.isnan(threshold):
+            raise InputError("threshold is NaN: give a score")
+        if false_positive_rate is not None and not 0 < false_positive_rate < 1:
+            raise InputError(f"false_positive_rate must lie strictly between 0 and 1, got {false_positive_rate}")
+        decided = threshold is not None or false_positive_rate is not None
+        return (
+            {} if timeout is None else {"timeout": timeout},
+            {} if output_anomaly_maps is None else {"output_anomaly_maps": output_anomaly_maps},
+            {"threshold": threshold, "false_positive_rate": false_positive_rate} if decided else {},
+        )
+
+    def __call__(self, inputs, *, batch_size: int | None = None, num_workers: int | None = None, **parameters):
+        """Scores one image or several.
+
+        Args:
+            inputs: an image, as the path or http(s) URL of a file, a PIL image, or an array (H, W), (H, W, C) or (C, H, W) of uint8 or of floats in
+                [0, 1]; several, as a list, a 4-dimensional array or a column `dataset["image"]`; or a torch dataset (transformers' `KeyDataset`), a
+                generator or a streamed column, whose results come one by one while the memory stays constant.
+            batch_size: images scored at once; 1 by default.
+            num_workers: processes that read and prepare the images; 0, none, by default.
+            threshold: flag the scores strictly above this one.
+            false_positive_rate: … or above the threshold at this rate, instead of the rate of `calibrate`.
+            output_anomaly_maps: also give `anomaly_map`.
+            timeout: seconds to wait for a URL; 30 by default.
+
+        Returns:
+            For one image a dict, for a list or a column a list of them, else an iterator over them: `score` (float, higher = more anomalous), `p_value`
+            (float, the share of normal images that score at least so high), `label` ("normal" or "anomaly"), `threshold` (float), and on request
+            `anomaly_map`, (H, W) float32 at the size of the image. Of a detector that is not calibrated p-value and, unless one is given, threshold
+            and label are None.
+
+        Raises:
+            InputError: an image that cannot be read, named by its file, URL or row; or maps asked of a method that has none.
+            NotFittedError: the detector is not fitted.
+            TypeError: an unknown keyword.
+        """
+        self.model.require_fitted()
+        given = self._sanitize_parameters(**parameters)
+        before = (self._preprocess_params, self._forward_params, self._postprocess_params)
+        preprocess, forward, decision = (old | new for old, new in zip(before, given, strict=True))
+        batch_size = next(size for size in (batch_size, self._batch_size, 1) if size is not None)
+        num_workers = next(count for count in (num_workers, self._num_workers, 0) if count is not None)
+        if batch_size < 1:
+            raise InputError(f"batch_size must be at least 1, got {batch_size}")
+        images, several = _images(inputs)
+        results = self.get_iterator(images, num_workers, batch_size, preprocess, forward, {"threshold": self._threshold(**decision)})
+        if several is None:
+            return next(results)
+        return list(results) if several else results
+
+    def _threshold(self, threshold: float | None = None, false_positive_rate: float | None = None) -> float | None:
+        if threshold is not None:
+            return float(threshold)
+        if self.model.calibration.is_calibrated:
+            return self.model.calibration.threshold_at(false_positive_rate)
+        if not self._warned:
+            logger.warning(
+                "The detector is not calibrated: its scores rank images, but p_value, threshold and label are None. Call "
+                "calibrate(dataloader) with held-out normal images and save it again, or give a threshold."
+            )
+        self._warned = True
+        return None
+
+    def get_iterator(self, inputs, num_workers, batch_size, preprocess_params, forward_params, postprocess_params) -> Iterator[dict]:
+        # transformers' own prepares and unpacks image by image, which takes longer than a small detector's forward pass.
+        loader = DataLoader(
+            inputs,
+            batch_size=batch_size,
+            num_workers=num_workers if isinstance(inputs, Sized) else 0,
+            collate_fn=partial(_or_error, partial(self.preprocess, **preprocess_params)),
+        )
+        for model_inputs in loader:
+            if isinstance(model_inputs, InputError):
+                raise model_inputs
+            yield from self.postprocess(self.forward(model_inputs, **forward_params), **postprocess_params)
+
+    def preprocess(self, images: list[tuple[str, Any]], timeout: float = 30.0) -> dict:
+        """B pairs (name for errors, image) → `pixel_values` (B, C, H, W) and `target_sizes`, B pairs (height, width)."""
+        for _, image in images:
+            if isinstance(image, InputError):  # its row could not be read
+                raise image
+        decoded = [_decode(image, name, timeout) for name, image in images]
+        pixel_values = self.image_processor(images=decoded, return_tensors="pt")["pixel_values"]
+        return {"pixel_values": pixel_values, "target_sizes": [image.size[::-1] for image in decoded]}
+
+    def _forward(self, model_inputs: dict, output_anomaly_maps: bool = False) -> dict:
+        output = self.model(model_inputs["pixel_values"], output_anomaly_maps=output_anomaly_maps)
+        return {"scores": output.scores, "anomaly_maps": output.anomaly_maps, "target_sizes": model_inputs["target_sizes"]}
+
+    def postprocess(self, model_outputs: dict, threshold: float | None) -> list[dict]:
+        scores, maps = model_outputs["scores"], model_outputs["anomaly_maps"]
+        results = self.image_processor.post_process_anomaly_detection(
+            AnomalyDetectorOutput(scores=scores, anomaly_maps=maps), None if maps is None else model_outputs["target_sizes"]
+        )
+        p_values = self.model.p_values(scores).tolist() if self.model.calibration.is_calibrated else [None] * len(results)
+        return [
+            {
+                "score": result["score"],
+                "p_value": p_value,
+                "label": None if threshold is None else "anomaly" if result["score"] > threshold else "normal",
+                "threshold": threshold,
+            }
+            | ({} if maps is None else {"anomaly_map": result["anomaly_map"]})
+            for result, p_value in zip(results, p_values, strict=True)
+        ]
+
+    def save_pretrained(self, save_directory: str | os.PathLike, **kwargs) -> None:
+        """Saves detector and processor. The pipeline itself is the package's: no code is copied, no `custom_pipelines` written."""
+        self.model.save_pretrained(save_directory, **kwargs)
+        self.image_processor.save_pretrained(save_directory)
+
+
+class _Rows(Dataset):
+    """(name for errors, image) of every row; an `InputError` in place of an image that could not be read."""
+
+    def __init__(self, images: Sequence, kind: str):
+        self.images, self.kind = images, kind
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def __getitem__(self, row: int) -> tuple[str, Any]:
+        name = self.kind.format(row)
+        try:
+            return name, self.images[row]
+        except InputError as error:
+            return name, error
+        except Exception as error:  # datasets decodes an image as it reads the row, and on broken files PIL raises errors of every kind
+            reason = "unknown image format" if isinstance(error, PIL.UnidentifiedImageError) else " ".join(str(error).split())
+            return name, InputError(
+                f"{name}: cannot be read ({reason or type(error).__name__}); remove it or replace it by an intact image"
+            )
+
+
+class _Stream(IterableDataset):
+    def __init__(self, images: Iterable):
+        self.images = images
+
+    def __iter__(self):
+        return ((f"image {i}", image) for i, image in enumerate(self.images))
+
+
+def _images(inputs) -> tuple[Dataset, bool | None]:
+    """The images as a dataset, and how results are wanted: True, as a list; False, one by one; None, for a single image."""
+    if hasattr(inputs, "column_names"):
+        raise InputError("a whole dataset was given: give its column of images, such as dataset['image']")
+    if isinstance(inputs, (str, os.PathLike, PIL.Image.Image)):
+        return _Rows([inputs], "the image"), None
+    if isinstance(inputs, (np.ndarray, torch.Tensor)):
+        return (_Rows(inputs, "images[{}]"), True) if inputs.ndim == 4 else (_Rows([inputs], "the image"), None)
+    if isinstance(inputs, (list, tuple)):
+        return _Rows(inputs, "images[{}]"), True
+    if isinstance(inputs, Sequence):
+        return _Rows(inputs, "row {}"), True
+    if isinstance(inputs, Dataset) and isinstance(inputs, Sized):
+        return _Rows(inputs, "row {}"), False
+    if isinstance(inputs, Iterable):
+        return _Stream(inputs), False
+    raise InputError(f"a {type(inputs).__name__} is no image: give a path, a URL, a PIL image, an array, or several of them")
+
+
+def _decode(image, name: str, timeout: float) -> PIL.Image.Image:
+    if isinstance(image, str) and image.startswith(("http://", "https://")):
+        return decode_image({"bytes": _download(image, timeout)}, image)
+    if isinstance(image, (str, os.PathLike)):
+        return decode_image({"path": os.fspath(image)}, name)
+    if isinstance(image, PIL.Image.Image):
+        return decode_image(image, getattr(image, "filename", None) or name)
+    if isinstance(image, (np.ndarray, torch.Tensor)):
+        return to_eight_bit_image(image, name)
+    raise InputError(f"{name} is a {type(image).__name__}: give a path, a URL, a PIL image or an array")
+
+
+def _download(url: str, timeout: float) -> bytes:
+    from huggingface_hub import get_session
+
+    try:
+        response = get_session().get(url, timeout=timeout, follow_redirects=True)
+        response.raise_for_status()
+    except Exception as error:  # of the client's library, which is not ours to name
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise InputError(f"{url}: cannot be fetched ({reason[:300]}); check the address and the network") from error
+    return response.content
+
+
+def _or_error(action, batch):
+    """An `InputError` as a value: a worker process would bury the message in its traceback."""
+    try:
+        return action(batch)
+    except InputError as error:
+        return error
