@@ -1,0 +1,74 @@
+"""`hf-anomaly dissolve DISSOLVER IMAGES`"""
+
+from argparse import Namespace
+from pathlib import Path
+
+from ..errors import InputError
+from .parsing import Parser
+
+
+def parse(argv: list[str]) -> Namespace:
+    parser = Parser(
+        "hf-anomaly dissolve",
+        "Shows what is left of an image when fine features are taken out of it: one row an image, first itself, then dissolved at each t.",
+    )
+    parser.add_argument("dissolver", help="folder or Hub id of a dissolver, or of a detector that has one")
+    parser.add_argument("images", nargs="+", help="image files")
+    parser.option(
+        "timesteps", "diffusion timesteps, larger ones dissolve more (default: five over the dissolver's own range)", nargs="+", type=int
+    )
+    parser.option("output", "the PNG file to write (default: %(default)s)", default="dissolved.png")
+    parser.option("seed", "of dissolvers that draw random numbers (default: %(default)s)", type=int, default=0)
+    return parser.parse(argv)
+
+
+def run(args: Namespace) -> None:
+    import torch
+
+    from ..data import decode_image
+    from ..dissolving import Dissolver
+    from ..visualization import image_grid, write_image
+
+    dissolver = Dissolver.from_pretrained(args.dissolver)
+    timesteps = _timesteps(dissolver, args.timesteps)
+    torch.manual_seed(args.seed)
+    rows = []
+    for file in args.images:
+        image = decode_image({"path": file}, file)
+        pixel_values = _pixel_values(image, args.dissolver, dissolver)
+        repeated = pixel_values.expand(len(timesteps), -1, -1, -1)
+        times = None if dissolver.is_deterministic else torch.tensor(timesteps)
+        rows.append([*pixel_values, *dissolver(repeated, times)])
+    captions = ["original", *("dissolved" if t is None else f"t = {t}" for t in timesteps)]
+    output = Path(args.output)
+    output.parent.mkdir(parents=True, exist_ok=True)
+    write_image(image_grid(rows, captions), output)
+    print(f"saved: {output}")
+
+
+def _timesteps(dissolver, asked: list[int] | None) -> list[int | None]:
+    if dissolver.is_deterministic:
+        if asked:
+            raise InputError(f"--timesteps: a {dissolver.kind} dissolver has none; leave it out")
+        return [None]
+    if asked:
+        return asked
+    step = (dissolver.t_max - dissolver.t_min) / 4
+    return sorted({round(dissolver.t_min + i * step) for i in range(5)})
+
+
+def _pixel_values(image, name: str, dissolver):
+    """(1, C, H, W) in [−1, 1]: as the detector beside the dissolver sees the image; without a detector, at its own size."""
+    from transformers import AutoImageProcessor
+    from transformers.utils.hub import cached_file
+
+    from ..image_processing import AnomalyImageProcessor
+
+    if cached_file(name, "preprocessor_config.json", _raise_exceptions_for_missing_entries=False) is not None:
+        processor = AutoImageProcessor.from_pretrained(name)
+    else:
+        unet = getattr(dissolver, "unet", None)
+        channels = unet.config.in_channels if unet is not None else 1 if image.mode in ("1", "L", "LA") else 3
+        processor = AnomalyImageProcessor.for_images(1, channels)
+        processor.do_resize = False
+    return processor(images=image, return_tensors="pt")["pixel_values"]

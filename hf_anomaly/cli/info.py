@@ -1,0 +1,81 @@
+"""`hf-anomaly info MODEL`"""
+
+import json
+import math
+from argparse import Namespace
+from pathlib import Path
+
+from .parsing import Parser
+
+
+def parse(argv: list[str]) -> Namespace:
+    parser = Parser("hf-anomaly info", "Tells what a detector is, on what it was trained, how it is calibrated, and how well it does.")
+    parser.add_argument("model", help="folder or Hub id")
+    parser.option("revision", "branch, tag or commit of a Hub model")
+    return parser.parse(argv)
+
+
+def run(args: Namespace) -> None:
+    from ..training.runs import load_detector
+
+    model, _ = load_detector(args.model, args.revision)
+    facts = describe(model, _results(args.model, args.revision))
+    width = max(map(len, facts))
+    print("\n".join(f"{name:{width}}  {value}" for name, value in facts.items()))
+
+
+def describe(model, results: dict) -> dict[str, str]:
+    """What there is to say of a detector, line by line.
+
+    Args:
+        results: of `eval_results.json`; empty if there are none.
+    """
+    config, calibration = model.config, model.calibration
+    size = f"{config.image_size}×{config.image_size} px, {'gray' if config.num_channels == 1 else 'RGB'}"
+    parameters = sum(parameter.numel() for parameter in model.parameters())
+    facts = {
+        "method": f"{type(model).__name__} ({config.model_type})",
+        "images": f"{size}; others are converted",
+        "parameters": f"{parameters:,}, in {str(model.dtype).removeprefix('torch.')}",
+        "anomaly maps": "yes" if model.supports_anomaly_maps else f"no: {model.unsupported_maps_reason}",
+        "normal": config.normal_label or "unknown",
+        "trained on": f"{results['dataset']}, {results.get('num_train', '?')} images"
+        if "dataset" in results
+        else "unknown: no eval_results.json",
+    }
+    if getattr(config, "dissolver", None):
+        facts["dissolver"] = f"{config.dissolver} {json.dumps(config.dissolver_settings or {})}"
+    if not model.is_fitted:
+        facts["reference"] = "none: it is not fitted, and cannot score yet"
+    if calibration.is_calibrated:
+        n, threshold = calibration.scores.numel(), calibration.threshold.item()
+        facts["calibrated"] = f"on {n} held-out normal images, for a false-positive rate of {config.false_positive_rate:g}"
+        facts["threshold"] = f"{threshold:g}" if math.isfinite(threshold) else "infinite: too few calibration images, nothing is flagged"
+        facts["smallest rate"] = f"{1 / (n + 1):.3g}; a lower --false_positive_rate needs more calibration images"
+    else:
+        facts["calibrated"] = "no: scores rank images, but there are no p-values and no verdicts without a --threshold"
+    names = {"auroc": "AUROC", "average_precision": "average precision", "fpr_at_95_tpr": "FPR at 95 % TPR"}
+    measured = [f"{title} {results[key]:.4f}" for key, title in names.items() if results.get(key) is not None]
+    if measured:
+        images = f"on {results['num_normal']} normal and {results['num_anomalous']} anomalous images of {results['dataset']}"
+        facts["results"] = f"{', '.join(measured)}, {images} (split {results['split_hash'][:12]})"
+    else:
+        facts["results"] = results.get("reason") or "none measured"
+    facts["made by"] = f"hf-anomaly {config.hf_anomaly_version}"
+    facts["limits"] = "it knows the images it was trained on: calibrate again for another device or population. Not a medical device."
+    return facts
+
+
+def _results(name: str, revision: str | None) -> dict:
+    from transformers.utils.hub import cached_file
+
+    from ..dissolving.base import read_json
+
+    path = cached_file(
+        name,
+        "eval_results.json",
+        revision=revision,
+        _raise_exceptions_for_missing_entries=False,
+        _raise_exceptions_for_connection_errors=False,
+    )
+    return {} if path is None else read_json(Path(path))

@@ -1,0 +1,28 @@
+"""argparse with this package's manners: one line for an error, the nearest option for a misspelt one."""
+
+import argparse
+import difflib
+
+from ..errors import InputError
+
+
+class Parser(argparse.ArgumentParser):
+    """A parser whose errors are `InputError`. Options are written with underscores, as everywhere in the package; hyphens work too."""
+
+    def __init__(self, program: str, description: str):
+        super().__init__(prog=program, description=description, allow_abbrev=False)
+
+    def option(self, name: str, help: str, **settings) -> None:
+        spellings = dict.fromkeys((f"--{name}", f"--{name.replace('_', '-')}"))
+        self.add_argument(*spellings, dest=name, help=help, **settings)
+
+    def parse(self, argv: list[str]) -> argparse.Namespace:
+        """Raises InputError: an unknown option or a bad value."""
+        parsed, rest = self.parse_known_intermixed_args(argv)
+        if rest:
+            close = difflib.get_close_matches(rest[0].split("=")[0], self._option_string_actions, n=1)
+            self.error(f"unknown argument {rest[0]!r}" + (f": did you mean {close[0]}?" if close else ""))
+        return parsed
+
+    def error(self, message):
+        raise InputError(f"{message}; {self.prog} --help lists all")

@@ -1,0 +1,238 @@
+"""`hf-anomaly predict MODEL IMAGES`"""
+
+import csv
+import glob
+import json
+import math
+import os
+import sys
+from argparse import Namespace
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from ..errors import InputError
+from .parsing import Parser
+
+SUFFIXES = (".csv", ".jsonl")
+DATASET_FILES = (".npz", ".parquet")
+
+
+def parse(argv: list[str]) -> Namespace:
+    parser = Parser(
+        "hf-anomaly predict",
+        "Scores images. Prints a table, or writes it to --output: score (higher = more anomalous), p_value (the share of normal images that "
+        "score at least so high), label (normal or anomaly) and threshold. Exit status: 0, all were scored; 1, some were skipped; 2, an error.",
+    )
+    parser.add_argument("model", help="folder or Hub id of a detector")
+    parser.add_argument(
+        "images", nargs="+", help="image files, folders, patterns such as 'scans/*.png', or a Hub dataset, .npz or .parquet file"
+    )
+    parser.option("output", "the table to write, .csv or .jsonl (default: printed as CSV)")
+    parser.option("save_maps", "folder for a PNG of each image with its anomaly map over it")
+    parser.option("false_positive_rate", "flag this share of normal images, instead of the detector's own", type=float)
+    parser.option("threshold", "flag scores above this one", type=float)
+    parser.option(
+        "on_error", "stop or skip: what to do at an unreadable image (default: %(default)s)", choices=("stop", "skip"), default="stop"
+    )
+    parser.option("batch_size", "images scored at once (default: %(default)s)", type=int, default=64)
+    parser.option("device", "cpu, cuda, cuda:1, … (default: a GPU if there is one)")
+    parser.option("revision", "branch, tag or commit of a Hub model")
+    parser.option("split", "of a dataset (default: its only one)")
+    parser.option("image_column", "of a dataset (default: its first image column)")
+    args = parser.parse(argv)
+    if args.output is not None and Path(args.output).suffix not in SUFFIXES:
+        raise InputError(f"--output {args.output}: the name must end in {' or '.join(SUFFIXES)}")
+    if args.threshold is not None and args.false_positive_rate is not None:
+        raise InputError("--threshold and --false_positive_rate both say what is flagged: give one of them")
+    if args.batch_size < 1:
+        raise InputError(f"--batch_size must be at least 1, got {args.batch_size}")
+    return args
+
+
+def run(args: Namespace) -> None:
+    from tqdm.auto import tqdm
+
+    from ..pipeline import AnomalyDetectionPipeline
+    from ..training.commands.evaluate import check_maps
+    from ..training.runs import load_detector
+    from ..visualization import overlay_anomaly_map, write_image
+
+    sources = list(_sources(args))  # before the model: a misspelt path is told at once
+    model, processor = load_detector(args.model, args.revision)
+    model.require_fitted()
+    if args.save_maps is not None:
+        check_maps(model, args.model)
+        Path(args.save_maps).mkdir(parents=True, exist_ok=True)
+    pipe = AnomalyDetectionPipeline(model, processor, device=args.device)
+    skipped: list[str] = []
+    decoded: deque = deque()  # the images of the batch under way
+
+    def images() -> Iterator:
+        for name, read in (pair for source in sources for pair in source):
+            try:
+                image = read()
+            except InputError as error:
+                if args.on_error == "stop":
+                    raise
+                skipped.append(str(error))
+                continue
+            decoded.append((name, image))
+            yield image
+
+    results = pipe(
+        images(),
+        batch_size=args.batch_size,
+        threshold=args.threshold,
+        false_positive_rate=args.false_positive_rate,
+        output_anomaly_maps=args.save_maps is not None,
+    )
+    columns = ["image", "score", "p_value", "label", "threshold", *(["overlay"] if args.save_maps is not None else [])]
+    flagged = scored = 0
+    with _table(args.output, columns) as write:
+        for result in tqdm(results, total=sum(map(len, sources)), desc="Scoring", unit="image", disable=None):
+            name, image = decoded.popleft()
+            row = {"image": name, **{column: result[column] for column in columns[1:5]}}
+            if args.save_maps is not None:
+                row["overlay"] = f"{scored:06d}_{Path(name).stem}.png"
+                overlay = overlay_anomaly_map(image, result["anomaly_map"], value_range=model.config.anomaly_map_range)
+                write_image(overlay, Path(args.save_maps, row["overlay"]))
+            write(row)
+            scored += 1
+            flagged += result["label"] == "anomaly"
+    for message in skipped:
+        print(f"skipped: {message}", file=sys.stderr)
+    verdict = f", {flagged} flagged" if model.calibration.is_calibrated or args.threshold is not None else ""
+    lost = f", {len(skipped)} skipped" if skipped else ""
+    print(f"{scored} scored{verdict}{lost}{'' if args.output is None else f': {args.output}'}", file=sys.stderr)
+    if skipped:
+        sys.exit(1)
+
+
+# Where the images come from ------------------------------------------------------------------------------------------------------
+
+
+class Files:
+    """Image files: pairs (name, how to read it)."""
+
+    def __init__(self, paths: list[str]):
+        self.paths = paths
+
+    def __len__(self) -> int:
+        return len(self.paths)
+
+    def __iter__(self) -> Iterator[tuple[str, Callable]]:
+        from ..data import decode_image
+
+        return ((path, lambda path=path: decode_image({"path": path}, path)) for path in self.paths)
+
+
+class Rows:
+    """The images of a dataset's split, read from the disk one by one."""
+
+    def __init__(self, dataset, column: str, split: str):
+        self.dataset, self.column, self.split = dataset, column, split
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def __iter__(self) -> Iterator[tuple[str, Callable]]:
+        from ..data import decode_image
+
+        for i, row in enumerate(self.dataset):
+            name = f"row {i} of split {self.split!r}"
+            yield f"{self.split}/{i}", lambda value=row[self.column], name=name: decode_image(value, name)
+
+
+def _sources(args: Namespace) -> Iterable[Files | Rows]:
+    for word in args.images:
+        if os.path.isdir(word):
+            yield Files(_in_folder(word))
+        elif os.path.isfile(word) and not word.endswith(DATASET_FILES):
+            yield Files([word])
+        elif not os.path.exists(word) and glob.has_magic(word):
+            paths = sorted(path for path in glob.glob(word, recursive=True) if os.path.isfile(path))
+            if not paths:
+                raise InputError(f"{word!r} matches no file; check the pattern, and quote it")
+            yield Files(paths)
+        elif not os.path.exists(word) and Path(word).suffix.lower() in _image_suffixes():
+            raise InputError(f"{word}: there is no such file; check the spelling")
+        else:
+            yield _rows(word, args.split, args.image_column)
+
+
+def _image_suffixes() -> set[str]:
+    import PIL.Image
+
+    PIL.Image.init()
+    return {suffix for suffix, kind in PIL.Image.EXTENSION.items() if kind in PIL.Image.OPEN}
+
+
+def _in_folder(folder: str) -> list[str]:
+    suffixes = _image_suffixes()
+    paths = []
+    for root, subfolders, names in os.walk(folder, followlinks=True):
+        subfolders[:] = sorted(name for name in subfolders if not name.startswith("."))
+        paths += (os.path.join(root, name) for name in sorted(names) if not name.startswith(".") and Path(name).suffix.lower() in suffixes)
+    if not paths:
+        raise InputError(f"{folder} holds no images; check the path")
+    return paths
+
+
+def _rows(source: str, split: str | None, column: str | None) -> Rows:
+    import datasets
+
+    from ..data.sources import load_or_refuse, read_source
+
+    splits = read_source(source, None, None, None)
+    if split is None and len(splits) > 1:
+        raise InputError(f"{source!r} has the splits {', '.join(splits)}: say which with --split")
+    split = split or next(iter(splits))
+    if split not in splits:
+        raise InputError(f"{source!r} has no split {split!r}; its splits: {', '.join(splits)}")
+    dataset = splits[split]
+    column = column or next((name for name, feature in dataset.features.items() if isinstance(feature, datasets.Image)), None)
+    if column is None or column not in dataset.column_names:
+        what = "column of images" if column is None else f"column {column!r}"
+        raise InputError(
+            f"split {split!r} of {source!r} has no {what}; its columns: {', '.join(dataset.column_names)}; give --image_column"
+        )
+    images = dataset.select_columns([column])
+    images = load_or_refuse(f"column {column!r} of {source!r} as images", images.cast_column, column, datasets.Image(decode=False))
+    return Rows(images, column, split)
+
+
+# Where the table goes ------------------------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def _table(output: str | None, columns: list[str]) -> Iterator[Callable[[dict], None]]:
+    """What writes a row: to the terminal, or to a file that appears when all are written."""
+    if output is None:
+        yield _csv(sys.stdout, columns)
+        return
+    path = Path(output)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.tmp")
+    try:
+        with open(temporary, "w", encoding="utf-8", newline="") as file:
+            yield _csv(file, columns) if path.suffix == ".csv" else _jsonl(file)
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def _csv(file, columns: list[str]) -> Callable[[dict], None]:
+    writer = csv.DictWriter(file, columns, lineterminator="\n")
+    writer.writeheader()
+    return writer.writerow
+
+
+def _jsonl(file) -> Callable[[dict], None]:
+    def write(row: dict) -> None:
+        if row["threshold"] is not None and math.isinf(row["threshold"]):
+            row = row | {"threshold": None}  # JSON has no infinity
+        file.write(json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n")
+
+    return write
