@@ -110,6 +110,10 @@ class AnomalyImageProcessor(PilBackend):
         array = np.array(image)
         return np.moveaxis(array, -1, 0) if do_convert_rgb else array[None]
 
+    def resize(self, image: np.ndarray, size, **kwargs) -> np.ndarray:
+        # After process_image mostly nothing is left to do, and transformers' own would go through PIL and back all the same.
+        return image if image.shape[-2:] == (size.height, size.width) else super().resize(image, size, **kwargs)
+
     def post_process_anomaly_detection(
         self, outputs: AnomalyDetectorOutput, target_sizes: "Sequence[tuple[int, int]] | torch.Tensor | None" = None
     ) -> list[dict]:
