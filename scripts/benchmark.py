@@ -12,10 +12,12 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import numpy as np
+import PIL.Image
 import torch
 import torch.nn.functional as F
 
-from hf_anomaly import DIAConfig, DIAModel, InputError
+from hf_anomaly import AnomalyDetectionPipeline, DIAConfig, DIAModel, InputError
 from hf_anomaly.dissolving import DiffusionDissolver, build_scheduler, build_unet, network_resolution
 from hf_anomaly.ops.knn import max_cosine
 from hf_anomaly.training import parse_arguments
@@ -93,6 +95,24 @@ def scoring(model: DIAModel, args: BenchmarkArguments) -> tuple[str, str, str, f
     return what, f"{SCORED_AT_ONCE / scored:.1f} images/s", f"{SCORED_AT_ONCE / encoded:.1f} images/s", encoded / scored
 
 
+def pipeline(model: DIAModel, args: BenchmarkArguments) -> tuple[str, str, str, float]:
+    """The pipeline, from PIL images to verdicts, and the bare forward pass on tensors."""
+    size = args.image_size
+    arrays = np.random.default_rng(0).integers(0, 256, (SCORED_AT_ONCE, size, size, 3), dtype=np.uint8)
+    images = [PIL.Image.fromarray(array).convert("RGB" if model.config.num_channels == 3 else "L") for array in arrays]
+    pipe = AnomalyDetectionPipeline(model, device="cpu")
+    pixel_values = pipe.image_processor(images=images, return_tensors="pt")["pixel_values"]
+    model.calibrate([pixel_values], progress=False)
+
+    @torch.no_grad()
+    def forward():
+        model(pixel_values)
+
+    whole, bare = alternately(lambda: seconds(lambda: pipe(images, batch_size=SCORED_AT_ONCE)), lambda: seconds(forward), args.repeats)
+    what = f"pipeline at batch {SCORED_AT_ONCE}, {type(model).__name__}: from images to verdicts (A), the bare forward pass (B)"
+    return what, f"{SCORED_AT_ONCE / whole:.1f} images/s", f"{SCORED_AT_ONCE / bare:.1f} images/s", bare / whole
+
+
 def bank_search(model: DIAModel, args: BenchmarkArguments) -> tuple[str, str, str, float]:
     """The nearest of the bank for a batch at once, and for image after image."""
     shifts, width = len(model.reference.bank), model.config.projection_size
@@ -125,7 +145,7 @@ def main() -> None:
     unet = build_unet(network_resolution(args.image_size), model.config.num_channels).eval().requires_grad_(False)
     model.dissolver = DiffusionDissolver(unet, build_scheduler())
 
-    rows = [training_step(model, args), scoring(model, args), bank_search(model, args), import_time(args)]
+    rows = [training_step(model, args), scoring(model, args), pipeline(model, args), bank_search(model, args), import_time(args)]
     lines = ["| what | A | B | ratio A/B |", "|---|---|---|---|"]
     lines += [f"| {what} | {a} | {b} | {ratio:.2f} |" for what, a, b, ratio in rows]
     facts = f"torch {torch.__version__}, {torch.get_num_threads()} threads, {datetime.date.today()}"
