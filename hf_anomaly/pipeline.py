@@ -230,12 +230,12 @@ def _decode(image, name: str, timeout: float) -> PIL.Image.Image:
 
 
 def _download(url: str, timeout: float) -> bytes:
-    from huggingface_hub import get_session
+    from huggingface_hub.utils import httpx  # without the client's token and offline mode: the address may be anybody's
 
     try:
-        response = get_session().get(url, timeout=timeout, follow_redirects=True)
+        response = httpx.get(url, timeout=timeout, follow_redirects=True)
         response.raise_for_status()
-    except Exception as error:  # of the client's library, which is not ours to name
+    except (httpx.HTTPError, httpx.InvalidURL) as error:
         reason = " ".join(str(error).split()) or type(error).__name__
         raise InputError(f"{url}: cannot be fetched ({reason[:300]}); check the address and the network") from error
     return response.content
