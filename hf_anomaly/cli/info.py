@@ -21,7 +21,8 @@ def run(args: Namespace) -> None:
     model, _ = load_detector(args.model, args.revision)
     facts = describe(model, _results(args.model, args.revision))
     width = max(map(len, facts))
-    print("\n".join(f"{name:{width}}  {value}" for name, value in facts.items()))
+    for name, value in facts.items():
+        print(f"{name:{width}}  {''.join(filter(str.isprintable, value))}")  # labels and names come from elsewhere: no control characters
 
 
 def describe(model, results: dict) -> dict[str, str]:
@@ -55,12 +56,13 @@ def describe(model, results: dict) -> dict[str, str]:
     else:
         facts["calibrated"] = "no: scores rank images, but there are no p-values and no verdicts without a --threshold"
     names = {"auroc": "AUROC", "average_precision": "average precision", "fpr_at_95_tpr": "FPR at 95 % TPR"}
-    measured = [f"{title} {results[key]:.4f}" for key, title in names.items() if results.get(key) is not None]
+    measured = [f"{title} {results[key]:.4f}" for key, title in names.items() if isinstance(results.get(key), (int, float))]
     if measured:
-        images = f"on {results['num_normal']} normal and {results['num_anomalous']} anomalous images of {results['dataset']}"
-        facts["results"] = f"{', '.join(measured)}, {images} (split {results['split_hash'][:12]})"
+        known = {"num_normal": "?", "num_anomalous": "?", "dataset": "?", "split_hash": "unknown"} | results
+        images = f"on {known['num_normal']} normal and {known['num_anomalous']} anomalous images of {known['dataset']}"
+        facts["results"] = f"{', '.join(measured)}, {images} (split {str(known['split_hash'])[:12]})"
     else:
-        facts["results"] = results.get("reason") or "none measured"
+        facts["results"] = str(results.get("reason") or "none measured")
     facts["made by"] = f"hf-anomaly {config.hf_anomaly_version}"
     facts["limits"] = "it knows the images it was trained on: calibrate again for another device or population. Not a medical device."
     return facts

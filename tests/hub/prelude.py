@@ -71,7 +71,7 @@ def finished(name="detector", seed=0, dissolver=True):
     AnomalyImageProcessor.for_images(8, 1).save_pretrained(folder)
     if dissolver:
         GaussianDissolver(3).save_pretrained(folder / "dissolver")
-    (folder / "eval_results.json").write_text('{"auroc": 0.8765}')
+    (folder / "eval_results.json").write_text(json.dumps(MEASURED))
     write_card(folder, model, MEASURED)
     (folder / "checkpoint-3").mkdir()
     (folder / "checkpoint-3" / "optimizer.pt").write_text("")

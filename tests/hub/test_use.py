@@ -1,0 +1,77 @@
+"""What the Hub is for: score with a detector that lies there, from Python and from the command line."""
+
+SAVED = """
+    import contextlib
+    import io
+    import PIL.Image
+    import numpy as np
+    from hf_anomaly.cli import main
+
+    def run(*argv):
+        out, err = io.StringIO(), io.StringIO()
+        try:
+            with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+                main(list(argv))
+        except SystemExit as end:
+            return end.code or 0, out.getvalue(), err.getvalue()
+        return 0, out.getvalue(), err.getvalue()
+
+    def picture(seed):
+        return PIL.Image.fromarray(np.random.default_rng(seed).integers(0, 256, (8, 8), dtype=np.uint8))
+"""
+
+
+def test_pipeline(hub):
+    hub.run(
+        SAVED
+        + """
+    from transformers import pipeline
+
+    folder = finished()
+    AutoModel.from_pretrained(folder).push_to_hub("org/pipeline")
+    file = io.BytesIO()
+    picture(0).save(file, "PNG")
+    edit("org/images", {"a.png": file.getvalue(), "b.png": b"no image"})
+
+    there, here = (pipeline("image-anomaly-detection", model=name) for name in ("org/pipeline", str(folder)))
+    assert there(picture(0)) == here(picture(0))
+    url = f"{os.environ['HF_ENDPOINT']}/org/images/resolve/main"
+    assert there([f"{url}/a.png"]) == [here(picture(0))]
+    refused(InputError, lambda: there(f"{url}/b.png"), f"{url}/b.png", "unreadable")
+    refused(InputError, lambda: there(f"{url}/c.png"), f"{url}/c.png", "404")
+    """
+    )
+
+
+def test_push_info_and_predict(hub):
+    hub.run(
+        SAVED
+        + """
+    folder = finished()
+    picture(0).save("a.png")
+    status, out, err = run("push", str(folder), "org/command", "--private", "--git-tag", "v1")
+    assert status == 0, err
+    assert "org/command" in out and titles("org/command") == ["Upload model", "initial commit"]
+    assert api.model_info("org/command").private
+    assert {"config.json", "model.safetensors", "preprocessor_config.json", "README.md", "dissolver/dissolver_config.json"} <= files("org/command", "v1")
+    assert not [name for name in files("org/command") if "checkpoint" in name]
+
+    status, out, err = run("info", "org/command", "--revision", "v1")
+    assert status == 0 and "AUROC 0.8765" in out and "on 39 held-out normal images" in out, out + err
+    (there, here) = (run("predict", name, "a.png") for name in ("org/command", str(folder)))
+    assert there[0] == 0 and there[1] == here[1], there
+    status, out, err = run("dissolve", "org/command", "a.png")
+    assert status == 0 and Path("dissolved.png").is_file(), err
+
+    wrong = {
+        "other/x": ["push", str(folder), "other/x"],
+        "org/none": ["info", "org/none"],
+        "org/nobody": ["predict", "org/nobody", "a.png"],
+        "org/no-images": ["predict", "org/command", "org/no-images"],
+    }
+    for name, argv in wrong.items():
+        status, out, err = run(*argv)
+        error = err.splitlines()[-1]
+        assert status == 2 and error.startswith("error: ") and name in error, (argv, err)
+    """
+    )

@@ -1,0 +1,411 @@
+"""`hf-anomaly` as a user runs it: within this process, but for what importing decides."""
+
+import csv
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import PIL.Image
+import pytest
+import torch
+from transformers import AutoModel
+
+from hf_anomaly import (
+    AnomalyImageProcessor,
+    CSIConfig,
+    CSIModel,
+    DiffusionDissolver,
+    GaussianDissolver,
+    SharedAEConfig,
+    SharedAEModel,
+    SmallResNetConfig,
+    cli,
+    overlay_anomaly_map,
+)
+from hf_anomaly.cli import predict, train
+from hf_anomaly.dissolving import build_scheduler, build_unet
+
+COLUMNS = ["image", "score", "p_value", "label", "threshold"]
+SCRIPT = "import sys; sys.argv[0] = '/usr/bin/hf-anomaly'\nfrom hf_anomaly.cli import main\n"
+
+
+@pytest.fixture
+def run(capsys, monkeypatch, tmp_path):
+    """(exit status, stdout, stderr) of a command line, in an empty folder."""
+    monkeypatch.chdir(tmp_path)
+
+    def run(*argv):
+        capsys.readouterr()
+        status = 0
+        try:
+            cli.main([str(word) for word in argv])
+        except SystemExit as exit:
+            status = exit.code or 0
+        return status, *capsys.readouterr()
+
+    return run
+
+
+@pytest.fixture
+def refused(run):
+    def refused(argv, *words):
+        status, out, err = run(*argv)
+        error = err.splitlines()[-1]
+        assert status == 2, err
+        assert error.startswith("error: ")
+        assert "Traceback" not in err
+        for word in words:
+            assert str(word) in error
+        return out
+
+    return refused
+
+
+@pytest.fixture(scope="module")
+def detector(tmp_path_factory):
+    torch.manual_seed(0)
+    folder = tmp_path_factory.mktemp("shared-ae")
+    model = SharedAEModel(SharedAEConfig(image_size=16, hidden_sizes=[8, 8, 8], latent_size=8, normal_label="good")).eval()
+    normal = torch.rand(39, 1, 16, 16) * 2 - 1
+    model.fit_reference([normal], progress=False).calibrate([normal], progress=False)
+    model.save_pretrained(folder)
+    AnomalyImageProcessor.for_images(16, 1).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def without_maps(tmp_path_factory):
+    """Fitted, not calibrated, and of a method without maps."""
+    torch.manual_seed(0)
+    folder = tmp_path_factory.mktemp("csi")
+    model = CSIModel(CSIConfig(image_size=8, backbone_config=SmallResNetConfig(hidden_sizes=[8], depths=[1]))).eval()
+    model.fit_reference([torch.rand(4, 1, 8, 8) * 2 - 1], progress=False).save_pretrained(folder)
+    AnomalyImageProcessor.for_images(8, 1).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def scans(tmp_path_factory):
+    """scans/a.png, b.png, sub/c.png, sub/a.png"""
+    folder = tmp_path_factory.mktemp("scans")
+    for i, name in enumerate(("a", "b", "sub/a", "sub/c")):
+        path = folder / f"{name}.png"
+        path.parent.mkdir(exist_ok=True)
+        PIL.Image.fromarray(np.random.default_rng(i).integers(0, 256, (12, 20), dtype=np.uint8)).save(path)
+    (folder / "notes.txt").write_text("no image")
+    return folder
+
+
+@pytest.fixture
+def with_broken(scans, tmp_path):
+    """The scans in the middle of which one is broken."""
+    broken = tmp_path / "broken.png"
+    broken.write_bytes((scans / "a.png").read_bytes()[:150])
+    return [scans / "a.png", broken, scans / "b.png"]
+
+
+def scores_of(folder, paths):
+    model = AutoModel.from_pretrained(folder)
+    processor = AnomalyImageProcessor.from_pretrained(folder)
+    with torch.no_grad():
+        return model(processor(images=[PIL.Image.open(path) for path in paths], return_tensors="pt")["pixel_values"]).scores
+
+
+# The program itself ---------------------------------------------------------------------------------------------------------------
+
+
+def fresh(code):
+    return subprocess.run([sys.executable, "-c", SCRIPT + code], capture_output=True, text=True)
+
+
+def test_help_waits_for_nothing():
+    code = """
+import contextlib, io
+commands = ("train", "evaluate", "predict", "dissolve", "info", "push")
+for argv in (["--help"], [], ["--version"], *([name, "--help"] for name in commands)):
+    text = io.StringIO()
+    with contextlib.redirect_stdout(text), contextlib.suppress(SystemExit):
+        main(argv)
+    assert "hf-anomaly" in text.getvalue(), argv
+heavy = {"torch", "transformers", "numpy", "PIL", "huggingface_hub", "datasets"} & set(sys.modules)
+assert not heavy, heavy
+"""
+    result = fresh(code)
+    assert result.returncode == 0, result.stderr
+
+
+def test_the_console_script_registers_before_a_command(detector, scans):
+    result = fresh(f"main(['predict', {str(detector)!r}, {str(scans / 'a.png')!r}])")
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.startswith(",".join(COLUMNS))
+    result = fresh("import hf_anomaly\nhf_anomaly.DIAModel\nfrom transformers import AutoConfig\nAutoConfig.for_model('dia_anomaly')")
+    assert result.returncode == 0, result.stderr  # who asks for a name by another way gets it too
+
+
+def test_the_help_names_every_command(run):
+    status, out, _ = run("--help")
+    assert status == 0
+    for name in cli.COMMANDS:
+        assert f"\n  {name} " in out
+        assert (Path(cli.__file__).parent / f"{name}.py").is_file()
+
+
+@pytest.mark.parametrize(
+    ("argv", "words"),
+    [
+        (["predct"], ["'predct'", "did you mean 'predict'"]),
+        (["xyzzy"], ["'xyzzy'", "train, evaluate"]),
+        (["predict", "model"], ["images", "--help"]),
+        (["predict", "model", "a.png", "--treshold", "1"], ["'--treshold'", "did you mean --threshold"]),
+        (["predict", "model", "a.png", "--threshold", "high"], ["--threshold", "'high'"]),
+        (["predict", "model", "a.png", "--on-error", "cry"], ["cry"]),
+        (["predict", "model", "a.png", "--output", "x.xlsx"], ["x.xlsx", ".csv", ".jsonl"]),
+        (["predict", "model", "a.png", "--threshold", "1", "--false-positive-rate", ".1"], ["--threshold", "--false_positive_rate"]),
+        (["predict", "model", "a.png", "--batch_size", "0"], ["--batch_size", "0"]),
+        (["train", "resnet"], ["'resnet'", "dia, shared_ae"]),
+        (["train", "dia", "--num_processes", "two"], ["--num_processes", "'two'"]),
+        (["train", "shared_ae", "--dataset_nam", "x"], ["--dataset_nam", "--dataset_name"]),
+    ],
+)
+def test_what_is_not_understood(refused, argv, words):
+    refused(argv, *words)
+
+
+# train and evaluate ----------------------------------------------------------------------------------------------------------------
+
+
+def test_train_evaluate_info(run):
+    tiny = ["--max_steps", 2, "--hidden_sizes", 4, 4, 4, "--latent_size", 4, "--disable_tqdm", "true", "--use_cpu", "true"]
+    status, out, err = run("train", "shared_ae", "--output_dir", "my-detector", *tiny)
+    assert status == 0, err
+    assert "saved: my-detector" in out
+    trained = json.loads(Path("my-detector/eval_results.json").read_text())
+    assert "hf-anomaly train shared_ae --output_dir my-detector" in Path("my-detector/README.md").read_text()
+    status, out, err = run("evaluate", "my-detector", "--dataset_name", "digits")
+    assert status == 0, err
+    assert json.loads(out)["auroc"] == pytest.approx(trained["auroc"])
+    status, out, _ = run("info", "my-detector")
+    assert status == 0
+    for fact in (
+        "SharedAEModel",
+        "8×8 px, gray",
+        "digits, 114 images",
+        "on 28 held-out normal images",
+        f"{trained['auroc']:.4f}",
+        "0.0345",
+    ):
+        assert fact in out
+    assert f"{AutoModel.from_pretrained('my-detector').calibration.threshold.item():g}" in out
+
+
+@pytest.mark.parametrize("method", train.METHODS)
+def test_methods_have_their_options(run, method):
+    status, out, _ = run("train", method, "--help")
+    assert status == 0
+    assert out.startswith(f"usage: hf-anomaly train {method} ")
+    assert "--dataset_name" in out
+
+
+@pytest.mark.parametrize("spelling", [["--num_processes", "3"], ["--num-processes=3"]])
+def test_several_processes(spelling, monkeypatch):
+    parsed = train.parse(["dia", "--seed", "1", *spelling, "--bf16"])
+    assert parsed == ("dia", ["--seed", "1", "--bf16"], 3)
+    started = []
+    monkeypatch.setattr(subprocess, "run", lambda command, env: started.append(command) or subprocess.CompletedProcess(command, 7))
+    with pytest.raises(SystemExit) as exit:
+        train.run(parsed)
+    assert exit.value.code == 7
+    words = " ".join(started[0])
+    assert "accelerate.commands.launch --multi_gpu --num_processes 3 " in words
+    assert words.endswith("-m hf_anomaly.cli train dia --seed 1 --bf16")
+
+
+# predict --------------------------------------------------------------------------------------------------------------------------
+
+
+def test_a_table(run, detector, scans):
+    paths = [scans / name for name in ("a.png", "b.png", "sub/a.png", "sub/c.png")]
+    scores = scores_of(detector, paths)
+    model = AutoModel.from_pretrained(detector)
+    for sources in ([scans], paths, [f"{scans}/*.png", f"{scans}/sub/*.png"], [f"{scans}/**/*.png"]):
+        status, out, err = run("predict", detector, *sources, "--batch_size", 3)
+        assert status == 0, err
+        rows = list(csv.DictReader(out.splitlines()))
+        assert list(rows[0]) == COLUMNS
+        found = {row["image"]: row for row in rows}
+        assert found.keys() == {str(path) for path in paths}
+        for path, score, p_value, flagged in zip(paths, scores, model.p_values(scores), model.is_anomalous(scores), strict=True):
+            row = found[str(path)]
+            assert float(row["score"]) == pytest.approx(score.item(), rel=1e-5)
+            assert float(row["p_value"]) == p_value.item()
+            assert row["label"] == ("anomaly" if flagged else "normal")
+    assert "4 scored" in err
+
+
+def test_files_and_maps(run, detector, scans):
+    status, out, err = run("predict", detector, scans, "--output", "out/scores.jsonl", "--save_maps", "maps", "--false_positive_rate", 0.5)
+    assert (status, out) == (0, "")
+    rows = [json.loads(line) for line in Path("out/scores.jsonl").read_text().splitlines()]
+    model = AutoModel.from_pretrained(detector)
+    assert {row["threshold"] for row in rows} == {model.calibration.threshold_at(0.5)}
+    assert [row["overlay"] for row in rows] == ["000000_a.png", "000001_b.png", "000002_a.png", "000003_c.png"]
+    assert sorted(path.name for path in Path("maps").iterdir()) == [row["overlay"] for row in rows]
+    assert [path.name for path in Path("out").iterdir()] == ["scores.jsonl"]
+    processor = AnomalyImageProcessor.from_pretrained(detector)
+    for row in rows:
+        image = PIL.Image.open(row["image"])
+        output = model(**processor(images=image, return_tensors="pt"), output_anomaly_maps=True)
+        painted = overlay_anomaly_map(image, output.anomaly_maps[0], value_range=model.config.anomaly_map_range)
+        assert np.abs(np.asarray(PIL.Image.open(Path("maps", row["overlay"]))).astype(int) - np.asarray(painted)).max() <= 1
+    # Too few calibration images for the rate: an infinite threshold, which JSON does not know.
+    status, _, err = run("predict", detector, scans / "a.png", "--output", "x.jsonl", "--false-positive-rate", 0.001)
+    assert status == 0, err
+    assert json.loads(Path("x.jsonl").read_text())["threshold"] is None
+
+
+def test_datasets(run, refused, detector):
+    images = np.random.default_rng(0).integers(0, 256, (5, 16, 16), dtype=np.uint8)
+    np.savez("images.npz", train_images=images[:2], test_images=images)
+    refused(["predict", detector, "images.npz"], "train, test", "--split")
+    refused(["predict", detector, "images.npz", "--split", "dev"], "'dev'", "train, test")
+    status, out, err = run("predict", detector, "images.npz", "--split", "test")
+    assert status == 0, err
+    rows = list(csv.DictReader(out.splitlines()))
+    assert [row["image"] for row in rows] == [f"test/{i}" for i in range(5)]
+    pixel_values = torch.from_numpy(images)[:, None] / 127.5 - 1
+    with torch.no_grad():
+        scores = AutoModel.from_pretrained(detector)(pixel_values).scores
+    assert [float(row["score"]) for row in rows] == pytest.approx(scores.tolist(), rel=1e-5)
+
+
+def test_a_broken_image_ends_it(refused, detector, with_broken):
+    Path("scores.csv").write_text("an earlier table")
+    refused(["predict", detector, *with_broken, "--output", "scores.csv"], with_broken[1], "unreadable")
+    assert Path("scores.csv").read_text() == "an earlier table"
+    assert not list(Path().glob(".*.tmp"))
+
+
+@pytest.mark.parametrize("batch_size", [1, 2, 64])
+def test_a_broken_image_is_skipped(run, detector, with_broken, batch_size):
+    argv = ["predict", detector, *with_broken, "--output", "scores.csv", "--on-error", "skip", "--save_maps", "maps"]
+    status, _, err = run(*argv, "--batch_size", batch_size)
+    assert status == 1
+    assert f"skipped: {with_broken[1]}: unreadable" in err
+    assert err.splitlines()[-1].startswith("2 scored")
+    assert "1 skipped" in err.splitlines()[-1]
+    rows = list(csv.DictReader(Path("scores.csv").read_text().splitlines()))
+    assert [row["image"] for row in rows] == [str(with_broken[0]), str(with_broken[2])]
+    assert [float(row["score"]) for row in rows] == pytest.approx(scores_of(detector, with_broken[::2]).tolist(), rel=1e-5)
+    assert [row["overlay"] for row in rows] == ["000000_a.png", "000001_b.png"]
+
+
+def test_memory_is_constant(detector, scans, monkeypatch, run):
+    """However many images, no more than a batch and the next are open."""
+    open_now, most = [0], [0]
+    from hf_anomaly import data
+
+    decode = data.decode_image
+
+    def counting(value, where):
+        image = decode(value, where)
+        open_now[0] += 1
+        most[0] = max(most[0], open_now[0])
+        return image
+
+    class Counted(predict.deque):
+        def popleft(self):
+            open_now[0] -= 1
+            return super().popleft()
+
+    monkeypatch.setattr(data, "decode_image", counting)
+    monkeypatch.setattr(predict, "deque", Counted)
+    status, out, _ = run("predict", detector, *[scans / "a.png"] * 50, "--batch_size", 4)
+    assert (status, len(out.splitlines())) == (0, 51)
+    assert most[0] <= 8
+
+
+def test_without_calibration_and_maps(run, refused, without_maps, scans):
+    status, out, err = run("predict", without_maps, scans / "a.png")
+    assert status == 0
+    (row,) = csv.DictReader(out.splitlines())
+    assert (row["p_value"], row["label"], row["threshold"]) == ("", "", "")
+    assert "flagged" not in err
+    status, out, _ = run("predict", without_maps, scans / "a.png", "--threshold", -100)
+    assert [row["label"] for row in csv.DictReader(out.splitlines())] == ["anomaly"]
+    refused(["predict", without_maps, scans, "--save_maps", "maps"], "--save_maps", "maps")
+    assert not Path("maps").exists()
+
+
+def test_what_predict_does_not_find(refused, detector, scans):
+    refused(["predict", detector, "none.png"], "none.png", "no such file")
+    refused(["predict", detector, "none/*.png"], "none/*.png", "matches no file")
+    refused(["predict", "no-model", scans], "no-model")
+    Path("empty").mkdir()
+    refused(["predict", detector, "empty"], "empty", "no images")
+
+
+# dissolve -------------------------------------------------------------------------------------------------------------------------
+
+
+def test_dissolve(run, refused, scans, detector, tmp_path):
+    torch.manual_seed(0)
+    DiffusionDissolver(build_unet(8, 1, (8, 8)), build_scheduler(), t_min=10, t_max=90).save_pretrained("dissolver")
+    status, out, err = run("dissolve", "dissolver", scans / "a.png", scans / "b.png", "--timesteps", 20, 80, "--output", "out/row.png")
+    assert status == 0, err
+    assert "saved: out/row.png" in out
+    grid = np.asarray(PIL.Image.open("out/row.png").convert("L"))
+    # 12×20 pixels, enlarged 7 times: three columns of 140 and two rows of 84, with margins of 4 and 20 above for the captions.
+    assert grid.shape == (20 + 2 * 88 + 4, 3 * 144 + 4)
+    original = np.asarray(PIL.Image.open(scans / "a.png"))
+    assert np.array_equal(grid[20 : 20 + 84 : 7, 4 : 4 + 140 : 7], original)
+    first, second = (grid[20 : 20 + 84, 4 + 144 * i : 144 + 144 * i].astype(int) for i in (1, 2))
+    assert np.abs(first - second).max() > 0
+    status, _, err = run("dissolve", "dissolver", scans / "a.png")
+    assert status == 0, err
+    assert PIL.Image.open("dissolved.png").width == 6 * 144 + 4  # itself and five timesteps
+    refused(["dissolve", "dissolver", scans / "a.png", "--timesteps", 5000], "5000")
+    refused(["dissolve", "dissolver", "none.png"], "none.png")
+    refused(["dissolve", detector, scans / "a.png"], detector, "no dissolver")
+
+
+def test_a_blur_beside_a_detector(run, refused, scans, detector):
+    GaussianDissolver(3).save_pretrained("model/dissolver")
+    AnomalyImageProcessor.for_images(16, 1).save_pretrained("model")
+    status, _, err = run("dissolve", "model", scans / "a.png")
+    assert status == 0, err
+    assert PIL.Image.open("dissolved.png").size == (2 * 132 + 4, 20 + 132 + 4)  # 16 pixels, as the detector sees it, 8 times
+    refused(["dissolve", "model", scans / "a.png", "--timesteps", 20], "--timesteps", "gaussian")
+
+
+# info and push --------------------------------------------------------------------------------------------------------------------
+
+
+def test_info_without_results_and_calibration(run, refused, without_maps):
+    status, out, _ = run("info", without_maps)
+    assert status == 0
+    for fact in ("CSIModel", "no p-values", "unknown", "none measured", "Not a medical device"):
+        assert fact in out
+    refused(["info", "no-model"], "no-model")
+
+
+def test_info_of_a_folder_with_odd_results(run, detector, tmp_path):
+    AutoModel.from_pretrained(detector).save_pretrained("model")
+    AnomalyImageProcessor.for_images(16, 1).save_pretrained("model")
+    Path("model/eval_results.json").write_text(json.dumps({"auroc": 0.5, "dataset": "x\x1b[2Jy\n", "split_hash": 3, "fpr_at_95_tpr": "?"}))
+    status, out, err = run("info", "model")
+    assert status == 0, err
+    assert "AUROC 0.5000" in out
+    assert "\x1b" not in out
+
+
+def test_what_is_not_pushed(refused, detector):
+    refused(["push", "none", "org/x"], "none is no folder")
+    Path("empty").mkdir()
+    refused(["push", "empty", "org/x"], "empty", "no detector")
+    model = AutoModel.from_pretrained(detector)
+    model.reset_reference()
+    model.save_pretrained("unfitted")
+    AnomalyImageProcessor.for_images(16, 1).save_pretrained("unfitted")
+    refused(["push", "unfitted", "org/x"], "fit_reference")
