@@ -4,6 +4,7 @@ import re
 import shlex
 import subprocess
 import sys
+from importlib import import_module
 from pathlib import Path
 
 import pytest
@@ -23,6 +24,12 @@ def script_commands() -> list[list[str]]:
     return [command[next(i for i, word in enumerate(command) if word.startswith("scripts/")) :] for command in words]
 
 
+def console_commands() -> list[list[str]]:
+    """The words after `hf-anomaly`."""
+    lines = [line.split("#")[0] for block in blocks("bash") for line in block.splitlines()]
+    return [shlex.split(line)[1:] for line in lines if line.startswith("hf-anomaly ")]
+
+
 def test_the_readme_has_its_commands():
     assert any(command == ["scripts/train_dia.py"] for command in script_commands())
     assert len(blocks("python")) >= 3
@@ -35,6 +42,19 @@ def test_flags_exist(script):
         assert re.search(rf"^\s+{word}\b", usage, re.MULTILINE), f"{script} has no {word}"
 
 
+def test_console_commands_are_understood():
+    commands = console_commands()
+    assert {command[0] for command in commands} >= {"train", "predict", "info", "dissolve", "push"}
+    for name, *argv in commands:
+        if name == "train":  # whose options are the scripts'
+            usage = subprocess.run(
+                [sys.executable, f"scripts/train_{argv[0]}.py", "--help"], cwd=ROOT, capture_output=True, text=True
+            ).stdout
+            assert all(f"{word} " in usage for word in argv if word.startswith("--"))
+        else:
+            import_module(f"hf_anomaly.cli.{name}").parse(argv)  # an InputError, if not
+
+
 def test_python_blocks_run(tmp_path):
     """After the commands that train their detectors, cut to a few steps."""
     few = ["--max_steps", "4", "--disable_tqdm", "true"]
@@ -44,7 +64,8 @@ def test_python_blocks_run(tmp_path):
         )
     code = "\n".join(blocks("python"))
     check = "\nassert scores.shape == p_values.shape == flagged.shape == (4,)\n"
-    result = subprocess.run([sys.executable, "-c", code + check], cwd=tmp_path, capture_output=True, text=True)
+    check += "assert [verdict['score'] for verdict in verdicts] == pytest.approx(scores.tolist(), rel=1e-5)\n"
+    result = subprocess.run([sys.executable, "-c", "import pytest\n" + code + check], cwd=tmp_path, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
     assert len(list(tmp_path.glob("overlay?.png"))) == 4
     assert (tmp_path / "runs" / "python" / "model.safetensors").is_file()
