@@ -53,14 +53,15 @@ def hub_errors(repo_id: str) -> Iterator[None]:
         raise HubError(f"{repo_id}: {remedy}") from error
 
 
-def create_repository(repo_id: str, *, private: bool | None = None, token: str | bool | None = None) -> str:
+def create_repository(repo_id: str, *, private: bool | None = None, token: str | bool | None = None, repo_type: str = "model") -> str:
     """Makes a repository if it is not there yet; its full id.
 
     Raises:
         HubError: the Hub refused or cannot be reached.
     """
     with hub_errors(repo_id):
-        return HfApi(token=token).create_repo(repo_id, private=private, exist_ok=True).repo_id
+        sdk = "gradio" if repo_type == "space" else None
+        return HfApi(token=token).create_repo(repo_id, private=private, exist_ok=True, repo_type=repo_type, space_sdk=sdk).repo_id
 
 
 def push_folder(
@@ -74,10 +75,11 @@ def push_folder(
     revision: str | None = None,
     create_pr: bool = False,
     git_tag: str | None = None,
+    repo_type: str = "model",
 ) -> CommitInfo:
     """Uploads a saved detector or dissolver in one commit, without checkpoints, and takes away what is left there of an earlier one.
 
-    The card keeps what a person wrote in the repository's, see `cards.merging`. Trouble of the Hub or the network is met with two more attempts.
+    A model's card keeps what a person wrote in the repository's, see `cards.merging`. Trouble of the Hub or the network is met with two more attempts.
 
     Args:
         repo_id: "name" or "organisation/name"; created if it does not exist.
@@ -85,6 +87,7 @@ def push_folder(
         revision: branch to push to, made if it does not exist; with `create_pr` the one that the pull request is for.
         create_pr: propose it in a pull request.
         git_tag: also gives the commit this tag.
+        repo_type: "model", or "space" for gradio's.
 
     Returns:
         The commit; as a string its URL.
@@ -95,13 +98,13 @@ def push_folder(
     """
     folder = Path(folder)
     files = list(contained_files(folder, _is_shared))
-    api, repo_id = HfApi(token=token), create_repository(repo_id, private=private, token=token)
+    api, repo_id = HfApi(token=token), create_repository(repo_id, private=private, token=token, repo_type=repo_type)
     with hub_errors(repo_id):
         if revision is not None and not create_pr and not revision.startswith("refs/"):
-            api.create_branch(repo_id, branch=revision, exist_ok=True)
+            api.create_branch(repo_id, branch=revision, exist_ok=True, repo_type=repo_type)
         for pause in (*_PAUSES, None):
             try:
-                commit = _commit(api, repo_id, folder, files, message, description, revision, create_pr)
+                commit = _commit(api, repo_id, folder, files, message, description, revision, create_pr, repo_type)
                 break
             except (HTTPError, ConnectionError) as error:
                 # Harmless to repeat, as the next attempt starts from what is there now; but a pull request would be opened twice.
@@ -110,7 +113,7 @@ def push_folder(
                 logger.warning("%s: %s; trying again in %d s", repo_id, _one_line(error), pause)
                 time.sleep(pause)
         if git_tag is not None:
-            api.create_tag(repo_id, tag=git_tag, revision=commit.oid)
+            api.create_tag(repo_id, tag=git_tag, revision=commit.oid, repo_type=repo_type)
     return commit
 
 
@@ -151,11 +154,11 @@ def _is_shared(path: Path) -> bool:
     return not any(fnmatch(part, name) for part in path.parts for name in _NOT_SHARED)
 
 
-def _commit(api, repo_id, folder, files, message, description, revision, create_pr) -> CommitInfo:
-    head = api.model_info(repo_id, revision=revision)
+def _commit(api, repo_id, folder, files, message, description, revision, create_pr, repo_type) -> CommitInfo:
+    head = api.repo_info(repo_id, revision=revision, repo_type=repo_type)
     there = {sibling.rfilename for sibling in head.siblings}
     contents: dict[str, Path | bytes] = {path.as_posix(): folder / path for path in files}
-    if "README.md" in contents:
+    if "README.md" in contents and repo_type == "model":
         card = address_card(contents["README.md"].read_text(encoding="utf-8"), repo_id)
         if "README.md" in there:
             path = api.hf_hub_download(repo_id, "README.md", revision=head.sha)
@@ -172,6 +175,7 @@ def _commit(api, repo_id, folder, files, message, description, revision, create_
         commit_description=description,
         revision=revision,
         create_pr=create_pr,
+        repo_type=repo_type,
         parent_commit=head.sha,
     )
 

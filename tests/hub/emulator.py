@@ -167,26 +167,26 @@ class Handler(BaseHTTPRequestHandler):
     disable_nagle_algorithm = True
     hub: Hub
 
-    ROUTES = [  # pattern of the path → name of the method, which gets the groups
+    ROUTES = [  # pattern of the path → name of the method, which gets the groups; the id of a Space begins with "spaces/"
         (r"/_faults", "add_fault"),
         (r"/_edit", "edit"),
         (r"/api/whoami-v2", "whoami"),
         (r"/api/validate-yaml", "validate_yaml"),
         (r"/api/repos/create", "create"),
-        (r"/api/models/([^/]+/[^/]+)", "info"),
-        (r"/api/models/([^/]+/[^/]+)/revision/([^/]+)", "info"),
-        (r"/api/models/([^/]+/[^/]+)/tree/([^/]+)(?:/(.*))?", "tree"),
-        (r"/api/models/([^/]+/[^/]+)/paths-info/([^/]+)", "paths_info"),
-        (r"/api/models/([^/]+/[^/]+)/refs", "refs"),
-        (r"/api/models/([^/]+/[^/]+)/commits/([^/]+)", "commits"),
-        (r"/api/models/([^/]+/[^/]+)/preupload/([^/]+)", "preupload"),
-        (r"/api/models/([^/]+/[^/]+)/commit/([^/]+)", "commit"),
-        (r"/api/models/([^/]+/[^/]+)/branch/([^/]+)", "create_branch"),
-        (r"/api/models/([^/]+/[^/]+)/tag/([^/]+)", "create_tag"),
-        (r"/([^/]+/[^/]+)\.git/info/lfs/objects/batch", "lfs_batch"),
+        (r"/api/models/((?:spaces/)?[^/]+/[^/]+)", "info"),
+        (r"/api/models/((?:spaces/)?[^/]+/[^/]+)/revision/([^/]+)", "info"),
+        (r"/api/models/((?:spaces/)?[^/]+/[^/]+)/tree/([^/]+)(?:/(.*))?", "tree"),
+        (r"/api/models/((?:spaces/)?[^/]+/[^/]+)/paths-info/([^/]+)", "paths_info"),
+        (r"/api/models/((?:spaces/)?[^/]+/[^/]+)/refs", "refs"),
+        (r"/api/models/((?:spaces/)?[^/]+/[^/]+)/commits/([^/]+)", "commits"),
+        (r"/api/models/((?:spaces/)?[^/]+/[^/]+)/preupload/([^/]+)", "preupload"),
+        (r"/api/models/((?:spaces/)?[^/]+/[^/]+)/commit/([^/]+)", "commit"),
+        (r"/api/models/((?:spaces/)?[^/]+/[^/]+)/branch/([^/]+)", "create_branch"),
+        (r"/api/models/((?:spaces/)?[^/]+/[^/]+)/tag/([^/]+)", "create_tag"),
+        (r"/((?:spaces/)?[^/]+/[^/]+)\.git/info/lfs/objects/batch", "lfs_batch"),
         (r"/lfs/([0-9a-f]{64})", "lfs_object"),
         (r"/lfs/([0-9a-f]{64})/verify", "lfs_verify"),
-        (r"/([^/]+/[^/]+)/resolve/([^/]+)/(.+)", "resolve"),
+        (r"/((?:spaces/)?[^/]+/[^/]+)/resolve/([^/]+)/(.+)", "resolve"),
     ]
 
     # Transport ----------------------------------------------------------------------------------------------------------------
@@ -211,7 +211,7 @@ class Handler(BaseHTTPRequestHandler):
             self.write_limit = fault.drop_after if fault else None
             self.user = self.authenticate()
             for pattern, name in self.ROUTES:
-                if match := re.fullmatch(pattern, re.sub("//+", "/", url.path)):
+                if match := re.fullmatch(pattern, re.sub("//+", "/", url.path).replace("/api/spaces/", "/api/models/spaces/", 1)):
                     with self.hub.lock:
                         return getattr(self, name)(*(unquote(group) for group in match.groups() if group is not None))
             raise HubError(404, "Not found")
@@ -278,11 +278,11 @@ class Handler(BaseHTTPRequestHandler):
 
     def repository(self, repo_id: str, write: bool = False) -> Repository:
         repository = self.hub.repositories.get(repo_id)
-        if repository is None or (repository.private and not self.owns(repo_id.split("/")[0])):
+        if repository is None or (repository.private and not self.owns(repo_id.split("/")[-2])):
             raise HubError(404 if self.user else 401, "Repository not found", "RepoNotFound")
         if write and self.user is None:
             raise HubError(401, "Invalid username or password.")
-        if write and not self.owns(repo_id.split("/")[0]) and not self.flag("create_pr"):
+        if write and not self.owns(repo_id.split("/")[-2]) and not self.flag("create_pr"):
             raise HubError(403, "Forbidden: you don't have the required permissions")
         return repository
 
@@ -318,6 +318,10 @@ class Handler(BaseHTTPRequestHandler):
         request = json.loads(self.body)
         namespace = request.get("organization") or self.user[0]
         repo_id = f"{namespace}/{request['name']}"
+        if request.get("type") == "space":
+            if "sdk" not in request:
+                raise HubError(400, "a Space needs an SDK")
+            repo_id = f"spaces/{repo_id}"
         url = f"http://{self.headers['Host']}/{repo_id}"
         if not self.owns(namespace):
             raise HubError(403, "You don't have the rights to create a model under this namespace")
@@ -332,6 +336,8 @@ class Handler(BaseHTTPRequestHandler):
         commit = repository.resolve(revision)
         siblings = [{"rfilename": path, "size": len(blob.content), "blobId": blob.oid} for path, blob in sorted(commit.files.items())]
         facts = {"_id": "0" * 24, "id": repo_id, "modelId": repo_id, "sha": commit.sha, "private": repository.private, "gated": False}
+        if repo_id.startswith("spaces/"):
+            facts["id"] = repo_id.removeprefix("spaces/")
         self.answer({**facts, "tags": [], "downloads": 0, "likes": 0, "lastModified": DATE, "createdAt": DATE, "siblings": siblings})
 
     def tree(self, repo_id: str, revision: str, folder: str = ""):
