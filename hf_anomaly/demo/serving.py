@@ -1,0 +1,87 @@
+"""Serving the page."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from ..dissolving import Dissolver
+from ..errors import InputError
+from ..hub import hub_errors
+from ..training.runs import load_detector
+from .page import build_demo, import_gradio
+
+if TYPE_CHECKING:
+    import gradio
+
+
+def run_demo(
+    model_name: str,
+    *,
+    revision: str | None = None,
+    port: int | None = None,
+    host: str | None = None,
+    share: bool = False,
+    open_browser: bool = False,
+    device: str | None = None,
+    block: bool = True,
+) -> gradio.Blocks:
+    """Serves the page of a saved detector, with its dissolver if there is one beside it, until it is interrupted.
+
+    Args:
+        model_name: folder or Hub id.
+        revision: branch, tag or commit of a Hub model.
+        port: default the first free one from 7860 on.
+        host: the address to listen on; default this machine only, or what a Space of the Hub says.
+        share: also make it reachable from anywhere, for a week, through a tunnel of gradio's makers. Mind whose images come and go there.
+        open_browser: open the page in the browser.
+        device: default the first GPU, else the CPU.
+        block: False returns at once; `.close()` then ends it.
+
+    Raises:
+        InputError: gradio is not installed, there is no such detector, its dissolver is damaged, or the port is taken.
+        NotFittedError: a detector that was never fitted.
+    """
+    gr = import_gradio()
+    import torch
+
+    model, processor = load_detector(model_name, revision)
+    model.to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    name = Path(model_name).resolve().name if Path(model_name).is_dir() else model_name
+    demo = build_demo(model, processor, load_dissolver(model_name, revision), name=name)
+    try:
+        demo.launch(
+            server_name=host,
+            server_port=port,
+            share=share,
+            inbrowser=open_browser,
+            prevent_thread_lock=not block,
+            quiet=not block,
+            max_file_size="50mb",
+            ssr_mode=False,
+            footer_links=[],
+            theme=gr.themes.Default(font=("system-ui", "sans-serif"), font_mono=("ui-monospace", "monospace")),  # none from elsewhere
+        )
+    except OSError as error:
+        if "port" not in str(error):
+            raise
+        wanted = "the ports from 7860 on are" if port is None else f"port {port} is"
+        raise InputError(f"{wanted} taken on this machine: choose another with --port") from error
+    return demo
+
+
+def load_dissolver(model_name: str, revision: str | None = None) -> Dissolver | None:
+    """The dissolver beside a saved detector, None if there is none.
+
+    Raises:
+        InputError: it is damaged.
+        HubError: the Hub cannot be reached.
+    """
+    folder = Path(model_name)
+    if not folder.is_dir():
+        from huggingface_hub import snapshot_download
+
+        with hub_errors(model_name):
+            patterns = ["dissolver/*.json", "dissolver/*.safetensors"]
+            folder = Path(snapshot_download(model_name, revision=revision, allow_patterns=patterns))
+    return Dissolver.from_pretrained(folder / "dissolver") if (folder / "dissolver").is_dir() else None
