@@ -20,7 +20,7 @@ logger = logging.getLogger(__name__)
 # What a run leaves in its folder that is no part of the result.
 _NOT_SHARED = ("checkpoint-*", "*-training", ".*", "training_args.*")
 # What belongs to the model that was there before, and would be read together with the new one.
-_REPLACED = ("model*.safetensors", "model.safetensors.index.json", "eval_results.json", "dissolver/*", "pretrained/*")
+_REPLACED = ("model*.safetensors", "model.safetensors.index.json", "eval_results.json", "figures/*", "dissolver/*", "pretrained/*")
 
 _REMEDIES = {
     401: "the Hub does not accept the token: log in with `hf auth login`, or give a valid token",

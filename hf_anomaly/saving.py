@@ -17,9 +17,9 @@ from .untrusted import contained_files
 logger = logging.getLogger(__name__)
 
 # Files that belong to a detector beside its weights and config; they follow it from folder to folder.
-COMPANIONS = ("preprocessor_config.json", "README.md", "eval_results.json", "dissolver")
-_COMPANION_FILES = (*COMPANIONS[:-1], "dissolver/*.json", "dissolver/*.safetensors")
-_REPORTS = ("README.md", "eval_results.json")  # companions that a new reference or calibration makes untrue
+COMPANIONS = ("preprocessor_config.json", "README.md", "eval_results.json", "figures", "dissolver")
+_COMPANION_FILES = (*COMPANIONS[:-2], "figures/*.png", "dissolver/*.json", "dissolver/*.safetensors")
+_REPORTS = ("README.md", "eval_results.json", "figures")  # companions that a new reference or calibration makes untrue
 
 REMOTE_CODE_FILE = "modeling_hf_anomaly.py"
 REMOTE_CODE = '''\
@@ -130,7 +130,7 @@ def bring_companions(homes: list[Home], target: Path, staging: Path, token: str 
             if path.name == "README.md" and not home.reports_hold:
                 if card := outdate_card((folder / path).read_text(encoding="utf-8")):
                     (staging / path).write_text(card, encoding="utf-8")
-            elif not in_place and (home.reports_hold or path.name not in _REPORTS) and _is_companion(path):
+            elif not in_place and (home.reports_hold or path.parts[0] not in _REPORTS) and _is_companion(path):
                 (staging / path).parent.mkdir(parents=True, exist_ok=True)
                 shutil.copyfile(folder / path, staging / path)
 
@@ -139,6 +139,7 @@ def drop_outdated_results(homes: list[Home], target: Path) -> None:
     """Deletes the results that lie in `target`, if it is a home of a detector that was fitted or calibrated anew."""
     if any(not home.reports_hold and Path(home.name).is_dir() and Path(home.name).resolve() == target.resolve() for home in homes):
         (target / "eval_results.json").unlink(missing_ok=True)
+        shutil.rmtree(target / "figures", ignore_errors=True)
 
 
 def _is_companion(path: Path) -> bool:

@@ -2,7 +2,9 @@
 
 import json
 import re
+import sys
 
+import numpy as np
 import pytest
 import torch
 import yaml
@@ -21,7 +23,7 @@ from hf_anomaly import (
     SharedAEConfig,
     SmallResNetConfig,
 )
-from hf_anomaly.cards import write_card
+from hf_anomaly.cards import write_card, write_figures
 from hf_anomaly.dissolving import build_scheduler, build_unet
 
 MEASURED = {"auroc": 0.87654321, "average_precision": 0.7654321, "fpr_at_95_tpr": 0.4321}
@@ -176,6 +178,33 @@ def test_the_dissolver_is_named_where_there_is_one(folder):
     assert "UNet2DModel" not in card(folder)[0]  # which could not load a blur
     DiffusionDissolver(build_unet(8, 1, (8, 16)), build_scheduler()).save_pretrained(folder / "dissolver")
     assert 'UNet2DModel.from_pretrained("dia-chest", subfolder="dissolver/unet")' in card(folder)[0]
+
+
+def test_figures_are_drawn_and_shown(folder):
+    pytest.importorskip("matplotlib", reason="needs the extra `plots`")
+    assert "figures/" not in card(folder)[0]
+    image = Image.new("L", (8, 8), 99)
+    scores, labels = np.linspace(0, 1, 20), np.arange(20) % 2
+    write_figures(folder, scores, labels, threshold=float("inf"), examples=[(image, image, "$a$"), (image, None, "b")])
+    assert {path.name for path in (folder / "figures").iterdir()} == {"scores.png", "roc.png", "examples.png"}
+    for path in (folder / "figures").iterdir():
+        assert np.ptp(np.asarray(Image.open(path).convert("L"))) > 100, path
+        assert path.stat().st_size < 60_000
+    body, _ = card(folder)
+    check_whole(body)
+    links = re.findall(r"^!\[[^\]\n]+\]\((.*?)\)$", body, re.MULTILINE)
+    assert links == ["figures/scores.png", "figures/roc.png", "figures/examples.png"]
+    write_figures(folder, scores, labels)  # replaces all of them
+    assert "examples.png" not in card(folder)[0]
+
+
+def test_without_matplotlib_there_are_no_figures(folder, monkeypatch, caplog):
+    (folder / "figures").mkdir(parents=True)
+    (folder / "figures" / "roc.png").write_bytes(b"old")
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    write_figures(folder, np.arange(4.0), np.array([0, 0, 1, 1]))
+    assert "hf-anomaly[plots]" in caplog.text
+    assert "figures/" not in card(folder)[0]
 
 
 HOSTILE = [

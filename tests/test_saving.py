@@ -51,6 +51,8 @@ def folder(tmp_path):
     GaussianDissolver(3).save_pretrained(folder / "dissolver")
     (folder / "README.md").write_text("# the card")
     (folder / "eval_results.json").write_text("{}")
+    (folder / "figures").mkdir()
+    (folder / "figures" / "roc.png").write_bytes(b"a picture")
     return folder
 
 
@@ -69,7 +71,7 @@ def test_card_and_results_do_not_follow_a_detector_calibrated_anew(folder, tmp_p
     model.save_pretrained(tmp_path / "copy")
     names = {path.name for path in (tmp_path / "copy").iterdir()}
     assert {"preprocessor_config.json", "dissolver"} < names
-    assert names.isdisjoint({"README.md", "eval_results.json"})
+    assert names.isdisjoint({"README.md", "eval_results.json", "figures"})
 
 
 def test_other_scores_have_no_calibration(folder, tmp_path, caplog):
@@ -113,7 +115,7 @@ def test_saving_in_place_keeps_everything_else(folder):
     model.save_pretrained(folder)
     after = contents(folder)
     assert {name for name in after if before[name] != after[name]} == {"config.json", "model.safetensors"}
-    assert before.keys() - after.keys() == {"eval_results.json"}  # of the detector as it was
+    assert before.keys() - after.keys() == {"eval_results.json", "figures/roc.png"}  # of the detector as it was
     assert AutoModel.from_pretrained(folder).calibration.scores.numel() == 9
 
 

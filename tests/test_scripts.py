@@ -249,6 +249,14 @@ def test_train_shared_ae(train, tmp_path):
     assert json.loads(out)["auroc"] == pytest.approx(results_of(folder)["auroc"])
 
 
+def test_figures_of_a_run(train, tmp_path):
+    pytest.importorskip("matplotlib", reason="needs the extra `plots`")
+    argv = ["--hidden_sizes", 4, 4, 4, "--latent_size", 4, "--card_figures", "true"]
+    folder, _ = train(tmp_path / "figures", *argv, script="train_shared_ae.py")
+    assert {path.name for path in (folder / "figures").iterdir()} == {"scores.png", "roc.png", "examples.png"}
+    assert (folder / "README.md").read_text().count("](figures/") == 3
+
+
 def test_shared_ae_resumes_and_refuses(train, tmp_path):
     argv = ["--hidden_sizes", 4, 4, 4, "--save_steps", 2, "--save_total_limit", 2]
     whole, _ = train(tmp_path / "whole", *argv, script="train_shared_ae.py")

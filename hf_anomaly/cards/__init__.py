@@ -1,6 +1,17 @@
 """The model card: filled from the run, and merged with what a person wrote."""
 
 from .card import write_card, write_pretraining_card
+from .figures import write_figures
 from .merging import METRICS, TASK_NAME, address_card, merge_cards, outdate_card, tag_card
 
-__all__ = ["METRICS", "TASK_NAME", "address_card", "merge_cards", "outdate_card", "tag_card", "write_card", "write_pretraining_card"]
+__all__ = [
+    "METRICS",
+    "TASK_NAME",
+    "address_card",
+    "merge_cards",
+    "outdate_card",
+    "tag_card",
+    "write_card",
+    "write_figures",
+    "write_pretraining_card",
+]

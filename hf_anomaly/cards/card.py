@@ -9,6 +9,7 @@ from pathlib import Path
 from transformers import PreTrainedModel
 
 from ..version import __version__
+from .figures import FIGURES, FOLDER
 from .merging import METRICS, TASK_NAME
 
 TEMPLATE = Path(__file__).with_name("template.md")
@@ -44,7 +45,7 @@ def write_card(
     command: list[str] | None = None,
     repo_id: str | None = None,
 ) -> None:
-    """Writes `README.md` of a detector's folder, whole or not at all.
+    """Writes `README.md` of a detector's folder, whole or not at all. It shows the figures that `write_figures` left there.
 
     Args:
         model: a detector.
@@ -115,6 +116,7 @@ def write_card(
         threshold=f"{model.calibration.threshold.item():.6g}" if model.calibration.is_calibrated else "",
         settings=json.dumps(changed, indent=2, sort_keys=True, default=str).replace("`", "'"),
         command=plain(shown_command(command or [])),
+        figures=[(f"{FOLDER}/{file}", text) for file, text in FIGURES.items() if known and (folder / FOLDER / file).is_file()],
         has_dissolver=(folder / "dissolver" / "unet").is_dir(),
         citation=model.citation,
         version=__version__,

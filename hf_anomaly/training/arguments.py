@@ -62,6 +62,12 @@ class AnomalyTrainingArguments(ReproducibleArguments):
     false_positive_rate: float = field(
         default=0.05, metadata={"help": "Share of normal images that may be flagged: sets the threshold on the calibration images."}
     )
+    card_figures: bool = field(
+        default=False,
+        metadata={
+            "help": "Put score histogram, ROC curve and six images of the evaluation split into the card; who gets the card sees them."
+        },
+    )
 
     def __post_init__(self):
         if not 0 < self.false_positive_rate < 1:

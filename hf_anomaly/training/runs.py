@@ -14,8 +14,8 @@ from huggingface_hub.errors import HfHubHTTPError, StrictDataclassError
 from safetensors import SafetensorError
 from transformers import AutoConfig, set_seed
 
-from ..cards import write_card, write_pretraining_card
-from ..data import OneClassSplits, load_one_class, prepare
+from ..cards import write_card, write_figures, write_pretraining_card
+from ..data import OneClassSplits, decode_image, load_one_class, prepare
 from ..detector import AnomalyDetector
 from ..detectors.addp.configuration_addp import ADDPConfig
 from ..detectors.addp.modeling_addp import ADDPForPreTraining, ADDPModel
@@ -24,6 +24,7 @@ from ..errors import HubError, InputError, NotFittedError
 from ..hub import create_repository
 from ..image_processing import AnomalyImageProcessor
 from ..metrics import image_metrics
+from ..visualization import overlay_anomaly_map
 from .arguments import AnomalyTrainingArguments, DataArguments, DenoisingTrainingArguments
 from .trainers import AnomalyTrainer, DenoisingTrainer, hub_name, push_output
 
@@ -367,12 +368,16 @@ def train_detector(
     if trainer.is_world_process_zero():  # before the evaluation, which a broken test image may end
         for outdated in ("README.md", "eval_results.json"):
             (folder / outdated).unlink(missing_ok=True)
+        shutil.rmtree(folder / "figures", ignore_errors=True)
         model.save_pretrained(folder)
         processor.save_pretrained(folder)
 
+    scored = []
+
     def score(dataset):
         prediction = trainer.predict(dataset)
-        return torch.from_numpy(prediction.predictions), torch.from_numpy(prediction.label_ids)
+        scored[:] = torch.from_numpy(prediction.predictions), torch.from_numpy(prediction.label_ids)
+        return tuple(scored)
 
     results = evaluate_detector(model, processor, splits, score)
     results |= {
@@ -384,10 +389,34 @@ def train_detector(
     }
     if trainer.is_world_process_zero():
         write_json(folder / "eval_results.json", results)
+        if args.card_figures and splits.test_missing_reason is None:
+            draw_figures(folder, model, processor, splits.test, *scored)
         write_card(folder, model, results, command=command, repo_id=args.hub_model_id if args.push_to_hub else None)
         push_result(args)
     trainer.accelerator.wait_for_everyone()
     return results
+
+
+@torch.no_grad()
+def draw_figures(folder: str | os.PathLike, model: AnomalyDetector, processor, dataset, scores: torch.Tensor, labels: torch.Tensor) -> None:
+    """The card's figures of an evaluation, see `write_figures`; of each class the images with the lowest, the median and the highest score.
+
+    Args:
+        dataset: the evaluated images, unprepared, in the order of scores (N,) and labels (N,).
+    """
+    examples = []
+    for label in (0, 1):
+        rows = (labels == label).nonzero().flatten()
+        ranked = rows[scores[rows].argsort()].tolist()
+        for row in dict.fromkeys([ranked[0], ranked[len(ranked) // 2], ranked[-1]]):
+            image, overlay = decode_image(dataset[row]["image"], f"row {row}"), None
+            if model.supports_anomaly_maps and model.config.anomaly_map_range is not None:
+                pixel_values = processor(images=image, return_tensors="pt")["pixel_values"].to(model.device)
+                maps = model.eval()(pixel_values, output_anomaly_maps=True).anomaly_maps
+                overlay = overlay_anomaly_map(image, maps[0], value_range=model.config.anomaly_map_range)
+            examples.append((image, overlay, f"{('normal', 'anomalous')[label]}\nscore {scores[row]:.3g}"))
+    threshold = model.calibration.threshold.item() if model.calibration.is_calibrated else None
+    write_figures(folder, scores.numpy(), labels.numpy(), threshold=threshold, examples=examples)
 
 
 def print_results(results: dict, args: AnomalyTrainingArguments) -> None:

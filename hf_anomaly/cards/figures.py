@@ -1,0 +1,93 @@
+"""The card's figures, small PNG files in `figures/`: how the scores of normal and anomalous images lie, the ROC curve, and example images."""
+
+import logging
+import os
+import shutil
+from pathlib import Path
+
+import numpy as np
+import PIL.Image
+
+logger = logging.getLogger(__name__)
+
+FOLDER = "figures"
+FIGURES = {  # file → what it shows, in the card's order
+    "scores.png": "How many normal and anomalous images of the evaluation split have which score",
+    "roc.png": "ROC curve on the evaluation split",
+    "examples.png": "Images of the evaluation split with the lowest, the median and the highest score, normal ones first; below them the anomaly maps, if any",
+}
+
+
+def write_figures(
+    folder: str | os.PathLike,
+    scores: np.ndarray,
+    labels: np.ndarray,
+    *,
+    threshold: float | None = None,
+    examples: list[tuple[PIL.Image.Image, PIL.Image.Image | None, str]] = (),
+) -> None:
+    """Draws the figures of an evaluation in `folder/figures`, which is replaced. Without matplotlib there are none, and a warning says so.
+
+    Args:
+        scores: (N,), higher = more anomalous.
+        labels: (N,), 0 normal, 1 anomalous; both occur.
+        threshold: is marked, if it is finite.
+        examples: image, the same with its anomaly map (or None), and caption.
+    """
+    folder = Path(folder, FOLDER)
+    shutil.rmtree(folder, ignore_errors=True)
+    try:
+        from matplotlib.backends.backend_agg import FigureCanvasAgg
+        from matplotlib.figure import Figure
+    except ImportError:
+        logger.warning("The card gets no figures, matplotlib is missing: pip install 'hf-anomaly[plots]'")
+        return
+    drawn = {"scores.png": _scores, "roc.png": _roc} | ({"examples.png": _examples} if examples else {})
+    staging = folder.with_name(f".{FOLDER}.tmp")
+    shutil.rmtree(staging, ignore_errors=True)
+    staging.mkdir(parents=True)
+    for name, draw in drawn.items():
+        figure = Figure(layout="constrained")
+        FigureCanvasAgg(figure)
+        draw(figure, *((examples,) if draw is _examples else (np.asarray(scores), np.asarray(labels), threshold)))
+        figure.savefig(staging / name, dpi=80, metadata={"Software": None})
+    os.replace(staging, folder)
+
+
+def _scores(figure, scores, labels, threshold) -> None:
+    figure.set_size_inches(6, 3)
+    axes = figure.add_subplot()
+    bins = np.histogram_bin_edges(scores, 40)
+    for label, name, color in ((0, "normal", "#475467"), (1, "anomalous", "#b42318")):
+        axes.hist(scores[labels == label], bins, alpha=0.6, color=color, label=f"{name} ({(labels == label).sum()})")
+    if threshold is not None and np.isfinite(threshold):
+        axes.axvline(threshold, color="black", linestyle="--", label="threshold")
+    axes.set(xlabel="score", ylabel="images")
+    axes.legend()
+
+
+def _roc(figure, scores, labels, threshold) -> None:
+    from sklearn.metrics import roc_auc_score, roc_curve
+
+    figure.set_size_inches(3.6, 3.6)
+    axes = figure.add_subplot()
+    axes.plot(*roc_curve(labels, scores)[:2], color="#b42318", label=f"AUROC {roc_auc_score(labels, scores):.3f}")
+    axes.plot([0, 1], [0, 1], color="gray", linewidth=0.8, linestyle=":")
+    if threshold is not None and np.isfinite(threshold):
+        flagged = scores > threshold
+        axes.plot(flagged[labels == 0].mean(), flagged[labels == 1].mean(), "o", color="black", label="threshold")
+    axes.set(xlabel="false-positive rate", ylabel="true-positive rate", aspect="equal")
+    axes.legend(loc="lower right")
+
+
+def _examples(figure, examples) -> None:
+    rows = 2 if any(overlay is not None for _, overlay, _ in examples) else 1
+    figure.set_size_inches(1.5 * len(examples), 1.6 * rows + 0.2)
+    grid = figure.subplots(rows, len(examples), squeeze=False)
+    for axes in grid.flat:
+        axes.set_axis_off()
+    for column, (image, overlay, caption) in enumerate(examples):
+        for row, shown in enumerate((image, overlay)[:rows]):
+            if shown is not None:
+                grid[row, column].imshow(shown.convert("RGB"))
+        grid[0, column].set_title(caption.replace("$", r"\$"), fontsize=8)
