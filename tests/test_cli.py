@@ -409,3 +409,16 @@ def test_what_is_not_pushed(refused, detector):
     model.save_pretrained("unfitted")
     AnomalyImageProcessor.for_images(16, 1).save_pretrained("unfitted")
     refused(["push", "unfitted", "org/x"], "fit_reference")
+
+
+def test_space(run, refused, tmp_path, detector):
+    _, out, _ = run("space", "org/detector", "org/page", "--local", tmp_path / "space")
+    assert out == f"written: {tmp_path / 'space'}\n"
+    assert {path.name for path in (tmp_path / "space").iterdir()} == {"app.py", "requirements.txt", "README.md"}
+    assert "org/detector" in (tmp_path / "space" / "app.py").read_text()
+    refused(["space", detector, "org/page", "--local", tmp_path / "other"], "a Space cannot read")
+
+
+def test_demo_needs_a_detector(refused):
+    pytest.importorskip("gradio")
+    refused(["demo", "./no-such-detector"], "no-such-detector")
