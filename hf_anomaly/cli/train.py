@@ -9,7 +9,7 @@ from ..errors import InputError
 
 METHODS = {  # name -> (module in training.commands, what it is)
     "dia": ("train_dia", "DIA: contrastive, against a dissolved twin of each image (or CSI: --dissolver none); scores"),
-    "shared_ae": ("train_shared_ae", "SharedAE: two autoencoders with a shared encoder; scores and maps, trains fastest"),
+    "shared_ae": ("train_shared_ae", "SharedAE: two decoders that share two encoders; scores and maps"),
     "addp": ("train_addp", "ADDP: pretrained by denoising, then reconstructs; scores and maps"),
     "dissolver": ("train_dissolver", "only the diffusion model that DIA dissolves with"),
 }

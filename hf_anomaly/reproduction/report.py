@@ -11,7 +11,7 @@ import numpy as np
 
 from ..data.recipes import RECIPES
 from ..errors import InputError
-from .methods import BUDGETS, METHODS
+from .methods import BASELINES, BUDGETS, METHODS
 from .running import ABSENT, NOT_IMPLEMENTED, PENDING, Selection
 from .tables import MEAN, Row, Section, Table
 
@@ -172,7 +172,8 @@ def _curves(section: Section, selection: Selection) -> dict[str, list[tuple[int,
 
 
 def plot(table: Table, selection: Selection, path: Path) -> Path:
-    """Draws AUROC against the number of training images, a panel a section that has a curve, with a band of one standard deviation.
+    """Draws AUROC against the number of training images, a panel a section that has a curve, with a band of one standard deviation. Baselines are
+    dashed, and left out of a panel where they lie far from what was trained: the table has them.
 
     Raises:
         InputError: matplotlib is missing.
@@ -187,16 +188,23 @@ def plot(table: Table, selection: Selection, path: Path) -> Path:
     drawn = [(section, curves) for section in table.sections if (curves := _curves(section, selection))]
     figure = Figure(figsize=(max(7, 5.5 * len(drawn)), 4.2), layout="constrained")
     FigureCanvasAgg(figure)
-    panels = figure.subplots(1, len(drawn), squeeze=False, sharey=True)[0]
+    panels = figure.subplots(1, len(drawn), squeeze=False)[0]
     legend = {}
     for panel, (section, curves) in zip(panels, drawn, strict=True):
         ticks = set()
         for method, points in curves.items():
             images, means, spreads = map(np.asarray, zip(*points, strict=True))
-            color = f"C{section.methods.index(method)}"
-            (legend[METHODS[method].title],) = panel.plot(images, means, marker="o", markersize=4, color=color)
-            panel.fill_between(images, means - spreads, means + spreads, color=color, alpha=0.15, linewidth=0)
+            color, of_pixels = f"C{section.methods.index(method)}", method in BASELINES
+            line = panel.plot(images, means, "--" if of_pixels else "o-", markersize=4, color=color, linewidth=1 if of_pixels else 1.8)
+            legend[METHODS[method].title] = line[0]
+            if not of_pixels:
+                panel.fill_between(images, means - spreads, means + spreads, color=color, alpha=0.12, linewidth=0)
             ticks |= set(images.tolist())
+        trained = [points for method, points in curves.items() if method not in BASELINES]
+        if trained:
+            low = min(mean - spread for points in trained for _, mean, spread in points)
+            high = max(mean + spread for points in trained for _, mean, spread in points)
+            panel.set_ylim(low - 0.25 * (high - low) - 0.005, high + 0.25 * (high - low) + 0.005)
         panel.set_xscale("log")
         panel.set_xticks(sorted(ticks), labels=[str(tick) for tick in sorted(ticks)])
         panel.minorticks_off()
