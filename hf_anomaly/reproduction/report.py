@@ -3,12 +3,12 @@
 import csv
 import io
 import os
-import shlex
 from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 
+from ..cards.card import shown_command
 from ..data.recipes import RECIPES
 from ..errors import InputError
 from .methods import BASELINES, BUDGETS, METHODS
@@ -96,7 +96,7 @@ def markdown(table: Table, selection: Selection, command: list[str]) -> str:
     lines += [f"Budget {BUDGETS[selection.budget].title}. The paper: {table.paper}.", *table.notes, ""]
     for section in table.sections:
         lines += [*_section_lines(section, selection), ""]
-    return "\n".join([*lines, "The command:", "", f"    {shlex.join(command)}", ""])
+    return "\n".join([*lines, "The command:", "", f"    {shown_command(command)}", ""])
 
 
 def _section_lines(section: Section, selection: Selection) -> list[str]:
@@ -151,7 +151,7 @@ def cells_csv(table: Table, selection: Selection) -> str:
                 for seed in _seeds(selection):
                     cell = section.cell(row, method, seed, selection.budget)
                     result = selection.result(cell) or {}
-                    more = {"table": table.id, "status": selection.status(cell), "command": shlex.join(result.get("command", []))}
+                    more = {"table": table.id, "status": selection.status(cell), "command": shown_command(result.get("command", []))}
                     writer.writerow({**result, **vars(cell), "protocol": result.get("protocol", cell.protocol), **more})
     return text.getvalue()
 
