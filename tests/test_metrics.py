@@ -78,7 +78,7 @@ def test_evaluate_metric_keeps_double_precision(tmp_path):
 
 def run_python(program, **environment):
     environment["PYTHONPATH"] = os.pathsep.join(filter(None, sys.path))
-    return subprocess.run([sys.executable, "-c", program], env=os.environ | environment, capture_output=True, text=True, timeout=60)
+    return subprocess.run([sys.executable, "-c", program], env=os.environ | environment, capture_output=True, text=True, timeout=600)
 
 
 def test_evaluate_loads_the_file_without_a_network(tmp_path):
