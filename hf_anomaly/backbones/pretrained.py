@@ -41,10 +41,8 @@ def _takes(settings: str, image_size: int, num_channels: int) -> bool:
     return all(min(map_.shape[-2:]) > 0 for map_ in maps)
 
 
-def check_backbone_config(backbone_config, num_channels: int) -> None:
-    """Refuses a `backbone_config` without a `model_type`, or for images of other channels."""
-    if isinstance(backbone_config, dict) and "model_type" not in backbone_config:
-        raise InputError("backbone_config has no 'model_type': name the backbone's architecture, for instance 'small_resnet' or 'resnet'")
+def check_channels(backbone_config: PreTrainedConfig, num_channels: int) -> None:
+    """Refuses a backbone for images of other channels."""
     channels = getattr(backbone_config, "num_channels", num_channels)
     if channels != num_channels:
         raise InputError(

@@ -51,10 +51,7 @@ def _timesteps(dissolver, asked: list[int] | None) -> list[int | None]:
         if asked:
             raise InputError(f"--timesteps: a {dissolver.kind} dissolver has none; leave it out")
         return [None]
-    if asked:
-        return asked
-    step = (dissolver.t_max - dissolver.t_min) / 4
-    return sorted({round(dissolver.t_min + i * step) for i in range(5)})
+    return asked or dissolver.spread_timesteps()
 
 
 def _pixel_values(image, name: str, dissolver):

@@ -125,7 +125,7 @@ def dissolved_versions(
     if dissolver.is_deterministic:
         captions, drawn = [f"dissolved ({dissolver.kind})"], None
     else:
-        timesteps = timesteps or torch.linspace(dissolver.t_min, dissolver.t_max, 5).round().long().unique().tolist()
+        timesteps = timesteps or dissolver.spread_timesteps()
         captions, drawn = [f"t = {t}" for t in timesteps], torch.tensor(timesteps)
     dissolver.to(pixel_values.device)
     versions = dissolver(pixel_values.expand(len(captions), -1, -1, -1), drawn)

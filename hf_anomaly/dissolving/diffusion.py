@@ -73,6 +73,10 @@ class DiffusionDissolver(Dissolver):
         self.alphas_cumprod = self.alphas_cumprod.to(device)
         return super().to(device)
 
+    def spread_timesteps(self, count: int = 5) -> list[int]:
+        """`count` timesteps, or fewer in a narrow range, evenly from t_min to t_max: to show what dissolving does."""
+        return torch.linspace(self.t_min, self.t_max, count).round().long().unique().tolist()
+
     def sample_timesteps(self, batch_size: int, device: torch.device | str = "cpu", generator: torch.Generator | None = None) -> Tensor:
         """(B,) long, t ~ U{t_min … t_max}, both included. With a generator the draw is made on the generator's device."""
         drawn_on = device if generator is None else generator.device

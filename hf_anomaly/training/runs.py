@@ -81,11 +81,12 @@ def load_splits(data: DataArguments, seed: int = 0, *, evaluation_only: bool = F
     )
 
 
-def image_size_of(splits: OneClassSplits, image_size: int | None) -> int:
-    """`image_size`, or the images' own size, at most 64."""
-    if image_size is not None and image_size < 4:
-        raise InputError(f"--image_size must be at least 4 pixels, got {image_size}")
-    return min(splits.native_size, LARGEST_DEFAULT_SIZE) if image_size is None else image_size
+def processor_for(splits: OneClassSplits, data: DataArguments) -> AnomalyImageProcessor:
+    """A processor for the size and channels that the data arguments give; by default the images' own, of at most 64 pixels."""
+    if data.image_size is not None and data.image_size < 4:
+        raise InputError(f"--image_size must be at least 4 pixels, got {data.image_size}")
+    image_size = min(splits.native_size, LARGEST_DEFAULT_SIZE) if data.image_size is None else data.image_size
+    return AnomalyImageProcessor.for_images(image_size, data.num_channels or splits.num_channels)
 
 
 def default_output_dir(args, name: str) -> None:

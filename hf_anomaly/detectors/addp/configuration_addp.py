@@ -5,7 +5,7 @@ from transformers import AutoConfig, PreTrainedConfig
 from transformers.configuration_utils import SubConfigSpec
 
 from ...backbones.configuration_small_resnet import SmallResNetConfig
-from ...backbones.pretrained import check_backbone_config
+from ...backbones.pretrained import check_channels
 from ...detector import SelfContainedDetectorConfig
 from ...errors import InputError
 
@@ -66,10 +66,8 @@ class ADDPConfig(SelfContainedDetectorConfig):
         self.hidden_sizes = list(self.hidden_sizes)
         if self.encoder is None:
             self.encoder = "unet" if self.backbone_config is None else "backbone"
-        if self.encoder == "backbone":
-            if self.backbone_config is None:
-                self.backbone_config = SmallResNetConfig(num_channels=self.num_channels)
-            check_backbone_config(self.backbone_config, self.num_channels)  # here a dict, in `check` a configuration
+        if self.encoder == "backbone" and self.backbone_config is None:
+            self.backbone_config = SmallResNetConfig(num_channels=self.num_channels)
         super().__post_init__(**kwargs)
 
     def check(self):
@@ -77,7 +75,7 @@ class ADDPConfig(SelfContainedDetectorConfig):
         if self.image_size < _MIN_SIZE:
             raise InputError(f"image_size must be at least {_MIN_SIZE} pixels, got {self.image_size}: --image_size enlarges the images")
         if self.encoder == "backbone":
-            check_backbone_config(self.backbone_config, self.num_channels)
+            check_channels(self.backbone_config, self.num_channels)
         elif self.backbone_config is not None:
             raise InputError(f"encoder {self.encoder!r} has no backbone: leave backbone_config out, or set encoder to 'backbone'")
         if len(self.hidden_sizes) < 2 or not all(isinstance(width, int) and width > 0 for width in self.hidden_sizes):

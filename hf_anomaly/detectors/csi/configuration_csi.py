@@ -5,7 +5,7 @@ from transformers import AutoConfig, PreTrainedConfig
 from transformers.configuration_utils import SubConfigSpec
 
 from ...backbones.configuration_small_resnet import SmallResNetConfig
-from ...backbones.pretrained import check_backbone_config
+from ...backbones.pretrained import check_channels
 from ...detector import AnomalyDetectorConfig
 from ...errors import InputError
 
@@ -67,13 +67,12 @@ class CSIConfig(AnomalyDetectorConfig):
             # At 28 to 64 px the first stage works at 14 to 16 px: at 28 px a quarter of the time of stride 1.
             stride = min(4, max(1, self.image_size // 14))
             self.backbone_config = SmallResNetConfig(num_channels=self.num_channels, stem_stride=stride)
-        check_backbone_config(self.backbone_config, self.num_channels)  # here a dict, in `check` a configuration
         self.crop_scale, self.color_jitter = list(self.crop_scale), list(self.color_jitter)
         super().__post_init__(**kwargs)
 
     def check(self):
         super().check()
-        check_backbone_config(self.backbone_config, self.num_channels)
+        check_channels(self.backbone_config, self.num_channels)
         if self.temperature <= 0:
             raise InputError(f"temperature must be positive, got {self.temperature}")
         if len(self.crop_scale) != 2 or not 0 < self.crop_scale[0] <= self.crop_scale[1] <= 1:

@@ -24,11 +24,11 @@ from ..runs import (
     default_output_dir,
     denoising_arguments,
     describe_run,
-    image_size_of,
     load_pretraining,
     load_splits,
     pretrain,
     print_results,
+    processor_for,
     push_result,
     settings_of,
     train_detector,
@@ -105,12 +105,12 @@ def given(args) -> dict:
     return {name: value for name, value in asdict(args).items() if value not in (None, False)}
 
 
-def make_model(pretraining_args, architecture_args, detector_args, image_size: int, num_channels: int) -> ADDPForPreTraining:
+def make_model(pretraining_args, architecture_args, detector_args, processor: AnomalyImageProcessor) -> ADDPForPreTraining:
     """The network before the first stage: new, or from --pretrained."""
     settings = {name: value for name, value in given(pretraining_args).items() if name.startswith("noise")}
     settings |= {
-        "image_size": image_size,
-        "num_channels": num_channels,
+        "image_size": processor.size["height"],
+        "num_channels": processor.num_channels,
         "pretraining_mode": pretraining_args.pretrain_mode,
         **asdict(detector_args),
     }
@@ -187,11 +187,9 @@ def main(argv: list[str], program: str) -> None:
     default_output_dir(training_args, f"addp-{Path(data_args.dataset_name).stem}")
     check_push(training_args)
     splits = load_splits(data_args, training_args.seed)
-    image_size = image_size_of(splits, data_args.image_size)
-    num_channels = data_args.num_channels or splits.num_channels
-    processor = AnomalyImageProcessor.for_images(image_size, num_channels)
+    processor = processor_for(splits, data_args)
     set_seed(training_args.seed)
-    model = make_model(pretraining_args, architecture_args, detector_args, image_size, num_channels)
+    model = make_model(pretraining_args, architecture_args, detector_args, processor)
     detector = first_stage(model, pretraining_args, data_args, training_args, splits, processor)
     if pretraining_args.pretrain_only:
         folder = Path(training_args.output_dir, "pretrained")

@@ -16,16 +16,15 @@ from ...detectors.dia.configuration_dia import DIAConfig
 from ...detectors.dia.modeling_dia import DIAModel
 from ...dissolving import DISSOLVERS, DiffusionDissolver, Dissolver, dissolve_dataset
 from ...errors import InputError
-from ...image_processing import AnomalyImageProcessor
 from .. import AnomalyTrainingArguments, DataArguments, check_checkpoint, check_same_run, parse_arguments
 from ..runs import (
     check_push,
     default_output_dir,
     denoising_arguments,
     describe_run,
-    image_size_of,
     load_splits,
     print_results,
+    processor_for,
     train_detector,
     train_dissolver,
 )
@@ -135,14 +134,16 @@ def main(argv: list[str], program: str) -> None:
     default_output_dir(training_args, f"{method}-{Path(data_args.dataset_name).stem}")
     check_push(training_args)
     splits = load_splits(data_args, training_args.seed)
-    image_size = image_size_of(splits, data_args.image_size)
-    num_channels = data_args.num_channels or splits.num_channels
-    processor = AnomalyImageProcessor.for_images(image_size, num_channels)
+    processor = processor_for(splits, data_args)
 
     settings = {
         name: value for name, value in asdict(detector_args).items() if name not in ("backbone", "crop_scale_min", "similarity_design")
     }
-    settings |= {"image_size": image_size, "num_channels": num_channels, "crop_scale": (detector_args.crop_scale_min, 1.0)}
+    settings |= {
+        "image_size": processor.size["height"],
+        "num_channels": processor.num_channels,
+        "crop_scale": (detector_args.crop_scale_min, 1.0),
+    }
     if detector_args.backbone is not None:
         settings["backbone_config"] = load_backbone_config(detector_args.backbone)
     # Built before anything long runs, so that a wrong value is refused at once.

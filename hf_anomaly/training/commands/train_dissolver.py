@@ -3,9 +3,8 @@
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
-from ...image_processing import AnomalyImageProcessor
 from .. import DataArguments, DenoisingTrainingArguments, parse_arguments
-from ..runs import default_output_dir, describe_run, image_size_of, load_splits, train_dissolver
+from ..runs import default_output_dir, describe_run, load_splits, processor_for, train_dissolver
 
 
 @dataclass
@@ -28,10 +27,10 @@ def main(argv: list[str], program: str) -> None:
     )
     default_output_dir(training_args, f"dissolver-{Path(data_args.dataset_name).stem}")
     splits = load_splits(data_args, training_args.seed)
-    image_size = image_size_of(splits, data_args.image_size)
+    processor = processor_for(splits, data_args)
     train_dissolver(
         splits.train,
-        processor=AnomalyImageProcessor.for_images(image_size, data_args.num_channels or splits.num_channels),
+        processor=processor,
         args=training_args,
         resolution=diffusion_args.resolution,
         block_out_channels=tuple(diffusion_args.block_out_channels),
@@ -39,7 +38,7 @@ def main(argv: list[str], program: str) -> None:
         t_min=diffusion_args.t_min,
         t_max=diffusion_args.t_max,
         resume_from_checkpoint=training_args.resume_from_checkpoint,
-        run=describe_run(splits, training_args.seed, **asdict(diffusion_args), image_size=image_size),
+        run=describe_run(splits, training_args.seed, **asdict(diffusion_args), image_size=processor.size["height"]),
     )
     if training_args.process_index == 0:
         print(f"saved: {training_args.output_dir}")

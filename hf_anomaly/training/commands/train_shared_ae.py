@@ -8,9 +8,8 @@ from transformers import set_seed
 
 from ...detectors.shared_ae.configuration_shared_ae import SharedAEConfig
 from ...detectors.shared_ae.modeling_shared_ae import SharedAEModel
-from ...image_processing import AnomalyImageProcessor
 from .. import AnomalyTrainingArguments, DataArguments, check_checkpoint, parse_arguments
-from ..runs import default_output_dir, image_size_of, load_splits, print_results, train_detector
+from ..runs import default_output_dir, load_splits, print_results, processor_for, train_detector
 
 
 @dataclass
@@ -40,14 +39,13 @@ def main(argv: list[str], program: str) -> None:
     check_checkpoint(training_args.resume_from_checkpoint)
     default_output_dir(training_args, f"shared-ae-{Path(data_args.dataset_name).stem}")
     splits = load_splits(data_args, training_args.seed)
-    image_size = image_size_of(splits, data_args.image_size)
-    num_channels = data_args.num_channels or splits.num_channels
+    processor = processor_for(splits, data_args)
     set_seed(training_args.seed)
     settings = asdict(detector_args) | {"adversarial_margin": detector_args.adversarial_margin or None, "omega2": 1 - detector_args.omega1}
-    model = SharedAEModel(SharedAEConfig(image_size=image_size, num_channels=num_channels, **settings))
+    model = SharedAEModel(SharedAEConfig(image_size=processor.size["height"], num_channels=processor.num_channels, **settings))
     results = train_detector(
         model,
-        AnomalyImageProcessor.for_images(image_size, num_channels),
+        processor,
         splits,
         training_args,
         started=started,
