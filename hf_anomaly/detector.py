@@ -95,6 +95,11 @@ class AnomalyDetectorConfig(PreTrainedConfig):
         super().__post_init__(**kwargs)
         self.check()
 
+    def forget_calibration(self) -> None:
+        """Puts the fields that `calibrate` sets back to their defaults."""
+        self.num_calibration_scores = 0
+        self.false_positive_rate = self.anomaly_map_range = self.calibrated_for = None
+
     def scored_by(self) -> dict:
         """The values of `score_fields`."""
         return {name: getattr(self, name) for name in self.score_fields}
@@ -546,10 +551,7 @@ class AnomalyDetector(PreTrainedModel):
     def _drop_calibration(self) -> None:
         self._outdate_reports()
         self.calibration.reset()
-        self.config.num_calibration_scores = 0
-        self.config.false_positive_rate = None
-        self.config.anomaly_map_range = None
-        self.config.calibrated_for = None
+        self.config.forget_calibration()
 
     def _eval_batches(self, dataloader: Iterable, description: str, progress: bool):
         """Yields (pixel_values on the model's device and dtype, labels or None) in eval mode, and puts the mode back afterwards."""

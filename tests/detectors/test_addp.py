@@ -304,6 +304,7 @@ def test_on_from_a_fitted_detector(tmp_path, logged):
         None,
         None,
     )
+    assert (config.anomaly_map_range, config.calibrated_for) == (None, None)
     pretrained.save_pretrained(tmp_path / "pretrained")
     fresh = ADDPModel.from_pretrained(tmp_path / "pretrained")
     assert not fresh.is_fitted

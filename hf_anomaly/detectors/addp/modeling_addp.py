@@ -117,8 +117,8 @@ class ADDPForPreTraining(ADDPPreTrainedModel):
 
     def __init__(self, config: ADDPConfig):
         config = copy.deepcopy(config)
-        config.num_reference_images = config.num_calibration_scores = 0
-        config.false_positive_rate = config.normal_label = None
+        config.forget_calibration()
+        config.num_reference_images, config.normal_label = 0, None
         super().__init__(config)
 
     @property
