@@ -20,10 +20,11 @@ from hf_anomaly import (
     DIAModel,
     DiffusionDissolver,
     GaussianDissolver,
+    InputError,
     SharedAEConfig,
     SmallResNetConfig,
 )
-from hf_anomaly.cards import write_card, write_figures
+from hf_anomaly.cards import shown_command, write_card, write_figures
 from hf_anomaly.dissolving import build_scheduler, build_unet
 
 MEASURED = {"auroc": 0.87654321, "average_precision": 0.7654321, "fpr_at_95_tpr": 0.4321}
@@ -61,13 +62,13 @@ def detector(calibrated=True, **settings):
     return model.calibrate([torch.rand(39, 1, 8, 8) * 2 - 1], progress=False) if calibrated else model
 
 
-def card(folder, results=RESULTS, calibrated=True, command=None, repo_id=None, **settings):
+def card(folder, results=RESULTS, calibrated=True, repo_id=None, **settings):
     """The card's text, and its YAML."""
     folder.mkdir(exist_ok=True)
     model = detector(calibrated, **settings)
     model.save_pretrained(folder)
     AnomalyImageProcessor.for_images(8, 1).save_pretrained(folder)
-    write_card(folder, model, results, command=command, repo_id=repo_id)
+    write_card(folder, model, results, repo_id=repo_id)
     assert not list(folder.glob(".README*"))
     text = (folder / "README.md").read_text()
     _, front, body = re.split(r"^---$", text, maxsplit=2, flags=re.MULTILINE)
@@ -88,7 +89,7 @@ def folder(tmp_path):
 
 
 def test_the_numbers_are_in(folder):
-    body, data = card(folder, command=["scripts/train_dia.py", "--seed", "43"])
+    body, data = card(folder, {**RESULTS, "command": "scripts/train_dia.py --seed 43"})
     threshold = AutoModel.from_pretrained(folder).calibration.threshold.item()
     check_whole(body)
     assert body.lstrip().startswith("# dia-chest\n")
@@ -112,6 +113,64 @@ def test_the_numbers_are_in(folder):
     assert {m["type"]: m["value"] for m in metrics} == {"roc_auc": 0.8765, "average_precision": 0.7654, "fpr_at_95_tpr": 0.4321}
     assert (data["library_name"], data["pipeline_tag"]) == ("hf-anomaly", "image-classification")
     assert data["tags"] == ["anomaly-detection", "dia_anomaly"]
+
+
+def test_licence_and_dataset_are_in_the_yaml(folder):
+    folder.mkdir()
+    write_card(folder, detector(), RESULTS, license="cc-by-4.0", dataset_id="org/chest")
+    data = yaml.safe_load((folder / "README.md").read_text().split("---\n")[1])
+    assert (data["license"], data["datasets"]) == ("cc-by-4.0", ["org/chest"])
+    assert data["model-index"][0]["results"][0]["dataset"]["type"] == "org/chest"
+    _, data = card(folder, {**RESULTS, "dataset_id": "org/other"})
+    assert (data["license"], data["datasets"]) == ("cc-by-4.0", ["org/chest"])  # what is there stays
+    write_card(folder, detector(), RESULTS, license="mit")
+    assert "license: mit\n" in (folder / "README.md").read_text()
+
+
+@pytest.mark.parametrize("facts", [{"license": "MIT License"}, {"license": "a\nb: c"}, {"dataset_id": "a/b/c"}, {"dataset_id": "<b>"}])
+def test_no_such_licence_or_dataset(folder, facts):
+    folder.mkdir()
+    with pytest.raises(InputError, match=r"such as|organisation/name"):
+        write_card(folder, detector(), RESULTS, **facts)
+    assert not list(folder.iterdir())
+
+
+def test_results_of_other_seeds_join_in_a_table(folder):
+    folder.mkdir()
+    others = [{**RESULTS, "seed": seed, "auroc": auroc, "split_hash": "f" * 64} for seed, auroc in ((5, 0.9), (44, 0.8))]
+    write_card(folder, detector(), RESULTS, other_runs=others)
+    body = (folder / "README.md").read_text()
+    check_whole(body.split("---\n", 2)[2])
+    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in body.splitlines() if line.startswith("|")]
+    start = rows.index(["seed", "AUROC", "Average precision", "FPR at 95 % TPR", "split hash"])
+    assert [row[0] for row in rows[start + 2 :]] == ["5", "43", "44", "mean ± std"]
+    assert [row[1] for row in rows[start + 2 :]] == ["0.9000", "0.8765", "0.8000", "0.8588 ± 0.0523"]
+    assert rows[start + 2][4] == "f" * 12
+
+
+@pytest.mark.parametrize(("change", "message"), [({"seed": 43}, "43, 43"), ({"seed": 1, "steps": 5}, "steps are 321, 5")])
+def test_runs_that_differ_in_more_than_their_seed(folder, change, message):
+    folder.mkdir()
+    with pytest.raises(InputError, match=message):
+        write_card(folder, detector(), RESULTS, other_runs=[{**RESULTS, **change}])
+    assert not list(folder.iterdir())
+
+
+def test_what_a_person_wrote_stays(folder):
+    card(folder)
+    path = folder / "README.md"
+    path.write_text(path.read_text().replace("<!-- hf-anomaly: limits -->", "My words.\n\n<!-- hf-anomaly: limits -->"))
+    body, _ = card(folder, {**RESULTS, "auroc": 0.5})
+    assert "My words." in body
+    assert "| AUROC | 0.5000 |" in body
+    assert "0.8765" not in body
+
+
+def test_bfloat16_is_told_where_it_was_measured(folder):
+    body, _ = card(folder, {**RESULTS, "bfloat16_rank_correlation": 0.98765, "bfloat16_num_images": 99})
+    check_whole(body)
+    assert "0.9877, measured on 99" in body
+    assert "bfloat16" not in card(folder, {**RESULTS, "bfloat16_rank_correlation": None, "bfloat16_num_images": 99})[0]
 
 
 def test_settings_are_those_that_differ_from_the_defaults(folder):
@@ -234,15 +293,14 @@ def structure(body):
 @pytest.mark.parametrize("text", HOSTILE)
 @pytest.mark.parametrize("source", ["dataset", "normal_label", "reason", "command", "settings"])
 def test_text_of_users_is_only_text(folder, text, source):
-    results, facts, settings = dict(NO_TEST if source == "reason" else RESULTS), {"command": "c"}, {}
-    if source == "command":
-        facts["command"] = text
-    elif source == "settings":
+    results, settings = {**(NO_TEST if source == "reason" else RESULTS), "command": "c"}, {}
+    if source == "settings":
         settings["dissolver_settings"] = {text: text}
     else:
         results[source] = text
-    body, data = card(folder, results, facts, **settings)
-    harmless, plain_data = card(folder, results | ({source: "z"} if source in results else {}), facts | ({"command": "c"} if text else {}))
+    body, data = card(folder, results, **settings)
+    (folder / "README.md").unlink()
+    harmless, plain_data = card(folder, results | ({source: "z"} if source in results and (text or source != "command") else {}))
     assert structure(body) == structure(harmless)
     assert data.keys() == plain_data.keys()
     assert data.get("model-index", [{}])[0].keys() == plain_data.get("model-index", [{}])[0].keys()
@@ -261,10 +319,10 @@ def test_the_command_is_shown_without_tokens_and_local_paths(folder):
         "/home/me/lungs",
         "--output_dir=/tmp/x y",
     ]
-    body, _ = card(folder, command=words)
-    assert "hf_secret" not in body
-    assert "/home" not in body
-    assert "--dataset_name lungs" in body
+    shown = shown_command(words)
+    assert "hf_secret" not in shown
+    assert "/home" not in shown
+    assert "--dataset_name lungs" in shown
 
 
 @pytest.mark.parametrize(

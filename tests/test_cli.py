@@ -2,6 +2,7 @@
 
 import csv
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -182,7 +183,16 @@ def test_train_evaluate_info(run):
     assert status == 0, err
     assert "saved: my-detector" in out
     trained = json.loads(Path("my-detector/eval_results.json").read_text())
-    assert "hf-anomaly train shared_ae --output_dir my-detector" in Path("my-detector/README.md").read_text()
+    card = Path("my-detector/README.md")
+    assert "hf-anomaly train shared_ae --output_dir my-detector" in card.read_text()
+    assert f"(Spearman) of {trained['bfloat16_rank_correlation']:.4f}, measured on 256 of them" in card.read_text()
+    shutil.copytree("my-detector", "other-seed")
+    Path("other-seed/eval_results.json").write_text(json.dumps({**trained, "seed": 1, "auroc": 0.5}))
+    card.write_text(card.read_text() + "\nOur own words.\n")
+    status, out, err = run("card", "my-detector", "--runs", "other-seed", "--license", "mit", "--repo", "org/ours")
+    assert (status, out) == (0, "written: my-detector/README.md\n"), err
+    for words in ("license: mit", "| 1 | 0.5000 |", "| 42 |", "| mean ± std |", 'from_pretrained("org/ours")', "Our own words."):
+        assert words in card.read_text()
     status, out, err = run("evaluate", "my-detector", "--dataset_name", "digits")
     assert status == 0, err
     assert json.loads(out)["auroc"] == pytest.approx(trained["auroc"])
@@ -409,6 +419,12 @@ def test_what_is_not_pushed(refused, detector):
     model.save_pretrained("unfitted")
     AnomalyImageProcessor.for_images(16, 1).save_pretrained("unfitted")
     refused(["push", "unfitted", "org/x"], "fit_reference")
+
+
+def test_what_gets_no_card(refused, detector, tmp_path):
+    refused(["card", "none"], "none", "no detector")
+    refused(["card", detector, "--license", "MIT License"], "'MIT License'", "apache-2.0")
+    refused(["card", detector, "--runs", "none"], detector, "no eval_results.json")
 
 
 def test_space(run, refused, tmp_path, detector):

@@ -20,6 +20,7 @@ from safetensors.torch import load_file
 from transformers import AutoImageProcessor, AutoModel, AutoModelForPreTraining, ResNetBackbone, ResNetConfig
 
 from hf_anomaly import AnomalyImageProcessor, CSIConfig, CSIModel, SmallResNetBackbone, SmallResNetConfig
+from hf_anomaly.data import decode_image, load_one_class
 
 SCRIPTS = Path(__file__).parents[1] / "scripts"
 METRICS = ("auroc", "average_precision", "fpr_at_95_tpr")
@@ -132,6 +133,20 @@ def test_a_trained_folder_scores_by_itself(digits):
     scores = model(**processor(images=[PIL.Image.fromarray(pixels(0, 20, 20))], return_tensors="pt")).scores
     assert scores.isfinite().all()
     assert model.calibration.scores.shape == (28,)
+
+
+def test_the_rank_correlation_is_that_of_the_detector_loaded_as_bfloat16(digits):
+    folder, _ = digits
+    results, test = results_of(folder), load_one_class("digits", evaluation_only=True).test
+    rows = [round(i * 359 / 255) for i in range(256)]
+    pixel_values = AutoImageProcessor.from_pretrained(folder)(
+        images=[decode_image(test[row]["image"], "") for row in rows], return_tensors="pt"
+    )["pixel_values"]
+    with torch.no_grad():
+        scores = [AutoModel.from_pretrained(folder, dtype=dtype).eval()(pixel_values).scores for dtype in (torch.float32, torch.bfloat16)]
+    ranks = [values.argsort().argsort().double().numpy() for values in scores]
+    assert results["bfloat16_num_images"] == 256
+    assert results["bfloat16_rank_correlation"] == pytest.approx(np.corrcoef(*ranks)[0, 1], abs=2e-3)
 
 
 def test_evaluate_gives_the_same_results(digits, tmp_path):

@@ -4,16 +4,34 @@ import json
 import os
 import re
 import shlex
+import statistics
+from collections.abc import Sequence
 from pathlib import Path
 
+from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from transformers import PreTrainedModel
 
+from ..errors import InputError
 from ..version import __version__
 from .figures import FIGURES, FOLDER
-from .merging import METRICS, TASK_NAME
+from .merging import METRICS, TASK_NAME, join_card, merge_cards, split_card
 
 TEMPLATE = Path(__file__).with_name("template.md")
 PRETRAINING_TEMPLATE = Path(__file__).with_name("pretraining.md")
+
+_NO_SETTINGS = {  # fields of a configuration that nobody chose for the training
+    "hf_anomaly_version",
+    "transformers_version",
+    "architectures",
+    "dtype",
+    "bank_size",
+    "num_reference_images",
+    "num_calibration_scores",
+    "anomaly_map_range",
+    "calibrated_for",
+    "backbone_config",
+    "auto_map",
+}
 
 
 def plain(text: object) -> str:
@@ -37,91 +55,133 @@ def shown_command(words: list[str]) -> str:
     return shlex.join(shown)
 
 
+class DetectorCardData(ModelCardData):
+    """The YAML at the head of a detector's card.
+
+    Args:
+        model_type: the configuration's.
+        name: what the model is called.
+        results: what `eval_results.json` holds.
+        license: of the weights, as the Hub spells it.
+        dataset_id: id on the Hub of the images that it was trained on; by default the one in `results`, if any.
+
+    Raises:
+        InputError: a licence or an id that cannot be one.
+    """
+
+    def __init__(
+        self, model_type: str, name: str, results: dict | None = None, *, license: str | None = None, dataset_id: str | None = None
+    ):
+        if license is not None and not re.fullmatch(r"[a-z0-9][a-z0-9.+-]*", license):
+            raise InputError(f"{license!r} is no licence as the Hub spells them, such as apache-2.0, cc-by-4.0 or other")
+        results = results or {}
+        dataset_id = dataset_id or results.get("dataset_id")
+        if dataset_id is not None and not re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)?", dataset_id):
+            raise InputError(f"{dataset_id!r} is no id of a Hub dataset, which is organisation/name")
+        dataset = plain(Path(results.get("dataset") or "").name)
+        measured = {key: results[key] for key in METRICS if results.get(key) is not None}
+        super().__init__(
+            license=license,
+            library_name="hf-anomaly",
+            pipeline_tag="image-classification",
+            tags=["anomaly-detection", model_type],
+            datasets=[dataset_id] if dataset_id else None,
+            metrics=[METRICS[key][0] for key in measured] or None,
+            model_name=plain(name),
+            eval_results=[
+                EvalResult(
+                    task_type="image-classification",
+                    task_name=TASK_NAME,
+                    dataset_type=dataset_id or dataset,
+                    dataset_name=dataset,
+                    metric_type=METRICS[key][0],
+                    metric_name=METRICS[key][1],
+                    metric_value=round(value, 4),
+                )
+                for key, value in measured.items()
+            ]
+            or None,
+        )
+
+
 def write_card(
     folder: str | os.PathLike,
     model: PreTrainedModel,
     results: dict | None = None,
     *,
-    command: list[str] | None = None,
+    other_runs: Sequence[dict] = (),
     repo_id: str | None = None,
+    license: str | None = None,
+    dataset_id: str | None = None,
 ) -> None:
-    """Writes `README.md` of a detector's folder, whole or not at all. It shows the figures that `write_figures` left there.
+    """Writes `README.md` of a detector's folder, whole or not at all. It shows the figures that `write_figures` left there; what a person wrote in the
+    card that it replaces stays.
 
     Args:
         model: a detector.
         results: what `eval_results.json` holds; None if nothing is known of data and results.
-        command: the words of the command line that made it; tokens and folders are left out of the card.
+        other_runs: the same of runs that differ in the seed alone, for the mean and standard deviation.
         repo_id: where the folder will be pushed; the card's code then loads it from there.
-    """
-    from huggingface_hub import EvalResult, ModelCard, ModelCardData
+        license, dataset_id: see `DetectorCardData`. Without them what a person wrote stays.
 
+    Raises:
+        InputError: other runs that are not like this one, or a bad licence or dataset id.
+    """
     folder = Path(folder)
     config, known = model.config, results is not None
     results = results or {"reason": "the detector was not evaluated"}
     defaults = type(config)(image_size=config.image_size, num_channels=config.num_channels).to_dict()
-    skip = {
-        "hf_anomaly_version",
-        "transformers_version",
-        "architectures",
-        "dtype",
-        "bank_size",
-        "num_reference_images",
-        "num_calibration_scores",
-        "anomaly_map_range",
-        "calibrated_for",
-        "backbone_config",
-        "auto_map",
-    }
-    changed = {k: v for k, v in config.to_dict().items() if k not in skip and not k.startswith("_") and defaults.get(k) != v}
+    changed = {k: v for k, v in config.to_dict().items() if k not in _NO_SETTINGS and not k.startswith("_") and defaults.get(k) != v}
     name = folder.resolve().name
-    dataset = plain(Path(results["dataset"]).name) if known else ""
-    measured = {key: results[key] for key in METRICS if results.get(key) is not None}
-    data = ModelCardData(
-        library_name="hf-anomaly",
-        pipeline_tag="image-classification",
-        tags=["anomaly-detection", config.model_type],
-        metrics=[METRICS[key][0] for key in measured] or None,
-        model_name=plain(name),
-        eval_results=[
-            EvalResult(
-                task_type="image-classification",
-                task_name=TASK_NAME,
-                dataset_type=dataset,
-                dataset_name=dataset,
-                metric_type=METRICS[key][0],
-                metric_name=METRICS[key][1],
-                metric_value=round(value, 4),
-            )
-            for key, value in measured.items()
-        ]
-        or None,
-    )
     card = ModelCard.from_template(
-        data,
+        DetectorCardData(config.model_type, name, results, license=license, dataset_id=dataset_id),
         template_path=str(TEMPLATE),
         title=plain(name),
         address=plain(repo_id or name),
         model_class=type(model).__name__,
-        dataset=dataset,
+        dataset=plain(Path(results["dataset"]).name) if known else "",
         normal_label=plain(results.get("normal_label", "")),
         image_size=config.image_size,
         channels="gray" if config.num_channels == 1 else "RGB",
         known=known,
         results=results,
-        rows=[(METRICS[key][1], f"{value:.4f}") for key, value in measured.items()],
+        rows=[(name, f"{results[key]:.4f}") for key, (_, name) in METRICS.items() if results.get(key) is not None],
+        runs=_table_of_runs(results, other_runs),
         reason=plain(results.get("reason", "")),
         calibrated=model.calibration.is_calibrated,
         false_positive_rate=config.false_positive_rate,
         num_calibration=config.num_calibration_scores,
         threshold=f"{model.calibration.threshold.item():.6g}" if model.calibration.is_calibrated else "",
         settings=json.dumps(changed, indent=2, sort_keys=True, default=str).replace("`", "'"),
-        command=plain(shown_command(command or [])),
+        command=plain(results.get("command", "")),
         figures=[(f"{FOLDER}/{file}", text) for file, text in FIGURES.items() if known and (folder / FOLDER / file).is_file()],
         has_dissolver=(folder / "dissolver" / "unet").is_dir(),
         citation=model.citation,
         version=__version__,
     )
-    _save(card, folder)
+    _save(card, folder, {"license": license, "datasets": [dataset_id] if dataset_id else None})
+
+
+def _table_of_runs(results: dict, others: Sequence[dict]) -> dict | None:
+    """Header and rows of the table of a run and its repetitions with other seeds, mean and standard deviation last; None if there are none."""
+    if not others:
+        return None
+    runs = sorted([results, *others], key=lambda run: run.get("seed") or 0)
+    for field in ("dataset", "normal_label", "steps", "num_normal", "num_anomalous"):
+        if len(values := {run.get(field) for run in runs}) > 1:
+            raise InputError(
+                f"the runs of one table differ in their seed alone, but their {field} are {', '.join(sorted(map(str, values)))}"
+            )
+    seeds = [run.get("seed") for run in runs]
+    if len(set(seeds)) < len(seeds):
+        raise InputError(f"the runs of one table differ in their seed, but these have {', '.join(map(str, seeds))}")
+    measured = {key: [run[key] for run in runs] for key in METRICS if all(run.get(key) is not None for run in runs)}
+    rows = [
+        (seed, *(f"{values[row]:.4f}" for values in measured.values()), str(runs[row].get("split_hash", ""))[:12])
+        for row, seed in enumerate(seeds)
+    ]
+    spread = [f"{statistics.mean(values):.4f} ± {statistics.stdev(values):.4f}" for values in measured.values()]
+    return {"header": ["seed", *(METRICS[key][1] for key in measured), "split hash"], "rows": [*rows, ("mean ± std", *spread, "")]}
 
 
 def write_pretraining_card(
@@ -135,8 +195,6 @@ def write_pretraining_card(
         dataset: the name of the images' source.
         repo_id: as in `write_card`.
     """
-    from huggingface_hub import ModelCard, ModelCardData
-
     config, name = model.config, Path(folder).resolve().name
     card = ModelCard.from_template(
         ModelCardData(library_name="hf-anomaly", tags=["anomaly-detection", "denoising", config.model_type]),
@@ -157,7 +215,13 @@ def write_pretraining_card(
     _save(card, Path(folder))
 
 
-def _save(card, folder: Path) -> None:
+def _save(card: ModelCard, folder: Path, given: dict | None = None) -> None:
+    """Writes a card with what a person wrote in the one that is there, but for the fields of the YAML that are `given`."""
+    path = folder / "README.md"
+    text = card.content
+    if path.is_file():
+        data, body = split_card(merge_cards(text, path.read_text(encoding="utf-8")))
+        text = join_card(data | {name: value for name, value in (given or {}).items() if value is not None}, body)
     temporary = folder / ".README.md.tmp"
-    card.save(temporary)
-    os.replace(temporary, folder / "README.md")
+    temporary.write_text(text, encoding="utf-8")
+    os.replace(temporary, path)

@@ -13,6 +13,7 @@ COMMANDS = {  # name -> what it does; its module has `parse(argv)`, without heav
     "predict": "score images: a table with score, p-value and verdict, and maps of where the anomaly is",
     "dissolve": "show what a dissolver leaves of an image",
     "info": "tell what a detector is, on what it was trained, and how well it does",
+    "card": "write a detector's model card anew: licence, results of other seeds; your own words in it stay",
     "demo": "open a page in the browser on which a detector judges images",
     "space": "put that page on the Hugging Face Hub",
     "push": "put a detector or dissolver on the Hugging Face Hub",

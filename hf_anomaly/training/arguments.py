@@ -69,6 +69,13 @@ class AnomalyTrainingArguments(ReproducibleArguments):
         },
     )
 
+    license: str | None = field(
+        default=None, metadata={"help": "For the card: licence of the weights, as the Hub spells it, such as apache-2.0 or cc-by-4.0."}
+    )
+    dataset_id: str | None = field(
+        default=None, metadata={"help": "For the card: the images' id on the Hub, where --dataset_name is a local copy of them."}
+    )
+
     def __post_init__(self):
         if not 0 < self.false_positive_rate < 1:
             raise InputError(f"--false_positive_rate must lie strictly between 0 and 1, got {self.false_positive_rate}")

@@ -1,5 +1,6 @@
 """Whole runs, from a dataset's name to a saved folder. The scripts are thin around these functions."""
 
+import copy
 import json
 import logging
 import os
@@ -9,13 +10,15 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import torch
 from huggingface_hub.errors import HfHubHTTPError, StrictDataclassError
 from safetensors import SafetensorError
+from torch.utils.data import DataLoader
 from transformers import AutoConfig, set_seed
 
-from ..cards import write_card, write_figures, write_pretraining_card
-from ..data import OneClassSplits, decode_image, load_one_class, prepare
+from ..cards import shown_command, write_card, write_figures, write_pretraining_card
+from ..data import OneClassSplits, collate, decode_image, load_one_class, prepare
 from ..detector import AnomalyDetector
 from ..detectors.addp.configuration_addp import ADDPConfig
 from ..detectors.addp.modeling_addp import ADDPForPreTraining, ADDPModel
@@ -287,6 +290,33 @@ def dataset_label(source: str) -> str:
     return Path(source).resolve().name if Path(source).exists() else source
 
 
+def hub_dataset(source: str) -> str | None:
+    """A source's id on the Hub, if that is where it came from."""
+    return None if source == "digits" or Path(source).exists() else source
+
+
+@torch.no_grad()
+def bfloat16_agreement(model: AnomalyDetector, dataset, batch_size: int, num_images: int = 256) -> dict:
+    """How well a fitted detector cast to bfloat16 ranks images as it does in float32.
+
+    Args:
+        dataset: prepared images; `num_images` evenly spaced ones are taken.
+
+    Returns:
+        `bfloat16_rank_correlation`, Spearman's, None where all scores are equal, and `bfloat16_num_images`.
+    """
+    from scipy.stats import spearmanr
+
+    rows = np.unique(np.linspace(0, len(dataset) - 1, min(len(dataset), num_images)).round().astype(int))
+    loader = DataLoader(dataset.select(rows), batch_size=batch_size, collate_fn=collate)
+    scores = [detector.eval().score(loader, progress=False)[0] for detector in (model, copy.deepcopy(model).to(torch.bfloat16))]
+    varied = all(values.min() < values.max() for values in scores)
+    return {
+        "bfloat16_rank_correlation": float(spearmanr(*scores).statistic) if varied else None,
+        "bfloat16_num_images": len(rows),
+    }
+
+
 def evaluate_detector(model: AnomalyDetector, processor, splits: OneClassSplits, score: Callable) -> dict:
     """Image-level results of a fitted detector, as `eval_results.json` holds them.
 
@@ -383,16 +413,22 @@ def train_detector(
     results = evaluate_detector(model, processor, splits, score)
     results |= {
         "seconds": round(time.time() - started, 1),
+        "command": shown_command(command or []),
+        "dataset_id": args.dataset_id or hub_dataset(splits.source),
         "seed": args.seed,
         "steps": trainer.state.global_step,
         "num_train": len(splits.train),
         "num_calibration": 0 if splits.calibration is None else len(splits.calibration),
     }
     if trainer.is_world_process_zero():
+        images = splits.calibration if splits.test is None else splits.test
+        if images is not None:
+            results |= bfloat16_agreement(model, prepare(images, processor), args.eval_batch_size)
         write_json(folder / "eval_results.json", results)
         if args.card_figures and splits.test_missing_reason is None:
             draw_figures(folder, model, processor, splits.test, *scored)
-        write_card(folder, model, results, command=command, repo_id=args.hub_model_id if args.push_to_hub else None)
+        repo_id = args.hub_model_id if args.push_to_hub else None
+        write_card(folder, model, results, repo_id=repo_id, license=args.license, dataset_id=args.dataset_id)
         push_result(args)
     trainer.accelerator.wait_for_everyone()
     return results

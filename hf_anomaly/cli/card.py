@@ -1,0 +1,50 @@
+"""`hf-anomaly card FOLDER`"""
+
+import json
+from argparse import Namespace
+from pathlib import Path
+
+from ..errors import InputError
+from .parsing import Parser
+
+
+def parse(argv: list[str]) -> Namespace:
+    parser = Parser(
+        "hf-anomaly card", "Writes the model card of a saved detector, README.md of its folder, anew. What you wrote in it stays as it is."
+    )
+    parser.add_argument("folder", help="what training wrote")
+    parser.option("license", "licence of the weights, as the Hub spells it: apache-2.0, cc-by-4.0, other …")
+    parser.option("dataset_id", "the training images' id on the Hub")
+    parser.option(
+        "runs", "folders of the same training with other seeds: their results join in a table", nargs="+", default=[], metavar="FOLDER"
+    )
+    parser.option("repo", "the repository that the card's code loads the detector from, organisation/name. Default: the folder's name")
+    return parser.parse(argv)
+
+
+def run(args: Namespace) -> None:
+    from ..cards import write_card
+    from ..training.runs import load_detector
+
+    folder = Path(args.folder)
+    if not (folder / "config.json").is_file():
+        raise InputError(f"{folder} holds no detector: give the folder that training wrote")
+    model, _ = load_detector(args.folder)
+    model.require_fitted()
+    results = _results(folder) if (folder / "eval_results.json").is_file() else None
+    if args.runs and results is None:
+        raise InputError(f"{folder} holds no eval_results.json, which the results of --runs would stand beside")
+    others = [_results(Path(run)) for run in args.runs]
+    write_card(folder, model, results, other_runs=others, repo_id=args.repo, license=args.license, dataset_id=args.dataset_id)
+    print(f"written: {folder / 'README.md'}")
+
+
+def _results(folder: Path) -> dict:
+    path = folder / "eval_results.json"
+    try:
+        results = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise InputError(f"{path} cannot be read: {error}; give a folder that training wrote") from error
+    if not isinstance(results, dict):
+        raise InputError(f"{path} holds no results; give a folder that training wrote")
+    return results
