@@ -119,7 +119,7 @@ def test_class_folders(tmp_path):
     assert load_one_class(tmp_path, normal_label="sick", calibration_fraction=0).train["row"][:] == [5, 6, 7]
 
 
-def test_mvtec_layout_leaves_masks_out(tmp_path):
+def test_mask_folders_hold_no_images(tmp_path):
     write(
         tmp_path,
         {

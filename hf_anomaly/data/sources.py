@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import gzip
 import json
 import math
@@ -27,10 +28,19 @@ SPLIT_NAMES = {  # ours -> the names under which a source may have it, compared 
     "test": ("test", "testing"),
 }
 NORMAL_NAMES = ("normal", "good", "healthy")
-MASK_FOLDERS = ("ground_truth", "groundtruth", "masks")  # pixel annotation, as MVTec AD lays it out: no images to score
+MASK_FOLDERS = ("ground_truth", "groundtruth", "masks")  # pixel annotation: no images to score
+MASK_FILE = "ground_truth/{folder}/{name}_mask.png"  # where MVTec AD has the mask of test/{folder}/{name}.png
 METADATA_FILES = ("metadata.csv", "metadata.jsonl", "metadata.parquet")  # where imagefolder finds further columns
 ARROW_BYTES = 2**30  # in one array of files: its offsets are 32-bit
 IDX_SPLITS = {"train": "train", "t10k": "test"}  # MNIST's file names -> the split
+CIFAR_FILES = {  # of the binary versions: split -> files
+    "train": [*(f"data_batch_{i}.bin" for i in range(1, 6)), "train.bin"],
+    "test": ["test_batch.bin", "test.bin"],
+}
+CIFAR_LABELS = {  # file of class names that marks a version -> for each leading byte of a record (column, file of class names)
+    "batches.meta.txt": (("label", "batches.meta.txt"),),
+    "fine_label_names.txt": (("coarse_label", "coarse_label_names.txt"), ("fine_label", "fine_label_names.txt")),
+}
 
 
 def read_source(source: str, label_column: str | None, config_name: str | None, revision: str | None) -> dict[str, datasets.Dataset]:
@@ -215,12 +225,113 @@ def _read_mnist_json(root: Path) -> dict[str, datasets.Dataset]:
     return {"train": _from_arrays(np.concatenate(images), labels)}
 
 
+def _read_cifar(root: Path) -> dict[str, datasets.Dataset]:
+    """The binary version of CIFAR-10 or CIFAR-100; no splits if it is something else.
+
+    A record is the label's byte (CIFAR-100: the superclass's, then the class's) and 3072 of pixels, (3, 32, 32). The python version is pickles, which could
+    run code.
+    """
+    import datasets
+
+    marker = next((name for name in CIFAR_LABELS if (root / name).is_file()), None)
+    if marker is None:
+        if (root / "batches.meta").is_file() or ((root / "meta").is_file() and (root / "train").is_file()):
+            raise InputError(f"{root} holds the python version of CIFAR, whose pickles could run code: get the binary version")
+        return {}
+    columns = CIFAR_LABELS[marker]
+    features = {}
+    for column, file in columns:
+        if not (root / file).is_file():
+            raise InputError(f"{root / file} is missing; unpack the whole archive again")
+        features[column] = datasets.ClassLabel(names=(root / file).read_text().split())
+    splits = {}
+    for split, names in CIFAR_FILES.items():
+        paths = [root / name for name in names if (root / name).is_file()]
+        parts = [_read_cifar_file(path, features) for path in paths]
+        if not parts:
+            continue
+        records = np.concatenate(parts)
+        images = records[:, len(columns) :].reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1)
+        dataset = _from_arrays(np.ascontiguousarray(images), None)
+        for i, (column, feature) in enumerate(features.items()):
+            dataset = dataset.add_column(column, records[:, i].tolist(), feature=feature)
+        splits[split] = dataset
+    if not splits:
+        raise InputError(f"{root} has the class names of CIFAR but no images; unpack the whole archive again")
+    return splits
+
+
+def _read_cifar_file(path: Path, labels: dict[str, datasets.ClassLabel]) -> np.ndarray:
+    """(n, labels + 3072) uint8"""
+    content, size = np.fromfile(path, np.uint8), len(labels) + 3072
+    if len(content) % size:
+        raise InputError(f"{path}: {len(content)} bytes are not whole records of {size}; download it again")
+    records = content.reshape(-1, size)
+    for i, (column, feature) in enumerate(labels.items()):
+        rows = np.flatnonzero(records[:, i] >= feature.num_classes)
+        if len(rows):
+            raise InputError(f"{path}, record {rows[0]}: {column} {records[rows[0], i]} of {feature.num_classes}; download it again")
+    return records
+
+
+def _read_aptos(root: Path) -> dict[str, datasets.Dataset]:
+    """APTOS 2019: train.csv with id_code and diagnosis, a grade from 0 to 4, and train_images/<id_code>.png; no splits if it is something else.
+
+    The competition's test images have no labels, so there is one split.
+    """
+    path = root / "train.csv"
+    if not path.is_file() or not (root / "train_images").is_dir():
+        return {}
+    try:
+        with open(path, encoding="utf-8-sig", newline="") as file:
+            rows = [(row["id_code"], row["diagnosis"]) for row in csv.DictReader(file)]
+    except (KeyError, ValueError, csv.Error) as error:
+        raise InputError(f"{path}: not a table with the columns id_code and diagnosis ({error}); download it again") from error
+    names = {file.stem: file for file in sorted((root / "train_images").iterdir())}
+    for number, (name, _) in enumerate(rows, 1):
+        if name not in names:
+            raise InputError(f"{path}, row {number}: there is no image {name!r} in {root / 'train_images'}; download it again")
+    return {"train": _from_files([names[name] for name, _ in rows], [grade for _, grade in rows])}
+
+
+def _read_coil(root: Path) -> dict[str, datasets.Dataset]:
+    """COIL-100's pictures in one folder, obj1__0.png … obj100__355.png, as the download has them; no splits if it is something else."""
+    found = sorted(
+        (int(match[1]), int(match[2]), path) for path in root.iterdir() if (match := re.fullmatch(r"obj(\d+)__(\d+)\.(png|ppm)", path.name))
+    )
+    return {"train": _from_files([path for *_, path in found], [str(number) for number, *_ in found])} if found else {}
+
+
+def _from_files(paths: list[Path], labels: list[str | None], masks: list[Path | None] | None = None) -> datasets.Dataset:
+    """A dataset of image files; without labels if there are none at all, and likewise masks."""
+    import datasets
+
+    columns, features = {"image": list(map(str, paths))}, {"image": datasets.Image(decode=False)}
+    if any(label is not None for label in labels):
+        columns["label"], features["label"] = labels, datasets.Value("string")
+    if any(masks or ()):
+        columns["mask"] = [None if mask is None else str(mask) for mask in masks]
+        features["mask"] = datasets.Image(decode=False)
+    return datasets.Dataset.from_dict(columns, features=datasets.Features(features))
+
+
+def _mask(root: Path, folder: Path, path: Path) -> Path | None:
+    """The mask of an image `path` in the split's `folder`, where MVTec AD has it."""
+    if folder == root or path.parent == Path("."):
+        return None
+    mask = root / MASK_FILE.format(folder=path.parent, name=path.stem)
+    return mask if mask.is_file() else None
+
+
+ORIGINALS = (_read_idx_folder, _read_mnist_json, _read_cifar, _read_aptos, _read_coil)  # downloads that are no plain folders of images
+
+
 def _read_folder(root: Path, label_column: str | None) -> dict[str, datasets.Dataset]:
     """Class folders are read here, not by imagefolder, which infers splits from file names too, and labels from the splits read so far."""
     import datasets
     from datasets.packaged_modules.imagefolder.imagefolder import ImageFolder
 
-    if splits := _read_idx_folder(root) or _read_mnist_json(root):
+    if splits := next(filter(None, (read(root) for read in ORIGINALS)), None):
         return splits
     files: list[Path] = []
     for folder, subfolders, names in os.walk(root, followlinks=True):
@@ -252,12 +363,8 @@ def _read_folder(root: Path, label_column: str | None) -> dict[str, datasets.Dat
             # Most likely the folder above the dataset's own: its anomalies would all be trained on as one class.
             inner = folder / nested.parts[0]
             raise InputError(f"{inner} is the only class folder and holds folders of its own; give {str(inner)!r} instead")
-    image, label = datasets.Features({"image": datasets.Image(decode=False)}), datasets.Value("string")
     return {
-        split: datasets.Dataset.from_dict(
-            {"image": [str(folder / path) for path in paths]} | ({"label": labels} if any(labels) else {}),
-            features=datasets.Features(image | ({"label": label} if any(labels) else {})),
-        )
+        split: _from_files([folder / path for path in paths], labels, [_mask(root, folder, path) for path in paths])
         for split, (folder, paths, labels) in listed.items()
     }
 

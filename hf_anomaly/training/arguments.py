@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 
 from transformers import HfArgumentParser, TrainingArguments
 
+from ..data.recipes import DatasetRecipe, find_recipe
 from ..errors import InputError
 
 
@@ -102,6 +103,17 @@ class DataArguments:
         default="digits",
         metadata={"help": "A Hub id, a folder of images or of MNIST's files, a .parquet file, a MedMNIST-style .npz file, or 'digits'."},
     )
+    dataset: str | None = field(
+        default=None,
+        metadata={
+            "help": "Instead of --dataset_name: one of the papers' datasets, such as pneumonia_mnist or kvasir_polyp, with its normal class, protocol, "
+            "image size and steps as the paper has them, unless other flags say otherwise."
+        },
+    )
+    data_dir: str | None = field(
+        default=None,
+        metadata={"help": "The folder in which --dataset lies. Default: the environment variable HF_ANOMALY_DATA_DIR, else the Hub."},
+    )
     dataset_config_name: str | None = field(default=None, metadata={"help": "Configuration of a Hub dataset."})
     dataset_revision: str | None = field(default=None, metadata={"help": "Branch, tag or commit of a Hub dataset."})
     normal_label: str | None = field(
@@ -121,14 +133,40 @@ class DataArguments:
         default=0.2, metadata={"help": "Share of the normal training images held out for calibration if there is no calibration split."}
     )
     eval_split: str = field(default="test", metadata={"help": "The split to evaluate on: test or validation."})
-    protocol: str = field(
-        default="official",
+    protocol: str | None = field(
+        default=None,
         metadata={
-            "help": "official: the source's own splits; balanced: of all images 80%% of the normal class train, 20%% test with as many random "
-            "anomalies; stratified: a fixed 80/20 split of every class."
+            "help": "official, the default: the source's own splits; balanced: of all images 80%% of the normal class train, 20%% test with as many "
+            "random anomalies; stratified, stratified_70_30: a fixed split of every class, 80 to 20%% or 70 to 30%%."
         },
     )
     max_train_images: int | None = field(default=None, metadata={"help": "Train on this many normal images, drawn with the seed."})
+    contamination: float = field(
+        default=0.0, metadata={"help": "Share of the training images that are anomalies taken for normal ones, added with the seed."}
+    )
+
+    def __post_init__(self):
+        if self.dataset is None:
+            if self.data_dir is not None:
+                raise InputError("--data_dir is where --dataset lies: name the dataset, or give the folder itself as --dataset_name")
+            self.protocol = self.protocol or "official"
+            return
+        if self.dataset_name != type(self).dataset_name:
+            raise InputError(
+                f"--dataset {self.dataset} and --dataset_name {self.dataset_name} both say where the images come from: give one"
+            )
+        recipe = self.recipe
+        self.dataset_name = recipe.locate(self.data_dir)
+        self.protocol = self.protocol or recipe.protocol
+        self.image_size = self.image_size or recipe.image_size
+        self.label_column = self.label_column or recipe.label_column
+        if self.normal_label is None and len(recipe.normal_labels) == 1:
+            self.normal_label = recipe.normal_labels[0]
+
+    @property
+    def recipe(self) -> DatasetRecipe | None:
+        """That of `--dataset`."""
+        return None if self.dataset is None else find_recipe(self.dataset)
 
 
 def parse_arguments(*classes: type, description: str, argv: list[str] | None = None, program: str | None = None) -> tuple:

@@ -68,19 +68,26 @@ def run_script(main: Callable[[], None]) -> None:
 
 def load_splits(data: DataArguments, seed: int = 0, *, evaluation_only: bool = False) -> OneClassSplits:
     """The splits that the data arguments name; what is drawn at random is drawn with this seed. See `load_one_class`."""
+    recipe, normal_label, classes = data.recipe, data.normal_label, None
+    if recipe is not None:
+        normal_label = normal_label or recipe.normal_class()
+        classes = recipe.classes_beside(normal_label)
     return load_one_class(
         data.dataset_name,
-        normal_label=data.normal_label,
+        normal_label=normal_label,
+        classes=classes,
         image_column=data.image_column,
         label_column=data.label_column,
         calibration_fraction=data.calibration_fraction,
         eval_split=data.eval_split,
         protocol=data.protocol,
         max_train_images=data.max_train_images,
+        contamination=data.contamination,
         seed=seed,
         evaluation_only=evaluation_only,
         config_name=data.dataset_config_name,
         revision=data.dataset_revision,
+        recipe=data.dataset,
     )
 
 
@@ -325,7 +332,7 @@ def evaluate_detector(model: AnomalyDetector, processor, splits: OneClassSplits,
 
     Returns:
         `auroc`, `average_precision`, `fpr_at_95_tpr` (None with `reason` where there is nothing to measure on), `num_normal`,
-        `num_anomalous`, and for a calibrated detector the rates at its threshold.
+        `num_anomalous`, `division` (see `Division`), and for a calibrated detector the rates at its threshold.
     """
     results = dict.fromkeys(("auroc", "average_precision", "fpr_at_95_tpr"))
     results |= {
@@ -334,6 +341,7 @@ def evaluate_detector(model: AnomalyDetector, processor, splits: OneClassSplits,
         "split_hash": splits.split_hash,
         "dataset": dataset_label(splits.source),
         "normal_label": splits.normal_label,
+        "division": splits.division.to_dict(),
     }
     if splits.test is None:
         return results | {"reason": splits.test_missing_reason}

@@ -59,6 +59,11 @@ class DissolverArguments:
             if getattr(self, name) < least:
                 raise InputError(f"--{name} must be at least {least}, got {getattr(self, name)}")
 
+    def take_timesteps(self, t_min: int, t_max: int) -> None:
+        """Fills in the range of timesteps where none was given."""
+        self.t_min = t_min if self.t_min is None else self.t_min
+        self.t_max = t_max if self.t_max is None else self.t_max
+
 
 @dataclass
 class DetectorArguments:
@@ -130,6 +135,8 @@ def main(argv: list[str], program: str) -> None:
         DissolverArguments, DetectorArguments, DataArguments, AnomalyTrainingArguments, description=__doc__, program=program, argv=argv
     )
     check_checkpoint(training_args.resume_from_checkpoint)
+    if data_args.recipe is not None:
+        dissolver_args.take_timesteps(*data_args.recipe.timesteps)
     method = "csi" if dissolver_args.dissolver == "none" else "dia"
     default_output_dir(training_args, f"{method}-{Path(data_args.dataset_name).stem}")
     check_push(training_args)
