@@ -77,6 +77,11 @@ def test_every_table_is_sound():
         for section in table.sections:
             titles = {row.title for row in section.rows}
             assert len(titles) == len(section.rows)
+            if section.paper_of_method is not None:
+                assert len(section.rows) == 1
+                assert {*section.paper_of_method, *section.titles} <= set(section.methods)
+            if section.dataset not in RECIPES:
+                continue
             assert {row.normal_label for row in section.rows} <= set(RECIPES[section.dataset].classes)
             assert set(section.methods) <= set(METHODS)
             assert {"mean_intensity", "contrast", "pixel_knn", "pca_residual"} <= set(section.methods)
@@ -150,7 +155,7 @@ def test_dry_run_lists_the_cells(first, data_dir, tmp_path):
     common = ("--table", "shared_ae/5", "--data_dir", data_dir, "--output_dir", tmp_path, "--dry_run")
     status, out, _ = reproduce(*common, "--seeds", 0, 1, "--budget", "laptop")
     assert status == 0
-    assert out.splitlines()[0].endswith(f"; {10 * 8 * 2} cells")
+    assert out.splitlines()[0].endswith(f"; {10 * 8 * 2} cells: 20 not implemented, 140 not run")
     assert not list(tmp_path.iterdir())
     assert "not implemented laptop/mnist-official/3/autoencoder/seed1" in out
     assert "not run         laptop/mnist-official/3/shared_ae_two/seed0" in out
@@ -202,7 +207,7 @@ def test_curve(data_dir, tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("argv", "message"),
     [
-        (("--table", "shared_ae/9"), "there is no table 'shared_ae/9'; the tables: shared_ae/1, shared_ae/2,"),
+        (("--table", "shared_ae/9"), "there is no table 'shared_ae/9'; the tables: dia/1, dia/2,"),
         (("--table", "shared_ae/1", "--datasets", "mnits"), "no 'mnits' among its datasets: mnist, fashion_mnist"),
         (("--table", "shared_ae/1", "--methods", "addp_decoder"), "no 'addp_decoder' among its methods: shared_ae,"),
         (("--table", "shared_ae/1", "--budget", "huge"), "the budgets: smoke, laptop, paper"),

@@ -1,9 +1,11 @@
 """The papers' tables: declared as cells, run one by one, and set beside the papers' own numbers."""
 
-from .methods import BUDGETS, METHODS
+from .budgets import BUDGETS
+from .cells import Cell, Row, Section, Table
+from .methods import METHODS
 from .report import write_report
 from .running import Selection, describe, run_table
-from .tables import TABLES, Cell, Row, Section, Table, find_table
+from .tables import TABLES, find_table
 
 __all__ = [
     "BUDGETS",

@@ -4,14 +4,14 @@ import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from functools import cached_property, lru_cache, partial
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from transformers import set_seed
 
-from ..data import OneClassSplits, load_unlabelled, prepare
+from ..data import OneClassSplits, load_unlabelled
 from ..detector import AnomalyDetector
 from ..detectors.addp.configuration_addp import ADDPConfig
 from ..detectors.addp.modeling_addp import ADDPForPreTraining, ADDPModel
@@ -22,93 +22,14 @@ from ..metrics import image_metrics
 from ..training import AnomalyTrainingArguments
 from ..training.runs import denoising_arguments, pretrain, train_detector
 from . import baselines
-
-
-@dataclass(frozen=True)
-class Budget:
-    """How much is spent on a table.
-
-    Attributes:
-        max_rows, max_seeds: what is run of each section; None: all.
-    """
-
-    title: str
-    max_rows: int | None = None
-    max_seeds: int | None = None
-
-
-BUDGETS = {
-    "smoke": Budget("smoke: a few steps, which say that it runs and nothing about the method", max_rows=1, max_seeds=1),
-    "laptop": Budget("laptop: at most about three minutes of a CPU core a cell"),
-    "paper": Budget("paper: as long as it takes"),
-}
-
-
-@dataclass(frozen=True)
-class Training:
-    """How long, and how, a method is trained.
-
-    Attributes:
-        epochs: passes over the training images.
-        min_steps, max_steps: bounds of the steps which that makes.
-        batch_size: images a step over all processes, or all training images if there are fewer.
-        learning_rate: AdamW's peak; the schedule is a cosine.
-    """
-
-    epochs: int
-    min_steps: int = 1
-    max_steps: int | None = None
-    batch_size: int = 64
-    learning_rate: float = 1e-3
-
-    def twice(self) -> "Training":
-        """For twice as many steps."""
-        most = None if self.max_steps is None else 2 * self.max_steps
-        return replace(self, epochs=2 * self.epochs, min_steps=2 * self.min_steps, max_steps=most)
-
-    def arguments(self, num_images: int, seed: int, folder: Path) -> AnomalyTrainingArguments:
-        """Arguments of a silent run which leaves no checkpoints in its folder."""
-        quiet = {"disable_tqdm": True, "report_to": "none", "logging_strategy": "no", "save_strategy": "no"}
-        args = AnomalyTrainingArguments(output_dir=str(folder), seed=seed, max_steps=1, learning_rate=self.learning_rate, **quiet)
-        batch = min(self.batch_size, num_images)
-        args.per_device_train_batch_size = max(1, batch // args.world_size)
-        args.max_steps = max(self.min_steps, self.epochs * (num_images // batch))
-        if self.max_steps is not None:
-            args.max_steps = min(args.max_steps, self.max_steps)
-        return args
-
-
-@dataclass(frozen=True)
-class CellData:
-    """What the cells of one dataset, protocol and seed share.
-
-    Attributes:
-        protocol: the one in use.
-    """
-
-    splits: OneClassSplits
-    processor: AnomalyImageProcessor
-    protocol: str
-
-    @cached_property
-    def train_pixels(self) -> np.ndarray:
-        return self._pixels(self.splits.train)
-
-    @cached_property
-    def test_pixels(self) -> np.ndarray:
-        return self._pixels(self.splits.test)
-
-    def _pixels(self, dataset) -> np.ndarray:
-        prepared = prepare(dataset, self.processor)
-        batches = (prepared[start : start + 1024]["pixel_values"] for start in range(0, len(prepared), 1024))
-        return np.concatenate([np.stack(batch).reshape(len(batch), -1) for batch in batches])
-
+from .budgets import CellData, Method, Training
+from .contrastive import CONTRASTIVE_METHODS
 
 Builder = Callable[[Any, OneClassSplits, AnomalyImageProcessor, AnomalyTrainingArguments], AnomalyDetector]
 
 
 @dataclass(frozen=True)
-class Trained:
+class Trained(Method):
     """A detector that is trained.
 
     Attributes:
@@ -124,11 +45,10 @@ class Trained:
     def is_implemented(self) -> bool:
         return self.build is not None
 
-    def settings(self, budget: str) -> dict:
-        """What a result hangs on besides its cell."""
-        return vars(self.lengths[budget])
+    def settings(self, cell) -> dict:
+        return vars(self.lengths[cell.budget])
 
-    def run(self, cell, data: CellData, folder: Path, command: list[str]) -> dict:
+    def run(self, cell, data: CellData, folder: Path, command: list[str], required: list[Path]) -> dict:
         """Trains and evaluates; see `train_detector`. `folder` holds the detector then."""
         started = time.time()
         args = self.lengths[cell.budget].arguments(len(data.splits.train), cell.seed, folder)
@@ -138,17 +58,16 @@ class Trained:
 
 
 @dataclass(frozen=True)
-class Baseline:
+class Baseline(Method):
     """Scores computed from the pixels, without training: a function of `baselines`."""
 
     title: str
     score: Callable[[np.ndarray, np.ndarray], np.ndarray]
-    is_implemented: bool = True
 
-    def settings(self, budget: str) -> dict:
+    def settings(self, cell) -> dict:
         return {}
 
-    def run(self, cell, data: CellData, folder: Path, command: list[str]) -> dict:
+    def run(self, cell, data: CellData, folder: Path, command: list[str], required: list[Path]) -> dict:
         """Image-level metrics and counts, called as `train_detector` calls them."""
         started, splits = time.time(), data.splits
         labels = np.asarray(splits.test["label"][:])
@@ -222,7 +141,14 @@ _BASELINES = {
     "pca_residual": Baseline("PCA residual", baselines.pca_residual),
 }
 BASELINES = tuple(_BASELINES)
-METHODS: dict[str, Trained | Baseline] = {
+NOT_IMPLEMENTED = {
+    "kdad": "KDAD",
+    "transformaly": "Transformaly",
+    "rd4ad": "RD4AD",
+    "uniad": "UniAD",
+    "mean_shift": "Mean-shift",
+}
+METHODS: dict[str, Method] = {
     "shared_ae": Trained("SharedAE", shared_ae, SHARED_AE_LENGTHS),
     "shared_ae_one": Trained("one EDE", partial(shared_ae, ablation="one"), SHARED_AE_LENGTHS),
     "shared_ae_two": Trained("two EDEs", partial(shared_ae, ablation="two"), SHARED_AE_LENGTHS),
@@ -232,5 +158,7 @@ METHODS: dict[str, Trained | Baseline] = {
     "addp_encoder_decoder": Trained("encoder + decoder pretrained", partial(addp, mode="encoder_decoder"), ADDP_LENGTHS),
     "addp_digits": Trained("encoder of digits, random decoder", partial(addp, from_digits=True), ADDP_LENGTHS),
     "addp_decoder": Trained("encoder of digits, decoder pretrained", partial(addp, from_digits=True, mode="decoder"), ADDP_LENGTHS),
+    **CONTRASTIVE_METHODS,
+    **{name: Trained(title, None, {}) for name, title in NOT_IMPLEMENTED.items()},
     **_BASELINES,
 }

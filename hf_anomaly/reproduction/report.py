@@ -11,9 +11,10 @@ import numpy as np
 from ..cards.card import shown_command
 from ..data.recipes import RECIPES
 from ..errors import InputError
-from .methods import BASELINES, BUDGETS, METHODS
+from .budgets import BUDGETS
+from .cells import MEAN, Number, Row, Section, Table
+from .methods import BASELINES, METHODS
 from .running import ABSENT, NOT_IMPLEMENTED, PENDING, Selection
-from .tables import MEAN, Row, Section, Table
 
 NOTHING = "–"
 CSV_FIELDS = (
@@ -68,7 +69,7 @@ def mean_and_std(values: dict[int, float], seeds: tuple[int, ...]) -> str:
     return f"{text} (seed {', '.join(map(str, values))} only)" if missing else text
 
 
-def _entry(section: Section, method: str, selection: Selection, values: dict[int, float]) -> str:
+def _entry(method: str, selection: Selection, values: dict[int, float]) -> str:
     if not METHODS[method].is_implemented:
         return NOT_IMPLEMENTED
     return mean_and_std(values, _seeds(selection)) if values else PENDING
@@ -102,25 +103,83 @@ def markdown(table: Table, selection: Selection, command: list[str]) -> str:
 def _section_lines(section: Section, selection: Selection) -> list[str]:
     everything = {(row, method): _results(section, row, method, selection) for row in section.rows for method in section.methods}
     finished = [result for results in everything.values() for result in results.values()]
+    protocol = _joined(finished, lambda result: result["protocol"]) if finished else section.protocol
+    title = RECIPES[section.dataset].title if section.dataset in RECIPES else section.dataset
+    layout = _lines_by_row if section.paper_of_method is None else _lines_by_method
+    lines = [f"## {title}, protocol {protocol}", "", *layout(section, selection, everything)]
+    if any(result["protocol"] != section.protocol for result in finished):
+        lines.append(
+            f"This copy has no test split: protocol {protocol} stands in for {section.protocol}, and the numbers are not the paper's setting."
+        )
+    if subsets := [result for result in finished if result["subset"]]:
+        lines.append(f"The copy of {title} is not whole: {_joined(subsets, lambda result: result['subset'])}.")
+    if (instructions := selection.instructions(section.dataset)) is not None:
+        lines.append(f"{ABSENT.capitalize()}: {instructions}")
+    return lines
+
+
+def _data_entries(results: list[dict]) -> list[str]:
+    """Images of training and test, and the splits."""
+    return [
+        _joined(results, lambda result: f"{result['num_train']} + {result['num_calibration']}"),
+        _joined(results, lambda result: f"{result['num_normal']} + {result['num_anomalous']}"),
+        _joined(results, lambda result: result["split_hash"][:8]),
+    ]
+
+
+def _lines_by_method(section: Section, selection: Selection, everything: dict) -> list[str]:
+    """A line a method, of a section with one row."""
+    (row,) = section.rows
+    titles = ["", "paper", "AUROC", "average precision", "FPR at 95 % TPR", "steps", "seconds a cell"]
+    lines = ["| " + " | ".join(titles) + " |", "|" + "---|" * len(titles)]
+    finished = [result for method in section.methods for result in everything[row, method].values()]
+    for method in section.methods:
+        of_seeds, paper = everything[row, method], section.paper_of_method.get(method)
+        entries = [section.titles.get(method, METHODS[method].title), NOTHING if paper is None else _printed(paper)]
+        for measure in ("auroc", "average_precision", "fpr_at_95_tpr"):
+            entries.append(_entry(method, selection, {seed: result[measure] for seed, result in of_seeds.items()}))
+        results = list(of_seeds.values())
+        entries.append(_joined(results, lambda result: str(result["steps"])))
+        entries.append(f"{np.mean([result['seconds'] for result in results]):.0f}" if results else NOTHING)
+        lines.append("| " + " | ".join(entries) + " |")
+    lines.append("")
+    if finished:
+        train, test, hashes = _data_entries(finished)
+        lines.append(f"Images: {train} (train + calibration), {test} (test: normal + anomalous); split hashes {hashes}.")
+    cells = [section.cell(row, method, seed, selection.budget) for method in section.methods for seed in _seeds(selection)]
+    required = dict.fromkeys(other for cell in cells for other in METHODS[cell.method].requires(cell))
+    for method in dict.fromkeys(cell.method for cell in required):
+        if results := [result for cell in required if cell.method == method and (result := selection.result(cell))]:
+            seconds = np.mean([result["seconds"] for result in results])
+            lines.append(
+                f"Shared by the cells of a seed: {METHODS[method].title}, {results[0]['steps']} steps on {results[0]['num_train']} images, "
+                f"{results[0]['num_parameters'] / 1e6:.2f} M parameters, {seconds:.0f} s."
+            )
+    return lines
+
+
+def _printed(number: Number) -> str:
+    return f"{number[0]:.3f} ± {number[1]:.2f}" if isinstance(number, tuple) else f"{number:.3f}"
+
+
+def _lines_by_row(section: Section, selection: Selection, everything: dict) -> list[str]:
+    """A line a row, a column a method."""
+    finished = [result for results in everything.values() for result in results.values()]
     titles = [section.row_title, *section.paper, *(METHODS[method].title for method in section.methods)]
     titles += ["train + calibration", "test: normal + anomalous", "split hashes"]
-    protocol = _joined(finished, lambda result: result["protocol"]) if finished else section.protocol
-    lines = [f"## {RECIPES[section.dataset].title}, protocol {protocol}", ""]
-    lines += ["| " + " | ".join(titles) + " |", "|" + "---|" * len(titles)]
+    lines = ["| " + " | ".join(titles) + " |", "|" + "---|" * len(titles)]
     instructions = selection.instructions(section.dataset)
     for row in section.rows if finished or instructions is None else ():  # without data the mean's row says it all
         of_row = [result for method in section.methods for result in everything[row, method].values()]
         entries = [f"{numbers[row.title]:.3f}" if row.title in numbers else NOTHING for numbers in section.paper.values()]
         for method in section.methods:
             values = {seed: result["auroc"] for seed, result in everything[row, method].items()}
-            entries.append(_entry(section, method, selection, values))
-        entries.append(_joined(of_row, lambda result: f"{result['num_train']} + {result['num_calibration']}"))
-        entries.append(_joined(of_row, lambda result: f"{result['num_normal']} + {result['num_anomalous']}"))
-        entries.append(_joined(of_row, lambda result: result["split_hash"][:8]))
+            entries.append(_entry(method, selection, values))
+        entries += _data_entries(of_row)
         lines.append("| " + " | ".join([row.title, *entries]) + " |")
     if section.with_mean:
         entries = [f"**{numbers[MEAN]:.3f}**" if MEAN in numbers else NOTHING for numbers in section.paper.values()]
-        entries += [_entry(section, method, selection, _means(section, method, selection)) for method in section.methods]
+        entries += [_entry(method, selection, _means(section, method, selection)) for method in section.methods]
         lines.append("| " + " | ".join([MEAN, *entries, NOTHING, NOTHING, NOTHING]) + " |")
     lines.append("")
     for method in section.methods:
@@ -129,14 +188,6 @@ def _section_lines(section: Section, selection: Selection) -> list[str]:
             steps = f"{min(steps)}" if min(steps) == max(steps) else f"{min(steps)} to {max(steps)}"
             seconds = np.mean([result["seconds"] for result in results])
             lines.append(f"{METHODS[method].title}: {steps} steps, {seconds:.0f} s a cell on average.")
-    if any(result["protocol"] != section.protocol for result in finished):
-        lines.append(
-            f"This copy has no test split: protocol {protocol} stands in for {section.protocol}, and the numbers are not the paper's setting."
-        )
-    if subsets := [result for result in finished if result["subset"]]:
-        lines.append(f"The copy of {RECIPES[section.dataset].title} is not whole: {_joined(subsets, lambda result: result['subset'])}.")
-    if instructions is not None:
-        lines.append(f"{ABSENT.capitalize()}: {instructions}")
     return lines
 
 

@@ -19,8 +19,9 @@ from ..errors import InputError
 from ..image_processing import AnomalyImageProcessor
 from ..training.runs import dataset_label, write_json
 from ..version import __version__
-from .methods import BUDGETS, METHODS, CellData
-from .tables import Cell, Table
+from .budgets import BUDGETS, CellData
+from .cells import Cell, Table
+from .methods import METHODS
 
 logger = logging.getLogger(__name__)
 
@@ -49,7 +50,7 @@ class Selection:
     data_dir: str | None = None
 
     def cells(self, table: Table) -> list[Cell]:
-        """The selected cells, those that share their data in a row.
+        """The selected cells, those that share their data in a row; first the ones that others of them require, which may be in several shards.
 
         Raises:
             InputError: an unknown dataset, method, budget or shard, or no seed.
@@ -68,10 +69,16 @@ class Selection:
             cell for section in table.sections if section.dataset in datasets for cell in section.cells(methods, self.seeds, self.budget)
         ]
         # A shard takes its part of every method, the slow ones too; only then do the cells of the same data come together.
-        return sorted(cells[shard - 1 :: shards], key=lambda cell: list(map(str, _data_key(cell))))
+        cells = cells[shard - 1 :: shards]
+        required = dict.fromkeys(other for cell in cells for other in METHODS[cell.method].requires(cell))
+        return sorted([*required, *cells], key=lambda cell: [*map(str, _data_key(cell)), cell not in required])
+
+    def folder(self, cell: Cell) -> Path:
+        """What a cell leaves for those that require it."""
+        return Path(self.output_dir, "cells", cell.name)
 
     def result_file(self, cell: Cell) -> Path:
-        return Path(self.output_dir, "cells", cell.name).with_suffix(".json")
+        return self.folder(cell).with_suffix(".json")
 
     def result(self, cell: Cell) -> dict | None:
         """A finished cell's result; None if there is none, or if it is of other settings.
@@ -79,12 +86,12 @@ class Selection:
         Raises:
             InputError: the file is no JSON.
         """
-        path = self.result_file(cell)
-        if not path.is_file():
+        path, method = self.result_file(cell), METHODS[cell.method]
+        if not path.is_file() or (method.keeps_folder and not self.folder(cell).is_dir()):
             return None
         try:
             result = json.loads(path.read_text())
-            current = result["settings"] == METHODS[cell.method].settings(cell.budget)
+            current = result["settings"] == method.settings(cell)
         except (ValueError, KeyError, TypeError) as error:
             raise InputError(f"{path} is damaged: remove it, then its cell is run again") from error
         return result if current else None
@@ -98,6 +105,8 @@ class Selection:
 
     def instructions(self, dataset: str) -> str | None:
         """How to get a dataset that is not there; None if it is."""
+        if dataset not in RECIPES:
+            return f"there is no recipe for {dataset} yet"
         try:
             RECIPES[dataset].locate(self.data_dir)
         except InputError as error:
@@ -115,8 +124,11 @@ def _known(what: str, asked: tuple[str, ...] | None, there: list[str], table: Ta
 
 def describe(table: Table, selection: Selection) -> str:
     """The selected cells and how each stands, a line each."""
-    lines = [f"{selection.status(cell):15} {cell.name}" for cell in selection.cells(table)]
-    return "\n".join([f"{table.id}: {table.title}; {len(lines)} cells", *lines])
+    cells = selection.cells(table)
+    status = [selection.status(cell) for cell in cells]
+    counts = [f"{status.count(which)} {which}" for which in dict.fromkeys(status)]
+    lines = [f"{which:15} {cell.name}" for which, cell in zip(status, cells, strict=True)]
+    return "\n".join([f"{table.id}: {table.title}; {len(lines)} cells: {', '.join(counts)}", *lines])
 
 
 def run_table(table: Table, selection: Selection, command: list[str]) -> None:
@@ -160,11 +172,17 @@ def run_cell(cell: Cell, selection: Selection, command: list[str]) -> None:
     try:
         with quiet():
             data = _load(recipe.locate(selection.data_dir), *_data_key(cell))
-            results = method.run(cell, data, folder, command)
+            required = [selection.folder(other) for other in method.requires(cell)]
+            results = method.run(cell, data, folder, command, required)
     except InputError as error:
         raise InputError(f"cell {cell.name}: {error}") from error
     process.wait_for_everyone()
     if process.is_main_process:
+        if method.keeps_folder:
+            kept = selection.folder(cell)
+            shutil.rmtree(kept, ignore_errors=True)
+            kept.parent.mkdir(parents=True, exist_ok=True)
+            folder.rename(kept)
         shutil.rmtree(folder, ignore_errors=True)
         with suppress(OSError):  # somebody else's cell is at work there, or there never was one
             folder.parent.rmdir()
@@ -174,7 +192,7 @@ def run_cell(cell: Cell, selection: Selection, command: list[str]) -> None:
             "protocol": data.protocol,
             "dataset": dataset_label(data.splits.source),
             "subset": recipe.subset(data.splits.source),
-            "settings": method.settings(cell.budget),
+            "settings": method.settings(cell),
             "command": command,
             "hf_anomaly_version": __version__,
         }

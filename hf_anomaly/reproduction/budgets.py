@@ -1,0 +1,123 @@
+"""How much is spent on a table's cells, and what the cells of one division of a dataset share."""
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass, replace
+from functools import cached_property
+from pathlib import Path
+
+import numpy as np
+
+from ..data import OneClassSplits, prepare
+from ..image_processing import AnomalyImageProcessor
+from ..training import AnomalyTrainingArguments
+
+
+@dataclass(frozen=True)
+class Budget:
+    """How much is spent on a table.
+
+    Attributes:
+        max_rows, max_seeds: what is run of each section; None: all.
+    """
+
+    title: str
+    max_rows: int | None = None
+    max_seeds: int | None = None
+
+
+BUDGETS = {
+    "smoke": Budget("smoke: a few steps, which say that it runs and nothing about the method", max_rows=1, max_seeds=1),
+    "laptop": Budget("laptop: at most about three minutes of a CPU core a cell"),
+    "paper": Budget("paper: as long as it takes"),
+}
+
+
+@dataclass(frozen=True)
+class Training:
+    """How long, and how, a method is trained.
+
+    Attributes:
+        epochs: passes over the training images.
+        min_steps, max_steps: bounds of the steps which that makes.
+        batch_size: images a step over all processes, or all training images if there are fewer.
+        learning_rate: AdamW's peak; the schedule is a cosine.
+    """
+
+    epochs: int
+    min_steps: int = 1
+    max_steps: int | None = None
+    batch_size: int = 64
+    learning_rate: float = 1e-3
+
+    def twice(self) -> "Training":
+        """For twice as many steps."""
+        most = None if self.max_steps is None else 2 * self.max_steps
+        return replace(self, epochs=2 * self.epochs, min_steps=2 * self.min_steps, max_steps=most)
+
+    def arguments(self, num_images: int, seed: int, folder: Path) -> AnomalyTrainingArguments:
+        """Arguments of a silent run which leaves no checkpoints in its folder."""
+        quiet = {"disable_tqdm": True, "report_to": "none", "logging_strategy": "no", "save_strategy": "no"}
+        args = AnomalyTrainingArguments(output_dir=str(folder), seed=seed, max_steps=1, learning_rate=self.learning_rate, **quiet)
+        batch = min(self.batch_size, num_images)
+        args.per_device_train_batch_size = max(1, batch // args.world_size)
+        args.max_steps = max(self.min_steps, self.epochs * (num_images // batch))
+        if self.max_steps is not None:
+            args.max_steps = min(args.max_steps, self.max_steps)
+        return args
+
+
+@dataclass(frozen=True)
+class CellData:
+    """What the cells of one dataset, protocol and seed share.
+
+    Attributes:
+        protocol: the one in use.
+    """
+
+    splits: OneClassSplits
+    processor: AnomalyImageProcessor
+    protocol: str
+
+    @cached_property
+    def train_pixels(self) -> np.ndarray:
+        return self._pixels(self.splits.train)
+
+    @cached_property
+    def test_pixels(self) -> np.ndarray:
+        return self._pixels(self.splits.test)
+
+    def _pixels(self, dataset) -> np.ndarray:
+        prepared = prepare(dataset, self.processor)
+        batches = (prepared[start : start + 1024]["pixel_values"] for start in range(0, len(prepared), 1024))
+        return np.concatenate([np.stack(batch).reshape(len(batch), -1) for batch in batches])
+
+
+class Method(ABC):
+    """Whatever a cell can run.
+
+    Attributes:
+        title: its name in reports.
+        keeps_folder: whether other cells need the folder that it writes.
+    """
+
+    title: str
+    is_implemented: bool = True
+    keeps_folder: bool = False
+
+    @abstractmethod
+    def settings(self, cell) -> dict:
+        """What a result hangs on besides its cell, as JSON holds it."""
+
+    def requires(self, cell) -> tuple:
+        """The cells whose folders `run` needs."""
+        return ()
+
+    @abstractmethod
+    def run(self, cell, data: CellData, folder: Path, command: list[str], required: list[Path]) -> dict:
+        """Runs a cell and gives its results.
+
+        Args:
+            folder: to work in.
+            command: the command line, for the results.
+            required: the folders of the cells that it requires.
+        """

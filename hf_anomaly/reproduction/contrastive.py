@@ -1,0 +1,229 @@
+"""CSI and DIA in the tables' variants, and the diffusion models that DIA's cells share."""
+
+import json
+import shutil
+import time
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+
+import numpy as np
+from transformers import set_seed
+
+from ..backbones.configuration_small_resnet import SmallResNetConfig
+from ..detectors.csi.configuration_csi import CSIConfig
+from ..detectors.csi.modeling_csi import CSIModel
+from ..detectors.dia.configuration_dia import DIAConfig
+from ..detectors.dia.modeling_dia import DIAModel
+from ..dissolving import DISSOLVERS, DiffusionDissolver, dissolve_dataset
+from ..training.runs import denoising_arguments, train_detector, train_dissolver
+from .budgets import CellData, Method, Training
+
+RANGES = {"kvasir_polyp": (130, 230)}  # of t, where it is not the usual one
+USUAL_RANGE = (30, 130)
+STEP_RANGES = tuple((low, low + 100) for low in range(30, 530, 100))  # of Table 2
+
+
+@dataclass(frozen=True)
+class DetectorLength:
+    """How long CSI and DIA are trained, and how large they are.
+
+    Attributes:
+        variants: dissolved variants of each training image, of which a step takes one.
+        backbone: fields of the `SmallResNetConfig` that differ from the detectors' own.
+    """
+
+    training: Training
+    variants: int = 8
+    backbone: dict[str, list[int]] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class DissolverLength:
+    """How long a diffusion model is trained, and how large it is.
+
+    Attributes:
+        max_timestep: it learns the noise levels below this: all that any table dissolves at, so that one model serves them all.
+        batch_sizes: images a step at each dissolving resolution.
+    """
+
+    steps: int
+    batch_sizes: dict[int, int]
+    learning_rate: float
+    max_timestep: int
+    widths: tuple[int, ...] = (32, 64, 64)
+    layers: int = 1
+    gradient_accumulation: int = 1
+
+
+_RESNET_18 = {"hidden_sizes": [64, 128, 256, 512], "depths": [2, 2, 2, 2]}
+DETECTOR_LENGTHS = {
+    "smoke": DetectorLength(Training(epochs=1, min_steps=2, max_steps=2, batch_size=8), variants=1),
+    "laptop": DetectorLength(Training(epochs=1, min_steps=240, max_steps=240, batch_size=32), variants=4),
+    "paper": DetectorLength(Training(epochs=1, min_steps=1250, max_steps=1250, batch_size=32), backbone=_RESNET_18),  # 200 × 200 images
+}
+DISSOLVER_LENGTHS = {
+    "smoke": DissolverLength(2, {32: 8, 64: 4, 128: 2}, 1e-3, max_timestep=540, widths=(8, 8)),
+    "laptop": DissolverLength(250, {32: 32, 64: 8, 128: 2}, 1e-3, max_timestep=540),
+    "paper": DissolverLength(25_000, {32: 256, 64: 128, 128: 32}, 8e-5, max_timestep=1000, widths=(32, 64, 128, 256), layers=2, gradient_accumulation=2),
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class TrainedDissolver(Method):
+    """A diffusion model, trained once for all the cells of a dataset, resolution and seed; it leaves the folder that `DiffusionDissolver` loads.
+
+    Attributes:
+        resolution: the dissolving resolution in pixels.
+        share: of the normal training images that it sees.
+    """
+
+    title: str
+    resolution: int = 32
+    share: float = 1.0
+    keeps_folder = True
+
+    def settings(self, cell) -> dict:
+        length = asdict(DISSOLVER_LENGTHS[cell.budget])
+        length["batch_size"] = length.pop("batch_sizes")[self.resolution]
+        return _as_json({**length, "resolution": self.resolution, "share": self.share})
+
+    def run(self, cell, data: CellData, folder: Path, command: list[str], required: list[Path]) -> dict:
+        """Steps, seconds and counts."""
+        started, length = time.time(), DISSOLVER_LENGTHS[cell.budget]
+        images = data.splits.train
+        if self.share < 1:
+            kept = max(1, round(self.share * len(images)))
+            images = images.select(np.sort(np.random.RandomState([cell.seed, 2]).permutation(len(images))[:kept]))
+        args = Training(epochs=1, batch_size=length.batch_sizes[self.resolution], learning_rate=length.learning_rate).arguments(
+            len(images), cell.seed, folder
+        )
+        stage = denoising_arguments(
+            args, "dissolver", learning_rate=length.learning_rate, batch_size=args.per_device_train_batch_size, steps=length.steps
+        )
+        stage.gradient_accumulation_steps = length.gradient_accumulation
+        dissolver = train_dissolver(
+            images,
+            processor=data.processor,
+            args=stage,
+            resolution=self.resolution,
+            block_out_channels=length.widths,
+            layers_per_block=length.layers,
+            max_timestep=length.max_timestep,
+            target=folder,
+        )
+        shutil.rmtree(stage.output_dir, ignore_errors=True)
+        return {
+            "num_train": len(images),
+            "num_parameters": sum(parameter.numel() for parameter in dissolver.unet.parameters()),
+            "split_hash": data.splits.split_hash,
+            "steps": length.steps,
+            "seconds": round(time.time() - started, 1),
+        }
+
+
+@dataclass(frozen=True)
+class Dissolving:
+    """What makes branch D.
+
+    Attributes:
+        kind: a name in DISSOLVERS.
+        t_range: t_min and t_max; None: the dataset's own.
+        model: the name of the method that trains the diffusion model.
+    """
+
+    kind: str = "diffusion"
+    kernel_size: int | None = None
+    resolution: int = 32
+    t_range: tuple[int, int] | None = None
+    model: str | None = "dissolver"
+
+    def load(self, cell, required: list[Path]):
+        if self.kind == "diffusion":
+            low, high = self.range(cell)
+            return DiffusionDissolver.from_pretrained(required[0], t_min=low, t_max=high)
+        return DISSOLVERS[self.kind](kernel_size=self.kernel_size, resolution=self.resolution)
+
+    def range(self, cell) -> tuple[int, int]:
+        return self.t_range or RANGES.get(cell.dataset, USUAL_RANGE)
+
+    def settings(self, cell) -> dict:
+        more = {} if self.model is None else {"t_range": self.range(cell), "model": CONTRASTIVE_METHODS[self.model].settings(cell)}
+        return {**asdict(self), **more}
+
+
+def blur(kind: str, kernel_size: int, resolution: int = 32) -> Dissolving:
+    return Dissolving(kind, kernel_size, resolution, model=None)
+
+
+@dataclass(frozen=True)
+class Contrastive(Method):
+    """DIA, or CSI if there is no branch D.
+
+    Attributes:
+        detector: fields of the detector's configuration that differ from the default.
+        batch_factor: by which the batch is larger.
+    """
+
+    title: str
+    dissolving: Dissolving | None = None
+    detector: dict[str, str] = field(default_factory=dict)
+    batch_factor: float = 1.0
+
+    def requires(self, cell) -> tuple:
+        model = None if self.dissolving is None else self.dissolving.model
+        return () if model is None else (replace(cell, method=model),)
+
+    def settings(self, cell) -> dict:
+        dissolving = None if self.dissolving is None else self.dissolving.settings(cell)
+        more = {"dissolving": dissolving, "detector": self.detector, "batch_factor": self.batch_factor}
+        return _as_json({**asdict(DETECTOR_LENGTHS[cell.budget]), **more})
+
+    def run(self, cell, data: CellData, folder: Path, command: list[str], required: list[Path]) -> dict:
+        """Trains and evaluates; see `train_detector`."""
+        started, length, splits = time.time(), DETECTOR_LENGTHS[cell.budget], data.splits
+        training = replace(length.training, batch_size=round(self.batch_factor * length.training.batch_size))
+        args = training.arguments(len(splits.train), cell.seed, folder)
+        set_seed(cell.seed)
+        shape = {"image_size": data.processor.size["height"], "num_channels": data.processor.num_channels}
+        config = (CSIConfig if self.dissolving is None else DIAConfig)(**shape, **self.detector)
+        if length.backbone:
+            stride = config.backbone_config.stem_stride
+            config.backbone_config = SmallResNetConfig(num_channels=shape["num_channels"], stem_stride=stride, **length.backbone)
+        if self.dissolving is None:
+            return train_detector(CSIModel(config), data.processor, splits, args, started=started, command=command)
+        model, dissolver = DIAModel(config), self.dissolving.load(cell, required).to(args.device)
+        with args.main_process_first(desc="dissolving"):
+            dissolved = dissolve_dataset(splits.train, dissolver, data.processor, num_variants=length.variants, seed=cell.seed)
+        return train_detector(model, data.processor, splits, args, train_dataset=dissolved, started=started, command=command)
+
+
+def _as_json(settings: dict) -> dict:
+    return json.loads(json.dumps(settings))
+
+
+_KERNELS = {"gaussian": (3, 7, 11), "median": (3, 7, 11)}
+_NAMES = {"gaussian": "Gaussian", "median": "median"}
+CONTRASTIVE_METHODS: dict[str, Method] = {
+    "dissolver": TrainedDissolver("diffusion model"),
+    "csi": Contrastive("CSI"),
+    "csi_larger_batch": Contrastive("CSI-1.5: a batch 1.5 times as large", batch_factor=1.5),
+    "dia": Contrastive("DIA", Dissolving()),
+    "dia_b": Contrastive("DIA-(b): twins out of the denominator", Dissolving(), {"similarity_design": "b"}),
+    "dia_perm": Contrastive("DIA, perm", Dissolving(), {"shift": "perm"}),
+    **{f"dia_t{low}": Contrastive(f"DIA, t {low} to {high}", Dissolving(t_range=(low, high))) for low, high in STEP_RANGES},
+    **{
+        f"dia_{kind}_{kernel}": Contrastive(f"DIA, {_NAMES[kind]} blur, kernel {kernel}", blur(kind, kernel))
+        for kind, kernels in _KERNELS.items()
+        for kernel in kernels
+    },
+    **{
+        f"dia_{kind}_{kernel}_perm": Contrastive(f"DIA, {_NAMES[kind]} blur, kernel {kernel}, perm", blur(kind, kernel), {"shift": "perm"})
+        for kind, kernels in _KERNELS.items()
+        for kernel in kernels[:2]
+    },
+}
+
+
+def dia_at(t_range: tuple[int, int], dataset: str) -> str:
+    """The name of DIA with this range of t: of the dataset's own range it is plain DIA."""
+    return "dia" if t_range == RANGES.get(dataset, USUAL_RANGE) else f"dia_t{t_range[0]}"

@@ -1,0 +1,1 @@
+"""What each paper reports: its tables as cells, and its numbers."""
