@@ -18,8 +18,8 @@ import pytest
 
 from hf_anomaly.data.recipes import RECIPES
 from hf_anomaly.reproduction import METHODS, TABLES, Selection, baselines, find_table, running
+from hf_anomaly.reproduction.cells import MEAN
 from hf_anomaly.reproduction.report import markdown, mean_and_std, plot
-from hf_anomaly.reproduction.tables import MEAN
 
 SCRIPT = Path(__file__).parents[1] / "scripts" / "reproduce.py"
 
