@@ -2,7 +2,12 @@
 
 from importlib import import_module
 
-_MODULES = {"image_metrics": "functional", "ImageAnomalyMetrics": "image_level"}
+_MODULES = {
+    "image_metrics": "functional",
+    "PixelMetrics": "pixels",
+    "ImageAnomalyMetrics": "image_level",
+    "PixelAnomalyMetrics": "pixel_level",
+}
 __all__ = list(_MODULES)
 
 
