@@ -4,6 +4,8 @@ from importlib import import_module
 
 _MODULES = {
     "image_metrics": "functional",
+    "balanced_accuracy": "functional",
+    "bootstrap_intervals": "functional",
     "PixelMetrics": "pixels",
     "ImageAnomalyMetrics": "image_level",
     "PixelAnomalyMetrics": "pixel_level",

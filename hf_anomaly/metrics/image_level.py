@@ -7,15 +7,20 @@ another file: a script called evaluate.py, run by its path, hides the library.
 import datasets
 import evaluate
 
-from hf_anomaly.metrics.functional import image_metrics
+from hf_anomaly.metrics.functional import bootstrap_intervals, image_metrics
 
 
 class ImageAnomalyMetrics(evaluate.Metric):
-    """`image_metrics` as a metric of the evaluate library: `compute(predictions=scores, references=labels)`, or by `add_batch`."""
+    """`image_metrics` as a metric of the evaluate library: `compute(predictions=scores, references=labels)`, or by `add_batch`.
+
+    `compute` also takes `threshold`, see `image_metrics`, and `confidence`: then each metric of `bootstrap_intervals` comes with an interval,
+    `auroc_interval` and so on, of as many `resamples` with this `seed`.
+    """
 
     def _info(self) -> evaluate.MetricInfo:
         return evaluate.MetricInfo(
-            description="Image-level anomaly detection: AUROC, average precision, false-positive rate at 95 % true-positive rate.",
+            description="Image-level anomaly detection: AUROC, average precision, false-positive rate at 95 % true-positive rate, best F1, "
+            "and balanced accuracy at a threshold.",
             citation="",
             inputs_description="predictions: anomaly scores, higher = more anomalous. references: labels, 0 = normal, 1 = anomalous.",
             # float64: float32 would tie scores that differ.
@@ -23,5 +28,17 @@ class ImageAnomalyMetrics(evaluate.Metric):
             reference_urls=["https://scikit-learn.org/stable/modules/model_evaluation.html"],
         )
 
-    def _compute(self, predictions, references) -> dict[str, float | None]:
-        return image_metrics(predictions, references)
+    def _compute(
+        self,
+        predictions,
+        references,
+        threshold: float | None = None,
+        confidence: float | None = None,
+        resamples: int = 1000,
+        seed: int = 0,
+    ) -> dict:
+        metrics = image_metrics(predictions, references, threshold)
+        if confidence is not None:
+            intervals = bootstrap_intervals(predictions, references, confidence=confidence, resamples=resamples, seed=seed)
+            metrics |= {f"{name}_interval": interval for name, interval in intervals.items()}
+        return metrics
