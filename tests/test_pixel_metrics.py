@@ -113,6 +113,29 @@ def test_the_bound_is_reached(order):
         assert 0 < error <= values["pixel_average_precision_error"]
 
 
+@pytest.mark.parametrize("order", ["best", "worst"])
+def test_the_bound_of_aupro_is_reached(order):
+    """10 of 100 normal pixels share a bin with the region: with them above it .1 / .3 of the area is lost, else nothing."""
+    mask = np.arange(110).reshape(11, 10) < 10
+    maps = np.where(mask, 1 + 1e-5, 1.0 if order == "best" else 1 + 2e-5).astype(np.float32)
+    maps[2:] = 0
+    values, expected = computed(maps, mask, bits=10), exact(maps[None], mask[None])
+    assert expected["aupro"] == pytest.approx(1 if order == "best" else 2 / 3)
+    assert (values["aupro"], values["aupro_error"]) == pytest.approx((5 / 6, 1 / 6))
+
+
+def test_the_bound_of_average_precision_below_is_reached():
+    """100 normal pixels in a bin above; then one, with 9 anomalous ones, all of them below it and apart."""
+    mask = np.arange(110).reshape(11, 10) >= 101
+    maps = np.where(mask, 1 - 1e-5 * np.arange(110).reshape(11, 10), 1).astype(np.float32)
+    maps.ravel()[:100] = 2
+    values, expected = computed(maps, mask, bits=10), exact(maps[None], mask[None])
+    assert values["pixel_average_precision"] == pytest.approx(9 / 110)
+    lost = values["pixel_average_precision"] - expected["pixel_average_precision"]
+    assert lost == pytest.approx(np.mean([9 / 110 - j / (j + 101) for j in range(1, 10)]))
+    assert values["pixel_average_precision_error"] == pytest.approx(lost, rel=1e-9)
+
+
 def test_bins_keep_the_order_of_all_floats():
     rng = np.random.default_rng(3)
     values = rng.integers(0, 2**32, 100_000, dtype=np.uint32).view(np.float32)
