@@ -135,6 +135,17 @@ def test_no_such_licence_or_dataset(folder, facts):
     assert not list(folder.iterdir())
 
 
+def test_the_protocol_is_told(folder):
+    assert "Protocol" not in card(folder)[0]
+    division = {"protocol": "official", "classes": None, "max_train_images": None, "contamination": 0.0}
+    assert "Protocol: the source's own splits. Split hash" in card(folder, {**RESULTS, "division": division})[0]
+    division = {"protocol": "balanced", "classes": {"1": "oak", "2": "<b>"}, "max_train_images": 16, "contamination": 0.05}
+    body, _ = card(folder, {**RESULTS, "division": division})
+    check_whole(body)
+    for words in ("Protocol: balanced", "classes b, oak only", "at most 16 normal images", "5% of the training images are anomalies"):
+        assert words in body
+
+
 def test_results_of_other_seeds_join_in_a_table(folder):
     folder.mkdir()
     others = [{**RESULTS, "seed": seed, "auroc": auroc, "split_hash": "f" * 64} for seed, auroc in ((5, 0.9), (44, 0.8))]

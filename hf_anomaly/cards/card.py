@@ -144,6 +144,7 @@ def write_card(
         image_size=config.image_size,
         channels="gray" if config.num_channels == 1 else "RGB",
         known=known,
+        protocol=_protocol(results.get("division") or {}),
         results=results,
         rows=[(name, f"{results[key]:.4f}") for key, (_, name) in METRICS.items() if results.get(key) is not None],
         runs=_table_of_runs(results, other_runs),
@@ -160,6 +161,21 @@ def write_card(
         version=__version__,
     )
     _save(card, folder, {"license": license, "datasets": [dataset_id] if dataset_id else None})
+
+
+def _protocol(division: dict) -> str:
+    """How the images were divided, in words; empty if that is not known."""
+    if not division:
+        return ""
+    words = ["the source's own splits" if division.get("protocol") == "official" else plain(division.get("protocol"))]
+    if division.get("classes"):
+        classes = ", ".join(sorted({plain(name) for name in division["classes"].values()}))
+        words.append(f"of the classes {classes} only" if len(classes) <= 200 else f"of {len(division['classes'])} classes only")
+    if division.get("max_train_images") is not None:
+        words.append(f"at most {division['max_train_images']} normal images to train on")
+    if division.get("contamination"):
+        words.append(f"{division['contamination']:.0%} of the training images are anomalies which were taken for normal")
+    return ", ".join(words)
 
 
 def _table_of_runs(results: dict, others: Sequence[dict]) -> dict | None:
