@@ -26,9 +26,10 @@ from ..dissolving import DenoisingModel, DiffusionDissolver, build_scheduler, bu
 from ..errors import HubError, InputError, NotFittedError
 from ..hub import create_repository
 from ..image_processing import AnomalyImageProcessor
-from ..metrics import image_metrics
+from ..metrics import balanced_accuracy, bootstrap_intervals, image_metrics
 from ..visualization import overlay_anomaly_map
 from .arguments import AnomalyTrainingArguments, DataArguments, DenoisingTrainingArguments
+from .localization import evaluate_maps
 from .trainers import AnomalyTrainer, DenoisingTrainer, hub_name, push_output
 
 logger = logging.getLogger(__name__)
@@ -50,6 +51,14 @@ _NOT_SETTINGS = (
 )
 
 PRETRAINING_NOTES = "pretraining.json"  # beside the weights of a first stage: how they were trained
+
+INTERVAL_CONFIDENCE = 0.95  # of the intervals in the results
+
+# What a training script prints of the results, as far as it is there.
+PRINTED = (
+    "auroc", "auroc_interval", "average_precision", "average_precision_interval", "fpr_at_95_tpr", "f1_max", "balanced_accuracy_at_threshold",
+    "pixel_auroc", "pixel_average_precision", "aupro", "reason", "num_normal", "num_anomalous", "seconds",
+)  # fmt: skip
 
 LARGEST_DEFAULT_SIZE = 64  # px: larger images are shrunk to this unless --image_size says otherwise
 
@@ -326,17 +335,20 @@ def bfloat16_agreement(model: AnomalyDetector, dataset, batch_size: int, num_ima
     }
 
 
-def evaluate_detector(model: AnomalyDetector, processor, splits: OneClassSplits, score: Callable) -> dict:
-    """Image-level results of a fitted detector, as `eval_results.json` holds them.
+def evaluate_detector(model: AnomalyDetector, processor, splits: OneClassSplits, score: Callable, *, batch_size: int) -> dict:
+    """Results of a fitted detector, as `eval_results.json` holds them.
 
     Args:
         score: prepared dataset → (scores, labels).
+        batch_size: images whose maps are computed at once, where there are masks.
 
     Returns:
-        `auroc`, `average_precision`, `fpr_at_95_tpr` (None with `reason` where there is nothing to measure on), `num_normal`,
-        `num_anomalous`, `division` (see `Division`), and for a calibrated detector the rates at its threshold.
+        `auroc`, `average_precision`, `fpr_at_95_tpr` and `f1_max` (None with `reason` where there is nothing to measure on); `auroc_interval` and
+        `average_precision_interval`, [low, high] with `interval_confidence` (see `bootstrap_intervals`); `num_normal`, `num_anomalous`; `division` (see
+        `Division`); for a calibrated detector the rates and the balanced accuracy at its threshold; and, where the test split has a column `mask`
+        and the detector gives maps, what `evaluate_maps` finds.
     """
-    results = dict.fromkeys(("auroc", "average_precision", "fpr_at_95_tpr"))
+    results = dict.fromkeys(("auroc", "average_precision", "fpr_at_95_tpr", "f1_max"))
     results |= {
         "num_normal": 0,
         "num_anomalous": 0,
@@ -353,11 +365,21 @@ def evaluate_detector(model: AnomalyDetector, processor, splits: OneClassSplits,
         results["reason"] = splits.test_missing_reason
     else:
         results |= image_metrics(scores.numpy(), labels.numpy())
+        intervals = bootstrap_intervals(scores.numpy(), labels.numpy(), confidence=INTERVAL_CONFIDENCE)
+        results |= {f"{name}_interval": list(interval) for name, interval in intervals.items()}
+        results["interval_confidence"] = INTERVAL_CONFIDENCE
     if model.calibration.is_calibrated:
         flagged = model.is_anomalous(scores.to(model.device)).cpu()
         for name, label in (("false_positive_rate", 0), ("true_positive_rate", 1)):
             rate = flagged[labels == label].float().mean().item()
             results[f"{name}_at_threshold"] = rate if (labels == label).any() else None
+        threshold = model.calibration.threshold.item()
+        results["balanced_accuracy_at_threshold"] = balanced_accuracy(scores.numpy(), labels.numpy(), threshold)
+    if "mask" in (splits.test.column_names or ()):  # a stream's may be unknown
+        if model.supports_anomaly_maps:
+            results |= evaluate_maps(model, processor, splits.test, batch_size)
+        else:
+            logger.info("No pixel-level metrics, though there are masks: %s", model.unsupported_maps_reason)
     return results
 
 
@@ -420,7 +442,7 @@ def train_detector(
         scored[:] = torch.from_numpy(prediction.predictions), torch.from_numpy(prediction.label_ids)
         return tuple(scored)
 
-    results = evaluate_detector(model, processor, splits, score)
+    results = evaluate_detector(model, processor, splits, score, batch_size=args.eval_batch_size)
     results |= {
         "seconds": round(time.time() - started, 1),
         "command": shown_command(command or []),
@@ -469,7 +491,7 @@ def draw_figures(folder: str | os.PathLike, model: AnomalyDetector, processor, d
 def print_results(results: dict, args: AnomalyTrainingArguments) -> None:
     """What a training script prints at its end, once: the results of `train_detector`, and where they are."""
     if args.process_index == 0:
-        for name in ("auroc", "average_precision", "fpr_at_95_tpr", "reason", "num_normal", "num_anomalous", "seconds"):
+        for name in PRINTED:
             if name in results:
                 print(f"{name}: {results[name]}")
         print(f"saved: {args.output_dir}")

@@ -102,7 +102,7 @@ def main(argv: list[str], program: str) -> None:
             save_maps(model, processor, splits.test, scores.topk(min(args.num_maps, len(scores))).indices.tolist(), Path(args.save_maps))
         return scores, labels
 
-    results = evaluate_detector(model, processor, splits, score)
+    results = evaluate_detector(model, processor, splits, score, batch_size=args.batch_size)
     results["seconds"] = round(time.time() - started, 1)
     if args.output is not None:
         write_json(Path(args.output), results)

@@ -1,0 +1,55 @@
+"""How well a detector's maps find what the masks of a dataset mark."""
+
+import logging
+
+import numpy as np
+import torch
+
+from ..data import decode_image
+from ..detector import AnomalyDetector
+from ..metrics import PixelMetrics
+
+logger = logging.getLogger(__name__)
+
+
+@torch.no_grad()
+def evaluate_maps(model: AnomalyDetector, processor, dataset, batch_size: int) -> dict:
+    """Pixel-level metrics of a fitted detector, in one pass and constant memory; see `PixelMetrics`.
+
+    The maps are stretched to the masks' size, as the pipeline stretches them to the image's. Shrinking the masks instead would lose small regions, and the
+    results of detectors that take images of different sizes would not compare.
+
+    Args:
+        model: one with `supports_anomaly_maps`.
+        dataset: unprepared images, with the columns `image`, `label` and `mask`: an image, above 0 where the anomaly is, or None. A normal image
+            without a mask is normal everywhere; an anomalous one is left out with a warning, as where it is anomalous is not known.
+
+    Returns:
+        What `PixelMetrics.compute` gives; nothing where there is no mask at all.
+
+    Raises:
+        InputError: an image or mask that cannot be decoded, or a map that is not finite.
+    """
+    usual = model.config.anomaly_map_range
+    metrics, num_without, num_masks = PixelMetrics(center=usual[0] if usual else 0.0), 0, 0
+    model.eval()
+    for batch in dataset.iter(batch_size=batch_size):
+        known = [i for i, mask in enumerate(batch["mask"]) if mask is not None or batch["label"][i] == 0]
+        num_without += len(batch["mask"]) - len(known)
+        if not known:
+            continue
+        images = [decode_image(batch["image"][i], f"row {batch['row'][i]}") for i in known]
+        masks = [_mask(batch["mask"][i], image, f"mask of row {batch['row'][i]}") for i, image in zip(known, images, strict=True)]
+        num_masks += sum(batch["mask"][i] is not None for i in known)
+        pixel_values = processor(images=images, return_tensors="pt")["pixel_values"].to(model.device)
+        outputs = model(pixel_values, output_anomaly_maps=True)
+        for result, mask in zip(processor.post_process_anomaly_detection(outputs, [mask.shape for mask in masks]), masks, strict=True):
+            metrics.update(result["anomaly_map"], mask)
+    if num_masks and num_without:
+        logger.warning("%d anomalous images have no mask: the pixel-level metrics leave them out", num_without)
+    return metrics.compute() if num_masks else {}
+
+
+def _mask(value, image, where: str) -> np.ndarray:
+    """(H, W), above 0 where the anomaly is; of an image without a mask all 0, at its size."""
+    return np.zeros(image.size[::-1], np.uint8) if value is None else np.asarray(decode_image(value, where).convert("L"))
