@@ -1,7 +1,12 @@
-"""Conformal calibration: what a score means, learned from held-out normal images alone."""
+"""Conformal calibration: what a score means, learned from held-out normal images alone; for all images alike, or for each group of them; and whether
+what comes in is still like these."""
 
+import bisect
 import logging
 import math
+import random
+from collections.abc import Hashable, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import nn
@@ -44,10 +49,15 @@ def conformal_rank(n: int, false_positive_rate: float) -> int:
     return math.ceil(round((1 - false_positive_rate) * (n + 1), 9))  # round: (1 − .05)·100 is 95.00000000000001 in floats
 
 
-def conformal_threshold(calibration_scores: torch.Tensor, false_positive_rate: float) -> float:
+def conformal_threshold(calibration_scores: torch.Tensor, false_positive_rate: float, *, where: str = "") -> float:
     """The ⌈(1 − α)(n + 1)⌉-th smallest of n calibration scores; an image is flagged when its score lies strictly above.
 
-    Returns +inf, with a warning that says how many images would do, when that rank exceeds n.
+    Args:
+        calibration_scores: (n,), ascending.
+        where: whose calibration images they are, for the warning.
+
+    Returns:
+        The threshold; +inf, with a warning that says how many images would do, when that rank exceeds n.
 
     Raises:
         InputError: the rate is not in (0, 1).
@@ -59,11 +69,195 @@ def conformal_threshold(calibration_scores: torch.Tensor, false_positive_rate: f
     if rank > n:
         needed = math.ceil(round(1 / false_positive_rate, 9)) - 1
         logger.warning(
-            f"A false-positive rate of {false_positive_rate:.4g} needs at least {needed} calibration images, have {n}: "
+            f"A false-positive rate of {false_positive_rate:.4g} needs at least {needed} calibration images{where}, have {n}: "
             "the threshold is infinite and nothing will be flagged."
         )
         return math.inf
     return calibration_scores[rank - 1].item()
+
+
+def mondrian_thresholds(
+    groups: Sequence[Hashable], calibration_scores: torch.Tensor, calibration_groups: Sequence[Hashable], false_positive_rate: float
+) -> torch.Tensor:
+    """The threshold for each image, from the calibration scores of its own group (scanner, site, view, …): then the rate holds in every group, and not
+    only on average over them (Vovk, Gammerman & Shafer 2005, section 4.5: Mondrian conformal prediction).
+
+        scores, _ = detector.score(calibration_loader)  # in the order of the images, as `detector.calibration.scores` is not
+        flagged = new_scores > mondrian_thresholds(new_groups, scores, groups, 0.05)
+
+    Nothing is pooled: in a group that calibration did not see, or of fewer than 1/α − 1 images, the threshold is +inf, with a warning that names
+    the group. A threshold of other groups would flag such images at a rate that nobody knows.
+
+    Args:
+        groups: B names or numbers, the group of each image in question.
+        calibration_scores: (n,) scores of held-out normal images, in any order.
+        calibration_groups: n, the group of each of these.
+        false_positive_rate: α, in (0, 1), for every group.
+
+    Returns:
+        (B,) float32; an image is flagged when its score lies strictly above.
+
+    Raises:
+        InputError: as many groups as scores are not there, an image without group, a score that is not finite, or a rate not in (0, 1).
+    """
+    by_group, members = _scores_by_group(calibration_scores, calibration_groups), _members("groups", groups)
+    thresholds = torch.empty(len(groups), device=calibration_scores.device)
+    for group, rows in members.items():
+        own = by_group.get(group, calibration_scores[:0])
+        thresholds[rows] = conformal_threshold(own, false_positive_rate, where=f" in group {group!r}")
+    return thresholds
+
+
+def mondrian_p_values(
+    scores: torch.Tensor, groups: Sequence[Hashable], calibration_scores: torch.Tensor, calibration_groups: Sequence[Hashable]
+) -> torch.Tensor:
+    """The conformal p-value of each score within its own group: for a normal image, P(p ≤ α) ≤ α in every group. See `mondrian_thresholds`.
+
+    Args:
+        scores: (B,), higher = more anomalous.
+        groups, calibration_scores, calibration_groups: as in `mondrian_thresholds`.
+
+    Returns:
+        (B,) float32 in (0, 1]; 1 in a group that calibration did not see: there is nothing to say against such an image.
+
+    Raises:
+        InputError: as in `mondrian_thresholds`.
+    """
+    by_group, members = _scores_by_group(calibration_scores, calibration_groups), _members("groups", groups, len(scores))
+    p_values = torch.ones(len(scores), device=scores.device)
+    for group in members.keys() & by_group.keys():
+        rows = members[group]
+        p_values[rows] = conformal_p_values(scores[rows], by_group[group]).to(p_values)
+    return p_values
+
+
+def _scores_by_group(scores: torch.Tensor, groups: Sequence[Hashable]) -> dict[Hashable, torch.Tensor]:
+    """Group → its calibration scores, ascending."""
+    _check_scores("calibration_scores", scores)
+    return {group: scores[rows].sort().values for group, rows in _members("calibration_groups", groups, len(scores)).items()}
+
+
+def _members(name: str, groups: Sequence[Hashable], count: int | None = None) -> dict[Hashable, list[int]]:
+    """Group → the rows of its images."""
+    groups = groups.tolist() if hasattr(groups, "tolist") else groups
+    if count is not None and len(groups) != count:
+        raise InputError(f"{name} has {len(groups)} entries for {count} scores: give each image its group")
+    members: dict[Hashable, list[int]] = {}
+    for row, group in enumerate(groups):
+        if group is None or group != group:  # NaN, which a table has for an empty field
+            raise InputError(f"{name}: image {row} has no group; give it one, or leave the image out")
+        members.setdefault(group, []).append(row)
+    return members
+
+
+def _check_scores(name: str, scores: torch.Tensor) -> None:
+    if scores.ndim != 1 or scores.numel() == 0:
+        raise InputError(f"{name} must be (n,) with at least one score, got shape {tuple(scores.shape)}")
+    if not torch.isfinite(scores).all():
+        raise InputError(f"{name}: number {int((~torch.isfinite(scores)).nonzero()[0])} (counted from 0) is not finite")
+
+
+@dataclass(frozen=True)
+class DriftCheck:
+    """What `drift_check` found.
+
+    Attributes:
+        p_value: of the hypothesis that the scores of incoming normal images are exchangeable with the calibration scores: twice the smaller of the next two, at
+            most 1.
+        p_higher: the smaller, the surer it is that they score higher now: more false alarms than asked for.
+        p_lower: the smaller, the surer it is that they score lower now: anomalies may be missed.
+        num_incoming, num_calibration: how many scores were compared; without those that `max_anomalies` set aside.
+        detectable_gap: how far the two distribution functions must lie apart somewhere, in [0, 1], for p_value < 0.05; the power of the test. A gap of
+            .1 may mean 15 % false alarms where 5 % were asked for. Above 1: there are too few scores to find anything.
+    """
+
+    p_value: float
+    p_higher: float
+    p_lower: float
+    num_incoming: int
+    num_calibration: int
+    detectable_gap: float
+
+
+def drift_check(scores: torch.Tensor, calibration_scores: torch.Tensor, *, max_anomalies: float = 0.0) -> DriftCheck:
+    """Are incoming scores still those of calibration? Two one-sided Kolmogorov–Smirnov tests of two samples.
+
+    The hypothesis: the scores of the incoming *normal* images are exchangeable with the calibration scores. Only then do p-values and false-positive
+    rates hold. Anomalies score higher and look like drift, so give normal images alone, or an upper bound of their share: so many of the
+    highest scores are set aside when it is tested whether images score higher. What remains lies no higher than the normal images
+    do, whichever are the anomalies, so that p_higher stays valid, at the cost of power. p_lower needs no such bound: that the incoming scores are lower
+    is not what anomalies do.
+
+    The power: n and m scores tell apart distribution functions with a gap of about √(ln(2/.05)(n + m)/(2nm)), .14 for 200 and 200; that is
+    `detectable_gap`. A p-value that is not small does not say that there is no drift. The scores only see what changes the scores.
+
+    Args:
+        scores: (m,) of incoming images.
+        calibration_scores: (n,) of held-out normal images, as `detector.calibration.scores`.
+        max_anomalies: the largest share of the incoming images that may be anomalous, in [0, 1).
+
+    Raises:
+        InputError: no scores, one that is not finite, or a share not in [0, 1).
+    """
+    from scipy.stats import ks_2samp
+
+    _check_scores("scores", scores)
+    _check_scores("calibration_scores", calibration_scores)
+    if not 0 <= max_anomalies < 1:
+        raise InputError(f"max_anomalies must be a share in [0, 1), got {max_anomalies}")
+    incoming, reference = (values.detach().cpu().double().sort().values.numpy() for values in (scores, calibration_scores))
+    kept = incoming[: max(1, len(incoming) - math.ceil(round(max_anomalies * len(incoming), 9)))]
+    n, m = len(reference), len(kept)
+    p_higher = float(ks_2samp(kept, reference, alternative="less").pvalue)  # scipy names the distribution function: less is to the right
+    p_lower = float(ks_2samp(incoming, reference, alternative="greater").pvalue)
+    gap = math.sqrt(math.log(2 / 0.05) * (n + m) / (2 * n * m))
+    return DriftCheck(min(1.0, 2 * min(p_higher, p_lower)), p_higher, p_lower, m, n, gap)
+
+
+def drift_martingale(scores: torch.Tensor, calibration_scores: torch.Tensor, *, seed: int = 0, jump_rate: float = 0.01) -> torch.Tensor:
+    """The evidence against exchangeability after each image of a stream: a conformal test martingale, the Simple Jumper (Vovk, Petej, Nouretdinov,
+    Ahlberg, Carlsson & Gammerman 2021, "Retrain or not retrain", Algorithm 1).
+
+    It may be looked at after every image: while the stream is exchangeable with the calibration images, the probability that M ever reaches 1/α
+    is at most α (Ville's inequality). So alarm when the result reaches ln(1/α), such as ln 100 = 4.6. Every image is ranked among the calibration
+    images and all images before it, ties at random, which makes the p-values independent and uniform. Anomalies in the stream are a change too: for a
+    set with a known share of them take `drift_check`.
+
+    Args:
+        scores: (m,) in the order of the stream.
+        calibration_scores: (n,) of held-out normal images.
+        seed: of the ties.
+        jump_rate: J, how fast the bets change; in [0, 1].
+
+    Returns:
+        (m,) float64, ln M after each image; 0 is no evidence.
+
+    Raises:
+        InputError: no scores, one that is not finite, or a rate not in [0, 1].
+    """
+    _check_scores("scores", scores)
+    _check_scores("calibration_scores", calibration_scores)
+    if not 0 <= jump_rate <= 1:
+        raise InputError(f"jump_rate must be in [0, 1], got {jump_rate}")
+    bets = torch.tensor([-1.0, 0.0, 1.0], dtype=torch.float64)  # on small p-values, on nothing, on large ones
+    capital, logarithm, path = torch.full((3,), 1 / 3, dtype=torch.float64), 0.0, []
+    for p in _online_p_values(scores, calibration_scores, seed):
+        capital = ((1 - jump_rate) * capital + jump_rate * capital.mean()) * (1 + bets * (p - 0.5))
+        logarithm += math.log(total := capital.sum().item())
+        capital = capital / total  # so that it never leaves the range of floats
+        path.append(logarithm)
+    return torch.tensor(path, dtype=torch.float64)
+
+
+def _online_p_values(scores: torch.Tensor, calibration_scores: torch.Tensor, seed: int) -> list[float]:
+    """p_i = (#{s_j > s_i} + θ_i·#{s_j = s_i}) / (n + i) over calibration and the stream up to and with i, θ_i uniform."""
+    draw, seen, p_values = random.Random(seed), sorted(calibration_scores.tolist()), []
+    for score in scores.tolist():
+        at, after = bisect.bisect_left(seen, score), bisect.bisect_right(seen, score)
+        above, ties = len(seen) - after, after - at + 1
+        p_values.append((above + draw.random() * ties) / (len(seen) + 1))
+        seen.insert(after, score)
+    return p_values
 
 
 def normal_map_range(levels: torch.Tensor, false_positive_rate: float) -> list[float]:

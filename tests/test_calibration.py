@@ -2,14 +2,26 @@
 
 import json
 import math
+import random
 from fractions import Fraction
+from itertools import combinations
 
+import numpy as np
 import pytest
 import torch
 from transformers import AutoModel
 
 from hf_anomaly import CSIConfig, CSIModel, NotFittedError, SmallResNetConfig
-from hf_anomaly.calibration import Calibration, Float32State, conformal_p_values, conformal_threshold
+from hf_anomaly.calibration import (
+    Calibration,
+    Float32State,
+    conformal_p_values,
+    conformal_threshold,
+    drift_check,
+    drift_martingale,
+    mondrian_p_values,
+    mondrian_thresholds,
+)
 
 
 def scores(count, seed=0, levels=None):
@@ -131,3 +143,167 @@ def test_an_infinite_threshold_survives_saving(tmp_path):
     assert not loaded.is_anomalous(torch.tensor([1e30])).any()
     assert loaded.is_anomalous(torch.tensor([1e30]), 0.5).all()
     assert loaded.p_values(torch.tensor([1e30])).item() == pytest.approx(1 / 6)
+
+
+# Groups ---------------------------------------------------------------------------------------------------------------------------
+
+
+def grouped(count, names, seed):
+    """Scores that lie elsewhere in each group, in no order, and the groups."""
+    groups = [names[i] for i in torch.randint(len(names), (count,), generator=torch.Generator().manual_seed(seed))]
+    return scores(count, seed) + torch.tensor([3.0 * names.index(group) for group in groups]), groups
+
+
+@pytest.mark.parametrize("names", [["a", "b", "c"], [0, 1, 2]])
+def test_groups_against_brute_force(names):
+    (calibration, calibration_groups), (queries, groups) = grouped(90, names, 1), grouped(40, names, 2)
+    by_group = {name: sorted(s for s, g in zip(calibration.tolist(), calibration_groups, strict=True) if g == name) for name in names}
+    thresholds = [by_group[g][math.ceil(Fraction(9, 10) * (len(by_group[g]) + 1)) - 1] for g in groups]
+    p_values = [(1 + sum(c >= s for c in by_group[g])) / (len(by_group[g]) + 1) for s, g in zip(queries.tolist(), groups, strict=True)]
+    if names[0] == 0:  # a column of numbers may come as a tensor, or an array
+        groups, calibration_groups = torch.tensor(groups), np.asarray(calibration_groups)
+    torch.testing.assert_close(mondrian_thresholds(groups, calibration, calibration_groups, 0.1), torch.tensor(thresholds), rtol=0, atol=0)
+    torch.testing.assert_close(mondrian_p_values(queries, groups, calibration, calibration_groups), torch.tensor(p_values))
+
+
+def test_the_rate_holds_in_every_group():
+    """One threshold for all keeps the rate on average only: the group with the higher scores pays for the other."""
+    names, rate, per_group, pooled = ["scanner a", "scanner b"], 0.1, [], []
+    for seed in range(300):
+        (calibration, calibration_groups), (normal, groups) = grouped(118, names, 2 * seed), grouped(40, names, 2 * seed + 1)
+        b = torch.tensor([group == "scanner b" for group in groups])
+        per_group.append((normal > mondrian_thresholds(groups, calibration, calibration_groups, rate))[b].double().mean())
+        pooled.append((normal > conformal_threshold(calibration.sort().values, rate))[b].double().mean())
+    mean, error = torch.stack(per_group).mean(), torch.stack(per_group).std() / 300**0.5
+    assert rate - 1 / 40 - 3 * error <= mean <= rate + 3 * error
+    assert torch.stack(pooled).mean() > rate + 10 * error
+
+
+def test_an_unseen_or_small_group_is_never_flagged(caplog):
+    calibration, groups = torch.arange(23.0), ["seen"] * 19 + ["small"] * 4
+    thresholds = mondrian_thresholds(["seen", "new", "small"], calibration, groups, 0.05)
+    assert thresholds.tolist() == [18, math.inf, math.inf]
+    assert "needs at least 19 calibration images in group 'new', have 0" in caplog.text
+    assert "needs at least 19 calibration images in group 'small', have 4" in caplog.text
+    p_values = mondrian_p_values(torch.full((3,), 99.0), ["seen", "new", "small"], calibration, groups)
+    assert p_values.tolist() == pytest.approx([1 / 20, 1, 1 / 5])
+
+
+def test_groups_that_do_not_fit(refused):
+    with refused("calibration_groups", "2 entries for 3 scores"):
+        mondrian_thresholds(["a"], torch.zeros(3), ["a", "b"], 0.1)
+    with refused("groups has 1 entries for 2 scores"):
+        mondrian_p_values(torch.zeros(2), ["a"], torch.zeros(1), ["a"])
+    with refused("groups: image 1 has no group"):
+        mondrian_thresholds(["a", math.nan], torch.zeros(1), ["a"], 0.1)
+    with refused("calibration_scores", "number 1", "not finite"):
+        mondrian_thresholds(["a"], torch.tensor([0, math.nan]), ["a", "a"], 0.1)
+
+
+# Drift ----------------------------------------------------------------------------------------------------------------------------
+
+
+def gap(higher, lower):
+    """sup (F_lower − F_higher)"""
+    return max(np.mean(lower <= x) - np.mean(higher <= x) for x in (*higher, *lower))
+
+
+def test_drift_against_all_divisions():
+    """The p-value of a permutation test by counting: the share of all divisions of the pool with a gap at least as large."""
+    incoming, calibration = scores(4, 3) + 1, scores(6, 4)
+    pool = np.concatenate([incoming, calibration])
+    divisions = [(pool[list(rows)], np.delete(pool, rows)) for rows in combinations(range(10), 4)]
+    found = drift_check(incoming, calibration)
+    for p_value, measured, gaps in (
+        (found.p_higher, gap(incoming.numpy(), calibration.numpy()), [gap(a, b) for a, b in divisions]),
+        (found.p_lower, gap(calibration.numpy(), incoming.numpy()), [gap(b, a) for a, b in divisions]),
+    ):
+        assert p_value == pytest.approx(np.mean(np.asarray(gaps) >= measured - 1e-9))
+    assert found.p_value == min(1, 2 * found.p_higher)
+    assert found.p_higher < found.p_lower
+
+
+@pytest.mark.parametrize(("share", "allowed"), [(0, 0), (0.1, 0.1), (0.1, 0.2)])
+def test_normal_images_are_seldom_called_drift(share, allowed):
+    """Anomalies within their bound do not make a drift, whatever their scores."""
+    p_values = []
+    for seed in range(400):
+        incoming = scores(50, 2 * seed)
+        incoming[: int(50 * share)] = 100.0
+        p_values.append(drift_check(incoming, scores(80, 2 * seed + 1), max_anomalies=allowed).p_value)
+    assert np.mean(np.asarray(p_values) <= 0.1) <= 0.1 + 3 * (0.1 * 0.9 / 400) ** 0.5
+    if not share:
+        assert np.mean(np.asarray(p_values) <= 0.1) > 0.03  # and it is no test that never rejects
+
+
+def test_drift_is_seen():
+    calibration = scores(200, 1)
+    anomalies = torch.full((40,), 100.0)
+    higher, lower = drift_check(scores(200, 2) + 0.5, calibration), drift_check(scores(200, 2) - 0.5, calibration)
+    assert higher.p_higher < 0.001 < 0.5 < higher.p_lower
+    assert lower.p_lower < 0.001 < 0.5 < lower.p_higher
+    contaminated = torch.cat([scores(160, 2), anomalies])
+    assert drift_check(contaminated, calibration).p_higher < 0.01
+    allowed = drift_check(contaminated, calibration, max_anomalies=0.2)
+    assert allowed.p_value > 0.05
+    assert (allowed.num_incoming, allowed.num_calibration) == (160, 200)
+    assert drift_check(torch.cat([scores(160, 2) - 1, anomalies]), calibration, max_anomalies=0.2).p_lower < 0.001
+
+
+def test_the_gap_that_can_be_seen():
+    """Two samples whose distribution functions lie just so far apart are just significant."""
+    n = 400
+    limit = drift_check(scores(n, 1), scores(n, 2)).detectable_gap
+    shifted = torch.arange(n) + round(limit * n)  # against 0 … n − 1, the gap is the shift over n
+    assert drift_check(shifted.double(), torch.arange(n).double()).p_value == pytest.approx(0.05, rel=0.15)
+
+
+def test_drift_of_nothing(refused):
+    with refused("scores must be (n,) with at least one score"):
+        drift_check(torch.zeros(0), torch.zeros(2))
+    with refused("calibration_scores: number 0", "not finite"):
+        drift_martingale(torch.zeros(2), torch.tensor([math.inf]))
+    with refused("max_anomalies", "1"):
+        drift_check(torch.zeros(1), torch.zeros(2), max_anomalies=1)
+
+
+def test_martingale_against_its_formula():
+    """All paths of bets of the Simple Jumper, by the sum over them."""
+    incoming, calibration, jump = [2.0, -1.0, 0.3, 4.0], [0.0, 1.0, 3.0], 0.1
+    seen, p_values = list(calibration), []
+    for s in incoming:  # no ties but with itself: p lies between #above/(n + 1) and that plus 1/(n + 1)
+        p_values.append((sum(c > s for c in seen) / (len(seen) + 1), 1 / (len(seen) + 1)))
+        seen.append(s)
+    draw = random.Random(7)
+    p_values = [low + draw.random() * width for low, width in p_values]
+
+    def value(i, bet):
+        """Of all that follows, from a unit of capital on `bet` before image i."""
+        if i == len(p_values):
+            return 1.0
+        staying = [(1 - jump) * (bet == other) + jump / 3 for other in (-1, 0, 1)]
+        return sum(
+            share * (1 + other * (p_values[i] - 0.5)) * value(i + 1, other) for share, other in zip(staying, (-1, 0, 1), strict=True)
+        )
+
+    path = drift_martingale(torch.tensor(incoming), torch.tensor(calibration), seed=7, jump_rate=jump)
+    assert path.shape == (4,)
+    assert path[-1].exp().item() == pytest.approx(sum(value(0, bet) / 3 for bet in (-1, 0, 1)))
+
+
+@pytest.mark.parametrize("levels", [None, 1])
+def test_martingale_of_an_exchangeable_stream(levels):
+    """Ville: at any time at most 10 % of them have ever reached 10."""
+    reached = [
+        drift_martingale(scores(150, 2 * seed, levels), scores(30, 2 * seed + 1, levels), seed=seed).max().item() >= math.log(10)
+        for seed in range(200)
+    ]
+    assert np.mean(reached) <= 0.1
+
+
+def test_martingale_sees_a_change():
+    stream = torch.cat([scores(200, 1), scores(200, 2) + 1])
+    path = drift_martingale(stream, scores(200, 3))
+    assert path[:200].max() < math.log(20)
+    assert path.max() > math.log(1000)
+    assert drift_martingale(scores(3000, 1) + 9, scores(20, 2)).isfinite().all()
