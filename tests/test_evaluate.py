@@ -9,7 +9,8 @@ import PIL.Image
 import pytest
 import torch
 
-from hf_anomaly import AnomalyImageProcessor, CSIConfig, CSIModel, SmallResNetConfig
+from hf_anomaly import AnomalyImageProcessor, CSIConfig, CSIModel, SmallResNetConfig, load_one_class
+from hf_anomaly.training.runs import evaluate_detector
 
 SCRIPT = Path(__file__).parents[1] / "scripts" / "evaluate.py"
 
@@ -86,3 +87,23 @@ def test_images_that_the_training_drew_are_drawn_again(evaluate, detector):
         assert "was trained with --seed 3: with 4" in err.splitlines()[-1]
     finally:
         (detector / "eval_results.json").unlink()
+
+
+@pytest.mark.parametrize(("shift", "direction"), [(0.0, None), (0.7, "higher"), (-0.7, "lower")])
+def test_normal_images_unlike_those_of_calibration_are_warned_of(shift, direction, caplog):
+    splits, processor = load_one_class("digits", evaluation_only=True), AnomalyImageProcessor.for_images(8, 1)
+    model = CSIModel(CSIConfig(image_size=8, backbone_config=SmallResNetConfig(hidden_sizes=[8], depths=[1])))
+    generator = torch.Generator().manual_seed(0)
+    model.calibration.fit(torch.randn(300, generator=generator), 0.05)
+    model.config.false_positive_rate = 0.05
+    labels = torch.arange(600) % 2
+    scores = torch.randn(600, generator=generator) + shift + 9 * labels  # the anomalies' scores say nothing of drift
+    results = evaluate_detector(model, processor, splits, lambda dataset: (scores, labels))
+    if direction is None:
+        assert results["drift_p_value"] > 0.01
+        assert "calibrated" not in caplog.text
+    else:
+        assert results["drift_p_value"] < 1e-6
+        assert f"score {direction} than those that calibrated" in caplog.text
+        assert "where 5 % were asked for" in caplog.text
+        assert f"{100 * results['false_positive_rate_at_threshold']:.1f} % of them are flagged" in caplog.text

@@ -17,6 +17,7 @@ from safetensors import SafetensorError
 from torch.utils.data import DataLoader
 from transformers import AutoConfig, set_seed
 
+from ..calibration import drift_check
 from ..cards import shown_command, write_card, write_figures, write_pretraining_card
 from ..data import OneClassSplits, collate, decode_image, load_one_class, prepare
 from ..detector import AnomalyDetector
@@ -345,7 +346,8 @@ def evaluate_detector(model: AnomalyDetector, processor, splits: OneClassSplits,
     Returns:
         `auroc`, `average_precision`, `fpr_at_95_tpr` and `f1_max` (None with `reason` where there is nothing to measure on); `auroc_interval` and
         `average_precision_interval`, [low, high] with `interval_confidence` (see `bootstrap_intervals`); `num_normal`, `num_anomalous`; `division` (see
-        `Division`); for a calibrated detector the rates and the balanced accuracy at its threshold; and, where the test split has a column `mask`
+        `Division`); for a calibrated detector the rates and the balanced accuracy at its
+        threshold, and `drift_p_value`, of the normal images' scores against those of calibration (see `drift_check`); and, where the test split has a column `mask`
         and the detector gives maps, what `evaluate_maps` finds.
     """
     results = dict.fromkeys(("auroc", "average_precision", "fpr_at_95_tpr", "f1_max"))
@@ -375,12 +377,29 @@ def evaluate_detector(model: AnomalyDetector, processor, splits: OneClassSplits,
             results[f"{name}_at_threshold"] = rate if (labels == label).any() else None
         threshold = model.calibration.threshold.item()
         results["balanced_accuracy_at_threshold"] = balanced_accuracy(scores.numpy(), labels.numpy(), threshold)
+        if (labels == 0).any():
+            results["drift_p_value"] = _check_drift(model, scores[labels == 0], results["false_positive_rate_at_threshold"])
     if "mask" in (splits.test.column_names or ()):  # a stream's may be unknown
         if model.supports_anomaly_maps:
             results |= evaluate_maps(model, processor, splits.test, batch_size)
         else:
             logger.info("No pixel-level metrics, though there are masks: %s", model.unsupported_maps_reason)
     return results
+
+
+def _check_drift(model: AnomalyDetector, scores: torch.Tensor, flagged: float) -> float:
+    """Warns if normal images with these scores are not like those that calibrated the detector."""
+    drift = drift_check(scores, model.calibration.scores)
+    if drift.p_value < 0.01:
+        logger.warning(
+            "These normal images score %s than those that calibrated the detector (Kolmogorov-Smirnov, p = %.2g), and %.1f %% of them are flagged "
+            "where %.3g %% were asked for: calibrate with images like these",
+            "higher" if drift.p_higher < drift.p_lower else "lower",
+            drift.p_value,
+            100 * flagged,
+            100 * model.config.false_positive_rate,
+        )
+    return drift.p_value
 
 
 def train_detector(
