@@ -124,7 +124,7 @@ def fresh(code):
 def test_help_waits_for_nothing():
     code = """
 import contextlib, io
-commands = ("train", "evaluate", "predict", "dissolve", "info", "push")
+commands = ("train", "evaluate", "predict", "report", "dissolve", "info", "push")
 for argv in (["--help"], [], ["--version"], *([name, "--help"] for name in commands)):
     text = io.StringIO()
     with contextlib.redirect_stdout(text), contextlib.suppress(SystemExit):

@@ -21,7 +21,7 @@ LAYERS = [
     {"backbones", "detectors"},
     {"image_processing", "data", "dissolving", "metrics", "visualization"},
     {"training"},
-    {"demo"},
+    {"demo", "report"},
     {"pipeline"},
     {"registry"},
     {"cli"},

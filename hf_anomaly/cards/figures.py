@@ -42,7 +42,7 @@ def write_figures(
     except ImportError:
         logger.warning("The card gets no figures, matplotlib is missing: pip install 'hf-anomaly[plots]'")
         return
-    drawn = {"scores.png": _scores, "roc.png": _roc} | ({"examples.png": _examples} if examples else {})
+    drawn = {"scores.png": draw_scores, "roc.png": draw_roc} | ({"examples.png": _examples} if examples else {})
     staging = folder.with_name(f".{FOLDER}.tmp")
     shutil.rmtree(staging, ignore_errors=True)
     staging.mkdir(parents=True)
@@ -54,19 +54,24 @@ def write_figures(
     os.replace(staging, folder)
 
 
-def _scores(figure, scores, labels, threshold) -> None:
+def draw_scores(figure, scores, labels, threshold) -> None:
+    """Histogram of the scores (N,), by label (N,), or of all where labels is None; on an empty figure of matplotlib, as the others here."""
     figure.set_size_inches(6, 3)
     axes = figure.add_subplot()
     bins = np.histogram_bin_edges(scores, 40)
+    if labels is None:
+        axes.hist(scores, bins, color="#475467", label=f"all ({len(scores)})")
     for label, name, color in ((0, "normal", "#475467"), (1, "anomalous", "#b42318")):
-        axes.hist(scores[labels == label], bins, alpha=0.6, color=color, label=f"{name} ({(labels == label).sum()})")
+        if labels is not None and (labels == label).any():
+            axes.hist(scores[labels == label], bins, alpha=0.6, color=color, label=f"{name} ({(labels == label).sum()})")
     if threshold is not None and np.isfinite(threshold):
         axes.axvline(threshold, color="black", linestyle="--", label="threshold")
     axes.set(xlabel="score", ylabel="images")
     axes.legend()
 
 
-def _roc(figure, scores, labels, threshold) -> None:
+def draw_roc(figure, scores, labels, threshold) -> None:
+    """ROC curve, with the point of the threshold."""
     from sklearn.metrics import roc_auc_score, roc_curve
 
     figure.set_size_inches(3.6, 3.6)
@@ -77,6 +82,24 @@ def _roc(figure, scores, labels, threshold) -> None:
         flagged = scores > threshold
         axes.plot(flagged[labels == 0].mean(), flagged[labels == 1].mean(), "o", color="black", label="threshold")
     axes.set(xlabel="false-positive rate", ylabel="true-positive rate", aspect="equal")
+    axes.legend(loc="lower right")
+
+
+def draw_precision_recall(figure, scores, labels, threshold) -> None:
+    """Precision against recall, with the point of the threshold and the precision of flagging everything."""
+    from sklearn.metrics import average_precision_score, precision_recall_curve
+
+    figure.set_size_inches(3.6, 3.6)
+    axes = figure.add_subplot()
+    precision, recall, _ = precision_recall_curve(labels, scores)
+    axes.plot(
+        recall, precision, color="#b42318", drawstyle="steps-post", label=f"average precision {average_precision_score(labels, scores):.3f}"
+    )
+    axes.axhline(labels.mean(), color="gray", linewidth=0.8, linestyle=":", label=f"share of anomalies {labels.mean():.3f}")
+    flagged = scores > threshold if threshold is not None else np.zeros(len(scores), dtype=bool)
+    if flagged.any():
+        axes.plot(flagged[labels == 1].mean(), labels[flagged].mean(), "o", color="black", label="threshold")
+    axes.set(xlabel="recall (true-positive rate)", ylabel="precision", xlim=(-0.05, 1.05), ylim=(-0.05, 1.05), aspect="equal")
     axes.legend(loc="lower right")
 
 

@@ -10,6 +10,7 @@ from ..version import __version__
 COMMANDS = {  # name -> what it does; its module has `parse(argv)`, without heavy imports, and `run(arguments)`
     "train": "learn from normal images what is normal",
     "evaluate": "measure a detector on labelled images",
+    "report": "write a page on how a detector does: curves, thresholds, its best and worst images",
     "predict": "score images: a table with score, p-value and verdict, and maps of where the anomaly is",
     "dissolve": "show what a dissolver leaves of an image",
     "info": "tell what a detector is, on what it was trained, and how well it does",

@@ -48,6 +48,37 @@ def recorded_seed(model: str) -> int | None:
     return json.loads(path.read_text()).get("seed") if path.is_file() else None
 
 
+def load_for_evaluation(args, data_args: DataArguments) -> tuple:
+    """What `args.model` and the data arguments name: the detector, its processor, and the splits with `test` alone.
+
+    Args:
+        args: with `model`, `revision`, `seed` and `device`; the seed is by default the one recorded beside the model.
+        data_args: the normal class is by default the one that the detector was trained on.
+
+    Raises:
+        InputError: what `load_detector` and `load_one_class` refuse, or a seed that does not say which images the detector was not trained on.
+    """
+    recorded = recorded_seed(args.model)
+    if args.seed is None:
+        args.seed = recorded
+    if data_args.protocol == "balanced" and args.seed is None:
+        raise InputError(
+            "--protocol balanced drew the test images with the training run's seed, else they overlap with its own: give --seed"
+        )
+    if data_args.protocol == "balanced" and recorded not in (None, args.seed):
+        raise InputError(
+            f"{args.model} was trained with --seed {recorded}: with {args.seed} it would be tested on images that it was trained on"
+        )
+    model, processor = load_detector(args.model, args.revision)
+    model.to(args.device)
+    trained_on = model.config.normal_label
+    data_args.normal_label = data_args.normal_label or trained_on
+    splits = load_splits(data_args, args.seed or 0, evaluation_only=True)
+    if trained_on not in (None, splits.normal_label):
+        logger.warning("Normal is %r here, but the detector was trained on %r", splits.normal_label, trained_on)
+    return model, processor, splits
+
+
 def check_maps(model, name: str) -> None:
     """Refuses --save_maps before any image is scored, where nothing could come of it."""
     if not model.supports_anomaly_maps:
@@ -73,28 +104,11 @@ def main(argv: list[str], program: str) -> None:
     """Runs the command line `argv`; `program` is what comes before it, for help and card."""
     started = time.time()
     args, data_args = parse_arguments(EvaluationArguments, DataArguments, description=__doc__, program=program, argv=argv)
-    recorded = recorded_seed(args.model)
-    if args.seed is None:
-        args.seed = recorded
-    if data_args.protocol == "balanced" and args.seed is None:
-        raise InputError(
-            "--protocol balanced drew the test images with the training run's seed, else they overlap with its own: give --seed"
-        )
-    if data_args.protocol == "balanced" and recorded not in (None, args.seed):
-        raise InputError(
-            f"{args.model} was trained with --seed {recorded}: with {args.seed} it would be tested on images that it was trained on"
-        )
-    model, processor = load_detector(args.model, args.revision)
-    model.to(args.device)
+    model, processor, splits = load_for_evaluation(args, data_args)
     if args.save_maps is not None:
         check_maps(model, args.model)
         if args.num_maps < 1:
             raise InputError(f"--num_maps must be at least 1, got {args.num_maps}")
-    trained_on = model.config.normal_label
-    data_args.normal_label = data_args.normal_label or trained_on
-    splits = load_splits(data_args, args.seed or 0, evaluation_only=True)
-    if trained_on not in (None, splits.normal_label):
-        logger.warning("Normal is %r here, but the detector was trained on %r", splits.normal_label, trained_on)
 
     def score(dataset):
         scores, labels = model.score(DataLoader(dataset, batch_size=args.batch_size, collate_fn=collate))

@@ -1,0 +1,73 @@
+"""`hf-anomaly report MODEL …`"""
+
+import sys
+
+HELP = """usage: hf-anomaly report MODEL --dataset_name IMAGES [--normal_label NAME] [--output report.html] [--unlabelled true] …
+
+Writes one HTML page on how a detector does: metrics, ROC and precision-recall curves, score histogram, thresholds for several false-positive
+rates, and the images that it is surest and most wrong about, with their anomaly maps. The page shows images: look whether you may pass them on.
+
+  MODEL                   folder or Hub id of a detector
+  --dataset_name IMAGES   a folder test/normal, test/other, …; a Hub dataset; an .npz or .parquet file
+  --unlabelled true       nobody knows which of the images are normal: scores and examples alone
+
+  hf-anomaly report --help all   lists all options
+"""
+
+
+def parse(argv: list[str]) -> list[str]:
+    if not argv or argv in (["-h"], ["--help"]):
+        print(HELP, end="")
+        sys.exit()
+    if argv == ["--help", "all"]:
+        return ["--help"]
+    return argv if argv[0].startswith("-") else ["--model", *argv]
+
+
+def run(argv: list[str]) -> None:
+    from dataclasses import dataclass, field
+
+    import torch
+
+    from ..data import load_unlabelled
+    from ..report import write_report
+    from ..training import DataArguments, parse_arguments
+    from ..training.commands.evaluate import load_for_evaluation
+    from ..training.runs import dataset_label, load_detector
+
+    @dataclass
+    class ReportArguments:
+        """What the page is on."""
+
+        model: str = field(metadata={"help": "Folder or Hub id of a saved detector."})
+        revision: str | None = field(default=None, metadata={"help": "Branch, tag or commit of a Hub model."})
+        output: str = field(default="report.html", metadata={"help": "The page."})
+        unlabelled: bool = field(default=False, metadata={"help": "Take the labels of the images, if any, for unknown."})
+        num_examples: int = field(default=6, metadata={"help": "Images in each row of examples."})
+        seed: int | None = field(
+            default=None, metadata={"help": "Seed of the training run, for --protocol balanced. Default: as recorded beside the model."}
+        )
+        batch_size: int = field(default=64, metadata={"help": "Images scored at once."})
+        device: str = field(default="cuda" if torch.cuda.is_available() else "cpu", metadata={"help": "Device to score on."})
+
+    args, data_args = parse_arguments(ReportArguments, DataArguments, description=HELP, program="hf-anomaly report", argv=argv)
+    about = {"data_name": dataset_label(data_args.dataset_name), "has_labels": not args.unlabelled}
+    if args.unlabelled:
+        model, processor = load_detector(args.model, args.revision)
+        model.to(args.device)
+        options = {"image_column": data_args.image_column, "config_name": data_args.dataset_config_name}
+        dataset = load_unlabelled(data_args.dataset_name, revision=data_args.dataset_revision, **options)
+    else:
+        model, processor, splits = load_for_evaluation(args, data_args)
+        dataset, about["split_hash"] = splits.test, splits.split_hash
+    path = write_report(
+        model,
+        processor,
+        dataset,
+        args.output,
+        num_examples=args.num_examples,
+        batch_size=args.batch_size,
+        title=dataset_label(args.model),
+        **about,
+    )
+    print(f"saved: {path}")

@@ -1,0 +1,241 @@
+"""From a detector and a dataset to a page: scores, tables, figures and examples, put into `page.html`."""
+
+import base64
+import io
+import math
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import PIL.Image
+import torch
+from torch.utils.data import DataLoader
+
+from ..calibration import drift_check
+from ..cards.figures import draw_precision_recall, draw_roc, draw_scores
+from ..data import collate, decode_image, prepare
+from ..detector import AnomalyDetector
+from ..errors import InputError
+from ..image_processing import to_eight_bit_image
+from ..metrics import image_metrics
+from ..version import __version__
+from ..visualization import overlay_anomaly_map
+
+RATES = (0.01, 0.05, 0.1, 0.2)
+LARGEST_PICTURE = 256  # px, of an example's longer side: the page stays small
+CLASSES = ("normal", "anomalous")
+
+
+def write_report(
+    model: AnomalyDetector,
+    processor,
+    dataset,
+    path: str | os.PathLike,
+    *,
+    has_labels: bool = True,
+    title: str | None = None,
+    data_name: str = "a dataset",
+    split_hash: str | None = None,
+    num_examples: int = 6,
+    rates: tuple[float, ...] = RATES,
+    batch_size: int = 64,
+) -> Path:
+    """Writes one HTML page which needs no other file: metrics, ROC and precision–recall curves, score histogram, thresholds for several false-positive
+    rates and what they do on these images, and the images that the detector is surest and most wrong about, with their anomaly maps if it has them.
+
+    Args:
+        model: fitted; without calibration there are no thresholds.
+        processor: the detector's.
+        dataset: a `datasets.Dataset` with a column `image` and, with `has_labels`, `label` (0 normal, 1 anomalous); `row` if images have other numbers
+            than their place in it. Where only one class is there, what needs both is left out.
+        path: of the page, replaced if it is there.
+        has_labels: False: the labels, if there are any, say nothing; the page shows scores alone.
+        title: default: the name of the place that the detector came from.
+        data_name, split_hash: of the images, for the head of the page.
+        num_examples: how many images each row of examples shows.
+        rates: target false-positive rates of the table, besides the detector's own.
+        batch_size: images scored at once.
+
+    Returns:
+        `path`.
+
+    Raises:
+        InputError: no images, matplotlib is missing, a rate or number out of range, or an unreadable image.
+        NotFittedError: before `fit_reference`.
+    """
+    render = _renderer()  # before anything is scored
+    if len(dataset) == 0:
+        raise InputError(f"{data_name} holds no images: there is nothing to report on")
+    if num_examples < 1:
+        raise InputError(f"num_examples must be at least 1, got {num_examples}")
+    for rate in rates:
+        if not 0 < rate < 1:
+            raise InputError(f"rates must lie strictly between 0 and 1, got {rate}")
+    scores, _ = model.score(DataLoader(prepare(dataset, processor), batch_size=batch_size, collate_fn=collate))
+    labels = np.asarray(dataset["label"][:]) if has_labels else None
+    calibration = model.calibration if model.calibration.is_calibrated else None
+    threshold = None if calibration is None else calibration.threshold.item()
+    numbers = scores.double().numpy()
+    both = labels is not None and 0 < labels.sum() < len(labels)
+    drawn = {"scores": draw_scores} | ({"roc": draw_roc, "precision_recall": draw_precision_recall} if both else {})
+    title = title or Path(str(model.config.name_or_path)).name or type(model).__name__
+    page = _template().render(
+        title=title,
+        facts=_facts(model, dataset, labels, data_name, split_hash),
+        metrics=image_metrics(numbers, labels) if both else None,
+        counts=None if labels is None else {name: int((labels == label).sum()) for label, name in enumerate(CLASSES)},
+        drift=None
+        if labels is None or calibration is None or not (labels == 0).any()
+        else drift_check(scores[labels == 0], calibration.scores),
+        own_rate=model.config.false_positive_rate,
+        thresholds=[] if calibration is None else _thresholds(model, scores, labels, rates),
+        num_calibration=0 if calibration is None else calibration.scores.numel(),
+        figures={name: render(draw, numbers, labels, threshold) for name, draw in drawn.items()},
+        examples=_examples(model, processor, dataset, scores, labels, num_examples),
+        maps=_has_maps(model),
+        infinity=math.inf,
+        version=__version__,
+    )
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.tmp")
+    temporary.write_text(page, encoding="utf-8")
+    os.replace(temporary, path)
+    return path
+
+
+def _template():
+    import jinja2
+
+    environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True)
+    environment.filters["number"] = _number
+    return environment.from_string(Path(__file__).with_name("page.html").read_text(encoding="utf-8"))
+
+
+def _number(value: float | None, digits: int = 3) -> str:
+    """For a cell of a table."""
+    if value is None:
+        return "–"
+    return f"{value:.{digits}f}" if math.isfinite(value) else "∞"
+
+
+def _facts(model, dataset, labels, data_name: str, split_hash: str | None) -> dict[str, str]:
+    config = model.config
+    kind = "gray" if config.num_channels == 1 else "RGB"
+    facts = {
+        "Method": f"{type(model).__name__}, {config.image_size}×{config.image_size} px, {kind}",
+        "Trained on": f"normal: {config.normal_label}" if config.normal_label else "unknown",
+        "Calibrated on": f"{config.num_calibration_scores} held-out normal images, for a false-positive rate of {config.false_positive_rate:g}"
+        if model.calibration.is_calibrated
+        else "nothing: it has no threshold",
+        "Data": data_name,
+        "Images": f"{len(dataset)}, unlabelled" if labels is None else f"{(labels == 0).sum()} normal, {(labels == 1).sum()} anomalous",
+    }
+    return facts | ({"Split hash": split_hash} if split_hash else {})
+
+
+def _thresholds(model, scores: torch.Tensor, labels: np.ndarray | None, rates) -> list[dict]:
+    """For each target rate the threshold, and what it does on these images; None where there is no such image."""
+    own = model.config.false_positive_rate
+    rows = []
+    for rate in sorted({own, *rates}):
+        threshold = model.calibration.threshold_at(None if rate == own else rate)
+        flagged = (scores > threshold).numpy()
+        row = {"rate": rate, "is_own": rate == own, "threshold": threshold, "flagged": int(flagged.sum())}
+        if labels is not None:
+            row["fpr"] = _share(flagged[labels == 0])
+            row["tpr"] = _share(flagged[labels == 1])
+            row["precision"] = _share(labels[flagged] == 1) if (labels == 1).any() else None
+        rows.append(row)
+    return rows
+
+
+def _share(values: np.ndarray) -> float | None:
+    return float(values.mean()) if len(values) else None
+
+
+# Pictures -------------------------------------------------------------------------------------------------------------------------
+
+
+def _renderer() -> Callable[..., str]:
+    """What turns a drawing of `cards.figures` into a data URI."""
+    try:
+        from matplotlib.backends.backend_agg import FigureCanvasAgg
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise InputError("the page's curves need matplotlib: pip install 'hf-anomaly[plots]'") from error
+
+    def render(draw, *values) -> str:
+        figure = Figure(layout="constrained")
+        FigureCanvasAgg(figure)
+        draw(figure, *values)
+        file = io.BytesIO()
+        figure.savefig(file, format="png", dpi=160, metadata={"Software": None})
+        return _data_uri(file.getvalue())
+
+    return render
+
+
+def _data_uri(png: bytes) -> str:
+    return f"data:image/png;base64,{base64.b64encode(png).decode('ascii')}"
+
+
+def _picture(image: PIL.Image.Image) -> str:
+    file = io.BytesIO()
+    image.save(file, format="PNG")
+    return _data_uri(file.getvalue())
+
+
+def _has_maps(model) -> bool:
+    return model.supports_anomaly_maps and model.config.anomaly_map_range is not None
+
+
+def _examples(model, processor, dataset, scores: torch.Tensor, labels: np.ndarray | None, count: int) -> list[dict]:
+    """Rows of images, the most telling first: heading, what it says, and the images with the detector's opinion of them."""
+    order = scores.argsort().tolist()
+    if labels is None:
+        rows = [("Highest scores", "The detector finds these least like normal images.", order[::-1])]
+        rows += [("Lowest scores", "These it finds the most normal.", order)]
+    else:
+        normal, anomalous = ([row for row in order if labels[row] == label] for label in (0, 1))
+        rows = [
+            ("Normal images with the highest scores", "The worst false alarms.", normal[::-1]),
+            ("Anomalous images with the lowest scores", "The anomalies that are the easiest to miss.", anomalous),
+            ("Anomalous images with the highest scores", "The anomalies that it is surest of.", anomalous[::-1]),
+            ("Normal images with the lowest scores", "The images that it finds the most normal.", normal),
+        ]
+    return [
+        {"heading": heading, "text": text, "images": _shown(model, processor, dataset, chosen[:count], scores, labels)}
+        for heading, text, chosen in rows
+        if chosen
+    ]
+
+
+@torch.no_grad()
+def _shown(model, processor, dataset, rows: list[int], scores: torch.Tensor, labels: np.ndarray | None) -> list[dict]:
+    records = [dataset[row] for row in rows]
+    numbers = [record.get("row", row) for row, record in zip(rows, records, strict=True)]
+    images = [to_eight_bit_image(decode_image(record["image"], f"row {n}")) for n, record in zip(numbers, records, strict=True)]
+    maps = None
+    if _has_maps(model):
+        pixel_values = processor(images=images, return_tensors="pt")["pixel_values"].to(model.device)
+        maps = model.eval()(pixel_values, output_anomaly_maps=True).anomaly_maps
+    p_values = model.p_values(scores[rows].to(model.device)).tolist() if model.calibration.is_calibrated else [None] * len(rows)
+    shown = []
+    for i, (row, number, image) in enumerate(zip(rows, numbers, images, strict=True)):
+        image.thumbnail((LARGEST_PICTURE, LARGEST_PICTURE))
+        shown.append(
+            {
+                "row": number,
+                "label": None if labels is None else CLASSES[labels[row]],
+                "score": f"{scores[row]:.4g}",
+                "p_value": None if p_values[i] is None else f"{p_values[i]:.3g}",
+                "is_flagged": p_values[i] is not None and bool(model.is_anomalous(scores[row : row + 1].to(model.device))),
+                "image": _picture(image),
+                "overlay": None
+                if maps is None
+                else _picture(overlay_anomaly_map(image, maps[i], value_range=model.config.anomaly_map_range)),
+            }
+        )
+    return shown

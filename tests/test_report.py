@@ -1,0 +1,222 @@
+"""The page on a detector: what a browser would find in it, and that its numbers are those of the scores."""
+
+import base64
+import io
+import re
+import sys
+from html.parser import HTMLParser
+
+import datasets
+import numpy as np
+import PIL.Image
+import pytest
+import torch
+
+from hf_anomaly import AnomalyImageProcessor, CSIConfig, CSIModel, SharedAEConfig, SharedAEModel, SmallResNetConfig, cli
+from hf_anomaly.data import collate, prepare
+from hf_anomaly.report import write_report
+
+VOID = {"meta", "img", "br"}
+
+
+class Page(HTMLParser):
+    """Elements with their attributes, the tables' cells, and the text; refuses tags that do not match."""
+
+    def __init__(self, path):
+        super().__init__()
+        self.elements, self.tables, self.open, self.text = [], [], [], ""
+        self.feed(path.read_text(encoding="utf-8"))
+        assert not self.open
+
+    def handle_starttag(self, tag, attributes):
+        self.elements.append((tag, dict(attributes)))
+        if tag not in VOID:
+            self.open.append(tag)
+        if tag == "table":
+            self.tables.append([])
+        if tag == "tr":
+            self.tables[-1].append([])
+        if tag in ("td", "th"):
+            self.tables[-1][-1].append("")
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+
+    def handle_data(self, data):
+        if "style" not in self.open:
+            self.text += data
+        if {"td", "th"} & set(self.open):
+            self.tables[-1][-1][-1] += data
+
+    def all(self, tag):
+        return [attributes for name, attributes in self.elements if name == tag]
+
+    def check(self):
+        """Needs no other file, and can be read by who does not see."""
+        for tag, attributes in self.elements:
+            assert tag not in ("script", "link", "iframe", "object")
+            assert not {"href", "srcset", "onclick", "onerror"} & attributes.keys()
+            if tag == "img":
+                assert attributes["alt"].strip()
+                PIL.Image.open(io.BytesIO(base64.b64decode(attributes["src"].removeprefix("data:image/png;base64,")))).load()
+            if tag == "th":
+                assert attributes["scope"] in ("row", "col")
+        assert "url(" not in "".join(self.rawdata)
+        assert len(self.all("h1")) == 1
+        assert self.all("html") == [{"lang": "en"}]
+        return self
+
+
+def image(seed, size=(20, 12), bright=0):
+    return PIL.Image.fromarray((np.random.default_rng(seed).integers(0, 100, size[::-1]) + bright).astype(np.uint8))
+
+
+def images(labels):
+    """Brighter ones are anomalous."""
+    features = datasets.Features({"image": datasets.Image(decode=False), "label": datasets.Value("int64"), "row": datasets.Value("int64")})
+    rows = []
+    for i, label in enumerate(labels):
+        file = io.BytesIO()
+        image(i, bright=100 * label).save(file, "PNG")
+        rows.append({"image": {"bytes": file.getvalue(), "path": None}, "label": label, "row": 100 + i})
+    return datasets.Dataset.from_list(rows, features=features)
+
+
+@pytest.fixture(scope="module")
+def processor():
+    return AnomalyImageProcessor.for_images(16, 1)
+
+
+@pytest.fixture(scope="module")
+def detector(processor):
+    torch.manual_seed(0)
+    model = SharedAEModel(SharedAEConfig(image_size=16, hidden_sizes=[8, 8, 8], latent_size=8, normal_label="good")).eval()
+    normal = torch.stack([row["pixel_values"] for row in (collate([r]) for r in prepare(images([0] * 39), processor))])[:, 0]
+    return model.fit_reference([normal], progress=False).calibrate([normal], false_positive_rate=0.1, progress=False)
+
+
+@pytest.fixture(scope="module")
+def without_maps():
+    """Fitted, not calibrated, and of a method without maps."""
+    torch.manual_seed(0)
+    model = CSIModel(CSIConfig(image_size=16, backbone_config=SmallResNetConfig(hidden_sizes=[8], depths=[1]))).eval()
+    return model.fit_reference([torch.rand(4, 1, 16, 16) * 2 - 1], progress=False)
+
+
+def test_the_numbers_are_those_of_the_scores(detector, processor, tmp_path):
+    labels = np.arange(50) % 2
+    dataset = images(labels)
+    path = write_report(detector, processor, dataset, tmp_path / "sub" / "page.html", data_name="mine", split_hash="abc123", num_examples=3)
+    page = Page(path).check()
+    scores = detector.score([collate([row]) for row in prepare(dataset, processor)], progress=False)[0].numpy()
+    pairs = [(a > b) + 0.5 * (a == b) for a in scores[labels == 1] for b in scores[labels == 0]]
+    metrics, thresholds = page.tables
+    assert metrics[1] == ["AUROC", f"{np.mean(pairs):.3f}", "0.500"]
+    calibration = detector.calibration.scores.numpy()
+    for cells, rate in zip(thresholds[1:], (0.01, 0.05, 0.1, 0.2), strict=True):
+        if rate == 0.01:  # takes 99 images
+            assert cells[1:] == ["∞", "0", "0.000", "0.000", "–"]
+            continue
+        threshold = calibration[int(np.ceil(np.round((1 - rate) * 40, 9))) - 1]
+        flagged = scores > threshold
+        shares = [flagged[labels == 0].mean(), flagged[labels == 1].mean(), (labels[flagged] == 1).mean()]
+        assert cells[1:] == [f"{threshold:.4f}", str(flagged.sum()), *(f"{share:.3f}" for share in shares)]
+    assert [cells[0] for cells in thresholds[1:]] == ["1 %", "5 %", "10 % (its own)", "20 %"]
+    assert "a rate of α takes at least" in page.text
+    for fact in ("abc123", "mine", "25 normal, 25 anomalous", "39 held-out normal images", "normal: good"):
+        assert fact in page.text
+    # The examples: rows as the data counts them, in the order that the headings promise, each with its map.
+    shown = [int(row) for row in re.findall(r"row (\d+)score", page.text)]
+    order = scores.argsort()
+    normal, anomalous = ([int(i) + 100 for i in order if labels[i] == label] for label in (0, 1))
+    assert shown == [*normal[::-1][:3], *anomalous[:3], *anomalous[::-1][:3], *normal[:3]]
+    assert sum("Anomaly map" in img["alt"] for img in page.all("img")) == len(shown)
+    assert len(page.all("img")) == 2 * len(shown) + 3
+
+
+def test_without_labels(detector, processor, tmp_path):
+    page = Page(write_report(detector, processor, images([0, 1] * 5), tmp_path / "page.html", has_labels=False)).check()
+    assert "the images have no labels" in page.text
+    assert "10, unlabelled" in page.text
+    assert not any(word in page.text for word in ("AUROC", "True-positive", "Precision", "Anomalous images"))
+    assert "Highest scores" in page.text
+    (thresholds,) = page.tables
+    assert thresholds[0] == ["Target false-positive rate", "Threshold", "Images flagged"]
+
+
+def test_normal_images_alone(detector, processor, tmp_path):
+    page = Page(write_report(detector, processor, images([0] * 39), tmp_path / "page.html")).check()
+    assert "39 normal and 0 anomalous" in page.text
+    assert "AUROC" not in page.text
+    assert page.tables[0][3][4:] == ["–", "–"]
+    assert "score like those that calibrated" in page.text  # they are the same
+
+
+def test_drift_is_told(detector, processor, tmp_path):
+    bright = images([1] * 40).remove_columns("label").add_column("label", [0] * 40)
+    page = Page(write_report(detector, processor, bright, tmp_path / "page.html"))
+    assert re.search(r"score (higher|lower) than those that calibrated", page.text)
+    assert "do not hold here" in page.text
+
+
+def test_uncalibrated_and_without_maps(without_maps, processor, tmp_path):
+    page = Page(write_report(without_maps, processor, images([0, 1] * 4), tmp_path / "page.html", num_examples=2)).check()
+    assert "None: the detector is not calibrated" in page.text
+    assert not any("Anomaly map" in img["alt"] for img in page.all("img"))
+    assert "p = " not in page.text
+    assert len(page.tables) == 1
+
+
+def test_names_are_text(without_maps, processor, tmp_path):
+    evil = "<script>alert(1)</script>\"'&"
+    without_maps.config.normal_label = evil
+    page = Page(
+        write_report(without_maps, processor, images([0, 1]), tmp_path / "p.html", title=evil, data_name=evil, split_hash=evil)
+    ).check()
+    assert page.text.count(evil) == 5  # in the title and the head
+
+
+def test_large_pictures_shrink(without_maps, processor, tmp_path):
+    file = io.BytesIO()
+    image(0, size=(2000, 1000)).save(file, "PNG")
+    features = datasets.Features({"image": datasets.Image(decode=False)})
+    dataset = datasets.Dataset.from_list([{"image": {"bytes": file.getvalue(), "path": None}}], features=features)
+    path = write_report(without_maps, processor, dataset, tmp_path / "page.html", has_labels=False)
+    assert path.stat().st_size < 200_000
+    assert "row 0" in Page(path).check().text
+
+
+def test_what_cannot_be(detector, processor, tmp_path, refused, monkeypatch):
+    path = tmp_path / "page.html"
+    with refused("mine holds no images"):
+        write_report(detector, processor, images([0]).select([]), path, data_name="mine")
+    with refused("num_examples", "0"):
+        write_report(detector, processor, images([0]), path, num_examples=0)
+    with refused("rates", "1.0"):
+        write_report(detector, processor, images([0]), path, rates=(1.0,))
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    with refused("pip install 'hf-anomaly[plots]'"):
+        write_report(detector, processor, images([0]), path)
+    assert not list(tmp_path.iterdir())
+
+
+def test_from_the_command_line(detector, processor, tmp_path, monkeypatch, capsys):
+    detector.save_pretrained(tmp_path / "model")
+    processor.save_pretrained(tmp_path / "model")
+    for i in range(4):
+        for name in ("good", "bad"):
+            path = tmp_path / "data" / "test" / name / f"{i}.png"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            image(i, bright=100 * (name == "bad")).save(path)
+    monkeypatch.chdir(tmp_path)
+    cli.main(["report", "model", "--dataset_name", "data", "--num_examples", "2"])
+    page = Page(tmp_path / "report.html").check()
+    assert "saved: report.html" in capsys.readouterr().out
+    assert "4 normal, 4 anomalous" in page.text
+    assert re.search(r"Split hash[0-9a-f]{64}", re.sub(r"\s", "", page.text).replace("Splithash", "Split hash"))
+    cli.main(["report", "model", "--dataset_name", "data/test/bad", "--unlabelled", "true", "--output", "other.html"])
+    assert "4, unlabelled" in Page(tmp_path / "other.html").text
+    with pytest.raises(SystemExit) as exit:
+        cli.main(["report", "model", "--dataset_name", "nowhere"])
+    assert exit.value.code == 2
+    assert "nowhere" in capsys.readouterr().err.splitlines()[-1]
