@@ -9,7 +9,7 @@ from pathlib import Path
 
 from accelerate import PartialState
 
-from hf_anomaly.reproduction import Selection, describe, find_table, run_table, write_report
+from hf_anomaly.reproduction import Selection, calibration_study, describe, find_table, run_table, write_report
 from hf_anomaly.training import parse_arguments
 from hf_anomaly.training.runs import run_script
 
@@ -18,7 +18,7 @@ from hf_anomaly.training.runs import run_script
 class ReproduceArguments:
     """Which table, which cells of it, and for how long."""
 
-    table: str = field(metadata={"help": "Its id, such as shared_ae/1; an unknown one lists all."})
+    table: str = field(metadata={"help": "Its id, such as shared_ae/1, or calibration; an unknown one lists all."})
     data_dir: str | None = field(
         default=None,
         metadata={
@@ -38,6 +38,9 @@ class ReproduceArguments:
 
 def main() -> None:
     (args,) = parse_arguments(ReproduceArguments, description=__doc__)
+    if args.table == calibration_study.TABLE:
+        calibrate(args)
+        return
     table = find_table(args.table)
     selection = Selection(
         output_dir=Path(args.output_dir),
@@ -55,6 +58,22 @@ def main() -> None:
     run_table(table, selection, command)
     if PartialState().is_main_process:
         files = write_report(table, selection, command, draw=args.plot)
+        print(files[0].read_text(encoding="utf-8"))
+        print(*(f"saved: {path}" for path in files), sep="\n")
+
+
+def calibrate(args: ReproduceArguments) -> None:
+    """The table that no paper has: are the false-alarm rates those that were asked for?"""
+    files = calibration_study.run_calibration_study(
+        output_dir=Path(args.output_dir),
+        data_dir=args.data_dir,
+        datasets=tuple(args.datasets or calibration_study.DATASETS),
+        detectors=tuple(args.methods or calibration_study.DETECTORS),
+        budget=args.budget,
+        seed=args.seeds[0],
+        command=["scripts/reproduce.py", *sys.argv[1:]],
+    )
+    if PartialState().is_main_process:
         print(files[0].read_text(encoding="utf-8"))
         print(*(f"saved: {path}" for path in files), sep="\n")
 

@@ -1,0 +1,325 @@
+"""Is the false-alarm rate that one asks for the one that one gets? Every detector, on held-out normal images of real data, over many divisions of these.
+
+A trained detector is fixed, and so are its scores of normal images which it neither trained on nor has in its bank. A division draws half of them at random to
+calibrate with, and counts how many of the other half are flagged.
+"""
+
+import csv
+import io
+import json
+import math
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+import torch
+from accelerate import PartialState
+from torch.utils.data import DataLoader
+from transformers import set_seed
+
+from ..calibration import conformal_rank, conformal_threshold, drift_check
+from ..cards.card import shown_command
+from ..data import OneClassSplits, collate, load_one_class, prepare
+from ..data.recipes import RECIPES
+from ..detector import AnomalyDetector
+from ..detectors.addp.configuration_addp import ADDPConfig
+from ..detectors.addp.modeling_addp import ADDPForPreTraining
+from ..detectors.csi.configuration_csi import CSIConfig
+from ..detectors.csi.modeling_csi import CSIModel
+from ..detectors.dia.configuration_dia import DIAConfig
+from ..detectors.dia.modeling_dia import DIAModel
+from ..detectors.shared_ae.configuration_shared_ae import SharedAEConfig
+from ..detectors.shared_ae.modeling_shared_ae import SharedAEModel
+from ..dissolving import GaussianDissolver
+from ..errors import InputError
+from ..image_processing import AnomalyImageProcessor
+from ..training import AnomalyTrainingArguments
+from ..training.runs import dataset_label, denoising_arguments, pretrain, train_detector, write_json
+from .budgets import Training
+from .running import quiet
+
+TABLE = "calibration"  # its id, for scripts/reproduce.py
+RATES = (0.01, 0.05, 0.1)
+DIVISIONS = 200
+HELD_OUT = 0.5  # of the training split's normal images
+MAX_TRAIN = 600  # images; the others of the training split are not looked at
+BAND = 3.29  # standard errors: by chance a mean leaves the band once in a thousand times
+DATASETS = {"fashion_mnist": "0", "pneumonia_mnist": "0"}  # dataset → what is normal
+STEPS = {"smoke": 2, "laptop": 100, "paper": 1000}  # budget → of training
+
+Builder = Callable[[dict, OneClassSplits, AnomalyImageProcessor, AnomalyTrainingArguments], AnomalyDetector]
+
+
+def _dia(shape, splits, processor, args) -> DIAModel:
+    model = DIAModel(DIAConfig(**shape))
+    model.dissolver = GaussianDissolver()
+    return model
+
+
+def _addp(shape, splits, processor, args) -> AnomalyDetector:
+    stage = denoising_arguments(args, "pretrained", learning_rate=args.learning_rate, batch_size=32, steps=args.max_steps)
+    return pretrain(ADDPForPreTraining(ADDPConfig(**shape)), splits.train, processor=processor, args=stage)
+
+
+DETECTORS: dict[str, tuple[str, Builder]] = {
+    "csi": ("CSI", lambda shape, *_: CSIModel(CSIConfig(**shape))),
+    "dia": ("DIA, Gaussian blur", _dia),
+    "shared_ae": ("SharedAE", lambda shape, *_: SharedAEModel(SharedAEConfig(**shape))),
+    "addp": ("ADDP", _addp),
+}
+
+
+# What is measured, and what theory says of it -------------------------------------------------------------------------------------
+
+
+def divided_rates(
+    scores: np.ndarray, *, rates: tuple[float, ...] = RATES, divisions: int = DIVISIONS, num_calibration: int | None = None, seed: int = 0
+) -> np.ndarray:
+    """The share of normal images flagged among those that did not calibrate, for each random division and target rate.
+
+    Args:
+        scores: (N,) of held-out normal images.
+        num_calibration: n, how many calibrate in each division; the other N − n are counted. By default half.
+
+    Returns:
+        (divisions, len(rates)).
+    """
+    n = len(scores) // 2 if num_calibration is None else num_calibration
+    if not 0 < n < len(scores):
+        raise InputError(f"num_calibration must leave some of {len(scores)} scores to count, got {n}")
+    scores, draw = torch.as_tensor(np.asarray(scores)), np.random.default_rng(seed)
+    measured = np.empty((divisions, len(rates)))
+    for division in range(divisions):
+        order = draw.permutation(len(scores))
+        calibration, normal = scores[order[:n]].sort().values, scores[order[n:]]
+        measured[division] = [(normal > conformal_threshold(calibration, rate)).double().mean().item() for rate in rates]
+    return measured
+
+
+@dataclass(frozen=True)
+class Expectation:
+    """Of the false-positive rate among m normal images, with the threshold at rank k = ⌈(1 − α)(n + 1)⌉ of n others, all n + m exchangeable and no two scores
+    equal: the number flagged is Beta-Binomial(m, n + 1 − k, k), since every order of the n + m scores is equally likely. So it is too when the
+    n + m scores are fixed and their division into n and m is random, which is what `divided_rates` does; means over independent divisions then have this mean
+    and a variance of one division's over their number, although all divide the same scores.
+
+    Attributes:
+        mean: (n + 1 − k)/(n + 1), at most α.
+        std: of the rate of one division.
+        low, high: between them the rate of one division lies with a probability of at least 95 %.
+    """
+
+    mean: float
+    std: float
+    low: float
+    high: float
+
+
+def expectation(num_calibration: int, num_test: int, rate: float) -> Expectation:
+    """Raises InputError: so few calibration scores that nothing is ever flagged."""
+    from scipy.stats import betabinom
+
+    rank = conformal_rank(num_calibration, rate)
+    if rank > num_calibration:
+        raise InputError(f"{num_calibration} calibration scores are too few for a rate of {rate:g}")
+    flagged = betabinom(num_test, num_calibration + 1 - rank, rank)
+    low, high = flagged.ppf([0.025, 0.975]) / num_test
+    return Expectation(float(flagged.mean() / num_test), float(flagged.std() / num_test), float(low), float(high))
+
+
+@dataclass(frozen=True)
+class Finding:
+    """A detector at one target rate.
+
+    Attributes:
+        mean, std: of the measured rates over the divisions.
+        expected: of one division.
+        low, high: the band in which the mean lies, but for once in a thousand times.
+        inside: the share of divisions within [expected.low, expected.high].
+    """
+
+    rate: float
+    mean: float
+    std: float
+    expected: Expectation
+    low: float
+    high: float
+    inside: float
+
+    @property
+    def holds(self) -> bool:
+        return self.low <= self.mean <= self.high
+
+
+def findings(measured: np.ndarray, num_calibration: int, num_test: int, rates: tuple[float, ...] = RATES) -> list[Finding]:
+    """Compares `divided_rates` (divisions, len(rates)) with theory."""
+    results = []
+    for rate, column in zip(rates, measured.T, strict=True):
+        expected = expectation(num_calibration, num_test, rate)
+        margin = BAND * expected.std / math.sqrt(len(column))
+        inside = float(((column >= expected.low) & (column <= expected.high)).mean())
+        band = expected.mean - margin, expected.mean + margin
+        results.append(Finding(rate, float(column.mean()), float(column.std(ddof=1)), expected, *band, inside))
+    return results
+
+
+# The study ------------------------------------------------------------------------------------------------------------------------
+
+
+def stored_scores(
+    dataset: str, detector: str, *, output_dir: Path, data_dir: str | None, budget: str, seed: int, command: list[str]
+) -> dict:
+    """Scores of normal images from a detector that is trained for them, or those of an earlier run.
+
+    Returns:
+        `held_out`, of the training split's normal images that were not trained on, and `test`, of the test split's, or [] if there is none;
+        `train`, `steps`, `split_hash` and what else tells how they were made.
+    """
+    path = Path(output_dir, TABLE, f"{budget}-{dataset}-{detector}-seed{seed}.json")
+    if path.is_file():
+        try:
+            return json.loads(path.read_text())
+        except ValueError as error:
+            raise InputError(f"{path} is damaged: remove it, then it is made again") from error
+    recipe = RECIPES[dataset]
+    source, started = recipe.locate(data_dir), time.time()
+    with tempfile.TemporaryDirectory() as folder, quiet():
+        splits = load_one_class(
+            source, normal_label=DATASETS[dataset], calibration_fraction=HELD_OUT, max_train_images=MAX_TRAIN, seed=seed
+        )
+        processor = AnomalyImageProcessor.for_images(recipe.image_size, splits.num_channels)
+        shape = {"image_size": recipe.image_size, "num_channels": splits.num_channels}
+        set_seed(seed)
+        training = Training(epochs=1, min_steps=STEPS[budget], max_steps=STEPS[budget], batch_size=32)
+        args = training.arguments(len(splits.train), seed, Path(folder))
+        model = DETECTORS[detector][1](shape, splits, processor, args)
+        unmeasured = replace(splits, test=None, test_missing_reason="only normal images are looked at")
+        results = train_detector(model, processor, unmeasured, args, started=started)
+    test = []
+    if splits.test is not None:
+        normal = splits.test.select(np.flatnonzero(np.asarray(splits.test["label"][:]) == 0))
+        test = model.score(DataLoader(prepare(normal, processor), batch_size=64, collate_fn=collate), progress=False)[0].tolist()
+    record = {
+        "held_out": model.calibration.scores.tolist(),
+        "test": test,
+        "train": len(splits.train),
+        "steps": results["steps"],
+        "seed": seed,
+        "split_hash": splits.split_hash,
+        "dataset": dataset_label(source),
+        "command": command,
+    }
+    if PartialState().is_main_process:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_json(path, record)
+    return record
+
+
+def run_calibration_study(
+    *,
+    output_dir: Path,
+    data_dir: str | None = None,
+    datasets: tuple[str, ...] = tuple(DATASETS),
+    detectors: tuple[str, ...] = tuple(DETECTORS),
+    budget: str = "laptop",
+    seed: int = 0,
+    command: list[str],
+) -> list[Path]:
+    """Trains what is not trained yet, divides the scores, and writes `calibration.md` and `calibration.csv` into the output folder.
+
+    Returns:
+        The two files.
+
+    Raises:
+        InputError: an unknown dataset, detector or budget, or a dataset that is not there.
+    """
+    for what, asked, known in (("dataset", datasets, DATASETS), ("method", detectors, DETECTORS), ("budget", [budget], STEPS)):
+        for name in asked:
+            if name not in known:
+                raise InputError(f"table {TABLE} has no {what} {name!r}; it has: {', '.join(known)}")
+    from tqdm.auto import tqdm
+
+    pairs = [(dataset, detector) for dataset in datasets for detector in detectors]
+    where = {"output_dir": Path(output_dir), "data_dir": data_dir, "budget": budget, "seed": seed, "command": command}
+    for dataset in datasets:
+        RECIPES[dataset].locate(data_dir)  # before anything is trained
+    records = {pair: stored_scores(*pair, **where) for pair in tqdm(pairs, desc=TABLE, unit="detector")}
+    measured = {pair: divided_rates(np.asarray(record["held_out"], dtype=np.float32), seed=seed) for pair, record in records.items()}
+    texts = {f"{TABLE}.md": markdown(records, measured, budget, seed, command), f"{TABLE}.csv": divisions_csv(measured)}
+    if PartialState().is_main_process:
+        for name, text in texts.items():
+            Path(output_dir).mkdir(parents=True, exist_ok=True)
+            Path(output_dir, name).write_text(text, encoding="utf-8")
+    return [Path(output_dir, name) for name in texts]
+
+
+def divisions_csv(measured: dict[tuple[str, str], np.ndarray]) -> str:
+    """The false-positive rate of every division, a line each."""
+    file = io.StringIO()
+    writer = csv.writer(file, lineterminator="\n")
+    writer.writerow(["dataset", "detector", "division", *(f"rate_{rate:g}" for rate in RATES)])
+    for (dataset, detector), rates in measured.items():
+        writer.writerows([dataset, detector, division, *(f"{rate:.6f}" for rate in row)] for division, row in enumerate(rates))
+    return file.getvalue()
+
+
+def markdown(records: dict, measured: dict, budget: str, seed: int, command: list[str]) -> str:
+    """The table of what was expected and whether it came so, and what becomes of it on the test split."""
+    lines = [
+        "# Calibration: is the false-alarm rate the one that was asked for?",
+        "",
+        "```bash",
+        f"python {shown_command(command)}",
+        "```",
+        "",
+        f"Detectors of {STEPS[budget]} steps (budget {budget}, seed {seed}) on at most {MAX_TRAIN} normal images. Half of the training split's normal",
+        "images were held out: neither trained on nor in a bank. Their scores are fixed; "
+        f"{DIVISIONS} random divisions calibrate with one half of them and count",
+        "how many of the other half are flagged. For n scores that calibrate and m that are counted, the number flagged is",
+        "Beta-Binomial(m, n + 1 − k, k) with k = ⌈(1 − α)(n + 1)⌉, of mean (n + 1 − k)/(n + 1); so it is for divisions of fixed scores too, since the",
+        f"draw makes every order equally likely. The mean over the divisions lies in the band (± {BAND:g} standard errors) but for once in a thousand times.",
+        "",
+        "This shows that rank, inequality and ties are right for the scores of each detector. It says nothing of images from elsewhere: that is the second",
+        "table.",
+        "",
+        "| dataset | detector | n + m | target | expected mean, band | measured mean | | std of one division: expected, measured "
+        "| divisions in the 95 % interval of one |",
+        "|---|---|---|---|---|---|---|---|---|",
+    ]
+    for (dataset, detector), rates in measured.items():
+        count = len(records[dataset, detector]["held_out"])
+        n, m = count // 2, count - count // 2
+        for found in findings(rates, n, m):
+            lines.append(
+                f"| {RECIPES[dataset].title} | {DETECTORS[detector][0]} | {n} + {m} | {100 * found.rate:g} % | "
+                f"{100 * found.expected.mean:.2f} %, {100 * found.low:.2f} to {100 * found.high:.2f} | {100 * found.mean:.2f} % | "
+                f"{'pass' if found.holds else '**fail**'} | {100 * found.expected.std:.2f}, {100 * found.std:.2f} | {100 * found.inside:.0f} % |"
+            )
+    lines += [
+        "",
+        "Here all held-out images calibrate, and the normal images of the source's own test split are counted. Where the drift check (two-sample",
+        "Kolmogorov–Smirnov) has a small p, these are not exchangeable with the held-out ones, and the promise does not hold:",
+        "",
+        f"| dataset | detector | n + m | {' | '.join(f'flagged at {100 * rate:g} %' for rate in RATES)} | drift check: p, the scores are |",
+        f"|---|---|---|{'---|' * len(RATES)}---|",
+    ]
+    for (dataset, detector), record in records.items():
+        if record["test"]:
+            calibration, test = (torch.tensor(record[name]).sort().values for name in ("held_out", "test"))
+            flagged = [f"{100 * (test > conformal_threshold(calibration, rate)).double().mean():.2f} %" for rate in RATES]
+            drift = drift_check(test, calibration)
+            lines.append(
+                f"| {RECIPES[dataset].title} | {DETECTORS[detector][0]} | {len(calibration)} + {len(test)} | {' | '.join(flagged)} | "
+                f"{drift.p_value:.2g}, {'higher' if drift.p_higher < drift.p_lower else 'lower'} |"
+            )
+    lines += ["", "Every division is in [calibration.csv](calibration.csv). The splits:", ""]
+    for (dataset, detector), record in records.items():
+        ties = len(record["held_out"]) - len(set(record["held_out"]))
+        lines.append(
+            f"- {RECIPES[dataset].title}, {DETECTORS[detector][0]}: class {DATASETS[dataset]} normal, {record['train']} images trained on, "
+            f"{record['steps']} steps, {ties} of {len(record['held_out'])} scores tied; split {record['split_hash'][:12]}"
+        )
+    return "\n".join([*lines, ""])
