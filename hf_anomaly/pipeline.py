@@ -133,13 +133,13 @@ class AnomalyDetectionPipeline(Pipeline):
             yield from self.postprocess(self.forward(model_inputs, **forward_params), **postprocess_params)
 
     def preprocess(self, images: list[tuple[str, Any]], timeout: float = 30.0) -> dict:
-        """B pairs (name for errors, image) → `pixel_values` (B, C, H, W) and `target_sizes`, B pairs (height, width)."""
+        """B pairs (name for errors, image) → `pixel_values` (B, C, H, W) and `target_sizes` (B, 2), heights and widths."""
         for _, image in images:
             if isinstance(image, InputError):  # its row could not be read
                 raise image
         decoded = [_decode(image, name, timeout) for name, image in images]
         pixel_values = self.image_processor(images=decoded, return_tensors="pt")["pixel_values"]
-        return {"pixel_values": pixel_values, "target_sizes": [image.size[::-1] for image in decoded]}
+        return {"pixel_values": pixel_values, "target_sizes": np.array([image.size[::-1] for image in decoded])}
 
     def _forward(self, model_inputs: dict, output_anomaly_maps: bool = False) -> dict:
         output = self.model(model_inputs["pixel_values"], output_anomaly_maps=output_anomaly_maps)

@@ -9,6 +9,7 @@ import PIL.Image
 import pytest
 import torch
 from transformers import AutoImageProcessor
+from transformers.image_utils import SizeDict
 
 from hf_anomaly import AnomalyImageProcessor, CSIConfig, CSIModel
 from hf_anomaly.data import decode_image
@@ -138,6 +139,25 @@ def test_mixed_sizes_are_resized_whole():
     torch.testing.assert_close(result[0], torch.full((1, 8, 8), 51 / 127.5 - 1))
     expected = np.array(large.resize((8, 8), PIL.Image.Resampling.BILINEAR)) / 127.5 - 1
     torch.testing.assert_close(result[1, 0], torch.from_numpy(expected).float())
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+@pytest.mark.parametrize(
+    "settings", [{}, {"do_resize": False}, {"do_resize": False, "do_pad": True}, {"do_rescale": False}, {"do_normalize": False}]
+)
+def test_together_as_one_by_one(channels, settings):
+    """Bit for bit what transformers' own steps make of each image alone, of one size or of several."""
+    processor, side = AnomalyImageProcessor.for_images(8, channels), {"height": 40, "width": 40}
+    for name, value in {**settings, "pad_size": side}.items():
+        setattr(processor, name, value)
+    images = [color_image(mode, size) for mode, size in (("L", (8, 8)), ("RGB", (5, 3)), ("P", (40, 20)))]
+    for image, result in zip(images, processor(images=images)["pixel_values"], strict=True):
+        array = processor.process_image(image, do_convert_rgb=channels == 3)
+        array = processor.rescale(array, 1 / 255) if processor.do_rescale else array
+        array = processor.normalize(array, processor.image_mean, processor.image_std) if processor.do_normalize else array
+        (array,) = processor.pad([array], SizeDict(**side)) if processor.do_pad else [array]
+        assert result.dtype == array.dtype
+        assert np.array_equal(result, array)
 
 
 @pytest.mark.parametrize("mode", ["L", "RGB"])

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import PIL.ExifTags
 import PIL.Image
 import PIL.ImageOps
 import torch
@@ -73,6 +74,11 @@ def open_image(value: dict[str, Any] | PIL.Image.Image | np.ndarray, where: str)
     return image
 
 
+def upright(image: PIL.Image.Image) -> PIL.Image.Image:
+    """The image turned as its EXIF orientation says; itself, not a copy, if there is nothing to turn."""
+    return image if image.getexif().get(PIL.ExifTags.Base.Orientation, 1) == 1 else PIL.ImageOps.exif_transpose(image)
+
+
 def decode_image(value: dict[str, Any] | PIL.Image.Image | np.ndarray, where: str) -> PIL.Image.Image:
     """Decodes one image, upright: the EXIF orientation is applied. The mode (L, RGB, P, …) stays; converting it is the processor's part.
 
@@ -86,7 +92,7 @@ def decode_image(value: dict[str, Any] | PIL.Image.Image | np.ndarray, where: st
     image = open_image(value, where)
     try:
         image.load()
-        return PIL.ImageOps.exif_transpose(image)
+        return upright(image)
     except Exception as error:  # as in open_image
         raise _unreadable(value, where, error) from error
 

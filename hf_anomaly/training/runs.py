@@ -346,9 +346,8 @@ def evaluate_detector(model: AnomalyDetector, processor, splits: OneClassSplits,
     Returns:
         `auroc`, `average_precision`, `fpr_at_95_tpr` and `f1_max` (None with `reason` where there is nothing to measure on); `auroc_interval` and
         `average_precision_interval`, [low, high] with `interval_confidence` (see `bootstrap_intervals`); `num_normal`, `num_anomalous`; `division` (see
-        `Division`); for a calibrated detector the rates and the balanced accuracy at its
-        threshold, and `drift_p_value`, of the normal images' scores against those of calibration (see `drift_check`); and, where the test split has a column `mask`
-        and the detector gives maps, what `evaluate_maps` finds.
+        `Division`); for a calibrated detector the rates and the balanced accuracy at its threshold, and `drift_p_value`, of the normal images' scores
+        against those of calibration (see `drift_check`); and, where the test split has a column `mask` and the detector gives maps, what `evaluate_maps` finds.
     """
     results = dict.fromkeys(("auroc", "average_precision", "fpr_at_95_tpr", "f1_max"))
     results |= {
