@@ -19,7 +19,7 @@ from transformers.utils.hub import cached_file, resolve_revision
 
 from .calibration import Calibration, Float32State, normal_map_range
 from .cards import tag_card, write_card
-from .errors import InputError, NotFittedError
+from .errors import HubError, InputError, NotFittedError
 from .hub import CommitInfo, hub_errors, push_folder
 from .ops.maps import map_levels
 from .saving import Home, auto_map, bring_companions, drop_outdated_results, staged, write_remote_code
@@ -366,6 +366,7 @@ class AnomalyDetector(PreTrainedModel):
         Raises:
             InputError: the weights lack the reference or the calibration that the config promises, those of a fitted detector lack
                 anything at all, or they are damaged, or pickles.
+            HubError: the Hub refused or cannot be reached, and the cache does not have it; one line, with the remedy.
         """
         name = pretrained_model_name_or_path
         place = {key: kwargs.get(key) for key in ("revision", "token", "cache_dir")} | {
@@ -375,19 +376,23 @@ class AnomalyDetector(PreTrainedModel):
         where = {**place, "subfolder": kwargs.get("subfolder") or "", "_raise_exceptions_for_missing_entries": False}
 
         def find(file):
-            return None if name is None else cached_file(name, file, _raise_exceptions_for_connection_errors=False, **where)
+            with hub_errors(str(name), reading=True):
+                return None if name is None else cached_file(name, file, _raise_exceptions_for_connection_errors=False, **where)
 
         variant = f".{kwargs['variant']}" if kwargs.get("variant") else ""
         if (index := find(f"model.safetensors.index{variant}.json")) is not None:
             check_shard_names(index)
         kwargs["use_safetensors"] = True
         try:
-            model, info = super().from_pretrained(name, *model_args, output_loading_info=True, **kwargs)
+            with hub_errors(str(name), reading=True):
+                model, info = super().from_pretrained(name, *model_args, output_loading_info=True, **kwargs)
         except (SafetensorError, RuntimeError) as error:
             reason = " ".join(str(error).split())
             raise InputError(
                 f"{name}: the weights are damaged or do not fit config.json ({reason}); save or download them again"
             ) from error
+        except HubError:
+            raise
         except OSError as error:
             if index is None and find("model.safetensors") is None and (find("pytorch_model.bin") or find("pytorch_model.bin.index.json")):
                 raise InputError(

@@ -9,7 +9,16 @@ from fnmatch import fnmatch
 from pathlib import Path
 
 from huggingface_hub import CommitInfo, CommitOperationAdd, CommitOperationDelete, HfApi, constants
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError, HTTPError, LocalTokenNotFoundError
+from huggingface_hub.errors import (
+    EntryNotFoundError,
+    HfHubHTTPError,
+    HFValidationError,
+    HTTPError,
+    LocalEntryNotFoundError,
+    LocalTokenNotFoundError,
+    RepositoryNotFoundError,
+    RevisionNotFoundError,
+)
 
 from .cards.merging import address_card, merge_cards
 from .errors import HubError, InputError
@@ -22,35 +31,72 @@ _NOT_SHARED = ("checkpoint-*", "*-training", ".*", "training_args.*")
 # What belongs to the model that was there before, and would be read together with the new one.
 _REPLACED = ("model*.safetensors", "model.safetensors.index.json", "eval_results.json", "figures/*", "dissolver/*", "pretrained/*")
 
-_REMEDIES = {
-    401: "the Hub does not accept the token: log in with `hf auth login`, or give a valid token",
+_NO_TOKEN = "the Hub does not accept the token: log in with `hf auth login`, or give a valid token"
+_PUSHING: dict[int | type, str] = {
+    LocalTokenNotFoundError: _NO_TOKEN,
+    401: _NO_TOKEN,
     403: "the token may not write there: take one with write permission, push to a namespace of your own, or propose it with create_pr=True",
     404: "there is no such repository or revision, or it is private and the token may not see it: check the name and the token",
     409: "it exists already: choose another name",
     412: "somebody else committed at the same time: push again",
     429: "too many requests: wait a few minutes and push again",
 }
+_NOT_THERE = "no folder here, and no repository on the Hub, or a private one: check the name, or log in with `hf auth login`"
+_READING: dict[int | type, str] = {
+    LocalTokenNotFoundError: _NO_TOKEN,
+    RevisionNotFoundError: "it has no such branch, tag or commit: check the revision",
+    RepositoryNotFoundError: _NOT_THERE,
+    401: _NO_TOKEN,
+    403: "it is gated, or the token may not read it: ask for access on its page, and log in with `hf auth login`",
+    404: _NOT_THERE,
+    429: "too many requests: wait a few minutes and try again",
+}
 _PAUSES = (1, 4)  # seconds before the second and the third attempt
 
 
 @contextmanager
-def hub_errors(repo_id: str) -> Iterator[None]:
-    """What goes wrong with the Hub inside the block, as a `HubError` of one line with the remedy."""
+def hub_errors(repo_id: str, *, reading: bool = False) -> Iterator[None]:
+    """What goes wrong with the Hub inside the block, as a `HubError` of one line with the remedy; also where a library hides it behind an `OSError`.
+
+    Args:
+        reading: what is done there is loading; the remedies are a reader's.
+    """
     try:
         yield
-    except LocalTokenNotFoundError as error:
-        raise HubError(f"{repo_id}: {_REMEDIES[401]}") from error
-    except HFValidationError as error:
-        raise InputError(f"{repo_id!r} is no name of a repository: use 'name' or 'organisation/name'") from error
-    except (HTTPError, ConnectionError) as error:  # HTTPError: of the client's library, statuses as well as failures of the network
-        status = _status(error)
-        if status is None:
-            remedy = f"{constants.ENDPOINT} cannot be reached ({_one_line(error)}): check the network and that no *_OFFLINE variable is set"
-        elif status >= 500:
-            remedy = f"the Hub is out of order ({status}): try again later"
-        else:
-            remedy = _REMEDIES.get(status, f"the Hub refused ({_one_line(error)})")
-        raise HubError(f"{repo_id}: {remedy}") from error
+    except (HubError, InputError):
+        raise
+    except (OSError, ValueError, HTTPError) as error:  # HTTPError: of the client's library, statuses as well as failures of the network
+        causes = list(_causes(error))
+        if not causes:
+            raise
+        if any(isinstance(cause, HFValidationError) for cause in causes):
+            here = "no folder here and " if reading else ""
+            raise InputError(f"{repo_id!r} is {here}no name of a repository: use 'name' or 'organisation/name'") from error
+        raise HubError(f"{repo_id}: {_remedy(causes, _READING if reading else _PUSHING)}") from error
+
+
+def _causes(error: BaseException | None) -> Iterator[BaseException]:
+    """The Hub's errors among an error and those that it arose from. That a single file is missing is no trouble of the Hub."""
+    while error is not None:
+        missing = isinstance(error, EntryNotFoundError) and not isinstance(error, LocalEntryNotFoundError)
+        if not missing and isinstance(
+            error, HTTPError | ConnectionError | LocalEntryNotFoundError | LocalTokenNotFoundError | HFValidationError
+        ):
+            yield error
+        error = error.__cause__ or error.__context__
+
+
+def _remedy(causes: list[BaseException], remedies: dict[int | type, str]) -> str:
+    for cause in causes:
+        for kind in (LocalTokenNotFoundError, RevisionNotFoundError, RepositoryNotFoundError):
+            if isinstance(cause, kind) and kind in remedies:
+                return remedies[kind]
+    status, cause = next(((_status(cause), cause) for cause in causes if _status(cause)), (None, causes[-1]))
+    if status is None:
+        return f"{constants.ENDPOINT} cannot be reached ({_one_line(cause)}): check the network and that no *_OFFLINE variable is set"
+    if status >= 500:
+        return f"the Hub is out of order ({status}): try again later"
+    return remedies.get(status, f"the Hub refused ({_one_line(cause)})")
 
 
 def create_repository(repo_id: str, *, private: bool | None = None, token: str | bool | None = None, repo_type: str = "model") -> str:

@@ -8,6 +8,7 @@ from torch import nn
 from transformers import AutoBackbone, AutoConfig, PreTrainedConfig
 
 from ..errors import InputError
+from ..hub import hub_errors
 
 _COMMON_SIZES = (8, 16, 32, 48, 64, 96, 128, 192, 224, 256, 384, 512)  # px, to say which would do
 
@@ -54,9 +55,10 @@ def check_channels(backbone_config: PreTrainedConfig, num_channels: int) -> None
 def load_backbone_config(name_or_path: str) -> PreTrainedConfig:
     """The configuration of a pretrained backbone, from a folder or the Hub."""
     try:
-        return AutoConfig.from_pretrained(name_or_path)
+        with hub_errors(name_or_path, reading=True):
+            return AutoConfig.from_pretrained(name_or_path)
     except (OSError, ValueError) as error:
-        raise InputError(f"backbone {name_or_path!r} cannot be loaded: {error}") from error
+        raise InputError(f"backbone {name_or_path!r} cannot be loaded: {' '.join(str(error).split())}") from error
 
 
 def load_backbone_weights(backbone: nn.Module, name_or_path: str, **kwargs) -> None:
@@ -67,10 +69,12 @@ def load_backbone_weights(backbone: nn.Module, name_or_path: str, **kwargs) -> N
 
     Raises:
         InputError: its architecture or widths differ from those of `backbone`.
+        HubError: the Hub refused or cannot be reached.
     """
     # Not AutoBackbone.from_pretrained, which knows no folders.
-    config = AutoConfig.from_pretrained(name_or_path, **kwargs)
-    pretrained = type(AutoBackbone.from_config(config)).from_pretrained(name_or_path, config=config, use_safetensors=True, **kwargs)
+    with hub_errors(name_or_path, reading=True):
+        config = AutoConfig.from_pretrained(name_or_path, **kwargs)
+        pretrained = type(AutoBackbone.from_config(config)).from_pretrained(name_or_path, config=config, use_safetensors=True, **kwargs)
     try:
         backbone.load_state_dict(pretrained.state_dict())
     except RuntimeError as error:

@@ -13,7 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..errors import InputError
+from ..errors import HubError, InputError
+from ..hub import hub_errors
 
 CONFIG_NAME = "dissolver_config.json"
 
@@ -130,7 +131,8 @@ class Dissolver(ABC):
             token: Hub token, for private repositories.
 
         Raises:
-            InputError: missing or damaged folder or repository, or a dissolver of another kind.
+            InputError: a folder or repository that holds none, or a damaged one, or one of another kind.
+            HubError: the Hub refused or cannot be reached; one line, with the remedy.
         """
         from . import DISSOLVERS
 
@@ -203,7 +205,10 @@ def locate(folder_or_hub_id: str | os.PathLike, revision: str | None, token: str
         parts = (CONFIG_NAME, "model_index.json", "unet/*.json", "unet/*.safetensors", "scheduler/*.json")
         patterns = [prefix + part for prefix in ("", "dissolver/") for part in parts]
         try:
-            folder = Path(snapshot_download(str(folder_or_hub_id), revision=revision, token=token, allow_patterns=patterns))
+            with hub_errors(str(folder_or_hub_id), reading=True):
+                folder = Path(snapshot_download(str(folder_or_hub_id), revision=revision, token=token, allow_patterns=patterns))
+        except (HubError, InputError):
+            raise
         except (OSError, ValueError) as error:  # the Hub's errors derive from these
             reason = " ".join(str(error).split())
             raise InputError(f"{folder_or_hub_id}: no such local folder, and not to be had from the Hub: {reason}") from error

@@ -126,8 +126,9 @@ class DiffusionDissolver(Dissolver):
             t_min, t_max: override `dissolver_config.json`; without either, 30 and 130.
 
         Raises:
-            InputError: missing, incomplete or damaged folder or repository, weights that are not safetensors, or a t range
+            InputError: incomplete or damaged folder or repository, weights that are not safetensors, or a t range
                 outside the schedule or beyond the `max_timestep` of the training notes.
+            HubError: as `Dissolver.from_pretrained`.
         """
         from diffusers import DDPMScheduler, UNet2DModel
 

@@ -25,7 +25,7 @@ from ..detectors.addp.configuration_addp import ADDPConfig
 from ..detectors.addp.modeling_addp import ADDPForPreTraining, ADDPModel
 from ..dissolving import DenoisingModel, DiffusionDissolver, build_scheduler, build_unet, network_resolution
 from ..errors import HubError, InputError, NotFittedError
-from ..hub import create_repository
+from ..hub import create_repository, hub_errors
 from ..image_processing import AnomalyImageProcessor
 from ..metrics import balanced_accuracy, bootstrap_intervals, image_metrics
 from ..visualization import overlay_anomaly_map
@@ -149,16 +149,18 @@ def load_detector(name_or_path: str, revision: str | None = None) -> tuple[Anoma
 
     Raises:
         InputError: there is none, or it is something else.
+        HubError: the Hub refused or cannot be reached; one line, with the remedy.
     """
     from transformers import AutoImageProcessor, AutoModel
 
     try:
-        model = AutoModel.from_pretrained(name_or_path, revision=revision)
-        processor = AutoImageProcessor.from_pretrained(name_or_path, revision=revision)
-    except InputError:
+        with hub_errors(name_or_path, reading=True):
+            model = AutoModel.from_pretrained(name_or_path, revision=revision)
+            processor = AutoImageProcessor.from_pretrained(name_or_path, revision=revision)
+    except (HubError, InputError):
         raise
     except (OSError, ValueError) as error:
-        raise InputError(f"{name_or_path!r} cannot be loaded as a detector: {error}") from error
+        raise InputError(f"{name_or_path!r} cannot be loaded as a detector: {' '.join(str(error).split())}") from error
     if not isinstance(model, AnomalyDetector):
         raise InputError(f"{name_or_path!r} holds a {type(model).__name__}, which is no anomaly detector")
     return model.eval(), processor
@@ -258,9 +260,11 @@ def load_pretraining(name_or_path: str | os.PathLike, *, image_size: int, num_ch
 
     Raises:
         InputError: there is none, it is something else, or it takes images of other channels.
+        HubError: as `load_detector`.
     """
     try:
-        config = AutoConfig.from_pretrained(name_or_path)
+        with hub_errors(str(name_or_path), reading=True):
+            config = AutoConfig.from_pretrained(name_or_path)
         if not isinstance(config, ADDPConfig):
             raise InputError(f"{str(name_or_path)!r} holds a {type(config).__name__}: only ADDP's own weights can be gone on with")
         if config.num_channels != num_channels:
@@ -271,9 +275,9 @@ def load_pretraining(name_or_path: str | os.PathLike, *, image_size: int, num_ch
         config = ADDPConfig.from_dict({**config.to_dict(), "image_size": image_size, **changes})
         return ADDPForPreTraining.from_pretrained(name_or_path, config=config)
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
-        if isinstance(error, InputError):
+        if isinstance(error, HubError | InputError):
             raise
-        raise InputError(f"{str(name_or_path)!r} cannot be loaded as pretrained weights: {error}") from error
+        raise InputError(f"{str(name_or_path)!r} cannot be loaded as pretrained weights: {' '.join(str(error).split())}") from error
 
 
 def _train_denoiser(model, train_dataset, *, processor, args, resume_from_checkpoint, run) -> tuple[DenoisingTrainer, dict]:

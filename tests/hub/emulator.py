@@ -19,6 +19,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from urllib.parse import parse_qs, unquote, urlsplit
 
 LARGE_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".parquet")
+NAME = r"(?:(?:spaces|datasets)/)?[^/]+/[^/]+"  # of a repository
 DATE = "2026-01-01T00:00:00.000Z"
 
 
@@ -167,26 +168,27 @@ class Handler(BaseHTTPRequestHandler):
     disable_nagle_algorithm = True
     hub: Hub
 
-    ROUTES = [  # pattern of the path → name of the method, which gets the groups; the id of a Space begins with "spaces/"
+    ROUTES = [  # pattern of the path → name of the method, which gets the groups; the id of a Space or dataset begins with its kind
         (r"/_faults", "add_fault"),
+        (r"/_mend", "take_faults_back"),
         (r"/_edit", "edit"),
         (r"/api/whoami-v2", "whoami"),
         (r"/api/validate-yaml", "validate_yaml"),
         (r"/api/repos/create", "create"),
-        (r"/api/models/((?:spaces/)?[^/]+/[^/]+)", "info"),
-        (r"/api/models/((?:spaces/)?[^/]+/[^/]+)/revision/([^/]+)", "info"),
-        (r"/api/models/((?:spaces/)?[^/]+/[^/]+)/tree/([^/]+)(?:/(.*))?", "tree"),
-        (r"/api/models/((?:spaces/)?[^/]+/[^/]+)/paths-info/([^/]+)", "paths_info"),
-        (r"/api/models/((?:spaces/)?[^/]+/[^/]+)/refs", "refs"),
-        (r"/api/models/((?:spaces/)?[^/]+/[^/]+)/commits/([^/]+)", "commits"),
-        (r"/api/models/((?:spaces/)?[^/]+/[^/]+)/preupload/([^/]+)", "preupload"),
-        (r"/api/models/((?:spaces/)?[^/]+/[^/]+)/commit/([^/]+)", "commit"),
-        (r"/api/models/((?:spaces/)?[^/]+/[^/]+)/branch/([^/]+)", "create_branch"),
-        (r"/api/models/((?:spaces/)?[^/]+/[^/]+)/tag/([^/]+)", "create_tag"),
-        (r"/((?:spaces/)?[^/]+/[^/]+)\.git/info/lfs/objects/batch", "lfs_batch"),
+        (rf"/api/models/({NAME})", "info"),
+        (rf"/api/models/({NAME})/revision/([^/]+)", "info"),
+        (rf"/api/models/({NAME})/tree/([^/]+)(?:/(.*))?", "tree"),
+        (rf"/api/models/({NAME})/paths-info/([^/]+)", "paths_info"),
+        (rf"/api/models/({NAME})/refs", "refs"),
+        (rf"/api/models/({NAME})/commits/([^/]+)", "commits"),
+        (rf"/api/models/({NAME})/preupload/([^/]+)", "preupload"),
+        (rf"/api/models/({NAME})/commit/([^/]+)", "commit"),
+        (rf"/api/models/({NAME})/branch/([^/]+)", "create_branch"),
+        (rf"/api/models/({NAME})/tag/([^/]+)", "create_tag"),
+        (rf"/({NAME})\.git/info/lfs/objects/batch", "lfs_batch"),
         (r"/lfs/([0-9a-f]{64})", "lfs_object"),
         (r"/lfs/([0-9a-f]{64})/verify", "lfs_verify"),
-        (r"/((?:spaces/)?[^/]+/[^/]+)/resolve/([^/]+)/(.+)", "resolve"),
+        (rf"/({NAME})/resolve/([^/]+)/(.+)", "resolve"),
     ]
 
     # Transport ----------------------------------------------------------------------------------------------------------------
@@ -211,7 +213,7 @@ class Handler(BaseHTTPRequestHandler):
             self.write_limit = fault.drop_after if fault else None
             self.user = self.authenticate()
             for pattern, name in self.ROUTES:
-                if match := re.fullmatch(pattern, re.sub("//+", "/", url.path).replace("/api/spaces/", "/api/models/spaces/", 1)):
+                if match := re.fullmatch(pattern, re.sub("^/api/(spaces|datasets)/", r"/api/models/\1/", re.sub("//+", "/", url.path))):
                     with self.hub.lock:
                         return getattr(self, name)(*(unquote(group) for group in match.groups() if group is not None))
             raise HubError(404, "Not found")
@@ -295,6 +297,10 @@ class Handler(BaseHTTPRequestHandler):
         self.hub.faults.append(Fault(**json.loads(self.body)))
         self.answer({})
 
+    def take_faults_back(self):
+        self.hub.faults.clear()
+        self.answer({})
+
     def edit(self):
         request = json.loads(self.body)
         files = {path: None if content is None else base64.b64decode(content) for path, content in request["files"].items()}
@@ -321,7 +327,8 @@ class Handler(BaseHTTPRequestHandler):
         if request.get("type") == "space":
             if "sdk" not in request:
                 raise HubError(400, "a Space needs an SDK")
-            repo_id = f"spaces/{repo_id}"
+        if request.get("type", "model") != "model":
+            repo_id = f"{request['type']}s/{repo_id}"
         url = f"http://{self.headers['Host']}/{repo_id}"
         if not self.owns(namespace):
             raise HubError(403, "You don't have the rights to create a model under this namespace")
@@ -336,8 +343,7 @@ class Handler(BaseHTTPRequestHandler):
         commit = repository.resolve(revision)
         siblings = [{"rfilename": path, "size": len(blob.content), "blobId": blob.oid} for path, blob in sorted(commit.files.items())]
         facts = {"_id": "0" * 24, "id": repo_id, "modelId": repo_id, "sha": commit.sha, "private": repository.private, "gated": False}
-        if repo_id.startswith("spaces/"):
-            facts["id"] = repo_id.removeprefix("spaces/")
+        facts["id"] = re.sub("^(spaces|datasets)/", "", repo_id)
         self.answer({**facts, "tags": [], "downloads": 0, "likes": 0, "lastModified": DATE, "createdAt": DATE, "siblings": siblings})
 
     def tree(self, repo_id: str, revision: str, folder: str = ""):

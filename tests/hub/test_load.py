@@ -125,6 +125,65 @@ def test_a_slow_and_broken_download_ends_whole(hub, stored):
     )
 
 
+def test_what_goes_wrong_is_told_in_one_line_with_the_remedy(hub, stored):
+    hub.run("""
+    import contextlib
+    import io
+
+    from hf_anomaly import Dissolver
+    from hf_anomaly.backbones.pretrained import load_backbone_config
+    from hf_anomaly.cli import main
+    from hf_anomaly.training.runs import load_detector, load_pretraining
+
+    def command(*argv):
+        err = io.StringIO()
+        try:
+            with contextlib.redirect_stderr(err):
+                main([*argv])
+        except SystemExit as end:
+            *_, line = err.getvalue().splitlines()
+            assert end.code == 2 and line.startswith("error: "), err.getvalue()
+            raise HubError(line)
+
+    def told(repo_id, *words, error=HubError, revision=None):
+        option = ["--revision", revision] if revision else []
+        refused(error, lambda: CSIModel.from_pretrained(repo_id, revision=revision), repo_id, *words)
+        refused(error, lambda: load_detector(repo_id, revision), repo_id, *words)
+        refused(error, lambda: Dissolver.from_pretrained(repo_id, revision=revision), repo_id, *words)
+        for argv in (["info", repo_id], ["predict", repo_id, "a.png"], ["evaluate", repo_id]):
+            refused(HubError, lambda: command(*argv, *option), repo_id, *words)
+        if revision is None:
+            refused(error, lambda: load_pretraining(repo_id, image_size=8, num_channels=1), repo_id, *words)
+            refused(InputError, lambda: load_backbone_config(repo_id), repo_id, *words)
+            refused(HubError, lambda: command("dissolve", repo_id, "a.png"), repo_id, *words)
+
+    Path("a.png").write_bytes(b"")
+    time.sleep = lambda seconds: None  # the client's pauses between its attempts
+    told("org/nothing", "no folder here", "hf auth login")
+    told("runs/mine/last", "no folder here", error=InputError)
+    told("org/load", "no such branch, tag or commit", revision="nowhere")
+    # A repository nothing of which is in the cache, and a Hub that answers so all the time.
+    edit("org/fresh", {name: Path(api.hf_hub_download("org/load", name)).read_bytes() for name in ("config.json", "model.safetensors", "preprocessor_config.json")})
+    remedies = {401: "does not accept the token", 403: "ask for access", 404: "check the name", 429: "wait a few minutes", 500: "out of order (500)"}
+    for status, remedy in remedies.items():
+        for method in ("GET", "HEAD"):
+            fault(method, "org/fresh", status=status, times=10**6)
+        told("org/fresh", remedy)
+        call("/_mend", {})
+    fault("GET", "org/fresh", drop_after=10, times=10**6)
+    told("org/fresh", "cannot be reached", "check the network")
+    call("/_mend", {})
+    for method in ("GET", "HEAD"):
+        fault(method, "org/fresh", status=500, times=2)
+        fault(method, "org/fresh", drop_after=10)
+    AutoModel.from_pretrained("org/fresh", cache_dir="cache")
+    # Nothing to be read is no trouble of the Hub.
+    edit("org/empty", {"README.md": b""})
+    refused(InputError, lambda: load_detector("org/empty"), "org/empty", "config.json")
+    refused(InputError, lambda: Dissolver.from_pretrained("org/empty"), "holds no dissolver")
+    """)
+
+
 def test_the_readmes_code_runs(hub, stored):
     (code,) = re.findall(r"```py\n(.*?)```", (Path(__file__).parents[2] / "README.md").read_text(), re.DOTALL)
     before = 'AutoModel.from_pretrained("org/load").save_pretrained("runs/mine")\n'
