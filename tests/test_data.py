@@ -10,7 +10,7 @@ from datasets import ClassLabel, Dataset, Features, Image, List, Value
 from torch.utils.data import DataLoader
 
 from hf_anomaly.data import PixelTransform, check_images, collate, decode_image, load_one_class, load_unlabelled, prepare
-from hf_anomaly.errors import InputError
+from hf_anomaly.errors import HubError, InputError
 
 datasets.disable_progress_bars()
 
@@ -425,7 +425,7 @@ def test_other_files_and_an_unreachable_hub(tmp_path, monkeypatch):
     one_line(error)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     monkeypatch.setattr("datasets.config.HF_HUB_OFFLINE", True)
-    with pytest.raises(InputError, match="no local path, and as a Hub dataset it cannot be loaded") as error:
+    with pytest.raises(HubError, match=r"someone/no-such-dataset: .* cannot be reached") as error:
         load_one_class("someone/no-such-dataset")
     one_line(error)
 

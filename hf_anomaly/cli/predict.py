@@ -27,7 +27,9 @@ def parse(argv: list[str]) -> Namespace:
     )
     parser.add_argument("model", help="folder or Hub id of a detector")
     parser.add_argument(
-        "images", nargs="+", help="image files, folders, patterns such as 'scans/*.png', or a Hub dataset, .npz or .parquet file"
+        "images",
+        nargs="+",
+        help="image files, folders, patterns such as 'scans/*.png', a Hub dataset (scored while it is downloaded), .npz or .parquet file",
     )
     parser.option("output", "the table to write, .csv or .jsonl (default: printed as CSV)")
     parser.option("save_maps", "folder for a PNG of each image with its anomaly map over it")
@@ -40,6 +42,8 @@ def parse(argv: list[str]) -> Namespace:
     parser.option("device", "cpu, cuda, cuda:1, … (default: a GPU if there is one)")
     parser.option("revision", "branch, tag or commit of a Hub model")
     parser.option("split", "of a dataset (default: its only one)")
+    parser.option("dataset_config_name", "configuration of a Hub dataset")
+    parser.option("dataset_revision", "branch, tag or commit of a Hub dataset")
     parser.option("image_column", "of a dataset (default: its first image column)")
     args = parser.parse(argv)
     if args.output is not None and Path(args.output).suffix not in SUFFIXES:
@@ -90,8 +94,10 @@ def run(args: Namespace) -> None:
     )
     columns = ["image", "score", "p_value", "label", "threshold", *(["overlay"] if args.save_maps is not None else [])]
     flagged = scored = 0
+    counts = [source.count for source in sources]
+    total = None if None in counts else sum(counts)
     with _table(args.output, columns) as write:
-        for result in tqdm(results, total=sum(map(len, sources)), desc="Scoring", unit="image", disable=None):
+        for result in tqdm(results, total=total, desc="Scoring", unit="image", disable=None):
             name, image = decoded.popleft()
             row = {"image": name, **{column: result[column] for column in columns[1:5]}}
             if args.save_maps is not None:
@@ -117,10 +123,7 @@ class Files:
     """Image files: pairs (name, how to read it)."""
 
     def __init__(self, paths: list[str]):
-        self.paths = paths
-
-    def __len__(self) -> int:
-        return len(self.paths)
+        self.paths, self.count = paths, len(paths)
 
     def __iter__(self) -> Iterator[tuple[str, Callable]]:
         from ..data import decode_image
@@ -129,20 +132,25 @@ class Files:
 
 
 class Rows:
-    """The images of a dataset's split, read from the disk one by one."""
+    """The images of a dataset's split, read from the disk or the Hub one by one.
 
-    def __init__(self, dataset, column: str, split: str):
-        self.dataset, self.column, self.split = dataset, column, split
+    Args:
+        dataset: a `Dataset` or `IterableDataset` with the column of undecoded images.
+        count: of the rows; None if that is not known.
+    """
 
-    def __len__(self) -> int:
-        return len(self.dataset)
+    def __init__(self, dataset, source: str, split: str, column: str, count: int | None):
+        self.dataset, self.source, self.split, self.column, self.count = dataset, source, split, column, count
 
     def __iter__(self) -> Iterator[tuple[str, Callable]]:
         from ..data import decode_image
+        from ..data.sources import with_bytes
+        from ..hub import hub_errors
 
-        for i, row in enumerate(self.dataset):
-            name = f"row {i} of split {self.split!r}"
-            yield f"{self.split}/{i}", lambda value=row[self.column], name=name: decode_image(value, name)
+        with hub_errors(self.source, reading=True):
+            for i, row in enumerate(self.dataset):
+                name = f"row {i} of split {self.split!r}"
+                yield f"{self.split}/{i}", lambda value=row[self.column], name=name: decode_image(with_bytes(value, self.source), name)
 
 
 def _sources(args: Namespace) -> Iterable[Files | Rows]:
@@ -159,7 +167,7 @@ def _sources(args: Namespace) -> Iterable[Files | Rows]:
         elif not os.path.exists(word) and Path(word).suffix.lower() in _image_suffixes():
             raise InputError(f"{word}: there is no such file; check the spelling")
         else:
-            yield _rows(word, args.split, args.image_column)
+            yield _rows(word, args)
 
 
 def _image_suffixes() -> set[str]:
@@ -180,27 +188,35 @@ def _in_folder(folder: str) -> list[str]:
     return paths
 
 
-def _rows(source: str, split: str | None, column: str | None) -> Rows:
+def _rows(source: str, args: Namespace) -> Rows:
     import datasets
 
     from ..data.sources import load_or_refuse, read_source
 
-    splits = read_source(source, None, None, None)
-    if split is None and len(splits) > 1:
+    splits = read_source(source, None, args.dataset_config_name, args.dataset_revision, streaming=True)
+    if args.split is None and len(splits) > 1:
         raise InputError(f"{source!r} has the splits {', '.join(splits)}: say which with --split")
-    split = split or next(iter(splits))
+    split = args.split or next(iter(splits))
     if split not in splits:
         raise InputError(f"{source!r} has no split {split!r}; its splits: {', '.join(splits)}")
     dataset = splits[split]
-    column = column or next((name for name, feature in dataset.features.items() if isinstance(feature, datasets.Image)), None)
-    if column is None or column not in dataset.column_names:
+    columns = dataset.column_names or list(next(iter(dataset), {}))  # a stream of rows without a schema tells them only so
+    features = dataset.features or {}
+    column = args.image_column or next((name for name, feature in features.items() if isinstance(feature, datasets.Image)), None)
+    if column is None or column not in columns:
         what = "column of images" if column is None else f"column {column!r}"
-        raise InputError(
-            f"split {split!r} of {source!r} has no {what}; its columns: {', '.join(dataset.column_names)}; give --image_column"
-        )
+        raise InputError(f"split {split!r} of {source!r} has no {what}; its columns: {', '.join(columns)}; give --image_column")
+    if isinstance(dataset, datasets.Dataset):
+        count = len(dataset)
+    else:
+        known = (dataset.info.splits or {}).get(split)
+        count = known.num_examples if known else None
+        if column in features and not isinstance(features[column], datasets.Image) and features[column] != datasets.Value("binary"):
+            raise InputError(f"column {column!r} of {source!r} holds no images but {features[column]}; give another --image_column")
+        dataset = dataset.decode(False) if features else dataset
     images = dataset.select_columns([column])
     images = load_or_refuse(f"column {column!r} of {source!r} as images", images.cast_column, column, datasets.Image(decode=False))
-    return Rows(images, column, split)
+    return Rows(images, source, split, column, count)
 
 
 # Where the table goes ------------------------------------------------------------------------------------------------------------

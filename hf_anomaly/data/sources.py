@@ -14,7 +14,8 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 
-from ..errors import InputError
+from ..errors import HubError, InputError
+from ..hub import hub_errors
 
 if TYPE_CHECKING:
     import datasets
@@ -43,11 +44,17 @@ CIFAR_LABELS = {  # file of class names that marks a version -> for each leading
 }
 
 
-def read_source(source: str, label_column: str | None, config_name: str | None, revision: str | None) -> dict[str, datasets.Dataset]:
+def read_source(
+    source: str, label_column: str | None, config_name: str | None, revision: str | None, *, streaming: bool = False
+) -> dict[str, datasets.Dataset | datasets.IterableDataset]:
     """The splits of a source; `load_one_class` lists the sources.
+
+    Args:
+        streaming: a Hub dataset as `IterableDataset`s, downloaded while they are read; local ones are files anyhow.
 
     Raises:
         InputError: nothing readable under that name; names the file and, where it can, the row.
+        HubError: the Hub refused or cannot be reached.
     """
     import datasets
 
@@ -67,11 +74,35 @@ def read_source(source: str, label_column: str | None, config_name: str | None, 
         raise InputError(f"{source!r}: not a kind of file to load images from; give an .npz or .parquet file, a folder or a Hub id")
     if path.suffix in (".npz", ".parquet", ".zip", ".csv") or not re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)?", source):
         raise InputError(f"{source!r} is neither an existing file or folder nor the id of a Hub dataset; check the spelling")
-    return dict(
-        load_or_refuse(
-            f"{source!r} is no local path, and as a Hub dataset it", datasets.load_dataset, source, config_name, revision=revision
-        )
-    )
+    try:
+        with hub_errors(source, reading=True):
+            return dict(datasets.load_dataset(source, config_name, revision=revision, streaming=streaming))
+    except (HubError, InputError):
+        raise
+    except datasets.exceptions.DatasetNotFoundError as error:
+        where = source if revision is None else f"{source} with the revision {revision!r}"
+        raise HubError(
+            f"{where}: no folder here, and no dataset on the Hub, or a private one: check the name, or log in with `hf auth login`"
+        ) from error
+    except Exception as error:  # names, formats, damaged files
+        raise InputError(f"the Hub dataset {source!r} cannot be loaded: {_one_line(error)}") from error
+
+
+def with_bytes(value: Any, source: str) -> Any:
+    """An undecoded image of a streamed dataset, fetched if it is a file of its own on the Hub.
+
+    Args:
+        value: `{"bytes", "path"}` as `datasets.Image(decode=False)` gives it; anything else comes back as it is.
+
+    Raises:
+        HubError: the Hub refused or cannot be reached.
+    """
+    if not isinstance(value, dict) or value.get("bytes") is not None or "://" not in (value.get("path") or ""):
+        return value
+    import fsspec
+
+    with hub_errors(source, reading=True), fsspec.open(value["path"]) as file:
+        return value | {"bytes": file.read()}
 
 
 def load_or_refuse(what: str, load: Any, *args: Any, **options: Any) -> Any:
@@ -79,8 +110,11 @@ def load_or_refuse(what: str, load: Any, *args: Any, **options: Any) -> Any:
     try:
         return load(*args, **options)
     except Exception as error:
-        reason = " ".join(f"{type(error).__name__}: {error}".split())
-        raise InputError(f"{what} cannot be loaded: {reason[:400]}") from error
+        raise InputError(f"{what} cannot be loaded: {_one_line(error)}") from error
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(f"{type(error).__name__}: {error}".split())[:400]
 
 
 def _read_digits() -> dict[str, datasets.Dataset]:

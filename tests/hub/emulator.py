@@ -324,9 +324,8 @@ class Handler(BaseHTTPRequestHandler):
         request = json.loads(self.body)
         namespace = request.get("organization") or self.user[0]
         repo_id = f"{namespace}/{request['name']}"
-        if request.get("type") == "space":
-            if "sdk" not in request:
-                raise HubError(400, "a Space needs an SDK")
+        if request.get("type") == "space" and "sdk" not in request:
+            raise HubError(400, "a Space needs an SDK")
         if request.get("type", "model") != "model":
             repo_id = f"{request['type']}s/{repo_id}"
         url = f"http://{self.headers['Host']}/{repo_id}"

@@ -163,7 +163,8 @@ def test_what_goes_wrong_is_told_in_one_line_with_the_remedy(hub, stored):
     told("runs/mine/last", "no folder here", error=InputError)
     told("org/load", "no such branch, tag or commit", revision="nowhere")
     # A repository nothing of which is in the cache, and a Hub that answers so all the time.
-    edit("org/fresh", {name: Path(api.hf_hub_download("org/load", name)).read_bytes() for name in ("config.json", "model.safetensors", "preprocessor_config.json")})
+    names = ("config.json", "model.safetensors", "preprocessor_config.json")
+    edit("org/fresh", {name: Path(api.hf_hub_download("org/load", name)).read_bytes() for name in names})
     remedies = {401: "does not accept the token", 403: "ask for access", 404: "check the name", 429: "wait a few minutes", 500: "out of order (500)"}
     for status, remedy in remedies.items():
         for method in ("GET", "HEAD"):
