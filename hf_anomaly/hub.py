@@ -29,7 +29,10 @@ logger = logging.getLogger(__name__)
 # What a run leaves in its folder that is no part of the result.
 _NOT_SHARED = ("checkpoint-*", "*-training", ".*", "training_args.*")
 # What belongs to the model that was there before, and would be read together with the new one.
-_REPLACED = ("model*.safetensors", "model.safetensors.index.json", "eval_results.json", "figures/*", "dissolver/*", "pretrained/*")
+_REPLACED = (
+    *("model*.safetensors", "model.safetensors.index.json", "eval_results.json", "figures/*", "dissolver/*", "pretrained/*"),
+    *("dissolver_config.json", "model_index.json", "unet/*", "scheduler/*"),  # of a dissolver in a repository of its own
+)
 
 _NO_TOKEN = "the Hub does not accept the token: log in with `hf auth login`, or give a valid token"
 _PUSHING: dict[int | type, str] = {

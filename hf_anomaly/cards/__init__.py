@@ -1,6 +1,6 @@
 """The model card: filled from the run, and merged with what a person wrote."""
 
-from .card import shown_command, write_card, write_pretraining_card
+from .card import shown_command, write_card, write_dissolver_card, write_pretraining_card
 from .figures import write_figures
 from .merging import METRICS, TASK_NAME, address_card, merge_cards, outdate_card, tag_card
 
@@ -13,6 +13,7 @@ __all__ = [
     "shown_command",
     "tag_card",
     "write_card",
+    "write_dissolver_card",
     "write_figures",
     "write_pretraining_card",
 ]

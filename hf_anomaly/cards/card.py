@@ -17,6 +17,7 @@ from .figures import FIGURES, FOLDER
 from .merging import METRICS, TASK_NAME, join_card, merge_cards, split_card
 
 TEMPLATE = Path(__file__).with_name("template.md")
+DISSOLVER_TEMPLATE = Path(__file__).with_name("dissolver.md")
 PRETRAINING_TEMPLATE = Path(__file__).with_name("pretraining.md")
 
 _NO_SETTINGS = {  # fields of a configuration that nobody chose for the training
@@ -226,6 +227,47 @@ def write_pretraining_card(
         noise_level=config.noise_level,
         trained="the decoder, with the encoder frozen" if model.encoder_is_frozen else "encoder and decoder",
         citation=model.citation,
+        version=__version__,
+    )
+    _save(card, Path(folder))
+
+
+def write_dissolver_card(
+    folder: str | os.PathLike,
+    kind: str,
+    settings: dict,
+    *,
+    resolution: int | None = None,
+    num_channels: int | None = None,
+    notes: dict | None = None,
+    repo_id: str | None = None,
+) -> None:
+    """Writes `README.md` of a dissolver's folder, whole or not at all.
+
+    Args:
+        kind, settings: the dissolver's.
+        resolution, num_channels: of a diffusion model; None for other kinds.
+        notes: of its training, as `dissolver_config.json` holds them.
+        repo_id: as in `write_card`.
+    """
+    from huggingface_hub import ModelCard, ModelCardData
+
+    name = repo_id or Path(folder).resolve().name
+    diffusion, notes = num_channels is not None, notes if isinstance(notes, dict) else {}
+    run = notes.get("run") or {}
+    card = ModelCard.from_template(
+        ModelCardData(library_name="diffusers" if diffusion else "hf-anomaly", tags=["anomaly-detection", "dissolver", "hf-anomaly"]),
+        template_path=str(DISSOLVER_TEMPLATE),
+        title=plain(name),
+        address=plain(name),
+        kind=kind,
+        diffusion=diffusion,
+        settings=settings,
+        resolution=resolution,
+        channels="gray" if num_channels == 1 else "RGB",
+        notes=notes,
+        dataset=plain(Path(run.get("dataset") or "").name),
+        normal_label=plain(run.get("normal_label") or ""),
         version=__version__,
     )
     _save(card, Path(folder))

@@ -13,8 +13,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..cards import write_dissolver_card
 from ..errors import HubError, InputError
-from ..hub import hub_errors
+from ..hub import CommitInfo, hub_errors, push_folder
 
 CONFIG_NAME = "dissolver_config.json"
 
@@ -114,6 +115,43 @@ class Dissolver(ABC):
                 os.replace(new / name, folder / name)
         finally:
             shutil.rmtree(staging, ignore_errors=True)
+
+    def push_to_hub(
+        self,
+        repo_id: str,
+        *,
+        commit_message: str | None = None,
+        private: bool | None = None,
+        token: str | bool | None = None,
+        revision: str | None = None,
+        create_pr: bool = False,
+        git_tag: str | None = None,
+    ) -> CommitInfo:
+        """Pushes the dissolver with a card to a repository of its own, in one commit. What a person wrote in the repository's card stays.
+
+        Args:
+            repo_id, private, token, revision, create_pr, git_tag: as in `AnomalyDetector.push_to_hub`.
+
+        Raises:
+            HubError: the Hub refused or cannot be reached; one line, with the remedy.
+        """
+        with tempfile.TemporaryDirectory() as folder:
+            self.save_pretrained(folder)
+            self.write_card(folder, repo_id)
+            return push_folder(
+                folder,
+                repo_id,
+                private=private,
+                token=token,
+                message=commit_message or f"Upload {type(self).__name__}",
+                revision=revision,
+                create_pr=create_pr,
+                git_tag=git_tag,
+            )
+
+    def write_card(self, folder: str | os.PathLike, repo_id: str | None = None) -> None:
+        """Writes `README.md` of the folder; `repo_id` is where that will be pushed."""
+        write_dissolver_card(folder, self.kind, self.settings(), repo_id=repo_id)
 
     def _write(self, folder: Path, training_notes: dict | None) -> None:
         config = {"kind": self.kind, **self.settings()} | ({} if training_notes is None else {"training": training_notes})

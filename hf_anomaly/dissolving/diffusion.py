@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..cards import write_dissolver_card
 from ..errors import InputError
 from ..ops.distributed import draw_rows
 from ..untrusted import check_plausible, check_shard_names
@@ -103,6 +104,11 @@ class DiffusionDissolver(Dissolver):
         As `Dissolver.save_pretrained`. Without `training_notes`, those of a loaded dissolver are written again.
         """
         super().save_pretrained(folder, self.training_notes if training_notes is None else training_notes)
+
+    def write_card(self, folder: str | os.PathLike, repo_id: str | None = None) -> None:
+        """As `Dissolver.write_card`; the card tells the training as `training_notes` does."""
+        facts = {"resolution": self.resolution, "num_channels": self.unet.config.in_channels, "notes": self.training_notes}
+        write_dissolver_card(folder, self.kind, self.settings(), repo_id=repo_id, **facts)
 
     def _write(self, folder: Path, training_notes: dict | None) -> None:
         from diffusers import DDPMPipeline

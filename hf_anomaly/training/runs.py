@@ -181,7 +181,7 @@ def train_dissolver(
     target: str | os.PathLike | None = None,
     run: dict | None = None,
 ) -> DiffusionDissolver:
-    """Trains a DDPM on normal images and saves its averaged weights as a `DDPMPipeline` folder.
+    """Trains a DDPM on normal images and saves its averaged weights as a `DDPMPipeline` folder, with a card unless it is a detector's part.
 
     Args:
         train_dataset: normal images, unprepared.
@@ -206,7 +206,10 @@ def train_dissolver(
     )
     dissolver = DiffusionDissolver(unet.eval().requires_grad_(False), scheduler, t_min, t_max)
     if trainer.is_world_process_zero():
-        dissolver.save_pretrained(target or args.output_dir, training_notes={**notes, "max_timestep": max_timestep})
+        dissolver.training_notes = {**notes, "max_timestep": max_timestep}
+        dissolver.save_pretrained(target or args.output_dir)
+        if target is None:  # a folder of its own, not a detector's part
+            dissolver.write_card(args.output_dir, hub_name(args) if args.push_to_hub else None)
         push_result(args)
     trainer.accelerator.wait_for_everyone()
     return dissolver

@@ -205,3 +205,41 @@ def test_the_network_is_down(hub):
         for settings in ({}, {"create_pr": True}, {"revision": "next"}):
             refused(HubError, lambda: model.push_to_hub("org/x", **settings), "org/x", "cannot be reached", "check the network")
     """)
+
+
+def test_a_dissolver_of_its_own(hub):
+    hub.run("""
+        from diffusers import DDPMPipeline, UNet2DModel
+        from hf_anomaly import DiffusionDissolver, Dissolver
+        from hf_anomaly.dissolving import build_scheduler, build_unet
+
+        torch.manual_seed(0)
+        dissolver = DiffusionDissolver(build_unet(8, 1, (8, 16)), build_scheduler(), 20, 90)
+        run = {"dataset": "x.npz", "normal_label": "good"}
+        dissolver.training_notes = {"steps": 7, "batch_size": 4, "num_images": 40, "seed": 3, "max_timestep": 180, "run": run}
+        dissolver.push_to_hub("org/dissolves", git_tag="v1", private=True)
+        assert titles("org/dissolves") == ["Upload DiffusionDissolver", "initial commit"] and api.model_info("org/dissolves").private
+        networks = {"unet/config.json", "unet/diffusion_pytorch_model.safetensors", "scheduler/scheduler_config.json"}
+        assert files("org/dissolves", "v1") == networks | {"README.md", "dissolver_config.json", "model_index.json"}
+        card = text("org/dissolves")
+        for words in ("library_name: diffusers", "- dissolver", "40 normal images of `x.npz`, normal class `good`; 7 steps of 4 images, seed 3", "below 180",
+                      'Dissolver.from_pretrained("org/dissolves")', 'DDPMPipeline.from_pretrained("org/dissolves")', "timesteps 20 to 90", "8×8 pixels"):
+            assert words in card, (words, card)
+        # Bit for bit, by the card's own lines.
+        pixel_values, steps = images(5), torch.full((5,), 50)
+        for class_ in (Dissolver, DiffusionDissolver):
+            loaded = class_.from_pretrained("org/dissolves", revision="v1")
+            assert loaded.fingerprint() == dissolver.fingerprint() and loaded.training_notes == dissolver.training_notes
+            assert torch.equal(loaded(pixel_values, steps), dissolver(pixel_values, steps))
+        for unet in (DDPMPipeline.from_pretrained("org/dissolves").unet, UNet2DModel.from_pretrained("org/dissolves", subfolder="unet")):
+            for name, value in dissolver.unet.state_dict().items():
+                assert torch.equal(unet.state_dict()[name], value), name
+        # A person's words stay, the networks do not, when a blur comes in its place.
+        edit("org/dissolves", {"README.md": card.replace("## Training", "## Thanks\\n\\nTo all.\\n\\n## Training").replace(
+            "<!-- hf-anomaly: data -->", "Mine.\\n\\n<!-- hf-anomaly: data -->").encode()})
+        GaussianDissolver(3).push_to_hub("org/dissolves")
+        assert files("org/dissolves") == {"README.md", "dissolver_config.json"}
+        assert Dissolver.from_pretrained("org/dissolves").fingerprint() == GaussianDissolver(3).fingerprint()
+        assert "Mine." in text("org/dissolves") and "DDPMPipeline" not in text("org/dissolves")
+        refused(HubError, lambda: dissolver.push_to_hub("other/x"), "other/x", "write permission")
+    """)
