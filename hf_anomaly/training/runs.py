@@ -474,6 +474,7 @@ def train_detector(
         "dataset_id": args.dataset_id or hub_dataset(splits.source),
         "seed": args.seed,
         "steps": trainer.state.global_step,
+        "num_processes": args.world_size,
         "num_train": len(splits.train),
         "num_calibration": 0 if splits.calibration is None else len(splits.calibration),
     }
