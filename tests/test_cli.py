@@ -235,7 +235,18 @@ def test_several_processes(spelling, monkeypatch):
 def test_two_processes_train(tmp_path):
     """As many images a process and step: two processes need half the steps of one for an epoch of 114 images."""
     tiny = "--num_train_epochs 1 --per_device_train_batch_size 8 --hidden_sizes 4 4 4 --latent_size 4 --disable_tqdm true --report_to none"
-    command = [sys.executable, "-m", "hf_anomaly.cli", "train", "shared_ae", "--num_processes", "2", *tiny.split(), "--output_dir", str(tmp_path)]
+    command = [
+        sys.executable,
+        "-m",
+        "hf_anomaly.cli",
+        "train",
+        "shared_ae",
+        "--num_processes",
+        "2",
+        *tiny.split(),
+        "--output_dir",
+        str(tmp_path),
+    ]
     ended = subprocess.run(command, capture_output=True, text=True, timeout=300)
     assert ended.returncode == 0, ended.stderr
     results = json.loads((tmp_path / "eval_results.json").read_text())

@@ -250,8 +250,6 @@ def write_dissolver_card(
         notes: of its training, as `dissolver_config.json` holds them.
         repo_id: as in `write_card`.
     """
-    from huggingface_hub import ModelCard, ModelCardData
-
     name = repo_id or Path(folder).resolve().name
     diffusion, notes = num_channels is not None, notes if isinstance(notes, dict) else {}
     run = notes.get("run") or {}
