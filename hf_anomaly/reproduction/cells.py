@@ -97,8 +97,6 @@ class Table:
 
 def class_rows(dataset: str, labels: tuple[str, ...] | None = None) -> tuple[Row, ...]:
     """Every class of a dataset in turn as the normal one."""
-    if dataset not in RECIPES:
-        return (Row("normal", "normal"),)
     classes = RECIPES[dataset].classes
     labels = RECIPES[dataset].normal_labels if labels is None else labels
     return tuple(Row(label if classes[label] == label else f"{label} {classes[label]}", label) for label in labels)

@@ -10,6 +10,7 @@ import numpy as np
 from transformers import set_seed
 
 from ..backbones.configuration_small_resnet import SmallResNetConfig
+from ..data.recipes import RECIPES
 from ..detectors.csi.configuration_csi import CSIConfig
 from ..detectors.csi.modeling_csi import CSIModel
 from ..detectors.dia.configuration_dia import DIAConfig
@@ -18,8 +19,6 @@ from ..dissolving import DISSOLVERS, DiffusionDissolver, dissolve_dataset
 from ..training.runs import denoising_arguments, train_detector, train_dissolver
 from .budgets import CellData, Method, Training
 
-RANGES = {"kvasir_polyp": (130, 230)}  # of t, where it is not the usual one
-USUAL_RANGE = (30, 130)
 STEP_RANGES = tuple((low, low + 100) for low in range(30, 530, 100))  # of Table 2
 
 
@@ -51,7 +50,6 @@ class DissolverLength:
     learning_rate: float
     max_timestep: int
     widths: tuple[int, ...] = (32, 64, 64)
-    layers: int = 1
     gradient_accumulation: int = 1
 
 
@@ -64,7 +62,7 @@ DETECTOR_LENGTHS = {
 DISSOLVER_LENGTHS = {
     "smoke": DissolverLength(2, {32: 8, 64: 4, 128: 2}, 1e-3, max_timestep=540, widths=(8, 8)),
     "laptop": DissolverLength(250, {32: 32, 64: 8, 128: 2}, 1e-3, max_timestep=540),
-    "paper": DissolverLength(25_000, {32: 256, 64: 128, 128: 32}, 8e-5, max_timestep=1000, widths=(32, 64, 128, 256), layers=2, gradient_accumulation=2),
+    "paper": DissolverLength(25_000, {32: 256, 64: 128, 128: 32}, 8e-5, max_timestep=1000, widths=(32, 64, 128, 256), gradient_accumulation=2),
 }  # fmt: skip
 
 
@@ -107,7 +105,6 @@ class TrainedDissolver(Method):
             args=stage,
             resolution=self.resolution,
             block_out_channels=length.widths,
-            layers_per_block=length.layers,
             max_timestep=length.max_timestep,
             target=folder,
         )
@@ -144,7 +141,7 @@ class Dissolving:
         return DISSOLVERS[self.kind](kernel_size=self.kernel_size, resolution=self.resolution)
 
     def range(self, cell) -> tuple[int, int]:
-        return self.t_range or RANGES.get(cell.dataset, USUAL_RANGE)
+        return self.t_range or RECIPES[cell.dataset].timesteps
 
     def settings(self, cell) -> dict:
         more = {} if self.model is None else {"t_range": self.range(cell), "model": CONTRASTIVE_METHODS[self.model].settings(cell)}
@@ -226,4 +223,4 @@ CONTRASTIVE_METHODS: dict[str, Method] = {
 
 def dia_at(t_range: tuple[int, int], dataset: str) -> str:
     """The name of DIA with this range of t: of the dataset's own range it is plain DIA."""
-    return "dia" if t_range == RANGES.get(dataset, USUAL_RANGE) else f"dia_t{t_range[0]}"
+    return "dia" if t_range == RECIPES[dataset].timesteps else f"dia_t{t_range[0]}"

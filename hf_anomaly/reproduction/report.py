@@ -104,7 +104,7 @@ def _section_lines(section: Section, selection: Selection) -> list[str]:
     everything = {(row, method): _results(section, row, method, selection) for row in section.rows for method in section.methods}
     finished = [result for results in everything.values() for result in results.values()]
     protocol = _joined(finished, lambda result: result["protocol"]) if finished else section.protocol
-    title = RECIPES[section.dataset].title if section.dataset in RECIPES else section.dataset
+    title = RECIPES[section.dataset].title
     layout = _lines_by_row if section.paper_of_method is None else _lines_by_method
     lines = [f"## {title}, protocol {protocol}", "", *layout(section, selection, everything)]
     if any(result["protocol"] != section.protocol for result in finished):

@@ -8,12 +8,11 @@ import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager, redirect_stdout, suppress
 from dataclasses import asdict, dataclass
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 
 from accelerate import PartialState
 
-from ..data import load_one_class
 from ..data.recipes import RECIPES
 from ..errors import InputError
 from ..image_processing import AnomalyImageProcessor
@@ -105,8 +104,6 @@ class Selection:
 
     def instructions(self, dataset: str) -> str | None:
         """How to get a dataset that is not there; None if it is."""
-        if dataset not in RECIPES:
-            return f"there is no recipe for {dataset} yet"
         try:
             RECIPES[dataset].locate(self.data_dir)
         except InputError as error:
@@ -171,7 +168,7 @@ def run_cell(cell: Cell, selection: Selection, command: list[str]) -> None:
     folder = Path(selection.output_dir, "work", "-".join(cell.name.parts))
     try:
         with quiet():
-            data = _load(recipe.locate(selection.data_dir), *_data_key(cell))
+            data = _load(selection.data_dir, *_data_key(cell))
             required = [selection.folder(other) for other in method.requires(cell)]
             results = method.run(cell, data, folder, command, required)
     except InputError as error:
@@ -190,6 +187,7 @@ def run_cell(cell: Cell, selection: Selection, command: list[str]) -> None:
             **results,
             "cell": asdict(cell),
             "protocol": data.protocol,
+            "division": data.splits.division.to_dict(),
             "dataset": dataset_label(data.splits.source),
             "subset": recipe.subset(data.splits.source),
             "settings": method.settings(cell),
@@ -207,15 +205,16 @@ def _data_key(cell: Cell) -> tuple:
 
 
 @lru_cache(maxsize=1)
-def _load(source: str, dataset: str, protocol: str, normal_label: str, max_train_images: int | None, seed: int) -> CellData:
-    options = {"normal_label": normal_label, "max_train_images": max_train_images, "seed": seed}
-    splits = load_one_class(source, protocol=protocol, **options)
+def _load(data_dir: str | None, dataset: str, protocol: str, normal_label: str, max_train_images: int | None, seed: int) -> CellData:
+    recipe = RECIPES[dataset]
+    load = partial(recipe.load, data_dir, normal_label, max_train_images=max_train_images, seed=seed)
+    splits = load(protocol=protocol)
     if protocol == "official" and splits.test is None:
         protocol = "stratified"
-        splits = load_one_class(source, protocol=protocol, **options)
+        splits = load(protocol=protocol)
     if splits.test_missing_reason:
         raise InputError(splits.test_missing_reason)
-    return CellData(splits, AnomalyImageProcessor.for_images(RECIPES[dataset].image_size, splits.num_channels), protocol)
+    return CellData(splits, AnomalyImageProcessor.for_images(recipe.image_size, splits.num_channels), protocol)
 
 
 @contextmanager

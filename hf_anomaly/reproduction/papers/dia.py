@@ -1,5 +1,6 @@
 """The tables of DIA. Their numbers are (mean, standard deviation) of the AUROC, or the mean alone, as printed."""
 
+from ...data.recipes import RECIPES
 from ..cells import Number, Section, Table, class_rows
 from ..contrastive import STEP_RANGES, dia_at
 from ..methods import BASELINES
@@ -22,8 +23,15 @@ def sections(numbers: dict[str, dict[str, Number]], methods: tuple[str, ...], ti
 
 
 def section(dataset: str, numbers: dict[str, Number], methods: tuple[str, ...], titles: dict[str, str]) -> Section:
-    rows = class_rows(dataset)
-    return Section(dataset, "official", rows, (*methods, *BASELINES), paper_of_method=numbers, titles=titles, with_mean=False)
+    return Section(
+        dataset,
+        RECIPES[dataset].protocol,
+        class_rows(dataset),
+        (*methods, *BASELINES),
+        paper_of_method=numbers,
+        titles=titles,
+        with_mean=False,
+    )
 
 
 _TABLE_1 = {
