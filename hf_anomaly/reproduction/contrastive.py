@@ -50,6 +50,7 @@ class DissolverLength:
     learning_rate: float
     max_timestep: int
     widths: tuple[int, ...] = (32, 64, 64)
+    layers: int = 1
     gradient_accumulation: int = 1
 
 
@@ -105,6 +106,7 @@ class TrainedDissolver(Method):
             args=stage,
             resolution=self.resolution,
             block_out_channels=length.widths,
+            layers_per_block=length.layers,
             max_timestep=length.max_timestep,
             target=folder,
         )

@@ -173,6 +173,7 @@ def train_dissolver(
     args: DenoisingTrainingArguments,
     resolution: int = 32,
     block_out_channels: tuple[int, ...] = (32, 64, 64),
+    layers_per_block: int = 1,
     max_timestep: int | None = None,
     t_min: int = 30,
     t_max: int = 130,
@@ -185,6 +186,7 @@ def train_dissolver(
     Args:
         train_dataset: normal images, unprepared.
         resolution: the dissolving resolution in pixels; smaller images are padded to the next power of two.
+        block_out_channels, layers_per_block: as in `build_unet`.
         max_timestep: noise levels t < max_timestep are trained; None: up to twice `t_max`, since dissolving uses no others. The paper takes all 1000.
         t_min, t_max: the range that the dissolver will draw from by default.
         target: where it is saved; default `args.output_dir`.
@@ -192,7 +194,7 @@ def train_dissolver(
     """
     resolution = network_resolution(processor.size["height"], resolution)
     set_seed(args.seed)
-    unet, scheduler = build_unet(resolution, processor.num_channels, block_out_channels), build_scheduler()
+    unet, scheduler = build_unet(resolution, processor.num_channels, block_out_channels, layers_per_block), build_scheduler()
     DiffusionDissolver(unet, scheduler, t_min, t_max)  # refuses a bad range now, not after the training
     max_timestep = min(2 * t_max, scheduler.config.num_train_timesteps) if max_timestep is None else max_timestep
     if t_max >= max_timestep:
