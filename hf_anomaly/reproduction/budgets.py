@@ -18,16 +18,22 @@ class Budget:
 
     Attributes:
         max_rows, max_seeds: what is run of each section; None: all.
+        max_image_size: larger images are shrunk to this, in pixels; None: they are not.
     """
 
     title: str
     max_rows: int | None = None
     max_seeds: int | None = None
+    max_image_size: int | None = None
+
+    def image_size(self, size: int) -> int:
+        """What images of this size are shrunk to."""
+        return min(size, self.max_image_size or size)
 
 
 BUDGETS = {
-    "smoke": Budget("smoke: a few steps, which say that it runs and nothing about the method", max_rows=1, max_seeds=1),
-    "laptop": Budget("laptop: at most about three minutes of a CPU core a cell"),
+    "smoke": Budget("smoke: a few steps, which say that it runs and nothing about the method", max_rows=1, max_seeds=1, max_image_size=32),
+    "laptop": Budget("laptop: at most about three minutes of a CPU core a cell, images of at most 64 px", max_image_size=64),
     "paper": Budget("paper: as long as it takes"),
 }
 
@@ -98,11 +104,13 @@ class Method(ABC):
     Attributes:
         title: its name in reports.
         keeps_folder: whether other cells need the folder that it writes.
+        least_image_size: at a budget with smaller images it would not be what its title says, and is not run.
     """
 
     title: str
     is_implemented: bool = True
     keeps_folder: bool = False
+    least_image_size: int = 0
 
     @abstractmethod
     def settings(self, cell) -> dict:

@@ -1,5 +1,6 @@
 """What a table consists of: datasets × rows × methods × seeds, and the paper's numbers."""
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import PurePath
 
@@ -85,6 +86,7 @@ class Table:
         paper: where the paper's numbers are from.
         notes: what a reader has to know, a sentence each.
         is_curve: whether its rows are points on a logarithmic axis of training images, to be drawn.
+        computed: gives the lines, title → entry, of a table that has no cells but is computed.
     """
 
     id: str
@@ -93,6 +95,7 @@ class Table:
     sections: tuple[Section, ...]
     notes: tuple[str, ...] = ()
     is_curve: bool = False
+    computed: Callable[[], list[dict[str, str]]] | None = None
 
 
 def class_rows(dataset: str, labels: tuple[str, ...] | None = None) -> tuple[Row, ...]:

@@ -81,6 +81,10 @@ class TrainedDissolver(Method):
     share: float = 1.0
     keeps_folder = True
 
+    @property
+    def least_image_size(self) -> int:
+        return 0 if self.resolution == 32 else self.resolution
+
     def settings(self, cell) -> dict:
         length = asdict(DISSOLVER_LENGTHS[cell.budget])
         length["batch_size"] = length.pop("batch_sizes")[self.resolution]
@@ -168,6 +172,11 @@ class Contrastive(Method):
     detector: dict[str, str] = field(default_factory=dict)
     batch_factor: float = 1.0
 
+    @property
+    def least_image_size(self) -> int:
+        """Below its resolution dissolving would be that of a smaller one; only the usual 32 px are padded to."""
+        return 0 if self.dissolving is None or self.dissolving.resolution == 32 else self.dissolving.resolution
+
     def requires(self, cell) -> tuple:
         model = None if self.dissolving is None else self.dissolving.model
         return () if model is None else (replace(cell, method=model),)
@@ -200,25 +209,38 @@ def _as_json(settings: dict) -> dict:
     return json.loads(json.dumps(settings))
 
 
-_KERNELS = {"gaussian": (3, 7, 11), "median": (3, 7, 11)}
-_NAMES = {"gaussian": "Gaussian", "median": "median"}
+_KERNELS = (3, 7, 11)
+_BLURS = {"gaussian": "Gaussian", "median": "median"}
+TYPICAL_KERNELS = {"gaussian": 7, "median": 3}  # of the tables that vary something else
+_LARGER = (64, 128)  # px
 CONTRASTIVE_METHODS: dict[str, Method] = {
     "dissolver": TrainedDissolver("diffusion model"),
+    "dissolver_10_percent": TrainedDissolver("diffusion model of 10 % of the images", share=0.1),
+    **{f"dissolver_{size}px": TrainedDissolver(f"diffusion model at {size} px", resolution=size) for size in _LARGER},
     "csi": Contrastive("CSI"),
     "csi_larger_batch": Contrastive("CSI-1.5: a batch 1.5 times as large", batch_factor=1.5),
     "dia": Contrastive("DIA", Dissolving()),
     "dia_b": Contrastive("DIA-(b): twins out of the denominator", Dissolving(), {"similarity_design": "b"}),
     "dia_perm": Contrastive("DIA, perm", Dissolving(), {"shift": "perm"}),
     **{f"dia_t{low}": Contrastive(f"DIA, t {low} to {high}", Dissolving(t_range=(low, high))) for low, high in STEP_RANGES},
+    "dia_10_percent": Contrastive("DIA, diffusion model of 10 % of the images", Dissolving(model="dissolver_10_percent")),
     **{
-        f"dia_{kind}_{kernel}": Contrastive(f"DIA, {_NAMES[kind]} blur, kernel {kernel}", blur(kind, kernel))
-        for kind, kernels in _KERNELS.items()
-        for kernel in kernels
+        f"dia_{size}px": Contrastive(f"DIA, dissolved at {size} px", Dissolving(resolution=size, model=f"dissolver_{size}px"))
+        for size in _LARGER
     },
     **{
-        f"dia_{kind}_{kernel}_perm": Contrastive(f"DIA, {_NAMES[kind]} blur, kernel {kernel}, perm", blur(kind, kernel), {"shift": "perm"})
-        for kind, kernels in _KERNELS.items()
-        for kernel in kernels[:2]
+        f"dia_{kind}_{kernel}": Contrastive(f"DIA, {title} blur, kernel {kernel}", blur(kind, kernel))
+        for kind, title in _BLURS.items()
+        for kernel in _KERNELS
+    },
+    **{
+        f"dia_{kind}_{kernel}_perm": Contrastive(f"DIA, {_BLURS[kind]} blur, kernel {kernel}, perm", blur(kind, kernel), {"shift": "perm"})
+        for kind, kernel in TYPICAL_KERNELS.items()
+    },
+    **{
+        f"dia_{kind}_{kernel}_{size}px": Contrastive(f"DIA, {_BLURS[kind]} blur, kernel {kernel}, at {size} px", blur(kind, kernel, size))
+        for kind, kernel in TYPICAL_KERNELS.items()
+        for size in _LARGER
     },
 }
 

@@ -14,7 +14,7 @@ from ..errors import InputError
 from .budgets import BUDGETS
 from .cells import MEAN, Number, Row, Section, Table
 from .methods import BASELINES, METHODS
-from .running import ABSENT, NOT_IMPLEMENTED, PENDING, Selection
+from .running import ABSENT, NOT_IMPLEMENTED, PENDING, TOO_LARGE, Selection
 
 NOTHING = "–"
 CSV_FIELDS = (
@@ -35,13 +35,31 @@ def write_report(table: Table, selection: Selection, command: list[str], *, draw
     """
     stem = Path(selection.output_dir, table.id.replace("/", "-"))
     stem.parent.mkdir(parents=True, exist_ok=True)
-    files = [
-        _write(stem.with_suffix(".md"), markdown(table, selection, command)),
-        _write(stem.with_suffix(".csv"), cells_csv(table, selection)),
-    ]
+    pages = (markdown(table, selection, command), cells_csv(table, selection)) if table.computed is None else _computed(table, command)
+    files = [_write(stem.with_suffix(suffix), text) for suffix, text in zip((".md", ".csv"), pages, strict=True)]
     if draw and table.is_curve and any(_curves(section, selection) for section in table.sections):
         files.append(plot(table, selection, stem.with_suffix(".png")))
     return files
+
+
+def _computed(table: Table, command: list[str]) -> tuple[str, str]:
+    """Markdown and CSV of a table without cells."""
+    entries = table.computed()
+    lines = [f"# {table.id}: {table.title}", "", f"The paper: {table.paper}.", *table.notes, ""]
+    lines += _markdown_table(list(entries[0]), [list(line.values()) for line in entries])
+    text = io.StringIO()
+    writer = csv.DictWriter(text, list(entries[0]), lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(entries)
+    return "\n".join([*lines, "", *_command_lines(command)]), text.getvalue()
+
+
+def _markdown_table(titles: list[str], rows: list[list[str]]) -> list[str]:
+    return ["| " + " | ".join(entries) + " |" for entries in (titles, ["---"] * len(titles), *rows)]
+
+
+def _command_lines(command: list[str]) -> list[str]:
+    return ["The command:", "", f"    {shown_command(command)}", ""]
 
 
 def _write(path: Path, text: str) -> Path:
@@ -72,6 +90,8 @@ def mean_and_std(values: dict[int, float], seeds: tuple[int, ...]) -> str:
 def _entry(method: str, selection: Selection, values: dict[int, float]) -> str:
     if not METHODS[method].is_implemented:
         return NOT_IMPLEMENTED
+    if selection.is_too_large(method):
+        return TOO_LARGE
     return mean_and_std(values, _seeds(selection)) if values else PENDING
 
 
@@ -97,7 +117,7 @@ def markdown(table: Table, selection: Selection, command: list[str]) -> str:
     lines += [f"Budget {BUDGETS[selection.budget].title}. The paper: {table.paper}.", *table.notes, ""]
     for section in table.sections:
         lines += [*_section_lines(section, selection), ""]
-    return "\n".join([*lines, "The command:", "", f"    {shown_command(command)}", ""])
+    return "\n".join([*lines, *_command_lines(command)])
 
 
 def _section_lines(section: Section, selection: Selection) -> list[str]:
@@ -131,7 +151,7 @@ def _lines_by_method(section: Section, selection: Selection, everything: dict) -
     """A line a method, of a section with one row."""
     (row,) = section.rows
     titles = ["", "paper", "AUROC", "average precision", "FPR at 95 % TPR", "steps", "seconds a cell"]
-    lines = ["| " + " | ".join(titles) + " |", "|" + "---|" * len(titles)]
+    rows = []
     finished = [result for method in section.methods for result in everything[row, method].values()]
     for method in section.methods:
         of_seeds, paper = everything[row, method], section.paper_of_method.get(method)
@@ -141,8 +161,8 @@ def _lines_by_method(section: Section, selection: Selection, everything: dict) -
         results = list(of_seeds.values())
         entries.append(_joined(results, lambda result: str(result["steps"])))
         entries.append(f"{np.mean([result['seconds'] for result in results]):.0f}" if results else NOTHING)
-        lines.append("| " + " | ".join(entries) + " |")
-    lines.append("")
+        rows.append(entries)
+    lines = [*_markdown_table(titles, rows), ""]
     if finished:
         train, test, hashes = _data_entries(finished)
         lines.append(f"Images: {train} (train + calibration), {test} (test: normal + anomalous); split hashes {hashes}.")

@@ -25,6 +25,7 @@ from .methods import METHODS
 logger = logging.getLogger(__name__)
 
 FINISHED, PENDING, ABSENT, NOT_IMPLEMENTED = "finished", "not run", "no data", "not implemented"
+TOO_LARGE = "needs a larger budget"
 
 
 @dataclass(frozen=True)
@@ -98,9 +99,16 @@ class Selection:
     def status(self, cell: Cell) -> str:
         if not METHODS[cell.method].is_implemented:
             return NOT_IMPLEMENTED
+        if self.is_too_large(cell.method):
+            return TOO_LARGE
         if self.result(cell) is not None:
             return FINISHED
         return PENDING if self.instructions(cell.dataset) is None else ABSENT
+
+    def is_too_large(self, method: str) -> bool:
+        """Whether the budget shrinks images to less than the method needs."""
+        least = METHODS[method].least_image_size
+        return BUDGETS[self.budget].image_size(least) < least
 
     def instructions(self, dataset: str) -> str | None:
         """How to get a dataset that is not there; None if it is."""
@@ -152,7 +160,7 @@ def run_table(table: Table, selection: Selection, command: list[str]) -> None:
     process = PartialState()
     process.wait_for_everyone()  # nobody finishes a cell before everybody has seen what is to do
     with logging_redirect_tqdm():
-        progress = tqdm(pending, desc=table.id, unit="cell", disable=not process.is_main_process)
+        progress = tqdm(pending, desc=table.id, unit="cell", disable=not process.is_main_process or not pending)
         for cell in progress:
             progress.set_postfix_str(f"{cell.dataset} {cell.normal_label} {cell.method} seed {cell.seed}")
             run_cell(cell, selection, command)
@@ -187,6 +195,7 @@ def run_cell(cell: Cell, selection: Selection, command: list[str]) -> None:
             **results,
             "cell": asdict(cell),
             "protocol": data.protocol,
+            "image_size": data.processor.size["height"],
             "division": data.splits.division.to_dict(),
             "dataset": dataset_label(data.splits.source),
             "subset": recipe.subset(data.splits.source),
@@ -201,11 +210,13 @@ def run_cell(cell: Cell, selection: Selection, command: list[str]) -> None:
 
 
 def _data_key(cell: Cell) -> tuple:
-    return cell.dataset, cell.protocol, cell.normal_label, cell.max_train_images, cell.seed
+    return cell.dataset, cell.protocol, cell.normal_label, cell.max_train_images, cell.seed, cell.budget
 
 
 @lru_cache(maxsize=1)
-def _load(data_dir: str | None, dataset: str, protocol: str, normal_label: str, max_train_images: int | None, seed: int) -> CellData:
+def _load(
+    data_dir: str | None, dataset: str, protocol: str, normal_label: str, max_train_images: int | None, seed: int, budget: str
+) -> CellData:
     recipe = RECIPES[dataset]
     load = partial(recipe.load, data_dir, normal_label, max_train_images=max_train_images, seed=seed)
     splits = load(protocol=protocol)
@@ -214,7 +225,8 @@ def _load(data_dir: str | None, dataset: str, protocol: str, normal_label: str, 
         splits = load(protocol=protocol)
     if splits.test_missing_reason:
         raise InputError(splits.test_missing_reason)
-    return CellData(splits, AnomalyImageProcessor.for_images(recipe.image_size, splits.num_channels), protocol)
+    image_size = BUDGETS[budget].image_size(recipe.image_size)
+    return CellData(splits, AnomalyImageProcessor.for_images(image_size, splits.num_channels), protocol)
 
 
 @contextmanager
