@@ -146,6 +146,16 @@ def test_the_protocol_is_told(folder):
         assert words in body
 
 
+def test_intervals_and_further_metrics_are_told_where_they_were_measured(folder):
+    more = {"auroc_interval": [0.81, 0.92], "interval_confidence": 0.95, "balanced_accuracy_at_threshold": 0.7, "aupro": 0.6}
+    body, data = card(folder, {**RESULTS, **more})
+    check_whole(body)
+    assert "| AUROC | 0.8765 (95% interval 0.8100 to 0.9200) |\n" in body
+    assert "| AUPRO | 0.6000 |\n" in body
+    metrics = data["model-index"][0]["results"][0]["metrics"]
+    assert {m["type"]: m["value"] for m in metrics}.items() >= {"aupro": 0.6, "balanced_accuracy": 0.7, "roc_auc": 0.8765}.items()
+
+
 def test_results_of_other_seeds_join_in_a_table(folder):
     folder.mkdir()
     others = [{**RESULTS, "seed": seed, "auroc": auroc, "split_hash": "f" * 64} for seed, auroc in ((5, 0.9), (44, 0.8))]

@@ -147,7 +147,7 @@ def write_card(
         known=known,
         protocol=_protocol(results.get("division") or {}),
         results=results,
-        rows=[(name, f"{results[key]:.4f}") for key, (_, name) in METRICS.items() if results.get(key) is not None],
+        rows=[(name, _with_interval(results, key)) for key, (_, name) in METRICS.items() if results.get(key) is not None],
         runs=_table_of_runs(results, other_runs),
         reason=plain(results.get("reason", "")),
         calibrated=model.calibration.is_calibrated,
@@ -162,6 +162,12 @@ def write_card(
         version=__version__,
     )
     _save(card, folder, {"license": license, "datasets": [dataset_id] if dataset_id else None})
+
+
+def _with_interval(results: dict, key: str) -> str:
+    interval = results.get(f"{key}_interval")
+    tail = "" if interval is None else f" ({results['interval_confidence']:.0%} interval {interval[0]:.4f} to {interval[1]:.4f})"
+    return f"{results[key]:.4f}{tail}"
 
 
 def _protocol(division: dict) -> str:

@@ -21,6 +21,10 @@ METRICS = {  # key in eval_results.json → metric id and name
     "auroc": ("roc_auc", "AUROC"),
     "average_precision": ("average_precision", "Average precision"),
     "fpr_at_95_tpr": ("fpr_at_95_tpr", "FPR at 95 % TPR"),
+    "balanced_accuracy_at_threshold": ("balanced_accuracy", "Balanced accuracy at the threshold"),
+    "pixel_auroc": ("pixel_roc_auc", "Pixel AUROC"),
+    "pixel_average_precision": ("pixel_average_precision", "Pixel average precision"),
+    "aupro": ("aupro", "AUPRO"),
 }
 OUTDATED = (
     "## Results\n\nThe detector was fitted or calibrated again after this card was written: the results no longer hold and were taken out. The images "
