@@ -9,26 +9,28 @@ from transformers import BatchFeature
 from transformers.image_processing_backends import PilBackend
 from transformers.image_utils import PILImageResampling
 
-from .data.transforms import check_eight_bits, upright
+from .data.formats import FULL, Window, apply_window, check_depth, check_window, to_eight_bits
+from .data.transforms import upright
 from .detector import AnomalyDetectorOutput
 from .errors import InputError
 from .ops.maps import resize_maps
 from .saving import auto_map, write_remote_code
 
 
-def to_eight_bit_image(image: "PIL.Image.Image | np.ndarray | torch.Tensor", name: str = "image") -> PIL.Image.Image:
+def to_eight_bit_image(image: "PIL.Image.Image | np.ndarray | torch.Tensor", name: str = "image", window: Window = None) -> PIL.Image.Image:
     """A PIL image of 8 bits a channel, upright.
 
     Args:
-        image: a PIL image of any 8-bit mode, or an array (H, W), (H, W, C) or (C, H, W) of uint8 or of floats in [0, 1].
+        image: a PIL image, or an array (H, W), (H, W, C) or (C, H, W) of uint8 or of floats in [0, 1]; with a window also of 16-bit integers.
         name: how an error calls it.
+        window: for more than 8 bits, see `Reading`.
 
     Raises:
-        InputError: more than 8 bits, NaN or infinite values, floats outside [0, 1], or a shape that is no image's.
+        InputError: more than 8 bits without a window, NaN or infinite values, floats outside [0, 1], or a shape that is no image's.
     """
     if isinstance(image, PIL.Image.Image):
-        check_eight_bits(image, name)
-        return upright(image)
+        check_depth(image, name, window)
+        return to_eight_bits(upright(image), window, name)
     array = image.detach().cpu().numpy() if isinstance(image, torch.Tensor) else np.asarray(image)
     if array.ndim == 3 and array.shape[0] in (1, 3, 4) and array.shape[-1] not in (1, 3, 4):
         array = np.moveaxis(array, 0, -1)
@@ -44,8 +46,11 @@ def to_eight_bit_image(image: "PIL.Image.Image | np.ndarray | torch.Tensor", nam
         array = np.rint(array * 255).astype(np.uint8)
     elif array.dtype == bool:
         array = array.astype(np.uint8) * 255
+    elif array.dtype in (np.uint16, np.int16) and window is not None:
+        limits = np.iinfo(array.dtype)
+        array = apply_window(array, *((limits.min, limits.max) if window == FULL else window))
     elif array.dtype != np.uint8:
-        raise InputError(f"{name} has dtype {array.dtype}: give uint8 or floats in [0, 1]")
+        raise InputError(f"{name} has dtype {array.dtype}: give uint8 or floats in [0, 1], or 16-bit integers and the processor a window")
     return PIL.Image.fromarray(array)
 
 
@@ -53,6 +58,7 @@ class AnomalyImageProcessor(PilBackend):
     """Images of any mode and size → `pixel_values` (B, C, H, W) float32 in [−1, 1].
 
     Gray when `do_convert_rgb` is False, RGB otherwise; transparency is dropped. The whole image is resized to `size`, without keeping its aspect.
+    `window`, (low, high) or "full", is what becomes black and white of images of more than 8 bits; None refuses them. See `data.formats.Reading`.
     Build it with `AnomalyImageProcessor.for_images(image_size, num_channels)`.
     """
 
@@ -65,11 +71,18 @@ class AnomalyImageProcessor(PilBackend):
     do_resize = True
     do_rescale = True
     do_normalize = True
+    window: Window = None
+
+    def __init__(self, *, window: Window = None, **kwargs):
+        super().__init__(**kwargs)
+        check_window(window)
+        self.window = window if window is None or isinstance(window, str) else [float(value) for value in window]
 
     @classmethod
-    def for_images(cls, image_size: int, num_channels: int) -> "AnomalyImageProcessor":
-        """The processor that goes with a detector of this size and number of channels."""
+    def for_images(cls, image_size: int, num_channels: int, window: Window = None) -> "AnomalyImageProcessor":
+        """The processor that goes with a detector of this size and number of channels; `window` for images of more than 8 bits."""
         return cls(
+            window=window,
             size={"height": image_size, "width": image_size},
             do_convert_rgb=num_channels == 3,
             image_mean=[0.5] * num_channels,
@@ -99,7 +112,7 @@ class AnomalyImageProcessor(PilBackend):
         # transformers' own takes no (H, W) arrays.
         images = self.fetch_images(images)
         images = images if isinstance(images, list) or getattr(images, "ndim", 0) == 4 else [images]
-        return [to_eight_bit_image(image, f"images[{i}]") for i, image in enumerate(images)]
+        return [to_eight_bit_image(image, f"images[{i}]", self.window) for i, image in enumerate(images)]
 
     def process_image(self, image, do_convert_rgb=None, input_data_format=None, **kwargs) -> np.ndarray:
         mode, size = "RGB" if do_convert_rgb else "L", self.size

@@ -13,6 +13,7 @@ import torch
 from torch.utils.data import DataLoader, Dataset, IterableDataset
 from transformers import Pipeline
 
+from .data.formats import Window
 from .data.transforms import decode_image
 from .detector import AnomalyDetector, AnomalyDetectorOutput
 from .errors import InputError
@@ -137,7 +138,7 @@ class AnomalyDetectionPipeline(Pipeline):
         for _, image in images:
             if isinstance(image, InputError):  # its row could not be read
                 raise image
-        decoded = [_decode(image, name, timeout) for name, image in images]
+        decoded = [_decode(image, name, timeout, getattr(self.image_processor, "window", None)) for name, image in images]
         pixel_values = self.image_processor(images=decoded, return_tensors="pt")["pixel_values"]
         return {"pixel_values": pixel_values, "target_sizes": np.array([image.size[::-1] for image in decoded])}
 
@@ -217,15 +218,15 @@ def _images(inputs) -> tuple[Dataset, bool | None]:
     raise InputError(f"a {type(inputs).__name__} is no image: give a path, a URL, a PIL image, an array, or several of them")
 
 
-def _decode(image, name: str, timeout: float) -> PIL.Image.Image:
+def _decode(image, name: str, timeout: float, window: Window = None) -> PIL.Image.Image:
     if isinstance(image, str) and image.startswith(("http://", "https://")):
-        return decode_image({"bytes": _download(image, timeout)}, image)
+        return decode_image({"bytes": _download(image, timeout)}, image, window)
     if isinstance(image, (str, os.PathLike)):
-        return decode_image({"path": os.fspath(image)}, name)
+        return decode_image({"path": os.fspath(image)}, name, window)
     if isinstance(image, PIL.Image.Image):
-        return decode_image(image, getattr(image, "filename", None) or name)
+        return decode_image(image, getattr(image, "filename", None) or name, window)
     if isinstance(image, (np.ndarray, torch.Tensor)):
-        return to_eight_bit_image(image, name)
+        return to_eight_bit_image(image, name, window)
     raise InputError(f"{name} is a {type(image).__name__}: give a path, a URL, a PIL image or an array")
 
 

@@ -76,7 +76,7 @@ def run(args: Namespace) -> None:
     def images() -> Iterator:
         for name, read in (pair for source in sources for pair in source):
             try:
-                image = read()
+                image = read(processor.window)
             except InputError as error:
                 if args.on_error == "stop":
                     raise
@@ -120,7 +120,7 @@ def run(args: Namespace) -> None:
 
 
 class Files:
-    """Image files: pairs (name, how to read it)."""
+    """Image files: pairs (name, how to read it with a window)."""
 
     def __init__(self, paths: list[str]):
         self.paths, self.count = paths, len(paths)
@@ -128,7 +128,7 @@ class Files:
     def __iter__(self) -> Iterator[tuple[str, Callable]]:
         from ..data import decode_image
 
-        return ((path, lambda path=path: decode_image({"path": path}, path)) for path in self.paths)
+        return ((path, lambda window, path=path: decode_image({"path": path}, path, window)) for path in self.paths)
 
 
 class Rows:
@@ -150,7 +150,10 @@ class Rows:
         with hub_errors(self.source, reading=True):
             for i, row in enumerate(self.dataset):
                 name = f"row {i} of split {self.split!r}"
-                yield f"{self.split}/{i}", lambda value=row[self.column], name=name: decode_image(with_bytes(value, self.source), name)
+                yield (
+                    f"{self.split}/{i}",
+                    lambda window, value=row[self.column], name=name: decode_image(with_bytes(value, self.source), name, window),
+                )
 
 
 def _sources(args: Namespace) -> Iterable[Files | Rows]:
@@ -178,11 +181,14 @@ def _image_suffixes() -> set[str]:
 
 
 def _in_folder(folder: str) -> list[str]:
+    from ..data.formats import is_medical
+
     suffixes = _image_suffixes()
     paths = []
     for root, subfolders, names in os.walk(folder, followlinks=True):
         subfolders[:] = sorted(name for name in subfolders if not name.startswith("."))
-        paths += (os.path.join(root, name) for name in sorted(names) if not name.startswith(".") and Path(name).suffix.lower() in suffixes)
+        named = (name for name in sorted(names) if not name.startswith("."))
+        paths += (os.path.join(root, name) for name in named if Path(name).suffix.lower() in suffixes or is_medical(name))
     if not paths:
         raise InputError(f"{folder} holds no images; check the path")
     return paths

@@ -30,6 +30,7 @@ def run(argv: list[str]) -> None:
     import torch
 
     from ..data import load_unlabelled
+    from ..errors import InputError
     from ..report import write_report
     from ..training import DataArguments, parse_arguments
     from ..training.commands.evaluate import load_for_evaluation
@@ -51,6 +52,8 @@ def run(argv: list[str]) -> None:
         device: str = field(default="cuda" if torch.cuda.is_available() else "cpu", metadata={"help": "Device to score on."})
 
     args, data_args = parse_arguments(ReportArguments, DataArguments, description=HELP, program="hf-anomaly report", argv=argv)
+    if data_args.streaming:
+        raise InputError("the page shows images out of the dataset, which --streaming does not keep: leave it out")
     about = {"data_name": dataset_label(data_args.dataset_name), "has_labels": not args.unlabelled}
     if args.unlabelled:
         model, processor = load_detector(args.model, args.revision)

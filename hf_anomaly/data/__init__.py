@@ -1,8 +1,10 @@
 """Any source of images as one-class splits, and the way from a row to `pixel_values`."""
 
+from .formats import Reading, read_image
 from .loading import OneClassSplits, check_images, load_one_class, load_unlabelled
 from .protocols import Division
 from .recipes import RECIPES, DatasetRecipe, find_recipe
+from .streaming import stream_one_class
 from .transforms import PixelTransform, collate, decode_image, prepare
 
 __all__ = [
@@ -11,6 +13,7 @@ __all__ = [
     "OneClassSplits",
     "PixelTransform",
     "RECIPES",
+    "Reading",
     "check_images",
     "collate",
     "decode_image",
@@ -18,4 +21,6 @@ __all__ = [
     "load_one_class",
     "load_unlabelled",
     "prepare",
+    "read_image",
+    "stream_one_class",
 ]

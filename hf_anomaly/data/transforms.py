@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,6 +14,7 @@ import PIL.ImageOps
 import torch
 
 from ..errors import InputError
+from .formats import Window, check_depth, is_medical, read_image, to_eight_bits
 
 if TYPE_CHECKING:
     import datasets
@@ -34,33 +34,23 @@ def _unreadable(value: Any, where: str, error: Exception) -> InputError:
     return InputError(f"{_name(value, where)}: unreadable image ({' '.join(reason.split())}); remove it or replace it by an intact one")
 
 
-def check_eight_bits(image: PIL.Image.Image, name: str) -> None:
-    """Refuses an image of more than 8 bits a channel. PIL drops the lower bits of 16-bit colour while decoding, so look before.
-
-    Raises:
-        InputError: a 16-bit, 32-bit or float image.
-    """
-    # ";16B", ";16L", ";16N" in a file's raw mode are 16-bit channels; BMP's "BGR;16" is 16 bits a pixel.
-    raw_modes = (re.search(r"\w+;16[BLN]", str(tile[3])) for tile in getattr(image, "tile", ()))
-    wide = [image.mode] if image.mode[0] in "IF" else [raw.group() for raw in raw_modes if raw]
-    if wide:  # PIL's convert() would clip them to 255 without a word
-        raise InputError(f"{name}: 16-bit, 32-bit or float image (mode {wide[0]!r}); convert it to 8 bits, with a window of your choice")
-
-
-def open_image(value: dict[str, Any] | PIL.Image.Image | np.ndarray, where: str) -> PIL.Image.Image:
-    """Opens an image without decoding its pixels and refuses more than 8 bits a channel.
+def open_image(value: dict[str, Any] | PIL.Image.Image | np.ndarray, where: str, window: Window = None) -> PIL.Image.Image:
+    """Opens an image without decoding its pixels and refuses more than 8 bits a channel, unless there is a window. DICOM and NIfTI files are decoded.
 
     Args:
         value: `{"bytes", "path"}` as `datasets.Image(decode=False)` gives it; a PIL image; or a uint8 array (H, W), (H, W, 1) or (H, W, 3).
         where: what to call the image in an error if it has no path, such as `"row 17 of split 'train'"`.
+        window: see `Reading`.
 
     Raises:
-        InputError: missing or unreadable image, array of another shape or type, or a 16-bit, 32-bit or float image.
+        InputError: missing or unreadable image, array of another shape or type, or a 16-bit, 32-bit or float image without a window.
     """
     if isinstance(value, np.ndarray):
         if value.dtype != np.uint8 or value.ndim not in (2, 3) or value.shape[2:] not in ((), (1,), (3,)):
             raise InputError(f"{where}: an array must be uint8 of shape (H, W), (H, W, 1) or (H, W, 3), not {value.dtype} {value.shape}")
         return PIL.Image.fromarray(value[:, :, 0] if value.shape[2:] == (1,) else value)
+    if isinstance(value, dict) and value.get("bytes") is None and value.get("path") is not None and is_medical(value["path"]):
+        return read_image(value["path"], window)
     if isinstance(value, PIL.Image.Image):
         image = value
     elif isinstance(value, dict) and (value.get("bytes") is not None or value.get("path") is not None):
@@ -70,7 +60,7 @@ def open_image(value: dict[str, Any] | PIL.Image.Image | np.ndarray, where: str)
             raise _unreadable(value, where, error) from error
     else:
         raise InputError(f"{where}: the image is missing; remove the row")
-    check_eight_bits(image, _name(value, where))
+    check_depth(image, _name(value, where), window)
     return image
 
 
@@ -79,20 +69,23 @@ def upright(image: PIL.Image.Image) -> PIL.Image.Image:
     return image if image.getexif().get(PIL.ExifTags.Base.Orientation, 1) == 1 else PIL.ImageOps.exif_transpose(image)
 
 
-def decode_image(value: dict[str, Any] | PIL.Image.Image | np.ndarray, where: str) -> PIL.Image.Image:
-    """Decodes one image, upright: the EXIF orientation is applied. The mode (L, RGB, P, …) stays; converting it is the processor's part.
+def decode_image(value: dict[str, Any] | PIL.Image.Image | np.ndarray, where: str, window: Window = None) -> PIL.Image.Image:
+    """Decodes one image, upright: the EXIF orientation is applied. The mode (L, RGB, P, …) of 8 bits stays; converting it is the processor's part.
 
     Args:
         value: `{"bytes", "path"}` as `datasets.Image(decode=False)` gives it; a PIL image; or a uint8 array (H, W), (H, W, 1) or (H, W, 3).
         where: what to call the image in an error if it has no path, such as `"row 17 of split 'train'"`.
+        window: what becomes 0 and 255 of an image of more than 8 bits a channel, see `Reading`.
 
     Raises:
-        InputError: missing, unreadable or truncated image, or more than 8 bits a channel.
+        InputError: missing, unreadable or truncated image, or more than 8 bits a channel and no window.
     """
-    image = open_image(value, where)
+    image = open_image(value, where, window)
     try:
         image.load()
-        return upright(image)
+        return to_eight_bits(upright(image), window, _name(value, where))
+    except InputError:
+        raise
     except Exception as error:  # as in open_image
         raise _unreadable(value, where, error) from error
 
@@ -109,7 +102,8 @@ class PixelTransform:
       RGB images which were saved at the model's size, so they are only rescaled: x / 127.5 - 1.
 
     Args:
-        processor: an image processor, called as `processor(images=[PIL, …], return_tensors="pt")["pixel_values"]`.
+        processor: an image processor, called as `processor(images=[PIL, …], return_tensors="pt")["pixel_values"]`; its `window`, if it has one, is that
+            of images of more than 8 bits.
         extra_columns: further columns to hand on unchanged.
 
     Raises:
@@ -128,7 +122,8 @@ class PixelTransform:
         names = (
             [f"row {row}" for row in batch["row"]] if "row" in batch else [f"image {i} of the batch" for i in range(len(batch["image"]))]
         )
-        images = [decode_image(value, name) for value, name in zip(batch["image"], names, strict=True)]
+        window = getattr(self.processor, "window", None)
+        images = [decode_image(value, name, window) for value, name in zip(batch["image"], names, strict=True)]
         features: dict[str, list[Any]] = {"pixel_values": list(self.processor(images=images, return_tensors="pt")["pixel_values"].float())}
         if "label" in batch:
             features["labels"] = batch["label"]
@@ -160,18 +155,28 @@ def _undecoded(feature: Any) -> Any:
     return feature
 
 
-def prepare(dataset: datasets.Dataset, processor: Callable[..., Any], extra_columns: Sequence[str] = ()) -> datasets.Dataset:
-    """The dataset with a `PixelTransform`: its rows become `pixel_values`, `labels` and so on when they are read.
+def prepare(
+    dataset: datasets.Dataset | datasets.IterableDataset, processor: Callable[..., Any], extra_columns: Sequence[str] = ()
+) -> datasets.Dataset | datasets.IterableDataset:
+    """The dataset with a `PixelTransform`: its rows become `pixel_values`, `labels` and so on when they are read, also those of a stream.
 
     Image columns are left encoded first, so that an unreadable image is named by `PixelTransform`.
 
     Raises:
         InputError: when read, as `PixelTransform`.
     """
+    import datasets
+
+    transform = PixelTransform(processor, extra_columns)
+    is_stream = isinstance(dataset, datasets.IterableDataset)
+    if is_stream and dataset.features is None:
+        dataset = dataset._resolve_features()
+    columns = list(dataset.features)
     for column, feature in dataset.features.items():
         if _undecoded(feature) != feature:
             dataset = dataset.cast_column(column, _undecoded(feature))
-    return dataset.with_transform(PixelTransform(processor, extra_columns))
+    # A stream has no transforms. Its batches are small: they are read ahead.
+    return dataset.map(transform, batched=True, batch_size=16, remove_columns=columns) if is_stream else dataset.with_transform(transform)
 
 
 def collate(features: list[dict[str, Any]]) -> dict[str, torch.Tensor]:

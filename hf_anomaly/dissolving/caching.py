@@ -63,7 +63,10 @@ def dissolve_dataset(
         timesteps = timesteps.view(len(dataset), num_variants)
 
     def dissolve(batch: dict[str, list], indices: list[int]) -> dict[str, list]:
-        images = [decode_image(value, f"row {index}") for value, index in zip(batch["image"], indices, strict=True)]
+        images = [
+            decode_image(value, f"row {index}", getattr(processor, "window", None))
+            for value, index in zip(batch["image"], indices, strict=True)
+        ]
         pixel_values = processor(images=images, return_tensors="pt")["pixel_values"].to(dissolver.device)
         if pixel_values.shape[1] not in (1, 3):
             raise InputError(f"the processor gives {pixel_values.shape[1]} channels: dissolved images are stored with 1 (gray) or 3 (RGB)")

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 
 from transformers import HfArgumentParser, TrainingArguments
 
+from ..data.formats import Reading, parse_window
 from ..data.recipes import DatasetRecipe, find_recipe
 from ..errors import InputError
 
@@ -141,11 +142,40 @@ class DataArguments:
         },
     )
     max_train_images: int | None = field(default=None, metadata={"help": "Train on this many normal images, drawn with the seed."})
+    window: list[str] | None = field(
+        default=None,
+        metadata={
+            "help": "Images of more than 8 bits: LOW HIGH, the values (of DICOM after rescaling, such as Hounsfield units) that become black and white, or "
+            "full, the whole range. Default: the window in a DICOM file's header; other such images are refused.",
+        },
+    )
+    slice_axis: int = field(default=2, metadata={"help": "NIfTI volumes are sliced along it: 0 sagittal, 1 coronal, 2 axial."})
+    central_slices: int | None = field(
+        default=None,
+        metadata={"help": "So many slices around the middle of a NIfTI volume or a DICOM file of several frames. Default: all."},
+    )
+    streaming: bool = field(
+        default=False,
+        metadata={
+            "help": "Read the images as a stream, for more than fit into memory or onto the disk: parquet files and Hub datasets. The first normals, "
+            "see --stream_head, calibrate and are compared with."
+        },
+    )
+    stream_head: int = field(
+        default=1000, metadata={"help": "With --streaming: normal images read at once, of which --calibration_fraction calibrate."}
+    )
+    shuffle_buffer: int = field(default=1000, metadata={"help": "With --streaming: rows among which the next training image is drawn."})
     contamination: float = field(
         default=0.0, metadata={"help": "Share of the training images that are anomalies taken for normal ones, added with the seed."}
     )
 
     def __post_init__(self):
+        self._take_recipe()
+        self.reading = Reading(parse_window(self.window), self.slice_axis, self.central_slices)
+        if self.streaming and (self.protocol != "official" or self.contamination):
+            raise InputError(f"--streaming knows the source's own splits alone, not --protocol {self.protocol} or --contamination")
+
+    def _take_recipe(self):
         if self.dataset is None:
             if self.data_dir is not None:
                 raise InputError("--data_dir is where --dataset lies: name the dataset, or give the folder itself as --dataset_name")

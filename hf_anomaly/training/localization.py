@@ -38,7 +38,7 @@ def evaluate_maps(model: AnomalyDetector, processor, dataset, batch_size: int) -
         num_without += len(batch["mask"]) - len(known)
         if not known:
             continue
-        images = [decode_image(batch["image"][i], f"row {batch['row'][i]}") for i in known]
+        images = [decode_image(batch["image"][i], f"row {batch['row'][i]}", processor.window) for i in known]
         masks = [_mask(batch["mask"][i], image, f"mask of row {batch['row'][i]}") for i, image in zip(known, images, strict=True)]
         num_masks += sum(batch["mask"][i] is not None for i in known)
         pixel_values = processor(images=images, return_tensors="pt")["pixel_values"].to(model.device)

@@ -8,6 +8,7 @@ import shutil
 import sys
 import time
 from collections.abc import Callable
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
@@ -19,7 +20,7 @@ from transformers import AutoConfig, set_seed
 
 from ..calibration import drift_check
 from ..cards import shown_command, write_card, write_figures, write_pretraining_card
-from ..data import OneClassSplits, collate, decode_image, load_one_class, prepare
+from ..data import OneClassSplits, collate, decode_image, load_one_class, prepare, stream_one_class
 from ..detector import AnomalyDetector
 from ..detectors.addp.configuration_addp import ADDPConfig
 from ..detectors.addp.modeling_addp import ADDPForPreTraining, ADDPModel
@@ -77,28 +78,29 @@ def run_script(main: Callable[[], None]) -> None:
 
 
 def load_splits(data: DataArguments, seed: int = 0, *, evaluation_only: bool = False) -> OneClassSplits:
-    """The splits that the data arguments name; what is drawn at random is drawn with this seed. See `load_one_class`."""
+    """The splits that the data arguments name; what is drawn at random is drawn with this seed. See `load_one_class` and `stream_one_class`."""
     recipe, normal_label, classes = data.recipe, data.normal_label, None
     if recipe is not None:
         normal_label = normal_label or recipe.normal_class()
         classes = recipe.classes_beside(normal_label)
-    return load_one_class(
-        data.dataset_name,
-        normal_label=normal_label,
-        classes=classes,
-        image_column=data.image_column,
-        label_column=data.label_column,
-        calibration_fraction=data.calibration_fraction,
-        eval_split=data.eval_split,
-        protocol=data.protocol,
-        max_train_images=data.max_train_images,
-        contamination=data.contamination,
-        seed=seed,
-        evaluation_only=evaluation_only,
-        config_name=data.dataset_config_name,
-        revision=data.dataset_revision,
-        recipe=data.dataset,
-    )
+    common = {
+        "normal_label": normal_label,
+        "classes": classes,
+        "image_column": data.image_column,
+        "label_column": data.label_column,
+        "calibration_fraction": data.calibration_fraction,
+        "eval_split": data.eval_split,
+        "max_train_images": data.max_train_images,
+        "seed": seed,
+        "evaluation_only": evaluation_only,
+        "config_name": data.dataset_config_name,
+        "revision": data.dataset_revision,
+        "reading": data.reading,
+        "recipe": data.dataset,
+    }
+    if data.streaming:
+        return stream_one_class(data.dataset_name, head=data.stream_head, shuffle_buffer=data.shuffle_buffer, **common)
+    return load_one_class(data.dataset_name, protocol=data.protocol, contamination=data.contamination, **common)
 
 
 def processor_for(splits: OneClassSplits, data: DataArguments) -> AnomalyImageProcessor:
@@ -106,7 +108,7 @@ def processor_for(splits: OneClassSplits, data: DataArguments) -> AnomalyImagePr
     if data.image_size is not None and data.image_size < 4:
         raise InputError(f"--image_size must be at least 4 pixels, got {data.image_size}")
     image_size = min(splits.native_size, LARGEST_DEFAULT_SIZE) if data.image_size is None else data.image_size
-    return AnomalyImageProcessor.for_images(image_size, data.num_channels or splits.num_channels)
+    return AnomalyImageProcessor.for_images(image_size, data.num_channels or splits.num_channels, data.reading.window)
 
 
 def default_output_dir(args, name: str) -> None:
@@ -115,8 +117,24 @@ def default_output_dir(args, name: str) -> None:
         args.output_dir = os.path.join("runs", name)
 
 
-def fit_batch_size(args, num_images: int) -> None:
-    """Lowers the training batch to the number of images where there are fewer: a folder of 20 normals trains too."""
+def num_images(dataset) -> int | None:
+    """How many rows; None of a stream."""
+    return len(dataset) if hasattr(dataset, "__len__") else None
+
+
+def fit_batch_size(args, num_images: int | None) -> None:
+    """Lowers the training batch to the number of images where there are fewer: a folder of 20 normals trains too.
+
+    Args:
+        num_images: None of a stream.
+
+    Raises:
+        InputError: a stream, but no number of steps.
+    """
+    if num_images is None:
+        if args.max_steps <= 0:
+            raise InputError("a stream has no length to count --num_train_epochs by: give --max_steps")
+        return
     largest = max(1, num_images // max(1, args.world_size))
     if args.dataloader_drop_last and args.per_device_train_batch_size > largest:
         logger.warning(
@@ -285,16 +303,16 @@ def load_pretraining(name_or_path: str | os.PathLike, *, image_size: int, num_ch
 
 def _train_denoiser(model, train_dataset, *, processor, args, resume_from_checkpoint, run) -> tuple[DenoisingTrainer, dict]:
     """Trains, and tells how in JSON values. Afterwards the model holds the averaged weights."""
-    fit_batch_size(args, len(train_dataset))
+    fit_batch_size(args, num_images(train_dataset))
     trainer = DenoisingTrainer(model, args, train_dataset=prepare(train_dataset, processor), run=run)
-    logger.info("Training to denoise on %d images", len(train_dataset))
+    logger.info("Training to denoise on %s images", num_images(train_dataset) or "streamed")
     trainer.train(resume_from_checkpoint)
     return trainer, {
         "steps": trainer.state.global_step,
         "batch_size": args.train_batch_size * args.world_size * args.gradient_accumulation_steps,
         "learning_rate": args.learning_rate,
         "ema_decay": args.ema_decay,
-        "num_images": len(train_dataset),
+        "num_images": num_images(train_dataset),
         "seed": args.seed,
         "run": run,
     }
@@ -326,20 +344,23 @@ def bfloat16_agreement(model: AnomalyDetector, dataset, batch_size: int, num_ima
     """How well a fitted detector cast to bfloat16 ranks images as it does in float32.
 
     Args:
-        dataset: prepared images; `num_images` evenly spaced ones are taken.
+        dataset: prepared images; `num_images` evenly spaced ones are taken, of a stream the first ones.
 
     Returns:
         `bfloat16_rank_correlation`, Spearman's, None where all scores are equal, and `bfloat16_num_images`.
     """
     from scipy.stats import spearmanr
 
-    rows = np.unique(np.linspace(0, len(dataset) - 1, min(len(dataset), num_images)).round().astype(int))
-    loader = DataLoader(dataset.select(rows), batch_size=batch_size, collate_fn=collate)
+    if hasattr(dataset, "__len__"):
+        images = dataset.select(np.unique(np.linspace(0, len(dataset) - 1, min(len(dataset), num_images)).round().astype(int)))
+    else:
+        images = list(islice(dataset, num_images))
+    loader = DataLoader(images, batch_size=batch_size, collate_fn=collate)
     scores = [detector.eval().score(loader, progress=False)[0] for detector in (model, copy.deepcopy(model).to(torch.bfloat16))]
     varied = all(values.min() < values.max() for values in scores)
     return {
         "bfloat16_rank_correlation": float(spearmanr(*scores).statistic) if varied else None,
-        "bfloat16_num_images": len(rows),
+        "bfloat16_num_images": len(images),
     }
 
 
@@ -371,6 +392,8 @@ def evaluate_detector(model: AnomalyDetector, processor, splits: OneClassSplits,
     results |= {"num_normal": int((labels == 0).sum()), "num_anomalous": int((labels == 1).sum())}
     if splits.test_missing_reason:
         results["reason"] = splits.test_missing_reason
+    elif len(labels.unique()) < 2:  # of a stream it is not known before
+        results["reason"] = f"all {len(labels)} images of the evaluation split are {'anomalies' if len(labels) and labels[0] else 'normal'}"
     else:
         results |= image_metrics(scores.numpy(), labels.numpy())
         intervals = bootstrap_intervals(scores.numpy(), labels.numpy(), confidence=INTERVAL_CONFIDENCE)
@@ -429,7 +452,9 @@ def train_detector(
     Returns:
         What `eval_results.json` holds.
     """
-    fit_batch_size(args, len(splits.train))
+    if args.card_figures and num_images(splits.train) is None:
+        raise InputError("--card_figures picks images out of the evaluation split, which --streaming does not keep: leave one of them out")
+    fit_batch_size(args, num_images(splits.train))
     if args.load_best_model_at_end or args.save_strategy == "best":
         raise InputError(
             "--load_best_model_at_end and --save_strategy best would choose the checkpoint on the split that the results are reported on"
@@ -442,7 +467,7 @@ def train_detector(
         model,
         args,
         train_dataset=prepare(splits.train if train_dataset is None else train_dataset, processor),
-        reference_dataset=prepare(splits.train, processor),
+        reference_dataset=prepare(splits.reference, processor),
         calibration_dataset=None if splits.calibration is None else prepare(splits.calibration, processor),
         eval_dataset=None if splits.test_missing_reason else prepare(splits.test, processor),
         processing_class=processor,
@@ -475,7 +500,7 @@ def train_detector(
         "seed": args.seed,
         "steps": trainer.state.global_step,
         "num_processes": args.world_size,
-        "num_train": len(splits.train),
+        "num_train": num_images(splits.train),
         "num_calibration": 0 if splits.calibration is None else len(splits.calibration),
     }
     if trainer.is_world_process_zero():
@@ -504,7 +529,7 @@ def draw_figures(folder: str | os.PathLike, model: AnomalyDetector, processor, d
         rows = (labels == label).nonzero().flatten()
         ranked = rows[scores[rows].argsort()].tolist()
         for row in dict.fromkeys([ranked[0], ranked[len(ranked) // 2], ranked[-1]]):
-            image, overlay = decode_image(dataset[row]["image"], f"row {row}"), None
+            image, overlay = decode_image(dataset[row]["image"], f"row {row}", processor.window), None
             if model.supports_anomaly_maps and model.config.anomaly_map_range is not None:
                 pixel_values = processor(images=image, return_tensors="pt")["pixel_values"].to(model.device)
                 maps = model.eval()(pixel_values, output_anomaly_maps=True).anomaly_maps

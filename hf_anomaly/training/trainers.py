@@ -172,7 +172,7 @@ class ReproducibleTrainer(Trainer):
         self._micro_step = (-1, 0)
         self._loss_sums, self._loss_counts = {}, Counter()
         shutil.rmtree(Path(self.args.output_dir, _STAGING), ignore_errors=True)
-        if self.train_dataset is not None and self.args.dataloader_drop_last:
+        if hasattr(self.train_dataset, "__len__") and self.args.dataloader_drop_last:
             batch = self.args.train_batch_size * self.args.world_size
             if len(self.train_dataset) < batch:
                 raise InputError(
@@ -421,7 +421,14 @@ class AnomalyTrainer(ReproducibleTrainer):
 
     def model_inputs(self, inputs):
         refuse_anomalies(inputs.get("labels"), "training")
-        return {**inputs, "epoch": self.state.epoch}
+        return {**inputs, "epoch": self._epoch()}
+
+    def _epoch(self) -> float:
+        """Epochs done. A stream has no length: there as many images as the reference holds make one."""
+        if hasattr(self.train_dataset, "__len__") or not hasattr(self.reference_dataset, "__len__"):
+            return self.state.epoch
+        batch = self.args.train_batch_size * self.args.world_size * self.args.gradient_accumulation_steps
+        return self.state.global_step * batch / len(self.reference_dataset)
 
     def train(self, resume_from_checkpoint=None, **kwargs):
         self.model.reset_reference()  # checkpoints are unfitted

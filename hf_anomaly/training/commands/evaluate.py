@@ -6,7 +6,7 @@ The split hash covers the evaluated rows alone: no training data is needed.
 import json
 import logging
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
@@ -73,6 +73,10 @@ def load_for_evaluation(args, data_args: DataArguments) -> tuple:
     model.to(args.device)
     trained_on = model.config.normal_label
     data_args.normal_label = data_args.normal_label or trained_on
+    if data_args.window is None:
+        data_args.reading = replace(data_args.reading, window=processor.window)
+    else:
+        processor.window = data_args.reading.window
     splits = load_splits(data_args, args.seed or 0, evaluation_only=True)
     if trained_on not in (None, splits.normal_label):
         logger.warning("Normal is %r here, but the detector was trained on %r", splits.normal_label, trained_on)
@@ -93,7 +97,7 @@ def save_maps(model, processor, dataset, rows: list[int], folder: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     for rank, row in enumerate(rows, 1):
         record = dataset[row]
-        image = decode_image(record["image"], f"row {record['row']}")
+        image = decode_image(record["image"], f"row {record['row']}", processor.window)
         outputs = model(processor(images=image, return_tensors="pt")["pixel_values"].to(model.device), output_anomaly_maps=True)
         overlay = overlay_anomaly_map(image, outputs.anomaly_maps[0], value_range=model.config.anomaly_map_range)
         name = f"{rank:04d}_row{record['row']}_{dataset.features['label'].int2str(record['label'])}.png"
@@ -107,6 +111,8 @@ def main(argv: list[str], program: str) -> None:
     model, processor, splits = load_for_evaluation(args, data_args)
     if args.save_maps is not None:
         check_maps(model, args.model)
+        if data_args.streaming:
+            raise InputError("--save_maps picks images out of the dataset, which --streaming does not keep: leave one of them out")
         if args.num_maps < 1:
             raise InputError(f"--num_maps must be at least 1, got {args.num_maps}")
 

@@ -171,7 +171,7 @@ def main(argv: list[str], program: str) -> None:
         dissolver.to(training_args.device)
         model.config.dissolver, model.config.dissolver_settings = dissolver.kind, dissolver.settings()
         model.dissolver = dissolver
-        if dissolver_args.dissolved_variants > 0:
+        if dissolver_args.dissolved_variants > 0 and not data_args.streaming:  # of a stream there is nothing to keep
             with training_args.main_process_first(desc="dissolving"):
                 train_dataset = dissolve_dataset(
                     splits.train, dissolver, processor, num_variants=dissolver_args.dissolved_variants, seed=training_args.seed

@@ -1,0 +1,262 @@
+"""Images of more than 8 bits: a window of their values becomes 0 to 255. 16-bit PNG and TIFF by Pillow, DICOM by pydicom, NIfTI by nibabel."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import os
+import re
+import shutil
+from collections.abc import Sequence
+from dataclasses import astuple, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+import PIL.Image
+
+from ..errors import InputError
+
+if TYPE_CHECKING:
+    import pydicom
+
+DICOM_SUFFIXES = (".dcm", ".dicom")
+NIFTI_SUFFIXES = (".nii", ".nii.gz")
+MEDICAL_SUFFIXES = DICOM_SUFFIXES + NIFTI_SUFFIXES
+FULL = "full"
+Window = tuple[float, float] | str | None  # (low, high), which become 0 and 255; "full"; None
+REMEDY = "give its --window LOW HIGH, or --window full"
+
+
+@dataclass(frozen=True)
+class Reading:
+    """How files of more than 8 bits are read.
+
+    Attributes:
+        window: the values that become 0 and 255, all others are clipped: of DICOM after rescaling, such as Hounsfield units. "full" is the whole range: of
+            16-bit images 0 to 65535, of DICOM what its stored bits can hold, of others, NIfTI among them, from their smallest to their largest value. None:
+            the window in a DICOM file's header; others are refused.
+        slice_axis: along which NIfTI volumes are sliced, in the patient's axes: 0 sagittal, 1 coronal, 2 axial.
+        central_slices: only so many slices of a volume, around its middle; None: all.
+    """
+
+    window: Window = None
+    slice_axis: int = 2
+    central_slices: int | None = None
+
+    def __post_init__(self):
+        check_window(self.window)
+        if self.slice_axis not in (0, 1, 2):
+            raise InputError(f"slice_axis={self.slice_axis} is none of 0 (sagittal), 1 (coronal), 2 (axial)")
+        if self.central_slices is not None and self.central_slices < 1:
+            raise InputError(f"central_slices must be at least 1, got {self.central_slices}")
+
+    def chosen(self, num_slices: int) -> range:
+        """Which slices of a volume."""
+        size = num_slices if self.central_slices is None else min(self.central_slices, num_slices)
+        first = (num_slices - size) // 2
+        return range(first, first + size)
+
+
+def check_window(window: Window | Sequence[float]) -> None:
+    """Refuses what is no window.
+
+    Raises:
+        InputError: neither None, nor "full", nor two finite numbers, the lower first.
+    """
+    if window is None or window == FULL:
+        return
+    if isinstance(window, str) or len(window) != 2 or not all(map(math.isfinite, window)) or not window[0] < window[1]:
+        raise InputError(f"window={window!r} is neither two numbers, the lower first, nor {FULL!r}")
+
+
+def parse_window(words: Sequence[str] | None) -> Window:
+    """The window of a command line's words.
+
+    Raises:
+        InputError: neither two numbers, the lower first, nor "full".
+    """
+    if not words:
+        return None
+    try:
+        window = FULL if list(words) == [FULL] else tuple(map(float, words))
+        check_window(window)
+    except ValueError as error:  # of float; InputError is one too
+        raise InputError(f"--window takes two numbers, the lower first, or {FULL!r}; got {' '.join(words)}") from error
+    return window
+
+
+def apply_window(values: np.ndarray, low: float, high: float) -> np.ndarray:
+    """uint8 of the values' shape: low and less becomes 0, high and more 255."""
+    return np.rint((np.clip(values.astype(np.float64), low, high) - low) * 255 / (high - low)).astype(np.uint8)
+
+
+def wide_mode(image: PIL.Image.Image) -> str | None:
+    """The mode of an image of more than 8 bits a channel; None of others. PIL drops the lower bits of 16-bit colour while decoding, so look before."""
+    # ";16B", ";16L", ";16N" in a file's raw mode are 16-bit channels; BMP's "BGR;16" is 16 bits a pixel.
+    raw_modes = (re.search(r"\w+;16[BLN]", str(tile[3])) for tile in getattr(image, "tile", ()))
+    return image.mode if image.mode[0] in "IF" else next((raw.group() for raw in raw_modes if raw), None)
+
+
+def check_depth(image: PIL.Image.Image, name: str, window: Window = None) -> None:
+    """Refuses an image of more than 8 bits a channel for which there is no window.
+
+    Raises:
+        InputError: a 16-bit, 32-bit or float image without a window; 16-bit colour with another one than "full".
+    """
+    mode = wide_mode(image)
+    if mode is None or window == FULL:
+        return
+    if window is None:  # PIL's convert() would clip it to 255 without a word
+        raise InputError(f"{name}: 16-bit, 32-bit or float image (mode {mode!r}); {REMEDY}, or convert it to 8 bits")
+    if image.mode[0] not in "IF":
+        raise InputError(f"{name}: 16-bit colour (mode {mode!r}) is read with --window full alone; or convert it to 8 bits")
+
+
+def to_eight_bits(image: PIL.Image.Image, window: Window, name: str) -> PIL.Image.Image:
+    """An image of any mode with 8 bits a channel; those that have them stay as they are. To be checked by `check_depth` before.
+
+    Raises:
+        InputError: NaN or infinite values.
+    """
+    if image.mode[0] not in "IF":  # 16-bit colour too: decoding has kept the upper 8 bits, which is the full range
+        return image
+    values = np.asarray(image)
+    _check_finite(values, name)
+    if window == FULL:
+        window = (0, 65535) if image.mode.startswith("I;16") else _own_range(values)
+    return PIL.Image.fromarray(apply_window(values, *window))
+
+
+def is_medical(path: str | os.PathLike[str]) -> bool:
+    """Whether it is a DICOM or NIfTI file, by its name."""
+    return os.fspath(path).lower().endswith(MEDICAL_SUFFIXES)
+
+
+def read_image(path: str | os.PathLike[str], window: Window = None) -> PIL.Image.Image:
+    """Any image file with 8 bits a channel: L, RGB, or what mode an 8-bit file has.
+
+    Raises:
+        InputError: unreadable; more than 8 bits without a window; several slices; the library for it is not installed.
+    """
+    if is_medical(path):
+        slices = read_slices(path, Reading(window))
+        if len(slices) != 1:
+            raise InputError(f"{path} holds {len(slices)} slices, not one image: give a folder of such files, or cut it up")
+        return slices[0]
+    try:
+        image = PIL.Image.open(path)
+        check_depth(image, str(path), window)
+        image.load()
+    except OSError as error:
+        raise InputError(f"{path}: unreadable image ({' '.join(str(error).split())}); replace it by an intact one") from error
+    return to_eight_bits(image, window, str(path))
+
+
+def read_slices(path: str | os.PathLike[str], reading: Reading) -> list[PIL.Image.Image]:
+    """The slices of a NIfTI volume, or the frames of a DICOM file, L or RGB, 8 bits.
+
+    Raises:
+        InputError: as `read_image`.
+    """
+    read = _read_nifti if os.fspath(path).lower().endswith(NIFTI_SUFFIXES) else _read_dicom
+    try:
+        return [PIL.Image.fromarray(array) for array in read(Path(path), reading)]
+    except ImportError as error:
+        raise InputError(f"{path}: DICOM and NIfTI files need pydicom and nibabel: pip install 'hf-anomaly[medical]'") from error
+    except InputError:
+        raise
+    except Exception as error:  # pydicom and nibabel raise whatever their decoders do
+        reason = " ".join(f"{type(error).__name__}: {error}".split())
+        raise InputError(f"{path}: cannot be read ({reason[:300]}); replace it by an intact one") from error
+
+
+def slice_files(path: Path, reading: Reading) -> list[Path]:
+    """The slices of a DICOM or NIfTI file as PNG files, cut once and kept below the cache of datasets.
+
+    Raises:
+        InputError: as `read_image`.
+    """
+    import datasets
+
+    stat = path.stat()
+    key = hashlib.sha256(repr((os.path.abspath(path), stat.st_size, stat.st_mtime_ns, astuple(reading))).encode()).hexdigest()[:32]
+    folder = Path(datasets.config.HF_DATASETS_CACHE, "hf_anomaly", "slices", key)
+    if not folder.is_dir():
+        temporary = folder.with_name(f"{key}.{os.getpid()}.tmp")
+        shutil.rmtree(temporary, ignore_errors=True)
+        temporary.mkdir(parents=True)
+        try:
+            for number, image in enumerate(read_slices(path, reading)):
+                image.save(temporary / f"{path.name}-{number:04d}.png")
+            if not folder.is_dir():  # another process may have been faster
+                os.replace(temporary, folder)
+        finally:
+            shutil.rmtree(temporary, ignore_errors=True)
+    return sorted(folder.iterdir())
+
+
+def _read_nifti(path: Path, reading: Reading) -> list[np.ndarray]:
+    import nibabel
+
+    image = nibabel.as_closest_canonical(nibabel.load(path))  # the axes point right, to the front, up
+    if len(image.shape) != 3 and image.shape[3:] != (1,):
+        raise InputError(f"{path} has shape {image.shape}, which is no volume of gray slices: cut it into volumes")
+    volume = np.asanyarray(image.dataobj, dtype=np.float32).reshape(image.shape[:3])
+    _check_finite(volume, str(path))
+    if reading.window is None:
+        raise InputError(f"{path}: a NIfTI file does not say which window to look at: {REMEDY}")
+    low, high = _own_range(volume) if reading.window == FULL else reading.window
+    axis = reading.slice_axis
+    # Turned so that what is up, or in axial slices in front, is above.
+    return [np.rot90(apply_window(volume.take(i, axis), low, high)) for i in reading.chosen(volume.shape[axis])]
+
+
+def _read_dicom(path: Path, reading: Reading) -> list[np.ndarray]:
+    import pydicom
+    from pydicom.pixels import apply_modality_lut, pixel_array
+
+    header = pydicom.dcmread(path)
+    frames = int(header.get("NumberOfFrames", 1) or 1)
+    pixels = pixel_array(header)  # (frames, rows, columns[, 3]), YBR already as RGB
+    pixels = pixels if frames > 1 else pixels[None]
+    pixels = pixels[list(reading.chosen(frames))]
+    photometric = header.PhotometricInterpretation
+    if header.get("SamplesPerPixel", 1) == 3 and pixels.dtype == np.uint8:
+        return list(pixels)
+    if photometric not in ("MONOCHROME1", "MONOCHROME2"):
+        raise InputError(f"{path}: {photometric} of {header.BitsAllocated} bits is not read; convert it to 8-bit gray or RGB")
+    low, high = _dicom_window(path, header, reading.window)
+    values = apply_window(apply_modality_lut(pixels, header), low, high)
+    return list(255 - values if photometric == "MONOCHROME1" else values)  # there the lowest value is white
+
+
+def _dicom_window(path: Path, header: pydicom.Dataset, window: Window) -> tuple[float, float]:
+    """(low, high) after rescaling."""
+    if window == FULL:
+        if "ModalityLUTSequence" in header:
+            raise InputError(f"{path}: its values come from a table, whose full range is not known; give --window LOW HIGH")
+        bits, signed = header.BitsStored, header.get("PixelRepresentation", 0)
+        stored = np.array([-(2 ** (bits - 1)), 2 ** (bits - 1) - 1] if signed else [0, 2**bits - 1], np.float64)
+        low, high = sorted(stored * float(header.get("RescaleSlope", 1)) + float(header.get("RescaleIntercept", 0)))
+        return low, high
+    if window is not None:
+        return tuple(window)
+    center, width, function = (header.get(name) for name in ("WindowCenter", "WindowWidth", "VOILUTFunction"))
+    if center is None or width is None or function not in (None, "", "LINEAR", "LINEAR_EXACT"):
+        raise InputError(f"{path}: the header has no linear window: {REMEDY}")
+    # The first of several. PS3.3 C.11.2.1.2: LINEAR maps c − 0.5 − (w − 1)/2 … c − 0.5 + (w − 1)/2, LINEAR_EXACT c − w/2 … c + w/2.
+    center, width = (float(np.atleast_1d(value)[0]) for value in (center, width))
+    if function != "LINEAR_EXACT":
+        center, width = center - 0.5, max(width - 1, np.finfo(np.float32).eps)  # width 1 is a threshold
+    return center - width / 2, center + width / 2
+
+
+def _check_finite(values: np.ndarray, name: str) -> None:
+    if not np.isfinite(values).all():
+        raise InputError(f"{name} holds NaN or infinite values: leave it out or repair it")
+
+
+def _own_range(values: np.ndarray) -> tuple[float, float]:
+    low, high = float(values.min()), float(values.max())
+    return low, max(high, low + 1e-6 * max(1.0, abs(low)))  # a constant image is black

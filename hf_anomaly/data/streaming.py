@@ -1,0 +1,217 @@
+"""One-class splits of a source that is larger than memory: read row by row, but for a head of it that calibrates and is compared with."""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import os
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from typing import TYPE_CHECKING, Any
+
+from ..errors import InputError
+from .formats import Reading
+from .loading import GRAY_MODES, OneClassSplits, check_images, class_name, image_column_of
+from .protocols import Division
+from .sources import NORMAL_NAMES, by_our_names, label_columns, load_or_refuse, read_source, with_bytes
+
+if TYPE_CHECKING:
+    import datasets
+
+LOOKED_AT = 100  # rows read for a normal one of the head, before it is given up
+
+
+def stream_one_class(
+    source: str | os.PathLike[str] | Mapping[str, datasets.IterableDataset],
+    *,
+    normal_label: int | str | None = None,
+    classes: Mapping[str, str] | None = None,
+    image_column: str | None = None,
+    label_column: str | None = None,
+    calibration_fraction: float = 0.2,
+    head: int = 1000,
+    shuffle_buffer: int = 1000,
+    max_train_images: int | None = None,
+    eval_split: str = "test",
+    evaluation_only: bool = False,
+    seed: int = 0,
+    config_name: str | None = None,
+    revision: str | None = None,
+    reading: Reading = Reading(),  # noqa: B008, it is frozen
+    recipe: str | None = None,
+) -> OneClassSplits:
+    """As `load_one_class` with protocol "official", but `train` and `test` are streams, which are never in memory as a whole.
+
+    The first `head` normals of the training split are read at once. Ordered by a seeded hash of their content, the first of them, a share
+    `calibration_fraction`, calibrate; the others are `reference`, which detectors compare with. Images of a calibration image's content do not train,
+    wherever they come in the stream, in whatever order and number of workers it is read; all other normals do.
+
+    Args:
+        source: what `load_one_class` takes (of which parquet and Hub datasets are read as streams all the way), or split name → stream.
+        head: normals read at once; they are kept in memory, encoded. The memory bank is no larger.
+        shuffle_buffer: rows among which the next one is drawn in training; they are kept in memory, encoded.
+        max_train_images: only so many of the first normals train.
+        The others are as in `load_one_class`; a split called "calibration" is not used.
+
+    Returns:
+        `train` and `test` are `datasets.IterableDataset`s with the columns `image` and `label`, `train` shuffled anew in every epoch. `num_channels` and
+        `native_size` are of the head, `split_hash` of its contents, and with `evaluation_only` of those of the first rows of `test`.
+        `test_missing_reason` cannot tell whether `test` has both classes.
+
+    Raises:
+        InputError: as `load_one_class`; no normals among the first 100 · `head` rows.
+    """
+    if not 0 <= calibration_fraction < 1:
+        raise InputError(f"calibration_fraction={calibration_fraction} is outside [0, 1); 0.2 holds out a fifth of the head")
+    if head < 2 or shuffle_buffer < 1 or (max_train_images or 1) < 1:
+        raise InputError("head must be at least 2, shuffle_buffer and max_train_images at least 1")
+    name = "a stream" if isinstance(source, Mapping) else os.fspath(source)
+    raw = (
+        dict(source)
+        if isinstance(source, Mapping)
+        else read_source(name, label_column, config_name, revision, reading=reading, streaming=True)
+    )
+    splits = by_our_names(raw)
+    if evaluation_only and splits.keys() == {"train"}:
+        splits = {eval_split: splits["train"]}
+    needed = eval_split if evaluation_only else "train"
+    if needed not in splits:
+        raise InputError(f"{name!r} has no split {needed!r}; its splits: {', '.join(raw)}")
+    splits = {ours: _stream(split) for ours, split in splits.items() if ours in ("train", eval_split)}
+    column = next(iter(label_columns(splits[needed], label_column)), None)
+    if column is None and label_column is not None:
+        raise InputError(f"{name!r} has no column {label_column!r}; its columns: {', '.join(splits[needed].features)}")
+    image_column = image_column or image_column_of(splits[needed])
+    normal_label = "normal" if column is None else _normal_class(name, splits, column, classes, normal_label)
+    streams = {
+        ours: _labelled(name, split, image_column, column, classes, normal_label)
+        for ours, split in splits.items()
+        if not (evaluation_only and ours == "train")
+    }
+
+    train = calibration = reference = None
+    if evaluation_only:
+        first = list(streams[eval_split].take(head))
+    else:
+        rows = itertools.islice(streams["train"], LOOKED_AT * head)
+        first = list(itertools.islice((row for row in rows if row["label"] == 0), head))
+        if len(first) < 2:
+            raise InputError(
+                f"{name!r} has {len(first)} images of class {normal_label!r} among its first {LOOKED_AT * head}; give normal_label"
+            )
+    if not first:
+        raise InputError(f"split {eval_split!r} of {name!r} is empty")
+    keys = [content_key(row["image"], seed) for row in first]
+    if not evaluation_only:
+        size = min(max(round(calibration_fraction * len(first)), 1), len(first) - 1) if calibration_fraction else 0
+        held_out = set(sorted(keys)[:size])
+        calibration = _in_memory(row for row, key in zip(first, keys, strict=True) if key in held_out)
+        reference = _in_memory(row for row, key in zip(first, keys, strict=True) if key not in held_out)
+        train = streams["train"].filter(
+            lambda image, label: label == 0 and content_key(image, seed) not in held_out, input_columns=["image", "label"]
+        )
+        train = train if max_train_images is None else train.take(max_train_images)
+        train = train.shuffle(seed=seed, buffer_size=shuffle_buffer)
+    headers = check_images(_in_memory(first), needed, reading.window)
+    test, reason = streams.get(eval_split), None
+    if test is None:
+        reason = f"{name!r} has no split {eval_split!r}; its splits: {', '.join(raw)}"
+    elif column is None:
+        test, reason = None, f"split {eval_split!r} of {name!r} has no labels"
+        if evaluation_only:
+            raise InputError(f"{reason} to evaluate against; give label_column or a labelled source")
+    digest = hashlib.sha256(b"stream\n" + b"".join(sorted(key.to_bytes(8, "little") for key in keys)))
+    counted = None if classes is None else dict(classes)
+    return OneClassSplits(
+        train=train,
+        calibration=calibration if calibration else None,
+        test=test,
+        test_missing_reason=reason,
+        num_channels=1 if all(mode in GRAY_MODES for mode, _ in headers) else 3,
+        native_size=max(Counter(size for _, size in headers).most_common(1)[0][0]),
+        source=name,
+        normal_label=normal_label,
+        split_hash=digest.hexdigest(),
+        division=Division(recipe, "stream", seed, normal_label, counted, 0.0, max_train_images, digest.hexdigest()),
+        reference=reference,
+    )
+
+
+def content_key(image: dict[str, Any], seed: int) -> int:
+    """64 bits of a hash of an encoded image, or of the path where it is not embedded; uniform, and the same wherever and whenever it is read."""
+    content = image["bytes"] if image.get("bytes") is not None else str(image["path"]).encode()
+    return int.from_bytes(hashlib.blake2b(content, digest_size=8, salt=seed.to_bytes(8, "little")).digest(), "little")
+
+
+def _stream(split: datasets.Dataset | datasets.IterableDataset) -> datasets.IterableDataset:
+    """As a stream that knows its columns."""
+    import datasets
+
+    if isinstance(split, datasets.Dataset):
+        return split.to_iterable_dataset()
+    return split if split.features is not None else split._resolve_features()
+
+
+def _normal_class(
+    name: str, splits: dict[str, datasets.IterableDataset], column: str, classes: Mapping[str, str] | None, asked: int | str | None
+) -> str:
+    """The name of the normal class: as asked for, or found among the names that the source declares, or else in its first 100 rows."""
+    import datasets
+
+    split = splits.get("train") or next(iter(splits.values()))
+    feature = split.features[column]
+    seen = (
+        feature.names
+        if isinstance(feature, datasets.ClassLabel)
+        else [class_name(row[column], feature) for row in split.select_columns([column]).take(100)]
+    )
+    counted = list(dict.fromkeys(seen if classes is None else [classes[label] for label in seen if label in classes]))
+    if asked is None:
+        named = [label for label in counted if str(label).lower() in NORMAL_NAMES]
+        if len(named) != 1 and len(counted) != 1:
+            raise InputError(f"which class of {name!r} is normal? Give normal_label; classes found: {', '.join(map(repr, counted[:20]))}")
+        return (named or counted)[0]
+    if isinstance(feature, datasets.ClassLabel) and asked not in counted:
+        index = int(asked) if isinstance(asked, int) or asked.isdecimal() else -1
+        if classes is not None or class_name(index, feature) is None:
+            raise InputError(f"normal_label={asked!r} is no label of {name!r}; its labels: {', '.join(map(repr, counted[:20]))}")
+        return class_name(index, feature)
+    return str(asked)
+
+
+def _labelled(
+    name: str, split: datasets.IterableDataset, image_column: str, column: str | None, classes: Mapping[str, str] | None, normal_label: str
+) -> datasets.IterableDataset:
+    """The stream with the columns `image`, encoded, and `label`, 0 or 1; without the images of classes that `classes` does not list."""
+    import datasets
+
+    if image_column not in split.features:
+        raise InputError(f"the stream has no column {image_column!r}; its columns: {', '.join(split.features)}; give image_column")
+    feature = None if column is None else split.features[column]
+    split = split.select_columns([image_column] if column is None else [image_column, column])
+    split = load_or_refuse(f"column {image_column!r} as images", split.cast_column, image_column, datasets.Image(decode=False))
+    if column is not None and classes is not None:
+        split = split.filter(lambda value: class_name(value, feature) in classes, input_columns=[column])
+
+    def label(row: dict[str, Any]) -> dict[str, Any]:
+        if column is None:
+            return {"image": with_bytes(row[image_column], name), "label": 0}
+        found = class_name(row[column], feature)
+        if found is None:
+            raise InputError(f"an image of the stream has no label in column {column!r}; label it or remove it")
+        counted = found if classes is None else classes[found]
+        return {"image": with_bytes(row[image_column], name), "label": int(counted != normal_label)}
+
+    label_feature = datasets.ClassLabel(names=["normal", "anomaly"])
+    columns = list(split.features)
+    return split.map(
+        label, remove_columns=columns, features=datasets.Features({"image": datasets.Image(decode=False), "label": label_feature})
+    )
+
+
+def _in_memory(rows: Iterable[dict[str, Any]]) -> datasets.Dataset:
+    import datasets
+
+    features = {"image": datasets.Image(decode=False), "label": datasets.ClassLabel(names=["normal", "anomaly"])}
+    rows = list(rows)
+    return datasets.Dataset.from_dict({name: [row[name] for row in rows] for name in features}, features=datasets.Features(features))

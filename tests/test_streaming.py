@@ -1,0 +1,286 @@
+"""Streams: what is read of them, what is held out, and that nothing is kept."""
+
+import contextlib
+import io
+import itertools
+import json
+import runpy
+import sys
+import tracemalloc
+from pathlib import Path
+
+import datasets
+import numpy as np
+import pytest
+import torch
+from datasets import ClassLabel, Dataset, Features, Image, IterableDataset, Value
+from torch.utils.data import DataLoader
+
+from hf_anomaly import AnomalyImageProcessor, AnomalyTrainer, AnomalyTrainingArguments, SharedAEConfig, SharedAEModel, prepare
+from hf_anomaly.data import collate, decode_image, stream_one_class
+
+datasets.disable_progress_bars()
+SCRIPTS = Path(__file__).parents[1] / "scripts"
+ENDLESS = 10**9
+FEATURES = Features({"image": Image(), "label": ClassLabel(names=["bad", "good"])})
+
+
+def pgm(number, size=8):
+    """An encoded image whose first pixels tell its number."""
+    pixels = np.random.default_rng(number).integers(0, 256, (size, size), dtype=np.uint8)
+    pixels[0, :4] = np.frombuffer(np.uint32(number).tobytes(), np.uint8)
+    return b"P5 %d %d 255\n" % (size, size) + pixels.tobytes()
+
+
+def number(value):
+    return int(np.asarray(decode_image(value, ""))[0, :4].copy().view(np.uint32)[0])
+
+
+class Source:
+    """Every third image is bad. Counts the rows that were read."""
+
+    def __init__(self, n=ENDLESS, size=8):
+        self.n, self.size, self.read = n, size, 0
+
+    def rows(self):
+        for i in range(self.n):
+            self.read += 1
+            yield {"image": {"bytes": pgm(i, self.size), "path": None}, "label": int(i % 3 > 0)}
+
+    def stream(self, features=FEATURES):
+        return IterableDataset.from_generator(self.rows, features=features)
+
+
+def load(source, **options):
+    return stream_one_class({"train": source.stream()}, **{"head": 20, "shuffle_buffer": 10} | options)
+
+
+def numbers(split):
+    return [number(value["image"]) for value in split]
+
+
+def test_only_the_head_is_read():
+    source = Source()
+    splits = load(source)
+    assert source.read < 40, "20 normals are among the first 30 rows"
+    normals = [i for i in range(30) if i % 3]
+    assert sorted(numbers(splits.calibration) + numbers(splits.reference)) == normals
+    assert (len(splits.calibration), len(splits.reference)) == (4, 16)
+    assert (splits.normal_label, splits.num_channels, splits.native_size) == ("good", 1, 8)
+    assert splits.division.protocol == "stream"
+    source.read = 0
+    seen = numbers(splits.train.take(50))
+    assert source.read < 150
+    assert all(i % 3 for i in seen)
+    assert len(set(seen)) == 50
+    assert seen != sorted(seen)
+    assert max(seen) < 3 * 40, "no further than the buffer"
+
+
+def test_what_calibrates_does_not_train():
+    for seed in range(3):
+        splits = load(Source(90), seed=seed)
+        train, calibration = numbers(splits.train), numbers(splits.calibration)
+        assert sorted(train + calibration) == [i for i in range(90) if i % 3]
+        assert set(numbers(splits.reference)) <= set(train)
+    draws = [tuple(numbers(load(Source(90), seed=seed).calibration)) for seed in (0, 0, 1)]
+    assert draws[0] == draws[1] != draws[2]
+    assert len({load(Source(90), seed=seed).split_hash for seed in range(3)}) == 3
+    assert load(Source(90), calibration_fraction=0).calibration is None
+
+
+def test_workers_and_shards_see_the_same_images():
+    """The hash is of the content: positions would be others in every shard."""
+    shards = Dataset.from_generator(lambda: Source(90).rows(), features=FEATURES).to_iterable_dataset(num_shards=3)
+    splits = stream_one_class({"train": shards}, head=20, shuffle_buffer=10)
+    expected = set(range(90)) - set(range(0, 90, 3)) - set(numbers(splits.calibration))
+    processor = AnomalyImageProcessor.for_images(8, 1)
+    loader = DataLoader(prepare(splits.train, processor), batch_size=4, collate_fn=collate, num_workers=2)
+    pixels = torch.cat([batch["pixel_values"] for batch in loader])
+    levels = ((pixels[:, 0, 0, :4] + 1) * 127.5).round().to(torch.uint8).numpy()
+    assert sorted(levels.copy().view(np.uint32)[:, 0].tolist()) == sorted(expected)
+
+
+def test_a_limit_and_epochs():
+    splits = load(Source(), max_train_images=30)
+    first = numbers(splits.train)
+    assert len(first) == len(set(first)) == 30
+    splits.train.set_epoch(1)
+    assert sorted(numbers(splits.train)) == sorted(first)
+    assert numbers(splits.train) != first
+
+
+def test_class_names_and_classes(refused):
+    source = Source(90)
+    stream = source.stream().cast_column("label", Value("int64"))
+    assert stream_one_class({"train": stream}, head=10, normal_label=1).normal_label == "1"
+    with refused("which class", "normal_label", "'0'", "'1'"):
+        stream_one_class({"train": stream}, head=10)
+    splits = stream_one_class({"train": stream, "test": stream}, head=10, classes={"1": "fine", "0": "broken"}, normal_label="fine")
+    assert [row["label"] for row in splits.test.take(4)] == [1, 0, 0, 1]
+    only = stream_one_class({"train": stream}, head=10, classes={"0": "zero"})
+    assert {i % 3 for i in numbers(only.train)} == {0}
+    assert stream_one_class({"train": source.stream()}, head=10, normal_label=0).normal_label == "bad"
+    assert {row["label"] for row in stream_one_class({"train": source.stream().remove_columns("label")}, head=10).train} == {0}
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"normal_label": "nice"}, ("'nice'", "'bad', 'good'")),
+        ({"label_column": "y"}, ("no column 'y'", "image, label")),
+        ({"image_column": "y"}, ("no column 'y'", "image, label")),
+        ({"head": 1}, ("head must be at least 2",)),
+        ({"calibration_fraction": 1}, ("[0, 1)",)),
+        ({"evaluation_only": True, "eval_split": "validation", "label_column": "y"}, ("'y'",)),
+    ],
+)
+def test_bad_options(refused, options, words):
+    with refused(*words):
+        load(Source(), **options)
+
+
+def test_no_normals(refused):
+    def rows():
+        return ({"image": {"bytes": pgm(i), "path": None}, "label": 0} for i in itertools.count())
+
+    with refused("0 images of class 'good' among its first 2000"):
+        stream_one_class({"train": IterableDataset.from_generator(rows, features=FEATURES)}, head=20)
+
+
+def test_an_unreadable_image_is_named(refused):
+    def rows():
+        yield from Source(30).rows()
+        yield {"image": {"bytes": b"no image", "path": "x/17.png"}, "label": 1}
+
+    splits = stream_one_class({"train": IterableDataset.from_generator(rows, features=FEATURES)}, head=10)
+    with refused("17.png", "unreadable"):
+        list(prepare(splits.train, AnomalyImageProcessor.for_images(8, 1)))
+
+
+def test_files_of_their_own_are_fetched():
+    """As streamed image folders of the Hub name them, but memory:// instead of hf://."""
+    import fsspec
+
+    for i in range(6):
+        with fsspec.open(f"memory://images/{i}.pgm", "wb") as file:
+            file.write(pgm(i))
+    rows = [{"image": {"bytes": None, "path": f"memory://images/{i}.pgm"}, "label": 1} for i in range(6)]
+    splits = stream_one_class({"train": IterableDataset.from_generator(lambda: iter(rows), features=FEATURES)}, head=3)
+    assert sorted(numbers(splits.train) + numbers(splits.calibration)) == list(range(6))
+
+
+@pytest.fixture(scope="module")
+def detector():
+    torch.manual_seed(0)
+    model = SharedAEModel(SharedAEConfig(image_size=16, num_channels=1, hidden_sizes=[8, 8, 8], latent_size=8))
+    model.fit_reference([torch.rand(4, 1, 16, 16) * 2 - 1], progress=False)
+    return model.eval()
+
+
+def test_training_reads_no_more_than_it_takes(tmp_path):
+    source = Source()
+    splits = load(source)
+    processor = AnomalyImageProcessor.for_images(16, 1)
+    source.read = 0
+    model = SharedAEModel(SharedAEConfig(image_size=16, num_channels=1, hidden_sizes=[8, 8, 8], latent_size=8))
+    weights = []
+    original = model.adversarial_weight
+    model.adversarial_weight = lambda epoch: weights.append(original(epoch)) or weights[-1]
+    arguments = AnomalyTrainingArguments(
+        output_dir=str(tmp_path),
+        max_steps=6,
+        per_device_train_batch_size=8,
+        save_strategy="no",
+        report_to="none",
+        use_cpu=True,
+        disable_tqdm=True,
+    )
+    trainer = AnomalyTrainer(
+        model,
+        arguments,
+        train_dataset=prepare(splits.train, processor),
+        reference_dataset=prepare(splits.reference, processor),
+        calibration_dataset=prepare(splits.calibration, processor),
+    )
+    trainer.train()
+    assert trainer.state.global_step == 6
+    assert source.read < 1.5 * (6 * 8 + 10) + 100, "batches, buffer, and what is read ahead"
+    assert weights[0] == 0 < weights[-1], "16 images of the reference make an epoch"
+    trainer.fit_reference()
+    trainer.calibrate()
+    assert model.config.num_reference_images == 16
+    assert model.calibration.scores.numel() == 4
+
+
+def test_scoring_keeps_no_images(detector):
+    source = Source(400, size=256)
+    splits = stream_one_class({"test": source.stream()}, evaluation_only=True, head=2)
+    loader = DataLoader(prepare(splits.test, AnomalyImageProcessor.for_images(16, 1)), batch_size=16, collate_fn=collate)
+    tracemalloc.start()
+    scores, labels = detector.score(loader, progress=False)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert (len(scores), labels.tolist()) == (400, [int(i % 3 == 0) for i in range(400)])
+    assert peak < 400 * 256 * 256 / 3, "all images take 26 MB"
+
+
+# The scripts
+
+
+def run(script, *argv):
+    out, err, status, before = io.StringIO(), io.StringIO(), 0, sys.argv
+    sys.argv = [script, *map(str, argv)]
+    try:
+        with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+            runpy.run_path(str(SCRIPTS / script), run_name="__main__")
+    except SystemExit as exit:
+        status = exit.code or 0
+    finally:
+        sys.argv = before
+    return status, out.getvalue(), err.getvalue()
+
+
+@pytest.fixture(scope="module")
+def parquet(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("parquet")
+    for split, n in (("train", 120), ("test", 30)):
+        Dataset.from_generator(lambda n=n: Source(n).rows(), features=FEATURES).to_parquet(folder / f"{split}.parquet")
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("script", "options"),
+    [
+        ("train_shared_ae.py", ("--hidden_sizes", 8, 8, 8, "--latent_size", 8, "--image_size", 16)),
+        ("train_dia.py", ("--dissolver_steps", 2, "--dissolver_batch_size", 4, "--num_test_views", 1)),
+    ],
+)
+def test_scripts(parquet, tmp_path, script, options):
+    common = ("--dataset_name", parquet, "--streaming", "true", "--stream_head", 20)
+    status, out, err = run(
+        script, *common, *options, "--max_steps", 3, "--per_device_train_batch_size", 8, "--output_dir", tmp_path / "run",
+        "--report_to", "none", "--use_cpu", "true", "--disable_tqdm", "true",
+    )  # fmt: skip
+    assert status == 0, err
+    results = json.loads((tmp_path / "run" / "eval_results.json").read_text())
+    assert (results["num_normal"], results["num_anomalous"], results["num_train"], results["num_calibration"]) == (20, 10, None, 4)
+    assert 0 <= results["auroc"] <= 1
+    assert "a stream of normal images" in (tmp_path / "run" / "README.md").read_text()
+    status, out, err = run("evaluate.py", "--model", tmp_path / "run", *common)
+    assert status == 0, err
+    assert json.loads(out)["auroc"] == pytest.approx(results["auroc"])
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (("--protocol", "balanced"), "not --protocol balanced"),
+        (("--num_train_epochs", "2"), "give --max_steps"),
+        (("--card_figures", "true", "--max_steps", "1"), "--card_figures"),
+    ],
+)
+def test_what_a_stream_cannot_do(parquet, tmp_path, options, words):
+    status, _, err = run("train_shared_ae.py", "--dataset_name", parquet, "--streaming", "true", "--output_dir", tmp_path, *options)
+    assert status == 2
+    assert words in err
