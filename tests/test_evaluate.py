@@ -98,7 +98,7 @@ def test_normal_images_unlike_those_of_calibration_are_warned_of(shift, directio
     model.config.false_positive_rate = 0.05
     labels = torch.arange(600) % 2
     scores = torch.randn(600, generator=generator) + shift + 9 * labels  # the anomalies' scores say nothing of drift
-    results = evaluate_detector(model, processor, splits, lambda dataset: (scores, labels))
+    results = evaluate_detector(model, processor, splits, lambda dataset: (scores, labels), batch_size=64)
     if direction is None:
         assert results["drift_p_value"] > 0.01
         assert "calibrated" not in caplog.text

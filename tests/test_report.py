@@ -216,7 +216,8 @@ def test_from_the_command_line(detector, processor, tmp_path, monkeypatch, capsy
     assert re.search(r"Split hash[0-9a-f]{64}", re.sub(r"\s", "", page.text).replace("Splithash", "Split hash"))
     cli.main(["report", "model", "--dataset_name", "data/test/bad", "--unlabelled", "true", "--output", "other.html"])
     assert "4, unlabelled" in Page(tmp_path / "other.html").text
-    with pytest.raises(SystemExit) as exit:
-        cli.main(["report", "model", "--dataset_name", "nowhere"])
-    assert exit.value.code == 2
-    assert "nowhere" in capsys.readouterr().err.splitlines()[-1]
+    for argv, words in ((["--dataset_name", "nowhere"], "nowhere"), (["--dataset_name", "data", "--streaming", "true"], "--streaming")):
+        with pytest.raises(SystemExit) as exit:
+            cli.main(["report", "model", *argv])
+        assert exit.value.code == 2
+        assert words in capsys.readouterr().err.splitlines()[-1]
