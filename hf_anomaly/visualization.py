@@ -85,11 +85,14 @@ def overlay_anomaly_map(
     return PIL.Image.fromarray(np.rint(painted).astype(np.uint8))
 
 
-def image_grid(rows: "Sequence[Sequence[torch.Tensor]]", captions: Sequence[str], *, least_size: int = 128) -> PIL.Image.Image:
-    """Images side by side, with a caption over each column.
+def image_grid(
+    rows: "Sequence[Sequence[torch.Tensor]]", captions: Sequence[str], row_captions: Sequence[str] = (), *, least_size: int = 128
+) -> PIL.Image.Image:
+    """Images side by side, with a caption over each column and on request beside each row.
 
     Args:
         rows: images (C, H, W) in [−1, 1], gray or RGB, as many in each row as there are captions.
+        row_captions: one a row, of one or more lines.
         least_size: small images are enlarged by a whole factor until their longer side has so many pixels.
 
     Returns:
@@ -101,14 +104,17 @@ def image_grid(rows: "Sequence[Sequence[torch.Tensor]]", captions: Sequence[str]
     cells = [[_enlarged(image, least_size) for image in row] for row in rows]
     width = max(cell.width for row in cells for cell in row) + margin
     heights = [max(cell.height for cell in row) + margin for row in cells]
-    grid = PIL.Image.new("RGB", (width * len(captions) + margin, sum(heights) + header + margin), "white")
+    measure = ImageDraw.Draw(PIL.Image.new("RGB", (1, 1)))
+    left = margin + max((int(measure.multiline_textbbox((0, 0), caption)[2]) + 2 * margin for caption in row_captions), default=0)
+    grid = PIL.Image.new("RGB", (left + width * len(captions), sum(heights) + header + margin), "white")
     draw = ImageDraw.Draw(grid)
     for column, caption in enumerate(captions):
-        draw.text((margin + column * width, margin), caption, fill="black")
+        draw.text((left + column * width, margin), caption, fill="black")
     top = header
-    for row, height in zip(cells, heights, strict=True):
+    for row, height, caption in zip(cells, heights, row_captions or [""] * len(cells), strict=True):
+        draw.multiline_text((margin, top), caption, fill="black")
         for column, cell in enumerate(row):
-            grid.paste(cell, (margin + column * width, top))
+            grid.paste(cell, (left + column * width, top))
         top += height
     return grid
 

@@ -9,24 +9,37 @@ from pathlib import Path
 
 from accelerate import PartialState
 
-from hf_anomaly.reproduction import Selection, calibration_study, describe, find_table, run_table, write_report
+from hf_anomaly.errors import InputError
+from hf_anomaly.reproduction import (
+    Selection,
+    calibration_study,
+    describe,
+    find_figure,
+    find_table,
+    run_table,
+    write_figure,
+    write_report,
+)
 from hf_anomaly.training import parse_arguments
 from hf_anomaly.training.runs import run_script
 
 
 @dataclass
 class ReproduceArguments:
-    """Which table, which cells of it, and for how long."""
+    """Which table or figure, which cells of it, and for how long."""
 
-    table: str = field(metadata={"help": "Its id, such as shared_ae/1, or calibration; an unknown one lists all."})
+    table: str | None = field(default=None, metadata={"help": "Its id, such as shared_ae/1, or calibration; an unknown one lists all."})
+    figure: str | None = field(default=None, metadata={"help": "A picture instead, such as dia/1; an unknown one lists all."})
     data_dir: str | None = field(
         default=None,
         metadata={
-            "help": "Folder with the datasets: pneumoniamnist.npz, fashion-mnist/, mnist/. Default: $HF_ANOMALY_DATA_DIR, or else the Hub "
+            "help": "Folder with the datasets: pneumoniamnist.npz, fashion-mnist/, mnist/ and so on. Default: $HF_ANOMALY_DATA_DIR, or else the Hub "
             "where it has them."
         },
     )
-    datasets: list[str] | None = field(default=None, metadata={"help": "Run these of the table's datasets only."})
+    datasets: list[str] | None = field(
+        default=None, metadata={"help": "Run these of the table's datasets only; a figure shows any that there are."}
+    )
     methods: list[str] | None = field(default=None, metadata={"help": "Run these of the table's methods only."})
     seeds: list[int] = field(default_factory=lambda: [0, 1, 2], metadata={"help": "Seeds of initialisation, batches and random splits."})
     budget: str = field(default="laptop", metadata={"help": "smoke: seconds, to see it run; laptop: up to three minutes a cell; paper."})
@@ -38,10 +51,11 @@ class ReproduceArguments:
 
 def main() -> None:
     (args,) = parse_arguments(ReproduceArguments, description=__doc__)
+    if (args.table is None) == (args.figure is None):
+        raise InputError("give --table or --figure, such as --table dia/1")
     if args.table == calibration_study.TABLE:
         calibrate(args)
         return
-    table = find_table(args.table)
     selection = Selection(
         output_dir=Path(args.output_dir),
         datasets=None if args.datasets is None else tuple(args.datasets),
@@ -51,10 +65,16 @@ def main() -> None:
         shard=args.shard,
         data_dir=args.data_dir,
     )
+    command = ["scripts/reproduce.py", *sys.argv[1:]]
+    if args.figure is not None:
+        files = write_figure(find_figure(args.figure), selection, command)
+        if PartialState().is_main_process:
+            print(*(f"saved: {path}" for path in files), sep="\n")
+        return
+    table = find_table(args.table)
     if args.dry_run:
         print(describe(table, selection))
         return
-    command = ["scripts/reproduce.py", *sys.argv[1:]]
     run_table(table, selection, command)
     if PartialState().is_main_process:
         files = write_report(table, selection, command, draw=args.plot)

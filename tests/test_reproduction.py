@@ -15,12 +15,13 @@ from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
+import PIL.Image
 import pytest
 import torch
 from torch import nn
 
 from hf_anomaly.data.recipes import RECIPES
-from hf_anomaly.reproduction import METHODS, TABLES, Selection, baselines, budgets, contrastive, find_table, running
+from hf_anomaly.reproduction import METHODS, TABLES, Selection, baselines, budgets, contrastive, figures, find_table, running
 from hf_anomaly.reproduction.budgets import Training
 from hf_anomaly.reproduction.cells import MEAN
 from hf_anomaly.reproduction.contrastive import DetectorLength
@@ -159,7 +160,7 @@ def test_dissolver_is_shared(small_contrastive, data_dir, tmp_path, monkeypatch)
     status, out, err = reproduce("--table", "dia/1", *argv, *methods)
     assert status == 0, err
     assert len(trained) == 2, "one a seed"
-    lines = {line.split(" | ")[0]: line.split(" | ") for line in out.splitlines()}
+    lines = {line.split(" | ")[0]: line.split(" | ") for line in out.partition("## BreastMNIST")[0].splitlines()}
     assert lines["| KDAD"][1:3] == ["0.378 ± 0.02", "not implemented"]
     results = [json.loads((tmp_path / f"cells/smoke/pneumonia_mnist-official/0/dia/seed{seed}.json").read_text()) for seed in (0, 1)]
     assert lines["| DIA"][1:3] == ["0.903 ± 0.01", mean_and_std({result["seed"]: result["auroc"] for result in results}, (0, 1))]
@@ -185,6 +186,50 @@ def test_dissolver_is_shared(small_contrastive, data_dir, tmp_path, monkeypatch)
     out = reproduce("--table", "dia/1", *argv, "--dry_run")[1]
     for method, status in (("dissolver", "not run"), ("dia", "not run"), ("csi", "finished")):
         assert f"{status:15} smoke/pneumonia_mnist-official/0/{method}/seed0" in out
+
+
+@pytest.mark.parametrize("design", ["a", "b"])
+def test_similarity_matrix(design):
+    shifts, images = 3, 2
+    block = shifts * images
+    expected = -np.ones((2 * block, 3 * block))
+    for anchor in range(2 * block):
+        for view in range(3 * block):
+            same_pair = anchor % block == view % block
+            if anchor == view or (design == "b" and view >= 2 * block and same_pair):
+                expected[anchor, view] = 0
+            elif view < 2 * block and same_pair:
+                expected[anchor, view] = 1
+    np.testing.assert_array_equal(figures.pair_signs(shifts, images, design), expected)
+
+
+def test_figures(small_contrastive, data_dir, tmp_path):
+    argv = ("--budget", "smoke", "--data_dir", data_dir, "--output_dir", tmp_path)
+    status, out, err = reproduce("--figure", "dia/7", *argv, "--datasets", "fashion_mnist")
+    assert status == 0, err
+    assert f"saved: {tmp_path / 'figure-dia-7.png'}" in out
+    written = [str(path.relative_to(tmp_path / "cells" / "smoke")) for path in sorted((tmp_path / "cells").rglob("*.json"))]
+    assert [name for name in written if name.endswith("seed0.json")] == [
+        "fashion_mnist-official/0/dissolver/seed0.json",
+        "pneumonia_mnist-official/0/dissolver/seed0.json",
+    ]
+    with PIL.Image.open(tmp_path / "figure-dia-7.png") as picture:
+        assert picture.width > 8 * 128
+        assert 2 * 128 < picture.height < 3 * 150, "its own model and PneumoniaMNIST's; CIFAR-10 is not there"
+    status, out, err = reproduce("--figure", "dia/5", *argv)
+    assert status == 0, err
+    assert "Left out: BreastMNIST is not there" in err
+    pytest.importorskip("matplotlib")
+    assert reproduce("--figure", "dia/6", *argv)[0] == 0
+    for wrong, message in (
+        (("--figure", "dia/2"), "there is no figure 'dia/2'; the figures: dia/1, dia/3,"),
+        (("--figure", "dia/8"), "nothing can be drawn: SARS-COV-2 CT is not there"),
+        (("--figure", "dia/1", "--table", "dia/1"), "give --table or --figure"),
+        ((), "give --table or --figure"),
+    ):
+        status, _, err = reproduce(*wrong, *argv)
+        assert status == 2
+        assert message in err
 
 
 def test_what_a_small_budget_cannot_do(tmp_path, data_dir):

@@ -2,6 +2,7 @@
 
 from .budgets import BUDGETS
 from .cells import Cell, Row, Section, Table
+from .figures import FIGURES, find_figure, write_figure
 from .methods import METHODS
 from .report import write_report
 from .running import Selection, describe, run_table
@@ -9,6 +10,7 @@ from .tables import TABLES, find_table
 
 __all__ = [
     "BUDGETS",
+    "FIGURES",
     "METHODS",
     "TABLES",
     "Cell",
@@ -17,7 +19,9 @@ __all__ = [
     "Selection",
     "Table",
     "describe",
+    "find_figure",
     "find_table",
     "run_table",
+    "write_figure",
     "write_report",
 ]

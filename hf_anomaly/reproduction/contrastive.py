@@ -209,7 +209,7 @@ def _as_json(settings: dict) -> dict:
     return json.loads(json.dumps(settings))
 
 
-_KERNELS = (3, 7, 11)
+BLUR_KERNELS = (3, 7, 11)
 _BLURS = {"gaussian": "Gaussian", "median": "median"}
 TYPICAL_KERNELS = {"gaussian": 7, "median": 3}  # of the tables that vary something else
 _LARGER = (64, 128)  # px
@@ -231,7 +231,7 @@ CONTRASTIVE_METHODS: dict[str, Method] = {
     **{
         f"dia_{kind}_{kernel}": Contrastive(f"DIA, {title} blur, kernel {kernel}", blur(kind, kernel))
         for kind, title in _BLURS.items()
-        for kernel in _KERNELS
+        for kernel in BLUR_KERNELS
     },
     **{
         f"dia_{kind}_{kernel}_perm": Contrastive(f"DIA, {_BLURS[kind]} blur, kernel {kernel}, perm", blur(kind, kernel), {"shift": "perm"})

@@ -57,10 +57,7 @@ class Selection:
         """
         datasets = _known("datasets", self.datasets, [section.dataset for section in table.sections], table)
         methods = _known("methods", self.methods, [method for section in table.sections for method in section.methods], table)
-        if self.budget not in BUDGETS:
-            raise InputError(f"there is no budget {self.budget!r}; the budgets: {', '.join(BUDGETS)}")
-        if not self.seeds or min(self.seeds) < 0 or len(set(self.seeds)) < len(self.seeds):
-            raise InputError(f"--seeds takes different numbers from 0 on, got {list(self.seeds)}")
+        self.check()
         match = re.fullmatch(r"(\d+)/(\d+)", self.shard)
         shard, shards = map(int, match.groups()) if match else (0, 0)
         if not 1 <= shard <= shards:
@@ -72,6 +69,13 @@ class Selection:
         cells = cells[shard - 1 :: shards]
         required = dict.fromkeys(other for cell in cells for other in METHODS[cell.method].requires(cell))
         return sorted([*required, *cells], key=lambda cell: [*map(str, _data_key(cell)), cell not in required])
+
+    def check(self) -> None:
+        """Raises InputError of an unknown budget, or of bad seeds."""
+        if self.budget not in BUDGETS:
+            raise InputError(f"there is no budget {self.budget!r}; the budgets: {', '.join(BUDGETS)}")
+        if not self.seeds or min(self.seeds) < 0 or len(set(self.seeds)) < len(self.seeds):
+            raise InputError(f"--seeds takes different numbers from 0 on, got {list(self.seeds)}")
 
     def folder(self, cell: Cell) -> Path:
         """What a cell leaves for those that require it."""
@@ -145,8 +149,6 @@ def run_table(table: Table, selection: Selection, command: list[str]) -> None:
     Raises:
         InputError: of a bad selection; or there are cells, but the data of none of them; or what ended a cell.
     """
-    from tqdm.auto import tqdm
-    from tqdm.contrib.logging import logging_redirect_tqdm
 
     cells = selection.cells(table)
     status = {cell: selection.status(cell) for cell in cells}
@@ -156,11 +158,19 @@ def run_table(table: Table, selection: Selection, command: list[str]) -> None:
         raise InputError(f"nothing can be run: {'; '.join(messages)}")
     for message in messages:
         logger.warning("Left out: %s", message)
-    pending = [cell for cell in cells if status[cell] == PENDING]
+    run_cells(cells, selection, command, table.id)
+
+
+def run_cells(cells: list[Cell], selection: Selection, command: list[str], title: str) -> None:
+    """Runs those of the cells that are pending, in this order, with a bar of this title."""
+    from tqdm.auto import tqdm
+    from tqdm.contrib.logging import logging_redirect_tqdm
+
+    pending = [cell for cell in cells if selection.status(cell) == PENDING]
     process = PartialState()
     process.wait_for_everyone()  # nobody finishes a cell before everybody has seen what is to do
     with logging_redirect_tqdm():
-        progress = tqdm(pending, desc=table.id, unit="cell", disable=not process.is_main_process or not pending)
+        progress = tqdm(pending, desc=title, unit="cell", disable=not process.is_main_process or not pending)
         for cell in progress:
             progress.set_postfix_str(f"{cell.dataset} {cell.normal_label} {cell.method} seed {cell.seed}")
             run_cell(cell, selection, command)
@@ -176,7 +186,7 @@ def run_cell(cell: Cell, selection: Selection, command: list[str]) -> None:
     folder = Path(selection.output_dir, "work", "-".join(cell.name.parts))
     try:
         with quiet():
-            data = _load(selection.data_dir, *_data_key(cell))
+            data = load_data(cell, selection)
             required = [selection.folder(other) for other in method.requires(cell)]
             results = method.run(cell, data, folder, command, required)
     except InputError as error:
@@ -211,6 +221,11 @@ def run_cell(cell: Cell, selection: Selection, command: list[str]) -> None:
 
 def _data_key(cell: Cell) -> tuple:
     return cell.dataset, cell.protocol, cell.normal_label, cell.max_train_images, cell.seed, cell.budget
+
+
+def load_data(cell: Cell, selection: Selection) -> CellData:
+    """A cell's data; read once for cells in a row that share it."""
+    return _load(selection.data_dir, *_data_key(cell))
 
 
 @lru_cache(maxsize=1)

@@ -1,0 +1,250 @@
+"""The papers' pictures: galleries of dissolved images, and the similarity matrices of DIA's loss. A gallery trains the diffusion models that it lacks."""
+
+import logging
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import PIL.Image
+import torch
+from accelerate import PartialState
+
+from ..data import decode_image
+from ..data.recipes import RECIPES, find_recipe
+from ..dissolving import DISSOLVERS, DiffusionDissolver
+from ..errors import InputError
+from ..image_processing import AnomalyImageProcessor
+from ..ops.contrastive import amplified_nt_xent
+from ..visualization import image_grid, write_image
+from .cells import Cell
+from .contrastive import BLUR_KERNELS
+from .papers.dia import LARGE, MEDICAL
+from .running import Selection, load_data, quiet, run_cells
+
+logger = logging.getLogger(__name__)
+
+TIMESTEPS = (30, 80, 130, 230, 330, 430, 530)
+CLASSES = ("normal", "anomalous")
+
+
+@dataclass(frozen=True)
+class Figure(ABC):
+    """A picture.
+
+    Attributes:
+        id: paper/number.
+        datasets: names of the recipes that it shows by default.
+    """
+
+    id: str
+    title: str
+    datasets: tuple[str, ...] = ()
+
+    def models(self, dataset: str) -> tuple[str, ...]:
+        """The datasets whose diffusion models it needs to show this one."""
+        return ()
+
+    @abstractmethod
+    def draw(self, datasets: list[str], selection: Selection) -> PIL.Image.Image:
+        """The picture of the datasets that are there."""
+
+
+@dataclass(frozen=True)
+class TimestepGallery(Figure):
+    """A normal and an anomalous image of each dataset, dissolved at ever larger t."""
+
+    def models(self, dataset):
+        return (dataset,)
+
+    def draw(self, datasets, selection):
+        rows, captions = [], []
+        for dataset in datasets:
+            dissolver = load_dissolver(dataset, selection)
+            for image, name in zip(_examples(dataset, dissolver.unet.config.in_channels, selection), CLASSES, strict=True):
+                rows.append(_over_timesteps(image, dissolver))
+                captions.append(f"{RECIPES[dataset].title}\n{name}")
+        return image_grid(rows, ["original", *(f"t = {t}" for t in TIMESTEPS)], captions)
+
+
+@dataclass(frozen=True)
+class ModelGallery(Figure):
+    """An image of each dataset, dissolved by the diffusion models of other datasets too.
+
+    Attributes:
+        others: the datasets of those models.
+    """
+
+    others: tuple[str, ...] = ()
+
+    def models(self, dataset):
+        return tuple(dict.fromkeys((dataset, *self.others)))
+
+    def draw(self, datasets, selection):
+        rows, captions = [], []
+        for dataset in datasets:
+            for model in self.models(dataset):
+                if selection.instructions(model) is not None:
+                    continue
+                dissolver = load_dissolver(model, selection)
+                _, image = _examples(dataset, dissolver.unet.config.in_channels, selection)
+                rows.append(_over_timesteps(image, dissolver))
+                captions.append(f"{RECIPES[dataset].title}\nby the model of\n{RECIPES[model].title}")
+        return image_grid(rows, ["original", *(f"t = {t}" for t in TIMESTEPS)], captions)
+
+
+@dataclass(frozen=True)
+class BlurGallery(Figure):
+    """A normal and an anomalous image of each dataset, blurred, and dissolved in the middle of its range of t."""
+
+    def models(self, dataset):
+        return (dataset,)
+
+    def draw(self, datasets, selection):
+        blurs = {f"{kind} {kernel}": DISSOLVERS[kind](kernel_size=kernel) for kind in ("gaussian", "median") for kernel in BLUR_KERNELS}
+        rows, captions = [], []
+        for dataset in datasets:
+            dissolver, timestep = load_dissolver(dataset, selection), sum(RECIPES[dataset].timesteps) // 2
+            for image, name in zip(_examples(dataset, dissolver.unet.config.in_channels, selection), CLASSES, strict=True):
+                dissolved = dissolver(image[None], torch.tensor([timestep]))[0]
+                rows.append([image, *(blur(image[None])[0] for blur in blurs.values()), dissolved])
+                captions.append(f"{RECIPES[dataset].title}\n{name}, t = {timestep}")
+        return image_grid(rows, ["original", *blurs, "diffusion"], captions)
+
+
+@dataclass(frozen=True)
+class SimilarityMatrices(Figure):
+    """Which pairs of views DIA's loss draws together and which it pushes apart, read off its gradient.
+
+    Attributes:
+        designs: of appendix C.2.
+    """
+
+    designs: tuple[str, ...] = ("a",)
+
+    def draw(self, datasets, selection):
+        try:
+            from matplotlib.backends.backend_agg import FigureCanvasAgg
+            from matplotlib.colors import ListedColormap
+            from matplotlib.figure import Figure as Canvas
+        except ImportError as error:
+            raise InputError("this picture needs matplotlib: pip install 'hf-anomaly[plots]'") from error
+        shifts, images = 4, 2
+        block = shifts * images
+        figure = Canvas(figsize=(6.4 * len(self.designs), 4.8), layout="constrained")
+        canvas = FigureCanvasAgg(figure)
+        colors = ListedColormap(["#475467", "#eaecf0", "#b42318"])
+        for panel, design in zip(figure.subplots(1, len(self.designs), squeeze=False)[0], self.designs, strict=True):
+            panel.imshow(pair_signs(shifts, images, design), cmap=colors, vmin=-1, vmax=1)
+            panel.set_xticks([block * branch + (block - 1) / 2 for branch in range(3)], labels=["A", "B", "D, dissolved"])
+            panel.set_yticks([block * branch + (block - 1) / 2 for branch in range(2)], labels=["A", "B"])
+            panel.set_xticks([column - 0.5 for column in range(3 * block)], minor=True)
+            panel.set_yticks([row - 0.5 for row in range(2 * block)], minor=True)
+            panel.grid(which="minor", color="white", linewidth=0.6)
+            panel.tick_params(which="both", length=0)
+            for edge in (1, 2):
+                panel.axvline(edge * block - 0.5, color="black", linewidth=1)
+            panel.axhline(block - 0.5, color="black", linewidth=1)
+            panel.set(title=f"design ({design})", ylabel="anchor")
+        marks = {"positive": 2, "negative": 0, "not considered": 1}
+        handles = [figure.axes[0].plot([], [], "s", color=colors(which))[0] for which in marks.values()]
+        figure.legend(handles, marks, loc="outside lower center", ncols=3, frameon=False)
+        figure.text(0.01, 0.02, f"{images} images, {shifts} shifts each", fontsize=8)
+        canvas.draw()
+        return PIL.Image.fromarray(np.asarray(canvas.buffer_rgba())).convert("RGB")
+
+
+def pair_signs(shifts: int, images: int, design: str) -> torch.Tensor:
+    """What `amplified_nt_xent` makes of each pair of an anchor and another view: 1 it draws them together, −1 it pushes them apart, 0 nothing.
+
+    Args:
+        design: "a" or "b", see `DIAConfig.similarity_design`.
+
+    Returns:
+        (2·K·B, 3·K·B): anchors in A and B; views in A, B and D, by shift and then image.
+    """
+    views = torch.eye(3 * shifts * images, dtype=torch.double).unflatten(0, (3, shifts, images)).requires_grad_()
+    amplified_nt_xent(*views, exclude_twins=design == "b").backward()
+    # All views are orthogonal: the derivative of view i along view j is that of their similarity.
+    signs = -views.grad.flatten(0, 2).sign()
+    return signs[: 2 * shifts * images]
+
+
+_FOREIGN = ("pneumonia_mnist", "cifar_10")
+_FIGURES: tuple[Figure, ...] = (
+    TimestepGallery("dia/1", "Images dissolved at ever larger t", MEDICAL),
+    SimilarityMatrices("dia/3", "The target similarity matrix"),
+    ModelGallery("dia/4", "Dissolving with the models of other datasets", LARGE, others=("cifar_10",)),
+    BlurGallery("dia/5", "Blur beside diffusion", MEDICAL[:4]),
+    SimilarityMatrices("dia/6", "The two designs of the similarity matrix", designs=("a", "b")),
+    # Which dataset is in which of the last five is lost in the text at hand: the order is Table 1's.
+    *(
+        ModelGallery(f"dia/{number}", f"{RECIPES[dataset].title} dissolved with the models of other datasets", (dataset,), others=_FOREIGN)
+        for number, dataset in enumerate(MEDICAL[1:], 7)
+    ),
+)
+FIGURES = {figure.id: figure for figure in _FIGURES}
+
+
+def find_figure(figure_id: str) -> Figure:
+    """The figure of this id.
+
+    Raises:
+        InputError: there is none; names those there are.
+    """
+    if figure_id not in FIGURES:
+        raise InputError(f"there is no figure {figure_id!r}; the figures: {', '.join(FIGURES)}")
+    return FIGURES[figure_id]
+
+
+def write_figure(figure: Figure, selection: Selection, command: list[str]) -> list[Path]:
+    """Draws a figure as `figure-<id>.png` in the output folder, of the datasets that are there; trains the diffusion models that are missing.
+
+    Args:
+        selection: its datasets may be any recipes; of its seeds the first counts.
+        command: the command line, for the results of the training.
+
+    Raises:
+        InputError: none of the datasets is there, or an unknown one is asked for.
+    """
+    selection.check()
+    datasets = [find_recipe(name).name for name in selection.datasets or figure.datasets]
+    missing = {name: message for name in datasets if (message := selection.instructions(name)) is not None}
+    if datasets and len(missing) == len(datasets):
+        raise InputError(f"nothing can be drawn: {'; '.join(missing.values())}")
+    for message in missing.values():
+        logger.warning("Left out: %s", message)
+    there = [name for name in datasets if name not in missing]
+    models = dict.fromkeys(model for name in there for model in figure.models(name))
+    run_cells([dissolver_cell(model, selection) for model in models], selection, command, figure.id)
+    path = Path(selection.output_dir, f"figure-{figure.id.replace('/', '-')}.png")
+    if PartialState().is_main_process:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with quiet():
+            picture = figure.draw(there, selection)
+        write_image(picture, path)
+    return [path]
+
+
+def dissolver_cell(dataset: str, selection: Selection) -> Cell:
+    """The cell that trains the diffusion model of a dataset, with its first class as the normal one."""
+    recipe = RECIPES[dataset]
+    return Cell(dataset, recipe.normal_labels[0], recipe.protocol, None, "dissolver", selection.seeds[0], selection.budget)
+
+
+def load_dissolver(dataset: str, selection: Selection) -> DiffusionDissolver:
+    """What that cell has left."""
+    return DiffusionDissolver.from_pretrained(selection.folder(dissolver_cell(dataset, selection)))
+
+
+def _examples(dataset: str, num_channels: int, selection: Selection) -> list[torch.Tensor]:
+    """The first normal and the first anomalous test image, (C, H, W) each."""
+    data = load_data(dissolver_cell(dataset, selection), selection)
+    processor = AnomalyImageProcessor.for_images(data.processor.size["height"], num_channels)
+    labels, test = data.splits.test["label"][:], data.splits.test
+    images = [decode_image(test[labels.index(label)]["image"], f"a test image of {dataset}") for label in (0, 1)]
+    return list(processor(images=images, return_tensors="pt")["pixel_values"])
+
+
+def _over_timesteps(image: torch.Tensor, dissolver: DiffusionDissolver) -> list[torch.Tensor]:
+    return [image, *dissolver(image.expand(len(TIMESTEPS), -1, -1, -1), torch.tensor(TIMESTEPS))]
