@@ -203,7 +203,7 @@ def test_similarity_matrix(design):
     np.testing.assert_array_equal(figures.pair_signs(shifts, images, design), expected)
 
 
-def test_figures(small_contrastive, data_dir, tmp_path):
+def test_figures(small_contrastive, data_dir, tmp_path, caplog):
     argv = ("--budget", "smoke", "--data_dir", data_dir, "--output_dir", tmp_path)
     status, out, err = reproduce("--figure", "dia/7", *argv, "--datasets", "fashion_mnist")
     assert status == 0, err
@@ -218,7 +218,7 @@ def test_figures(small_contrastive, data_dir, tmp_path):
         assert 2 * 128 < picture.height < 3 * 150, "its own model and PneumoniaMNIST's; CIFAR-10 is not there"
     status, out, err = reproduce("--figure", "dia/5", *argv)
     assert status == 0, err
-    assert "Left out: BreastMNIST is not there" in err
+    assert "Left out: BreastMNIST is not there" in caplog.text
     pytest.importorskip("matplotlib")
     assert reproduce("--figure", "dia/6", *argv)[0] == 0
     for wrong, message in (
@@ -464,15 +464,17 @@ def test_two_processes(data_dir, tmp_path):
         "2",
         str(SCRIPT),
         "--table",
-        "shared_ae/extra",
+        "dia/1",
     ]
-    options = ["--budget", "smoke", "--datasets", "pneumonia_mnist", "--methods", "shared_ae", "contrast"]
+    options = ["--budget", "smoke", "--datasets", "pneumonia_mnist", "--methods", "dia", "contrast"]
     environment = {**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
     result = subprocess.run(
         [*command, *options, "--data_dir", str(data_dir), "--output_dir", str(tmp_path)], env=environment, capture_output=True, text=True
     )
     assert result.returncode == 0, result.stderr
-    assert result.stdout.count("# shared_ae/extra") == 1, "one process reports"
+    assert result.stdout.count("# dia/1") == 1, "one process reports"
     cells = sorted((tmp_path / "cells").rglob("*.json"))
-    assert [path.parent.name for path in cells] == ["contrast", "shared_ae"]
+    cells = [path for path in cells if path.name == "seed0.json"]
+    assert [path.parent.name for path in cells] == ["contrast", "dia", "dissolver"]
+    assert [json.loads(path.read_text())["processes"] for path in cells] == [2, 2, 2]
     assert not (tmp_path / "work").exists()

@@ -135,7 +135,7 @@ class SimilarityMatrices(Figure):
         canvas = FigureCanvasAgg(figure)
         colors = ListedColormap(["#475467", "#eaecf0", "#b42318"])
         for panel, design in zip(figure.subplots(1, len(self.designs), squeeze=False)[0], self.designs, strict=True):
-            panel.imshow(pair_signs(shifts, images, design), cmap=colors, vmin=-1, vmax=1)
+            panel.imshow(pair_signs(shifts, images, design).numpy(), cmap=colors, vmin=-1, vmax=1)
             panel.set_xticks([block * branch + (block - 1) / 2 for branch in range(3)], labels=["A", "B", "D, dissolved"])
             panel.set_yticks([block * branch + (block - 1) / 2 for branch in range(2)], labels=["A", "B"])
             panel.set_xticks([column - 0.5 for column in range(3 * block)], minor=True)

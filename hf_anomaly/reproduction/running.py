@@ -210,6 +210,7 @@ def run_cell(cell: Cell, selection: Selection, command: list[str]) -> None:
             "dataset": dataset_label(data.splits.source),
             "subset": recipe.subset(data.splits.source),
             "settings": method.settings(cell),
+            "processes": process.num_processes,
             "command": command,
             "hf_anomaly_version": __version__,
         }
