@@ -58,15 +58,18 @@ def draw_scores(figure, scores, labels, threshold) -> None:
     """Histogram of the scores (N,), by label (N,), or of all where labels is None; on an empty figure of matplotlib, as the others here."""
     figure.set_size_inches(6, 3)
     axes = figure.add_subplot()
-    bins = np.histogram_bin_edges(scores, 40)
+    low, high = np.quantile(scores, (0.25, 0.75))
+    reach = 3 * (high - low)  # beyond it are stragglers, which would leave one bar to all others
+    shown = np.clip(scores, low - reach, high + reach) if reach > 0 else scores
+    bins = np.histogram_bin_edges(shown, 40)
     if labels is None:
-        axes.hist(scores, bins, color="#475467", label=f"all ({len(scores)})")
+        axes.hist(shown, bins, color="#475467", label=f"all ({len(scores)})")
     for label, name, color in ((0, "normal", "#475467"), (1, "anomalous", "#b42318")):
         if labels is not None and (labels == label).any():
-            axes.hist(scores[labels == label], bins, alpha=0.6, color=color, label=f"{name} ({(labels == label).sum()})")
+            axes.hist(shown[labels == label], bins, alpha=0.6, color=color, label=f"{name} ({(labels == label).sum()})")
     if threshold is not None and np.isfinite(threshold):
         axes.axvline(threshold, color="black", linestyle="--", label="threshold")
-    axes.set(xlabel="score", ylabel="images")
+    axes.set(xlabel="score" + (" (stragglers in the outermost bars)" if (shown != scores).any() else ""), ylabel="images")
     axes.legend()
 
 
