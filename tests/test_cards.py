@@ -3,6 +3,7 @@
 import json
 import re
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -380,3 +381,28 @@ def test_the_card_cites_its_method(folder):
     write_card(folder, csi, RESULTS)
     assert "tack2020csi" in (folder / "README.md").read_text()
     assert "shi2024dissolving" not in (folder / "README.md").read_text()
+
+
+WRITTEN = sorted((Path(__file__).parents[1] / "model_cards").glob("*/README.md"))
+
+
+@pytest.mark.parametrize("path", WRITTEN, ids=lambda path: path.parent.name)
+def test_the_written_cards_are_whole(path):
+    text = path.read_text()
+    _, front, body = re.split(r"^---$", text, maxsplit=2, flags=re.MULTILINE)
+    data = yaml.safe_load(front)
+    assert (data["library_name"], data["license"], data["tags"][0]) == ("hf-anomaly", "apache-2.0", "anomaly-detection")
+    assert data["model-index"][0]["results"][0]["metrics"]
+    check_whole(body.partition("## Citation")[0])  # BibTeX has {{
+    assert re.findall(r"^<!-- hf-anomaly: (\w+) -->$", body, re.MULTILINE) == [
+        "about",
+        "usage",
+        "data",
+        "results",
+        "settings",
+        "limits",
+        "citation",
+    ]
+    for link in re.findall(r"\]\(((?!http)[^)]+)\)", body):
+        assert (path.parent / link).exists(), link
+    assert path.parent.name in (path.parents[1] / "README.md").read_text()
