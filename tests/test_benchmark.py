@@ -16,14 +16,29 @@ def run(monkeypatch, *argv):
 
 
 def test_benchmark(monkeypatch, capsys, tmp_path):
-    run(monkeypatch, "--image_size=8", "--batch_size=2", "--bank_size=50", "--repeats=1", f"--output={tmp_path / 'speed.md'}")
+    run(
+        monkeypatch,
+        "--image_size=8",
+        "--batch_size=2",
+        "--bank_size=50",
+        "--repeats=1",
+        "--num_maps=32",
+        f"--output={tmp_path / 'speed.md'}",
+    )
     table = capsys.readouterr().out
     assert (tmp_path / "speed.md").read_text() == table
     header, rule, *rows, blank, facts = table.splitlines()
     assert header == "| what | A | B | ratio A/B |"
     assert rule == "|---|---|---|---|"
     assert blank == ""
-    units = [("ms", "training step"), ("images/s", "scoring"), *[("images/s", "pipeline")] * 2, ("ms", "bank"), ("s", "import")]
+    units = [
+        ("ms", "training step"),
+        ("images/s", "scoring"),
+        *[("images/s", "pipeline")] * 2,
+        ("ms", "bank"),
+        ("ms", "pixels"),
+        ("s", "import"),
+    ]
     for row, (unit, what) in zip(rows, units, strict=True):
         match = re.fullmatch(rf"\| (.*) \| ([\d.]+) {unit} \| ([\d.]+) {unit} \| ([\d.]+) \|", row)
         assert match, row

@@ -340,8 +340,8 @@ def test_memory_is_constant(detector, scans, monkeypatch, run):
 
     decode = data.decode_image
 
-    def counting(value, where):
-        image = decode(value, where)
+    def counting(value, where, window):
+        image = decode(value, where, window)
         open_now[0] += 1
         most[0] = max(most[0], open_now[0])
         return image

@@ -565,15 +565,15 @@ def test_fresh_process(tmp_path, diffusion):
     diffusion.save_pretrained(tmp_path / "d")
     dissolved = dissolve_dataset(toy_dataset(), MedianDissolver(3), Processor(), cache_dir=tmp_path / "cache")
     script = """
-import json, sys
-from test_dissolving import CountingMedian, DiffusionDissolver, InputError, Processor, dissolve_dataset, images_of, np, toy_dataset
+import json, sys, hf_anomaly
+from test_dissolving import CountingMedian, DiffusionDissolver, Processor, dissolve_dataset, images_of, np, toy_dataset
 
 dissolver = CountingMedian(3)
 found = dissolve_dataset(toy_dataset(), dissolver, Processor(), cache_dir=sys.argv[1] + "/cache")
 diffusion = DiffusionDissolver.from_pretrained(sys.argv[1] + "/d")
 try:
     DiffusionDissolver.from_pretrained("nobody/nothing")
-except InputError as error:
+except hf_anomaly.HubError as error:
     message = str(error)
 print(json.dumps([dissolver.calls, diffusion.fingerprint(), np.asarray(images_of(found[3])[0]).tolist(), message]))
 """
