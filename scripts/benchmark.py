@@ -118,7 +118,7 @@ def pipeline(model: AnomalyDetector, args: BenchmarkArguments) -> tuple[str, str
 
 def bank_search(model: DIAModel, args: BenchmarkArguments) -> tuple[str, str, str, float]:
     """The nearest of the bank for a batch at once, and for image after image."""
-    shifts, width = len(model.reference.bank), model.config.projection_size
+    shifts, width = len(model.reference.bank), model.score_width
     queries, bank = torch.randn(SCORED_AT_ONCE, shifts, width), torch.randn(shifts, args.bank_size, width)
 
     def loop():

@@ -45,17 +45,18 @@ def shifted(image, k, shift):
 
 @torch.no_grad()
 def slow_features(model, image, views):
-    """z_k and W_k·f_k of one image, one view at a time."""
-    projections, logits = [], []
+    """The features that the score compares, f_k or z_k, and W_k·f_k of one image, one view at a time."""
+    features, logits = [], []
     for k in range(K):
         zs, ls = [], []
         for view in views:
             f = model.encode(apply_views(shifted(image, k, model.config.shift)[None], view[None]))
-            zs.append(model.projection(f)[0].double().numpy())
+            z = model.projection(f) if model.config.score_features == "projection" else f
+            zs.append(z[0].double().numpy())
             ls.append(model.shift_classifier(f)[0, k].double().item())
-        projections.append(np.mean(zs, axis=0))
+        features.append(np.mean(zs, axis=0))
         logits.append(np.mean(ls))
-    return projections, logits
+    return features, logits
 
 
 def slow_scores(model, bank_images, queries, views):
@@ -87,10 +88,10 @@ def slow_scores(model, bank_images, queries, views):
 SWITCHES = [switches for switches in itertools.product([True, False], repeat=3) if any(switches)]
 
 
-@pytest.mark.parametrize("shift", ["rotate", "perm"])
+@pytest.mark.parametrize(("shift", "features"), [("rotate", "penultimate"), ("rotate", "projection"), ("perm", "penultimate")])
 @pytest.mark.parametrize(("cosine", "norm", "logit"), SWITCHES)
-def test_score_is_equation_10(cosine, norm, logit, shift):
-    model = tiny(score_cosine=cosine, score_norm=norm, score_shift_logit=logit, shift=shift).eval()
+def test_score_is_equation_10(cosine, norm, logit, shift, features):
+    model = tiny(score_cosine=cosine, score_norm=norm, score_shift_logit=logit, shift=shift, score_features=features).eval()
     model.shift_classifier.bias.data = torch.tensor([1.0, 2.0, 3.0, -9.0])  # the last λ_cls must be left out
     bank, queries = images(5), images(4, seed=1)
     model.fit_reference([bank[:3], bank[3:]], progress=False)
@@ -128,10 +129,12 @@ def test_training_images_score_best():
 # Reference --------------------------------------------------------------------------------------------------------------------
 
 
-def test_bank_holds_normalised_features_in_dataset_order():
-    model = tiny().eval()
+@pytest.mark.parametrize(("score_features", "width"), [("penultimate", 8), ("projection", 6)])
+def test_bank_holds_normalised_features_in_dataset_order(score_features, width):
+    model = tiny(score_features=score_features).eval()
     x = images(5)
     model.fit_reference([x[:2], x[2:]], progress=False)
+    assert model.reference.bank.shape == (K, 5, width)
     views = crops_views(2, 0.54)
     for m, k in itertools.product(range(5), range(K)):
         z = slow_features(model, x[m], views)[0][k]
@@ -144,7 +147,7 @@ def test_max_bank_size():
         torch.manual_seed(seed)  # the choice is fixed, whatever the global seed
         model.fit_reference([images(9)], progress=False)
     assert (whole.config.bank_size, part.config.bank_size) == (9, 4)
-    assert part.reference.bank.shape == (K, 4, 6)
+    assert part.reference.bank.shape == (K, 4, 8)
     assert torch.equal(part.reference.bank, again.reference.bank)
     rows = [next(m for m in range(9) if torch.equal(whole.reference.bank[:, m], part.reference.bank[:, i])) for i in range(4)]
     assert rows == sorted(set(rows)) != [0, 1, 2, 3]  # in order, without repetition, not simply the first
@@ -309,7 +312,16 @@ def test_config_values_out_of_range(settings, words, refused):
         CSIConfig(**settings)
 
 
-@pytest.mark.parametrize("settings", [{"shift": "spin"}, {"loss_divisor": "all"}, {"test_views": "none"}, {"temperature": "warm"}])
+def test_a_file_that_lacks_the_score_features_scored_with_the_projection():
+    assert CSIConfig().score_features == "penultimate"
+    old = {name: value for name, value in CSIConfig().to_dict().items() if name != "score_features"}
+    assert CSIConfig.from_dict(old).score_features == "projection"
+    assert CSIConfig.from_dict(CSIConfig().to_dict()).score_features == "penultimate"
+
+
+@pytest.mark.parametrize(
+    "settings", [{"shift": "spin"}, {"score_features": "head"}, {"loss_divisor": "all"}, {"test_views": "none"}, {"temperature": "warm"}]
+)
 def test_config_values_of_the_wrong_kind(settings):
     from huggingface_hub.errors import StrictDataclassError
 

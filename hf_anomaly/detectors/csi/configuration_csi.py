@@ -16,7 +16,10 @@ class CSIConfig(AnomalyDetectorConfig):
 
     Args:
         backbone_config: any `AutoBackbone` configuration, as an object or a dict with `model_type`; default a `SmallResNetConfig` for `image_size`.
-        projection_size: width of z, the output of the projection head.
+        projection_size: width of z, the output of the projection head, which the contrastive loss compares.
+        score_features: what Eq. 10 compares at test time: `"penultimate"`, the encoder's features f, or `"projection"`, the head's z, as printed. The head
+            drops what its loss has no use for (Chen et al., arXiv 2002.05709, section 4.2), and an anomaly may show in just that. Files of version 0.1.0
+            that lack the field mean `"projection"`.
         shift: the shifting transformations S_k: `"rotate"` by 0/90/180/270° or `"perm"`, the halves swapped.
         temperature: τ of Eq. 6.
         shift_loss_weight: λ of Eq. 9.
@@ -29,8 +32,8 @@ class CSIConfig(AnomalyDetectorConfig):
             authors' code; or `"crops"`, the corners and the centre.
         num_test_views: how many; features are averaged over them.
         test_crop_scale: area of a test-time crop.
-        score_cosine, score_norm, score_shift_logit: the terms of Eq. 10 that enter the score: max cos(z, z_m), λ_sim·‖z‖, λ_cls·W_k·f_k. Cosine and
-            norm multiply where both are on.
+        score_cosine, score_norm, score_shift_logit: the terms of Eq. 10 that enter the score: max cos(z, z_m), λ_sim·‖z‖, λ_cls·W_k·f_k, with z the
+            `score_features`. Cosine and norm multiply where both are on.
         max_bank_size: at most so many training images are kept in the bank, a fixed random choice among more.
         bank_size: how many are in it; 0 before `fit_reference`.
 
@@ -39,7 +42,8 @@ class CSIConfig(AnomalyDetectorConfig):
     """
 
     model_type = "csi_anomaly"
-    score_fields = ("shift", "score_cosine", "score_norm", "score_shift_logit")
+    score_fields = ("shift", "score_features", "score_cosine", "score_norm", "score_shift_logit")
+    fields_before = {"score_features": "projection"}  # what fields mean that a file of an earlier version lacks
     sub_configs_defaults = {"backbone_config": SubConfigSpec(config_class=AutoConfig, model_type="small_resnet", optional=True)}
 
     backbone_config: dict | PreTrainedConfig | None = None
@@ -55,6 +59,7 @@ class CSIConfig(AnomalyDetectorConfig):
     flip_probability: float | int = 0.5
     test_views: Literal["crops", "augmentations"] = "augmentations"
     num_test_views: int = 10
+    score_features: Literal["penultimate", "projection"] = "penultimate"
     test_crop_scale: float | int = 0.54
     score_cosine: bool = True
     score_norm: bool = False
@@ -69,6 +74,10 @@ class CSIConfig(AnomalyDetectorConfig):
             self.backbone_config = SmallResNetConfig(num_channels=self.num_channels, stem_stride=stride)
         self.crop_scale, self.color_jitter = list(self.crop_scale), list(self.color_jitter)
         super().__post_init__(**kwargs)
+
+    @classmethod
+    def from_dict(cls, config_dict, **kwargs):
+        return super().from_dict({**cls.fields_before, **config_dict}, **kwargs)
 
     def check(self):
         super().check()

@@ -28,9 +28,9 @@ _MAX_TEST_PIXELS = 2**19
 class CSIReference(Float32State):
     """What Eq. 10 compares with: features of the normal training images, the balancing terms, and the fixed test-time views."""
 
-    def __init__(self, config: CSIConfig):
+    def __init__(self, config: CSIConfig, width: int):
         super().__init__()
-        self.register_buffer("bank", torch.zeros(NUM_SHIFTS, config.bank_size, config.projection_size))
+        self.register_buffer("bank", torch.zeros(NUM_SHIFTS, config.bank_size, width))
         self.register_buffer("lambda_sim", torch.zeros(NUM_SHIFTS))
         self.register_buffer("lambda_cls", torch.zeros(NUM_SHIFTS))
         self.register_buffer("views", torch.zeros(config.num_test_views, len(View)))
@@ -56,10 +56,8 @@ class CSIModel(AnomalyDetector):
     def __init__(self, config: CSIConfig):
         super().__init__(config)
         self.backbone = build_backbone(config.backbone_config, config.image_size, config.num_channels)
-        width = self.backbone.channels[-1]
-        self.projection = nn.Sequential(nn.Linear(width, width), nn.ReLU(), nn.Linear(width, config.projection_size))
-        self.shift_classifier = nn.Linear(width, NUM_SHIFTS)
-        self.reference = CSIReference(config)
+        self.build_heads(self.backbone.channels[-1])
+        self.reference = CSIReference(config, self.score_width)
         self.post_init()
 
     @torch.no_grad()
@@ -71,6 +69,16 @@ class CSIModel(AnomalyDetector):
             init.uniform_(module.bias, -bound, bound)
         else:
             super()._init_weights(module)
+
+    def build_heads(self, width: int) -> None:
+        """What is trained on the penultimate features (…, width)."""
+        self.projection = nn.Sequential(nn.Linear(width, width), nn.ReLU(), nn.Linear(width, self.config.projection_size))
+        self.shift_classifier = nn.Linear(width, NUM_SHIFTS)
+
+    @property
+    def score_width(self) -> int:
+        """Width of the features that the score compares."""
+        return self.config.projection_size if self.config.score_features == "projection" else self.backbone.channels[-1]
 
     # Training -----------------------------------------------------------------------------------------------------------------
 
@@ -91,12 +99,14 @@ class CSIModel(AnomalyDetector):
         parameters = draw_rows(lambda n: self._draw_views(n * views_per_image, crop_scale).unflatten(0, (n, -1)), batch_size)
         parameters = parameters.unflatten(1, shape[:2]).permute(1, 2, 0, 3).flatten(0, 2)
         views = apply_views(shifted.flatten(0, 2), parameters.to(pixel_values.device))
-        features = self.encode(views)
-        projections = self.projection(features).unflatten(0, shape)
-        logits = self.shift_classifier(features)
-        shift_labels = torch.arange(NUM_SHIFTS, device=logits.device).repeat_interleave(num_branches * batch_size)
+        return self.losses_of(self.encode(views).unflatten(0, shape))
+
+    def losses_of(self, features: torch.Tensor) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        """The loss and its parts, of the penultimate features (K, branches, B, width) of all views."""
+        logits = self.shift_classifier(features).flatten(0, 2)
+        shift_labels = torch.arange(NUM_SHIFTS, device=logits.device).repeat_interleave(len(logits) // NUM_SHIFTS)
         losses = {
-            "contrastive_loss": self.contrastive_loss(list(projections.unbind(1))),
+            "contrastive_loss": self.contrastive_loss(list(self.projection(features).unbind(1))),
             "shift_loss": F.cross_entropy(logits.float(), shift_labels),  # Eq. 8
         }
         return losses["contrastive_loss"] + self.config.shift_loss_weight * losses["shift_loss"], losses  # Eq. 9
@@ -132,7 +142,7 @@ class CSIModel(AnomalyDetector):
         return self._draw_views(config.num_test_views, [config.test_crop_scale] * 2, torch.Generator().manual_seed(0))
 
     def view_features(self, pixel_values: torch.Tensor, views: torch.Tensor) -> dict[str, torch.Tensor]:
-        """z (B, K, d) and the logit of the true shift (B, K), averaged over the test-time views (n, P)."""
+        """The `score_features` (B, K, d) and the logit of the true shift (B, K), averaged over the test-time views (n, P)."""
         num_views = len(views)
         chunk = max(1, _MAX_TEST_PIXELS // (num_views * NUM_SHIFTS * pixel_values[0, 0].numel()))
         parts = [self._view_features(x, views) for x in pixel_values.split(chunk)]
@@ -143,17 +153,19 @@ class CSIModel(AnomalyDetector):
         shifted = SHIFTS[self.config.shift](pixel_values)  # (K, B, C, H, W)
         rows = shifted.transpose(0, 1).unsqueeze(2).expand(-1, -1, num_views, -1, -1, -1).flatten(0, 2)
         features = self.encode(apply_views(rows, views.to(rows.device).repeat(batch_size * NUM_SHIFTS, 1)))
-        projections = self.projection(features).unflatten(0, (batch_size, NUM_SHIFTS, num_views)).mean(2)
-        logits = self.shift_classifier(features).unflatten(0, (batch_size, NUM_SHIFTS, num_views)).mean(2)
-        return {"projections": projections.float(), "shift_logits": logits.diagonal(dim1=1, dim2=2).float()}
+        features = features.unflatten(0, (batch_size, NUM_SHIFTS, num_views))
+        logits = self.shift_classifier(features).mean(2)
+        if self.config.score_features == "projection":
+            features = self.projection(features)
+        return {"features": features.mean(2).float(), "shift_logits": logits.diagonal(dim1=1, dim2=2).float()}
 
     def reference_features(self, pixel_values):
         return self.view_features(pixel_values, self.fixed_views())
 
     def set_reference(self, features):
-        projections, logits = features["projections"], features["shift_logits"]
+        vectors, logits = features["features"], features["shift_logits"]
         reference, config = self.reference, self.config
-        norms = projections.norm(dim=-1).mean(0)
+        norms = vectors.norm(dim=-1).mean(0)
         logit_means = logits.mean(0)
         reference.lambda_sim = 1 / norms
         if config.score_shift_logit and bool((logit_means <= 0).any()):
@@ -163,7 +175,7 @@ class CSIModel(AnomalyDetector):
         # A non-positive mean would turn the term's sign around.
         reference.lambda_cls = torch.where(logit_means > 0, 1 / logit_means, torch.zeros_like(logit_means))
         reference.views = self.fixed_views().to(reference.views.device)
-        bank = F.normalize(projections, dim=-1)
+        bank = F.normalize(vectors, dim=-1)
         if len(bank) > config.max_bank_size:
             keep = torch.randperm(len(bank), generator=torch.Generator().manual_seed(0))[: config.max_bank_size].sort().values
             bank = bank[keep.to(bank.device)]
@@ -172,25 +184,25 @@ class CSIModel(AnomalyDetector):
 
     def clear_reference(self):
         self.config.bank_size = 0
-        fresh = CSIReference(self.config).to(self.reference.bank.device)
+        fresh = CSIReference(self.config, self.score_width).to(self.reference.bank.device)
         for name, buffer in fresh.named_buffers():
             setattr(self.reference, name, buffer)
 
     def compute_scores(self, pixel_values, *, output_anomaly_maps, output_embeddings):
         config, reference = self.config, self.reference
         features = self.view_features(pixel_values, reference.views)
-        projections, logits = features["projections"], features["shift_logits"]
+        vectors, logits = features["features"], features["shift_logits"]
         terms = torch.zeros_like(logits)
         if config.score_cosine or config.score_norm:
             similarity = torch.ones_like(logits)
             if config.score_cosine:
-                similarity = similarity * max_cosine(projections, reference.bank)
+                similarity = similarity * max_cosine(vectors, reference.bank)
             if config.score_norm:
-                similarity = similarity * reference.lambda_sim * projections.norm(dim=-1)
+                similarity = similarity * reference.lambda_sim * vectors.norm(dim=-1)
             terms = terms + similarity
         if config.score_shift_logit:
             terms = terms + reference.lambda_cls * logits
-        return AnomalyDetectorOutput(scores=-terms.mean(-1), embeddings=projections[:, 0] if output_embeddings else None)  # Eq. 10
+        return AnomalyDetectorOutput(scores=-terms.mean(-1), embeddings=vectors[:, 0] if output_embeddings else None)  # Eq. 10
 
     # Pretrained encoders ------------------------------------------------------------------------------------------------------
 

@@ -31,6 +31,8 @@ from ..runs import (
 
 logger = logging.getLogger(__name__)
 
+ONLY_DIA = ("similarity_design",)  # detector arguments that CSI has no use for
+
 
 @dataclass
 class DissolverArguments:
@@ -79,8 +81,11 @@ class DetectorArguments:
     crop_scale_min: float = field(default=0.54, metadata={"help": "Smallest area of a random crop."})
     test_views: str = field(default="augmentations", metadata={"help": "Fixed views at test time: augmentations or crops."})
     num_test_views: int = field(default=10, metadata={"help": "How many."})
+    score_features: str = field(
+        default="penultimate", metadata={"help": "What Eq. 10 compares: penultimate, the encoder's features, or projection, the head's."}
+    )
     score_cosine: bool = field(default=True, metadata={"help": "Eq. 10: the cosine to the nearest training image."})
-    score_norm: bool = field(default=False, metadata={"help": "Eq. 10: the norm of the projection."})
+    score_norm: bool = field(default=False, metadata={"help": "Eq. 10: the norm of these features."})
     score_shift_logit: bool = field(default=False, metadata={"help": "Eq. 10: the logit of the true shift."})
 
 
@@ -143,9 +148,7 @@ def main(argv: list[str], program: str) -> None:
     splits = load_splits(data_args, training_args.seed)
     processor = processor_for(splits, data_args)
 
-    settings = {
-        name: value for name, value in asdict(detector_args).items() if name not in ("backbone", "crop_scale_min", "similarity_design")
-    }
+    settings = {name: value for name, value in asdict(detector_args).items() if name not in ("backbone", "crop_scale_min", *ONLY_DIA)}
     settings |= {
         "image_size": processor.size["height"],
         "num_channels": processor.num_channels,
@@ -155,8 +158,8 @@ def main(argv: list[str], program: str) -> None:
         settings["backbone_config"] = load_backbone_config(detector_args.backbone)
     # Built before anything long runs, so that a wrong value is refused at once.
     set_seed(training_args.seed)
-    design = {"similarity_design": detector_args.similarity_design}
-    model = CSIModel(CSIConfig(**settings)) if method == "csi" else DIAModel(DIAConfig(**settings, **design))
+    only_dia = {name: getattr(detector_args, name) for name in ONLY_DIA}
+    model = CSIModel(CSIConfig(**settings)) if method == "csi" else DIAModel(DIAConfig(**settings, **only_dia))
     if detector_args.backbone is not None:
         model.load_backbone(detector_args.backbone)
 
