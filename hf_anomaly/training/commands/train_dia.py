@@ -31,7 +31,7 @@ from ..runs import (
 
 logger = logging.getLogger(__name__)
 
-ONLY_DIA = ("similarity_design",)  # detector arguments that CSI has no use for
+ONLY_DIA = ("similarity_design", "dissolved_loss_weight")  # detector arguments that CSI has no use for
 
 
 @dataclass
@@ -77,6 +77,9 @@ class DetectorArguments:
     shift: str = field(default="rotate", metadata={"help": "Shifting transformations: rotate or perm."})
     similarity_design: str = field(default="a", metadata={"help": "a, or b: leave an anchor's own dissolved twin out of the denominator."})
     temperature: float = field(default=0.5, metadata={"help": "Temperature of the contrastive loss."})
+    dissolved_loss_weight: float = field(
+        default=1.0, metadata={"help": "Weight of the loss that asks of every view whether it was dissolved; 0: the paper's loss."}
+    )
     loss_divisor: str = field(default="anchors", metadata={"help": "anchors, or views as in the authors' code."})
     crop_scale_min: float = field(default=0.54, metadata={"help": "Smallest area of a random crop."})
     test_views: str = field(default="augmentations", metadata={"help": "Fixed views at test time: augmentations or crops."})
