@@ -27,7 +27,9 @@ from hf_anomaly.dissolving import (
     ResizeDissolver,
     build_scheduler,
     build_unet,
+    default_resolution,
     dissolve_dataset,
+    network_resolution,
 )
 from hf_anomaly.errors import InputError
 
@@ -411,6 +413,12 @@ def test_timesteps_of_training_reach_every_value_below_the_maximum():
     with torch.no_grad():
         model(images(64, 1, 16, 16))
     assert set(seen) == {0, 1, 2}
+
+
+@pytest.mark.parametrize(("size", "resolution"), [(4, 4), (8, 8), (16, 8), (17, 16), (28, 16), (32, 16), (33, 32), (64, 32), (224, 32)])
+def test_images_are_dissolved_below_their_own_size(size, resolution):
+    assert network_resolution(size, default_resolution(size)) == resolution
+    build_unet(resolution, 1, (8, 8, 8))  # a multiple of 4
 
 
 def test_build_unet_widths():

@@ -5,7 +5,7 @@ DIA, "Dissolving Is Amplifying: Towards Fine-Grained Anomaly Detection" (ECCV 20
 
 from .base import Dissolver
 from .caching import dissolve_dataset
-from .diffusion import DenoisingModel, DiffusionDissolver, build_scheduler, build_unet, network_resolution
+from .diffusion import DenoisingModel, DiffusionDissolver, build_scheduler, build_unet, default_resolution, network_resolution
 from .heuristic import GaussianDissolver, IdentityDissolver, MedianDissolver, ResizeDissolver
 
 DISSOLVERS: dict[str, type[Dissolver]] = {
@@ -27,6 +27,7 @@ __all__ = [
     "ResizeDissolver",
     "build_scheduler",
     "build_unet",
+    "default_resolution",
     "dissolve_dataset",
     "network_resolution",
 ]

@@ -172,6 +172,15 @@ def network_resolution(image_size: int, largest: int = 32) -> int:
     return min(largest, 1 << (image_size - 1).bit_length())
 
 
+def default_resolution(image_size: int) -> int:
+    """The resolution that a diffusion model is trained at for these images: the largest power of two below their size, but 8 to 32 px.
+
+    28 → 16, 64 → 32, 224 → 32. The paper has 32 for all, at which its larger images lose by resizing what its 28 px ones keep; this way every
+    image is dissolved at half of its size or less.
+    """
+    return min(32, max(8, 1 << ((image_size - 1).bit_length() - 1)))
+
+
 def build_unet(resolution: int, num_channels: int, block_out_channels: tuple[int, ...] = (32, 64, 64), layers_per_block: int = 1):
     """A small `diffusers.UNet2DModel` with plain blocks; 1.1 million parameters by default.
 

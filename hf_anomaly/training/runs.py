@@ -24,7 +24,7 @@ from ..data import OneClassSplits, collate, decode_image, load_one_class, prepar
 from ..detector import AnomalyDetector
 from ..detectors.addp.configuration_addp import ADDPConfig
 from ..detectors.addp.modeling_addp import ADDPForPreTraining, ADDPModel
-from ..dissolving import DenoisingModel, DiffusionDissolver, build_scheduler, build_unet, network_resolution
+from ..dissolving import DenoisingModel, DiffusionDissolver, build_scheduler, build_unet, default_resolution, network_resolution
 from ..errors import HubError, InputError, NotFittedError
 from ..hub import create_repository, hub_errors
 from ..image_processing import AnomalyImageProcessor
@@ -189,7 +189,7 @@ def train_dissolver(
     *,
     processor: AnomalyImageProcessor,
     args: DenoisingTrainingArguments,
-    resolution: int = 32,
+    resolution: int | None = None,
     block_out_channels: tuple[int, ...] = (32, 64, 64),
     layers_per_block: int = 1,
     max_timestep: int | None = None,
@@ -203,14 +203,15 @@ def train_dissolver(
 
     Args:
         train_dataset: normal images, unprepared.
-        resolution: the dissolving resolution in pixels; smaller images are padded to the next power of two.
+        resolution: the dissolving resolution in pixels; smaller images are padded to the next power of two. Default: `default_resolution`.
         block_out_channels, layers_per_block: as in `build_unet`.
         max_timestep: noise levels t < max_timestep are trained; None: up to twice `t_max`, since dissolving uses no others. The paper takes all 1000.
         t_min, t_max: the range that the dissolver will draw from by default.
         target: where it is saved; default `args.output_dir`.
         run: what describes the run, see `describe_run`.
     """
-    resolution = network_resolution(processor.size["height"], resolution)
+    image_size = processor.size["height"]
+    resolution = network_resolution(image_size, default_resolution(image_size) if resolution is None else resolution)
     set_seed(args.seed)
     unet, scheduler = build_unet(resolution, processor.num_channels, block_out_channels, layers_per_block), build_scheduler()
     DiffusionDissolver(unet, scheduler, t_min, t_max)  # refuses a bad range now, not after the training

@@ -16,9 +16,9 @@ from .configuration_dia import DIAConfig
 class DIAModel(CSIModel):
     """CSI with a third branch D: O''(S_k(dissolve(x))) of negatives (Eq. 5), which teaches the encoder what dissolving takes away.
 
-    An image's own dissolved twin is one of the 3·B·K − 1 views in a denominator, and as long as the encoder takes both for the same image its weight there moves
-    neither: the contrastive loss alone may never see the difference. So a second linear classifier, beside that of the shifts, asks of every view whether
-    its image was dissolved, and its loss is added with `dissolved_loss_weight`; both answers count half, though D has half as many views as A and B:
+    An image's own dissolved twin is one of the 3·B·K − 1 views in a denominator, and as long as the encoder takes both for the same image its weight there
+    moves neither: the contrastive loss alone may never see the difference. So a second classifier, linear like that of the shifts, asks of every view
+    whether its image was dissolved. Its loss has the weight μ = `dissolved_loss_weight`; both answers count half, though D has half the views of A and B:
 
         L_dis = ½ mean_{A,B} −log(1 − q(view)) + ½ mean_D −log q(view),        L = L_con + λ·L_cls + μ·L_dis
 

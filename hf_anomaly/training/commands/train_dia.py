@@ -47,7 +47,13 @@ class DissolverArguments:
     )
     t_max: int | None = field(default=None, metadata={"help": "Largest one. Default: a ready dissolver's own, else 130."})
     blur_kernel_size: int | None = field(default=None, metadata={"help": "Kernel of the gaussian and median dissolvers, odd, in pixels."})
-    dissolving_resolution: int = field(default=32, metadata={"help": "Larger images are dissolved at this size and resized back."})
+    dissolving_resolution: int | None = field(
+        default=None,
+        metadata={
+            "help": "Larger images are dissolved at this size and resized back. Default: diffusion, the largest power of two below the images' size, "
+            "at most 32; others, 32."
+        },
+    )
     dissolved_variants: int = field(default=8, metadata={"help": "Dissolved variants cached for each image; 0 dissolves on the fly."})
     dissolver_steps: int = field(default=600, metadata={"help": "Training steps of the diffusion model."})
     dissolver_batch_size: int = field(default=32, metadata={"help": "Images per step of its training."})
@@ -96,14 +102,15 @@ def make_dissolver(args: DissolverArguments, training_args, splits, processor) -
     """The dissolver that the arguments ask for, trained now if it has to be."""
     folder = Path(training_args.output_dir, "dissolver")
     kernel = {} if args.blur_kernel_size is None else {"kernel_size": args.blur_kernel_size}
+    resolution = {} if args.dissolving_resolution is None else {"resolution": args.dissolving_resolution}
     if args.dissolver in ("gaussian", "median"):
-        return DISSOLVERS[args.dissolver](**kernel, resolution=args.dissolving_resolution)
+        return DISSOLVERS[args.dissolver](**kernel, **resolution)
     if kernel:
         raise InputError(f"--blur_kernel_size belongs to the gaussian and median dissolvers, not to {args.dissolver!r}")
     if args.dissolver == "none":
         return None
     if args.dissolver == "resize":
-        return DISSOLVERS["resize"](resolution=args.dissolving_resolution)
+        return DISSOLVERS["resize"](**resolution)
     if args.dissolver == "identity":
         return DISSOLVERS["identity"]()
     if args.dissolver != "diffusion":
@@ -125,7 +132,7 @@ def make_dissolver(args: DissolverArguments, training_args, splits, processor) -
         splits.train,
         processor=processor,
         args=arguments,
-        resolution=args.dissolving_resolution,
+        **resolution,
         max_timestep=args.dissolver_max_timestep,
         **t_range,
         resume_from_checkpoint=bool(training_args.resume_from_checkpoint),

@@ -11,7 +11,10 @@ from ..runs import default_output_dir, describe_run, load_splits, processor_for,
 class DiffusionArguments:
     """The diffusion model."""
 
-    resolution: int = field(default=32, metadata={"help": "Dissolving resolution in pixels; smaller images are padded to a power of two."})
+    resolution: int | None = field(
+        default=None,
+        metadata={"help": "Dissolving resolution in pixels. Default: the largest power of two below the images' size, at most 32."},
+    )
     block_out_channels: list[int] = field(default_factory=lambda: [32, 64, 64], metadata={"help": "Widths of the UNet's blocks."})
     max_timestep: int | None = field(
         default=None, metadata={"help": "Train on noise levels below this only. Default: twice t_max; the paper takes 1000."}
