@@ -67,6 +67,9 @@ DISSOLVER_LENGTHS = {
 }  # fmt: skip
 
 
+AS_PRINTED = {"score_features": "projection"}  # the tables are of the paper's methods, not of the recipe that grew from them
+
+
 @dataclass(frozen=True)
 class TrainedDissolver(Method):
     """A diffusion model, trained once for all the cells of a dataset, resolution and seed; it leaves the folder that `DiffusionDissolver` loads.
@@ -163,7 +166,7 @@ class Contrastive(Method):
     """DIA, or CSI if there is no branch D.
 
     Attributes:
-        detector: fields of the detector's configuration that differ from the default.
+        detector: fields of the detector's configuration that differ from the default and `AS_PRINTED`.
         batch_factor: by which the batch is larger.
     """
 
@@ -193,7 +196,10 @@ class Contrastive(Method):
         args = training.arguments(len(splits.train), cell.seed, folder)
         set_seed(cell.seed)
         shape = {"image_size": data.processor.size["height"], "num_channels": data.processor.num_channels}
-        config = (CSIConfig if self.dissolving is None else DIAConfig)(**shape, **self.detector)
+        if self.dissolving is None:
+            config = CSIConfig(**shape, **AS_PRINTED, **self.detector)
+        else:
+            config = DIAConfig(**shape, **AS_PRINTED, dissolved_loss_weight=0.0, **self.detector)
         if length.backbone:
             stride = config.backbone_config.stem_stride
             config.backbone_config = SmallResNetConfig(num_channels=shape["num_channels"], stem_stride=stride, **length.backbone)
