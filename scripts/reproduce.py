@@ -29,7 +29,12 @@ class ReproduceArguments:
     """Which table or figure, which cells of it, and for how long."""
 
     table: str | None = field(default=None, metadata={"help": "Its id, such as shared_ae/1, or calibration; an unknown one lists all."})
-    figure: str | None = field(default=None, metadata={"help": "A picture instead, such as dia/1; an unknown one lists all."})
+    figure: str | None = field(
+        default=None,
+        metadata={
+            "help": "A picture instead, such as dia/1, or roc/dia/1 for the ROC curves of a table that has run; an unknown one lists all."
+        },
+    )
     data_dir: str | None = field(
         default=None,
         metadata={
@@ -41,7 +46,10 @@ class ReproduceArguments:
         default=None, metadata={"help": "Run these of the table's datasets only; a figure shows any that there are."}
     )
     methods: list[str] | None = field(default=None, metadata={"help": "Run these of the table's methods only."})
-    seeds: list[int] = field(default_factory=lambda: [0, 1, 2], metadata={"help": "Seeds of initialisation, batches and random splits."})
+    seeds: list[int] = field(
+        default_factory=lambda: [0, 1, 2],
+        metadata={"help": "Seeds of initialisation, batches and random splits; calibration and galleries take the first."},
+    )
     budget: str = field(default="laptop", metadata={"help": "smoke: seconds, to see it run; laptop: up to three minutes a cell; paper."})
     shard: str = field(default="1/1", metadata={"help": "i/n: run every n-th cell, from the i-th on. Several machines can share a folder."})
     dry_run: bool = field(default=False, metadata={"help": "Only list the cells, and how each stands."})
@@ -67,6 +75,8 @@ def main() -> None:
     )
     command = ["scripts/reproduce.py", *sys.argv[1:]]
     if args.figure is not None:
+        if args.dry_run or args.shard != "1/1":
+            raise InputError("--dry_run and --shard are of tables: leave them out for a figure")
         files = write_figure(find_figure(args.figure), selection, command)
         if PartialState().is_main_process:
             print(*(f"saved: {path}" for path in files), sep="\n")
@@ -84,15 +94,19 @@ def main() -> None:
 
 def calibrate(args: ReproduceArguments) -> None:
     """The table that no paper has: are the false-alarm rates those that were asked for?"""
-    files = calibration_study.run_calibration_study(
+    study = calibration_study.CalibrationStudy(
         output_dir=Path(args.output_dir),
         data_dir=args.data_dir,
         datasets=tuple(args.datasets or calibration_study.DATASETS),
         detectors=tuple(args.methods or calibration_study.DETECTORS),
         budget=args.budget,
         seed=args.seeds[0],
-        command=["scripts/reproduce.py", *sys.argv[1:]],
+        shard=args.shard,
     )
+    if args.dry_run:
+        print(study.describe())
+        return
+    files = study.run(["scripts/reproduce.py", *sys.argv[1:]])
     if PartialState().is_main_process:
         print(files[0].read_text(encoding="utf-8"))
         print(*(f"saved: {path}" for path in files), sep="\n")

@@ -146,6 +146,18 @@ def test_from_the_command_line(tmp_path):
     before = scores.stat().st_mtime_ns
     assert study("--methods", "shared_ae")[1] == out  # from the stored scores
     assert scores.stat().st_mtime_ns == before
+    status, out, _ = study("--methods", "csi", "shared_ae", "--dry_run")
+    assert status == 0
+    assert out.splitlines()[1:] == [
+        "not run         calibration/smoke-fashion_mnist-csi-seed0.json",
+        "finished        calibration/smoke-fashion_mnist-shared_ae-seed0.json",
+    ]
+    status, out, err = study("--methods", "csi", "shared_ae", "--shard", "2/2")  # the other shard's detector has not been trained
+    assert status == 0, err
+    assert "SharedAE" in out
+    assert "CSI" not in out
+    assert list((tmp_path / "out" / "calibration").iterdir()) == [scores]
+    assert "--shard takes i/n" in study("--shard", "3/2")[2]
     status, _, err = study("--methods", "nope")
     assert status == 2
     assert "has no method 'nope'; it has: csi, dia, shared_ae, addp" in err.splitlines()[-1]

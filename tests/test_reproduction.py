@@ -18,15 +18,17 @@ import numpy as np
 import PIL.Image
 import pytest
 import torch
+from sklearn.metrics import roc_auc_score
 from torch import nn
 
 from hf_anomaly.data.recipes import RECIPES
-from hf_anomaly.reproduction import METHODS, TABLES, Selection, baselines, budgets, contrastive, figures, find_table, running
+from hf_anomaly.reproduction import METHODS, TABLES, Selection, baselines, budgets, contrastive, figures, find_table, roc, running
 from hf_anomaly.reproduction.budgets import Training
 from hf_anomaly.reproduction.cells import MEAN
 from hf_anomaly.reproduction.contrastive import DetectorLength
 from hf_anomaly.reproduction.costs import Cost, cost
 from hf_anomaly.reproduction.report import markdown, mean_and_std, plot
+from hf_anomaly.training.runs import write_scores
 
 SCRIPT = Path(__file__).parents[1] / "scripts" / "reproduce.py"
 
@@ -224,12 +226,87 @@ def test_figures(small_contrastive, data_dir, tmp_path, caplog):
     for wrong, message in (
         (("--figure", "dia/2"), "there is no figure 'dia/2'; the figures: dia/1, dia/3,"),
         (("--figure", "dia/8"), "nothing can be drawn: SARS-COV-2 CT is not there"),
+        (("--figure", "dia/7", "--methods", "dia"), "--methods: figure dia/7 is not of methods"),
+        (("--figure", "dia/7", "--dry_run"), "--dry_run and --shard are of tables"),
         (("--figure", "dia/1", "--table", "dia/1"), "give --table or --figure"),
         ((), "give --table or --figure"),
     ):
         status, _, err = reproduce(*wrong, *argv)
         assert status == 2
         assert message in err
+
+
+def test_roc_against_counting():
+    draw = np.random.default_rng(0)
+    labels = np.repeat([0, 1], (40, 25))
+    for scores in (draw.normal(size=65) + labels, draw.integers(0, 4, 65) + labels):
+        line = roc.roc_at_grid(scores.astype(np.float32), labels)
+        normal, anomalous = scores[labels == 0], scores[labels == 1]
+        steps = [((normal >= t).mean(), (anomalous >= t).mean()) for t in sorted(set(scores), reverse=True)]
+        for rate, (before, after) in enumerate(zip([(0.0, 0.0), *steps], steps, strict=False)):
+            for x, y in zip(roc.GRID, line, strict=True):
+                if before[0] < x < after[0]:  # between two thresholds, on the straight line
+                    assert y == pytest.approx(before[1] + (after[1] - before[1]) * (x - before[0]) / (after[0] - before[0])), rate
+        wins = (anomalous[:, None] > normal).mean() + 0.5 * (anomalous[:, None] == normal).mean()
+        assert np.trapezoid(line, roc.GRID) == pytest.approx(wins, abs=2e-3)
+
+
+def test_roc_curves_of_finished_cells(first, data_dir, tmp_path, caplog):
+    folder = tmp_path / "run"
+    shutil.copytree(first[0], folder)
+    argv = ("--figure", "roc/shared_ae/1", "--budget", "smoke", "--output_dir", folder, "--data_dir", tmp_path)
+    stored = folder / "cells" / "smoke" / "fashion_mnist-balanced" / "0" / "shared_ae" / "seed0"
+    with np.load(stored.with_suffix(".npz")) as file:
+        result = json.loads(stored.with_suffix(".json").read_text())
+        assert file["labels"].tolist().count(0) == result["num_normal"]
+        assert roc_auc_score(file["labels"], file["scores"]) == pytest.approx(result["auroc"])
+    pytest.importorskip("matplotlib")
+    status, out, err = reproduce(*argv)
+    assert status == 0, err
+    assert f"saved: {folder / 'figure-roc-shared_ae-1.png'}" in out
+    assert "no scores" not in caplog.text
+    selection = Selection(output_dir=folder, budget="smoke", seeds=(0,))
+    section = find_table("shared_ae/1").sections[1]
+    (curve,) = roc.curves(section, ("shared_ae",), selection)
+    assert (curve.auroc, curve.cells, curve.all_cells) == ({0: result["auroc"]}, 1, 1)
+    # Two seeds: their mean, and how they spread.
+    with np.load(stored.with_suffix(".npz")) as file:
+        np.savez(stored.with_name("seed1.npz"), scores=-file["scores"], labels=file["labels"])
+    shutil.copy(stored.with_suffix(".json"), stored.with_name("seed1.json"))
+    both = roc.curves(section, ("shared_ae", "contrast"), replace(selection, seeds=(0, 1), budget="smoke"))
+    assert [line.cells for line in both] == [1, 1], "smoke has one seed"
+
+    stored.with_suffix(".npz").write_bytes(b"PK broken")
+    status, _, err = reproduce(*argv)
+    assert status == 2
+    assert f"{stored.with_suffix('.npz')} is damaged" in err
+    stored.with_suffix(".npz").unlink()
+    status, _, err = reproduce(*argv, "--methods", "shared_ae", "--datasets", "fashion_mnist")
+    assert status == 2
+    assert "1 finished cells are of an earlier version and have kept no scores" in caplog.text
+    assert "no selected cell of shared_ae/1 at budget smoke has left scores" in err
+    assert reproduce(*argv, "--datasets", "fashion_mnist")[0] == 0, "the baselines have theirs"
+
+
+def test_mean_roc_over_seeds_and_classes(tmp_path):
+    selection = Selection(output_dir=tmp_path, budget="laptop", seeds=(0, 1, 2))
+    section = find_table("shared_ae/1").sections[1]
+    draw = np.random.default_rng(0)
+    lines = {}
+    for seed in (0, 1):
+        for i, row in enumerate(section.rows):
+            if (seed, i) == (1, 9):
+                continue  # the second seed lacks a class
+            cell = section.cell(row, "contrast", seed, "laptop")
+            labels, scores = np.repeat([0, 1], 20), draw.normal(size=40)
+            write_scores(selection.scores_file(cell), scores, labels)
+            result = {"auroc": roc_auc_score(labels, scores), "settings": METHODS["contrast"].settings(cell)}
+            selection.result_file(cell).write_text(json.dumps(result))
+            lines[seed, i] = roc.roc_at_grid(scores, labels)
+    (curve,) = roc.curves(section, ("contrast",), selection)
+    assert list(curve.auroc) == [0], "a mean over some classes would not compare"
+    np.testing.assert_allclose(curve.mean, np.mean([lines[0, i] for i in range(10)], axis=0))
+    assert (curve.cells, curve.all_cells, curve.std.max()) == (10, 30, 0)
 
 
 def test_what_a_small_budget_cannot_do(tmp_path, data_dir):

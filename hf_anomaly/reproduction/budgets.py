@@ -11,6 +11,8 @@ from ..data import OneClassSplits, prepare
 from ..image_processing import AnomalyImageProcessor
 from ..training import AnomalyTrainingArguments
 
+SCORES_FILE = "scores.npz"  # of the test images, in the folder that a method works in
+
 
 @dataclass(frozen=True)
 class Budget:
@@ -125,7 +127,7 @@ class Method(ABC):
         """Runs a cell and gives its results.
 
         Args:
-            folder: to work in.
+            folder: to work in. The test images' scores go to `SCORES_FILE` there, see `write_scores`.
             command: the command line, for the results.
             required: the folders of the cells that it requires.
         """

@@ -39,7 +39,7 @@ from ..image_processing import AnomalyImageProcessor
 from ..training import AnomalyTrainingArguments
 from ..training.runs import dataset_label, denoising_arguments, pretrain, train_detector, write_json
 from .budgets import Training
-from .running import quiet
+from .running import ABSENT, FINISHED, PENDING, part_of, quiet
 
 TABLE = "calibration"  # its id, for scripts/reproduce.py
 RATES = (0.01, 0.05, 0.1)
@@ -174,97 +174,138 @@ def findings(measured: np.ndarray, num_calibration: int, num_test: int, rates: t
 # The study ------------------------------------------------------------------------------------------------------------------------
 
 
-def stored_scores(
-    dataset: str, detector: str, *, output_dir: Path, data_dir: str | None, budget: str, seed: int, command: list[str]
-) -> dict:
-    """Scores of normal images from a detector that is trained for them, or those of an earlier run.
+@dataclass(frozen=True)
+class CalibrationStudy:
+    """Which detectors on which data, and where their scores are kept.
 
-    Returns:
-        `held_out`, of the training split's normal images that were not trained on, and `test`, of the test split's, or [] if there is none;
-        `train`, `steps`, `split_hash` and what else tells how they were made.
+    Attributes:
+        output_dir: the scores lie in its `calibration/`.
+        data_dir: see `DatasetRecipe.locate`.
+        datasets, detectors: names in DATASETS and DETECTORS.
+        budget: a name in STEPS.
+        shard: "i/n", train every n-th detector only, from the i-th on; the report is of all whose scores are there by then.
     """
-    path = Path(output_dir, TABLE, f"{budget}-{dataset}-{detector}-seed{seed}.json")
-    if path.is_file():
+
+    output_dir: Path
+    data_dir: str | None = None
+    datasets: tuple[str, ...] = tuple(DATASETS)
+    detectors: tuple[str, ...] = tuple(DETECTORS)
+    budget: str = "laptop"
+    seed: int = 0
+    shard: str = "1/1"
+
+    def pairs(self) -> list[tuple[str, str]]:
+        """Each (dataset, detector). Raises InputError: an unknown dataset, detector, budget or shard."""
+        known_ones = (("dataset", self.datasets, DATASETS), ("method", self.detectors, DETECTORS), ("budget", [self.budget], STEPS))
+        for what, asked, known in known_ones:
+            for name in asked:
+                if name not in known:
+                    raise InputError(f"table {TABLE} has no {what} {name!r}; it has: {', '.join(known)}")
+        part_of([], self.shard)
+        return [(dataset, detector) for dataset in self.datasets for detector in self.detectors]
+
+    def scores_file(self, dataset: str, detector: str) -> Path:
+        return Path(self.output_dir, TABLE, f"{self.budget}-{dataset}-{detector}-seed{self.seed}.json")
+
+    def describe(self) -> str:
+        """The detectors of the shard and how each stands, a line each."""
+        pairs = part_of(self.pairs(), self.shard)
+        missing = {dataset: self._is_missing(dataset) for dataset in self.datasets}
+        lines = [f"{TABLE}: false-alarm rates on held-out normal images; {len(pairs)} detectors"]
+        for pair in pairs:
+            status = FINISHED if self.scores_file(*pair).is_file() else ABSENT if missing[pair[0]] else PENDING
+            lines.append(f"{status:15} {self.scores_file(*pair).relative_to(self.output_dir)}")
+        return "\n".join(lines)
+
+    def _is_missing(self, dataset: str) -> bool:
         try:
-            return json.loads(path.read_text())
-        except ValueError as error:
-            raise InputError(f"{path} is damaged: remove it, then it is made again") from error
-    recipe = RECIPES[dataset]
-    source, started = recipe.locate(data_dir), time.time()
-    with tempfile.TemporaryDirectory() as folder, quiet():
-        splits = load_one_class(
-            source, normal_label=DATASETS[dataset], calibration_fraction=HELD_OUT, max_train_images=MAX_TRAIN, seed=seed
-        )
-        processor = AnomalyImageProcessor.for_images(recipe.image_size, splits.num_channels)
-        shape = {"image_size": recipe.image_size, "num_channels": splits.num_channels}
-        set_seed(seed)
-        training = Training(epochs=1, min_steps=STEPS[budget], max_steps=STEPS[budget], batch_size=32)
-        args = training.arguments(len(splits.train), seed, Path(folder))
-        model = DETECTORS[detector][1](shape, splits, processor, args)
-        unmeasured = replace(splits, test=None, test_missing_reason="only normal images are looked at")
-        results = train_detector(model, processor, unmeasured, args, started=started)
-    test = []
-    if splits.test is not None:
-        normal = splits.test.select(np.flatnonzero(np.asarray(splits.test["label"][:]) == 0))
-        test = model.score(DataLoader(prepare(normal, processor), batch_size=64, collate_fn=collate), progress=False)[0].tolist()
-    record = {
-        "held_out": model.calibration.scores.tolist(),
-        "test": test,
-        "train": len(splits.train),
-        "steps": results["steps"],
-        "seed": seed,
-        "split_hash": splits.split_hash,
-        "dataset": dataset_label(source),
-        "command": command,
-    }
-    if PartialState().is_main_process:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write_json(path, record)
-    return record
+            RECIPES[dataset].locate(self.data_dir)
+        except InputError:
+            return True
+        return False
 
+    def scores(self, dataset: str, detector: str, command: list[str]) -> dict:
+        """Scores of normal images from a detector that is trained for them, or those of an earlier run.
 
-def run_calibration_study(
-    *,
-    output_dir: Path,
-    data_dir: str | None = None,
-    datasets: tuple[str, ...] = tuple(DATASETS),
-    detectors: tuple[str, ...] = tuple(DETECTORS),
-    budget: str = "laptop",
-    seed: int = 0,
-    command: list[str],
-) -> list[Path]:
-    """Trains what is not trained yet, divides the scores, and writes `calibration.md` and `calibration.csv` into the output folder.
+        Returns:
+            `held_out`, of the training split's normal images that were not trained on, and `test`, of the test split's, or [] if there is none;
+            `train`, `steps`, `split_hash` and what else tells how they were made.
+        """
+        path = self.scores_file(dataset, detector)
+        if path.is_file():
+            try:
+                return json.loads(path.read_text())
+            except ValueError as error:
+                raise InputError(f"{path} is damaged: remove it, then it is made again") from error
+        recipe = RECIPES[dataset]
+        source, started = recipe.locate(self.data_dir), time.time()
+        with tempfile.TemporaryDirectory() as folder, quiet():
+            splits = load_one_class(
+                source, normal_label=DATASETS[dataset], calibration_fraction=HELD_OUT, max_train_images=MAX_TRAIN, seed=self.seed
+            )
+            processor = AnomalyImageProcessor.for_images(recipe.image_size, splits.num_channels)
+            shape = {"image_size": recipe.image_size, "num_channels": splits.num_channels}
+            set_seed(self.seed)
+            training = Training(epochs=1, min_steps=STEPS[self.budget], max_steps=STEPS[self.budget], batch_size=32)
+            args = training.arguments(len(splits.train), self.seed, Path(folder))
+            model = DETECTORS[detector][1](shape, splits, processor, args)
+            unmeasured = replace(splits, test=None, test_missing_reason="only normal images are looked at")
+            results = train_detector(model, processor, unmeasured, args, started=started)
+        test = []
+        if splits.test is not None:
+            normal = splits.test.select(np.flatnonzero(np.asarray(splits.test["label"][:]) == 0))
+            test = model.score(DataLoader(prepare(normal, processor), batch_size=64, collate_fn=collate), progress=False)[0].tolist()
+        record = {
+            "held_out": model.calibration.scores.tolist(),
+            "test": test,
+            "train": len(splits.train),
+            "steps": results["steps"],
+            "seed": self.seed,
+            "split_hash": splits.split_hash,
+            "dataset": dataset_label(source),
+            "command": command,
+        }
+        if PartialState().is_main_process:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            write_json(path, record)
+        return record
 
-    Returns:
-        The two files.
+    def run(self, command: list[str]) -> list[Path]:
+        """Trains what is not trained yet, divides the scores, and writes `calibration.md` and `calibration.csv` into the output folder.
 
-    Raises:
-        InputError: an unknown dataset, detector or budget, or a dataset that is not there.
-    """
-    for what, asked, known in (("dataset", datasets, DATASETS), ("method", detectors, DETECTORS), ("budget", [budget], STEPS)):
-        for name in asked:
-            if name not in known:
-                raise InputError(f"table {TABLE} has no {what} {name!r}; it has: {', '.join(known)}")
-    from tqdm.auto import tqdm
+        Returns:
+            The two files.
 
-    pairs = [(dataset, detector) for dataset in datasets for detector in detectors]
-    where = {"output_dir": Path(output_dir), "data_dir": data_dir, "budget": budget, "seed": seed, "command": command}
-    for dataset in datasets:
-        RECIPES[dataset].locate(data_dir)  # before anything is trained
-    records = {pair: stored_scores(*pair, **where) for pair in tqdm(pairs, desc=TABLE, unit="detector")}
-    # Each detector has draws of its own: with the same ones, scores without ties would give all of them the same rates.
-    measured = {
-        (dataset, detector): divided_rates(
-            np.asarray(record["held_out"], dtype=np.float32), seed=(seed, list(DATASETS).index(dataset), list(DETECTORS).index(detector))
-        )
-        for (dataset, detector), record in records.items()
-    }
-    texts = {f"{TABLE}.md": markdown(records, measured, budget, seed, command), f"{TABLE}.csv": divisions_csv(measured)}
-    if PartialState().is_main_process:
-        for name, text in texts.items():
-            Path(output_dir).mkdir(parents=True, exist_ok=True)
-            Path(output_dir, name).write_text(text, encoding="utf-8")
-    return [Path(output_dir, name) for name in texts]
+        Raises:
+            InputError: see `pairs`; or a dataset that is not there.
+        """
+        from tqdm.auto import tqdm
+
+        pairs = self.pairs()
+        own = part_of(pairs, self.shard)
+        for dataset, _ in own:
+            RECIPES[dataset].locate(self.data_dir)  # before anything is trained
+        for pair in tqdm([pair for pair in own if not self.scores_file(*pair).is_file()], desc=TABLE, unit="detector"):
+            self.scores(*pair, command)
+        PartialState().wait_for_everyone()
+        records = {pair: self.scores(*pair, command) for pair in pairs if pair in own or self.scores_file(*pair).is_file()}
+        # Each detector has draws of its own: with the same ones, scores without ties would give all of them the same rates.
+        measured = {
+            (dataset, detector): divided_rates(
+                np.asarray(record["held_out"], dtype=np.float32),
+                seed=(self.seed, list(DATASETS).index(dataset), list(DETECTORS).index(detector)),
+            )
+            for (dataset, detector), record in records.items()
+        }
+        texts = {
+            f"{TABLE}.md": markdown(records, measured, self.budget, self.seed, command),
+            f"{TABLE}.csv": divisions_csv(measured),
+        }
+        if PartialState().is_main_process:
+            for name, text in texts.items():
+                Path(self.output_dir).mkdir(parents=True, exist_ok=True)
+                Path(self.output_dir, name).write_text(text, encoding="utf-8")
+        return [Path(self.output_dir, name) for name in texts]
 
 
 def divisions_csv(measured: dict[tuple[str, str], np.ndarray]) -> str:

@@ -17,7 +17,7 @@ from ..detectors.dia.configuration_dia import DIAConfig
 from ..detectors.dia.modeling_dia import DIAModel
 from ..dissolving import DISSOLVERS, DiffusionDissolver, dissolve_dataset
 from ..training.runs import denoising_arguments, train_detector, train_dissolver
-from .budgets import CellData, Method, Training
+from .budgets import SCORES_FILE, CellData, Method, Training
 
 STEP_RANGES = tuple((low, low + 100) for low in range(30, 530, 100))  # of Table 2
 
@@ -203,12 +203,13 @@ class Contrastive(Method):
         if length.backbone:
             stride = config.backbone_config.stem_stride
             config.backbone_config = SmallResNetConfig(num_channels=shape["num_channels"], stem_stride=stride, **length.backbone)
+        about = {"started": started, "command": command, "scores_file": folder / SCORES_FILE}
         if self.dissolving is None:
-            return train_detector(CSIModel(config), data.processor, splits, args, started=started, command=command)
+            return train_detector(CSIModel(config), data.processor, splits, args, **about)
         model, dissolver = DIAModel(config), self.dissolving.load(cell, required).to(args.device)
         with args.main_process_first(desc="dissolving"):
             dissolved = dissolve_dataset(splits.train, dissolver, data.processor, num_variants=length.variants, seed=cell.seed)
-        return train_detector(model, data.processor, splits, args, train_dataset=dissolved, started=started, command=command)
+        return train_detector(model, data.processor, splits, args, train_dataset=dissolved, **about)
 
 
 def _as_json(settings: dict) -> dict:

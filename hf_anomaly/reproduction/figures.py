@@ -1,4 +1,5 @@
-"""The papers' pictures: galleries of dissolved images, and the similarity matrices of DIA's loss. A gallery trains the diffusion models that it lacks."""
+"""The papers' pictures: galleries of dissolved images, the similarity matrices of DIA's loss, and the ROC curves of a table. A gallery trains the diffusion
+models that it lacks."""
 
 import logging
 from abc import ABC, abstractmethod
@@ -17,10 +18,12 @@ from ..errors import InputError
 from ..image_processing import AnomalyImageProcessor
 from ..ops.contrastive import amplified_nt_xent
 from ..visualization import image_grid, write_image
-from .cells import Cell
+from . import roc
+from .cells import Cell, Table
 from .contrastive import BLUR_KERNELS
 from .papers.dia import LARGE, MEDICAL
 from .running import Selection, load_data, quiet, run_cells
+from .tables import TABLES
 
 logger = logging.getLogger(__name__)
 
@@ -45,9 +48,32 @@ class Figure(ABC):
         """The datasets whose diffusion models it needs to show this one."""
         return ()
 
+    def prepare(self, selection: Selection, command: list[str]) -> list[str]:
+        """Trains the diffusion models that are missing.
+
+        Returns:
+            The datasets that can be shown.
+
+        Raises:
+            InputError: none of the datasets is there, an unknown one is asked for, or methods are: a gallery has none.
+        """
+        selection.check()
+        if selection.methods is not None:
+            raise InputError(f"--methods: figure {self.id} is not of methods; leave it out")
+        datasets = [find_recipe(name).name for name in selection.datasets or self.datasets]
+        missing = {name: message for name in datasets if (message := selection.instructions(name)) is not None}
+        if datasets and len(missing) == len(datasets):
+            raise InputError(f"nothing can be drawn: {'; '.join(missing.values())}")
+        for message in missing.values():
+            logger.warning("Left out: %s", message)
+        there = [name for name in datasets if name not in missing]
+        models = dict.fromkeys(model for name in there for model in self.models(name))
+        run_cells([dissolver_cell(model, selection) for model in models], selection, command, self.id)
+        return there
+
     @abstractmethod
     def draw(self, datasets: list[str], selection: Selection) -> PIL.Image.Image:
-        """The picture of the datasets that are there."""
+        """The picture of what `prepare` gave."""
 
 
 @dataclass(frozen=True)
@@ -123,16 +149,12 @@ class SimilarityMatrices(Figure):
     designs: tuple[str, ...] = ("a",)
 
     def draw(self, datasets, selection):
-        try:
-            from matplotlib.backends.backend_agg import FigureCanvasAgg
-            from matplotlib.colors import ListedColormap
-            from matplotlib.figure import Figure as Canvas
-        except ImportError as error:
-            raise InputError("this picture needs matplotlib: pip install 'hf-anomaly[plots]'") from error
+        figure = _canvas()
+        from matplotlib.colors import ListedColormap
+
         shifts, images = 4, 2
         block = shifts * images
-        figure = Canvas(figsize=(6.4 * len(self.designs), 4.8), layout="constrained")
-        canvas = FigureCanvasAgg(figure)
+        figure.set_size_inches(6.4 * len(self.designs), 4.8)
         colors = ListedColormap(["#475467", "#eaecf0", "#b42318"])
         for panel, design in zip(figure.subplots(1, len(self.designs), squeeze=False)[0], self.designs, strict=True):
             panel.imshow(pair_signs(shifts, images, design).numpy(), cmap=colors, vmin=-1, vmax=1)
@@ -150,8 +172,53 @@ class SimilarityMatrices(Figure):
         handles = [figure.axes[0].plot([], [], "s", color=colors(which))[0] for which in marks.values()]
         figure.legend(handles, marks, loc="outside lower center", ncols=3, frameon=False)
         figure.text(0.01, 0.02, f"{images} images, {shifts} shifts each", fontsize=8)
-        canvas.draw()
-        return PIL.Image.fromarray(np.asarray(canvas.buffer_rgba())).convert("RGB")
+        return _picture(figure)
+
+
+@dataclass(frozen=True)
+class RocCurves(Figure):
+    """ROC curves of a table's methods on each of its datasets, of the cells that are finished.
+
+    Attributes:
+        table: whose cells.
+    """
+
+    table: Table | None = None
+
+    def prepare(self, selection, command):
+        _canvas()  # a missing matplotlib is told first
+        sections, methods = selection.sections(self.table), selection.methods_of(self.table)
+        there = dict.fromkeys(section.dataset for section in sections if roc.curves(section, methods, selection))
+        if not there:
+            raise InputError(
+                f"nothing can be drawn: no selected cell of {self.table.id} at budget {selection.budget} has left scores; "
+                f"run --table {self.table.id} first"
+            )
+        return list(there)
+
+    def draw(self, datasets, selection):
+        sections = [section for section in self.table.sections if section.dataset in datasets]
+        found = [(section, roc.curves(section, selection.methods_of(self.table), selection)) for section in sections]
+        figure = _canvas()
+        roc.draw(self.table, [(section, curves) for section, curves in found if curves], selection, figure)
+        return _picture(figure)
+
+
+def _canvas():
+    """An empty figure of matplotlib. Raises InputError: it is missing."""
+    try:
+        from matplotlib.backends.backend_agg import FigureCanvasAgg
+        from matplotlib.figure import Figure as Canvas
+    except ImportError as error:
+        raise InputError("this picture needs matplotlib: pip install 'hf-anomaly[plots]'") from error
+    canvas = Canvas(layout="constrained", dpi=130)
+    FigureCanvasAgg(canvas)
+    return canvas
+
+
+def _picture(figure) -> PIL.Image.Image:
+    figure.canvas.draw()
+    return PIL.Image.fromarray(np.asarray(figure.canvas.buffer_rgba())).convert("RGB")
 
 
 def pair_signs(shifts: int, images: int, design: str) -> torch.Tensor:
@@ -182,6 +249,11 @@ _FIGURES: tuple[Figure, ...] = (
         ModelGallery(f"dia/{number}", f"{RECIPES[dataset].title} dissolved with the models of other datasets", (dataset,), others=_FOREIGN)
         for number, dataset in enumerate(MEDICAL[1:], 7)
     ),
+    *(
+        RocCurves(f"roc/{table.id}", f"ROC curves of {table.id}", table=table)
+        for table in TABLES.values()
+        if table.sections and not table.is_curve
+    ),
 )
 FIGURES = {figure.id: figure for figure in _FIGURES}
 
@@ -193,30 +265,25 @@ def find_figure(figure_id: str) -> Figure:
         InputError: there is none; names those there are.
     """
     if figure_id not in FIGURES:
-        raise InputError(f"there is no figure {figure_id!r}; the figures: {', '.join(FIGURES)}")
+        papers = [name for name in FIGURES if not name.startswith("roc/")]
+        curves = [name for name in FIGURES if name.startswith("roc/")]
+        raise InputError(
+            f"there is no figure {figure_id!r}; the figures: {', '.join(papers)}; ROC curves of a table's finished cells: {', '.join(curves)}"
+        )
     return FIGURES[figure_id]
 
 
 def write_figure(figure: Figure, selection: Selection, command: list[str]) -> list[Path]:
-    """Draws a figure as `figure-<id>.png` in the output folder, of the datasets that are there; trains the diffusion models that are missing.
+    """Draws a figure as `figure-<id>.png` in the output folder, of the datasets that are there; a gallery trains the diffusion models that are missing.
 
     Args:
-        selection: its datasets may be any recipes; of its seeds the first counts.
+        selection: of a gallery the datasets may be any recipes, and of the seeds the first counts; of ROC curves it is as for their table.
         command: the command line, for the results of the training.
 
     Raises:
-        InputError: none of the datasets is there, or an unknown one is asked for.
+        InputError: see `Figure.prepare`; ROC curves: no selected cell has left scores, or the table does not know what is selected.
     """
-    selection.check()
-    datasets = [find_recipe(name).name for name in selection.datasets or figure.datasets]
-    missing = {name: message for name in datasets if (message := selection.instructions(name)) is not None}
-    if datasets and len(missing) == len(datasets):
-        raise InputError(f"nothing can be drawn: {'; '.join(missing.values())}")
-    for message in missing.values():
-        logger.warning("Left out: %s", message)
-    there = [name for name in datasets if name not in missing]
-    models = dict.fromkeys(model for name in there for model in figure.models(name))
-    run_cells([dissolver_cell(model, selection) for model in models], selection, command, figure.id)
+    there = figure.prepare(selection, command)
     path = Path(selection.output_dir, f"figure-{figure.id.replace('/', '-')}.png")
     if PartialState().is_main_process:
         path.parent.mkdir(parents=True, exist_ok=True)

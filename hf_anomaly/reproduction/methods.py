@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from accelerate import PartialState
 from transformers import set_seed
 
 from ..data import OneClassSplits, load_unlabelled
@@ -20,9 +21,9 @@ from ..detectors.shared_ae.modeling_shared_ae import SharedAEModel
 from ..image_processing import AnomalyImageProcessor
 from ..metrics import image_metrics
 from ..training import AnomalyTrainingArguments
-from ..training.runs import denoising_arguments, pretrain, train_detector
+from ..training.runs import denoising_arguments, pretrain, train_detector, write_scores
 from . import baselines
-from .budgets import CellData, Method, Training
+from .budgets import SCORES_FILE, CellData, Method, Training
 from .contrastive import CONTRASTIVE_METHODS
 
 Builder = Callable[[Any, OneClassSplits, AnomalyImageProcessor, AnomalyTrainingArguments], AnomalyDetector]
@@ -54,7 +55,7 @@ class Trained(Method):
         args = self.lengths[cell.budget].arguments(len(data.splits.train), cell.seed, folder)
         set_seed(cell.seed)
         model = self.build(cell, data.splits, data.processor, args)
-        return train_detector(model, data.processor, data.splits, args, started=started, command=command)
+        return train_detector(model, data.processor, data.splits, args, started=started, command=command, scores_file=folder / SCORES_FILE)
 
 
 @dataclass(frozen=True)
@@ -72,6 +73,8 @@ class Baseline(Method):
         started, splits = time.time(), data.splits
         labels = np.asarray(splits.test["label"][:])
         scores = self.score(data.train_pixels, data.test_pixels)
+        if PartialState().is_main_process:
+            write_scores(folder / SCORES_FILE, scores, labels)
         return image_metrics(scores, labels) | {
             "num_train": len(splits.train),
             "num_calibration": 0 if splits.calibration is None else len(splits.calibration),

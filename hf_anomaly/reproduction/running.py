@@ -3,6 +3,7 @@
 import io
 import json
 import logging
+import os
 import re
 import shutil
 from collections.abc import Iterator
@@ -18,8 +19,8 @@ from ..errors import InputError
 from ..image_processing import AnomalyImageProcessor
 from ..training.runs import dataset_label, write_json
 from ..version import __version__
-from .budgets import BUDGETS, CellData
-from .cells import Cell, Table
+from .budgets import BUDGETS, SCORES_FILE, CellData
+from .cells import Cell, Section, Table
 from .methods import METHODS
 
 logger = logging.getLogger(__name__)
@@ -55,20 +56,27 @@ class Selection:
         Raises:
             InputError: an unknown dataset, method, budget or shard, or no seed.
         """
-        datasets = _known("datasets", self.datasets, [section.dataset for section in table.sections], table)
-        methods = _known("methods", self.methods, [method for section in table.sections for method in section.methods], table)
-        self.check()
-        match = re.fullmatch(r"(\d+)/(\d+)", self.shard)
-        shard, shards = map(int, match.groups()) if match else (0, 0)
-        if not 1 <= shard <= shards:
-            raise InputError(f"--shard takes i/n with i from 1 to n, such as 1/4, got {self.shard!r}")
-        cells = [
-            cell for section in table.sections if section.dataset in datasets for cell in section.cells(methods, self.seeds, self.budget)
-        ]
+        sections, methods = self.sections(table), self.methods_of(table)
+        cells = [cell for section in sections for cell in section.cells(methods, self.seeds, self.budget)]
         # A shard takes its part of every method, the slow ones too; only then do the cells of the same data come together.
-        cells = cells[shard - 1 :: shards]
+        cells = part_of(cells, self.shard)
         required = dict.fromkeys(other for cell in cells for other in METHODS[cell.method].requires(cell))
         return sorted([*required, *cells], key=lambda cell: [*map(str, _data_key(cell)), cell not in required])
+
+    def sections(self, table: Table) -> list[Section]:
+        """Those of the selected datasets.
+
+        Raises:
+            InputError: an unknown dataset, budget or seed.
+        """
+        datasets = _known("datasets", self.datasets, [section.dataset for section in table.sections], table)
+        self.check()
+        return [section for section in table.sections if section.dataset in datasets]
+
+    def methods_of(self, table: Table) -> tuple[str, ...]:
+        """The selected methods. Raises InputError: one that the table has not."""
+        there = dict.fromkeys(method for section in table.sections for method in section.methods)
+        return _known("methods", self.methods, list(there), table)
 
     def check(self) -> None:
         """Raises InputError of an unknown budget, or of bad seeds."""
@@ -83,6 +91,10 @@ class Selection:
 
     def result_file(self, cell: Cell) -> Path:
         return self.folder(cell).with_suffix(".json")
+
+    def scores_file(self, cell: Cell) -> Path:
+        """The scores of its test images, see `write_scores`; cells of earlier versions have none."""
+        return self.folder(cell).with_suffix(".npz")
 
     def result(self, cell: Cell) -> dict | None:
         """A finished cell's result; None if there is none, or if it is of other settings.
@@ -121,6 +133,15 @@ class Selection:
         except InputError as error:
             return str(error)
         return None
+
+
+def part_of(items: list, shard: str) -> list:
+    """Every n-th of the items, from the i-th on. Raises InputError: `shard` is not "i/n"."""
+    match = re.fullmatch(r"(\d+)/(\d+)", shard)
+    i, n = map(int, match.groups()) if match else (0, 0)
+    if not 1 <= i <= n:
+        raise InputError(f"--shard takes i/n with i from 1 to n, such as 1/4, got {shard!r}")
+    return items[i - 1 :: n]
 
 
 def _known(what: str, asked: tuple[str, ...] | None, there: list[str], table: Table) -> tuple[str, ...]:
@@ -193,6 +214,10 @@ def run_cell(cell: Cell, selection: Selection, command: list[str]) -> None:
         raise InputError(f"cell {cell.name}: {error}") from error
     process.wait_for_everyone()
     if process.is_main_process:
+        path = selection.result_file(cell)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if (folder / SCORES_FILE).is_file():  # before the result, without which the cell is not finished
+            os.replace(folder / SCORES_FILE, selection.scores_file(cell))
         if method.keeps_folder:
             kept = selection.folder(cell)
             shutil.rmtree(kept, ignore_errors=True)
@@ -214,8 +239,6 @@ def run_cell(cell: Cell, selection: Selection, command: list[str]) -> None:
             "command": command,
             "hf_anomaly_version": __version__,
         }
-        path = selection.result_file(cell)
-        path.parent.mkdir(parents=True, exist_ok=True)
         write_json(path, record)
     process.wait_for_everyone()
 

@@ -14,5 +14,5 @@ def find_table(table_id: str) -> Table:
         InputError: there is none; names those there are.
     """
     if table_id not in TABLES:
-        raise InputError(f"there is no table {table_id!r}; the tables: {', '.join(TABLES)}")
+        raise InputError(f"there is no table {table_id!r}; the tables: {', '.join(TABLES)}, and calibration")
     return TABLES[table_id]

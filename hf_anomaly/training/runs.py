@@ -150,6 +150,15 @@ def write_json(path: Path, content: dict) -> None:
     os.replace(temporary, path)
 
 
+def write_scores(path: Path, scores: np.ndarray, labels: np.ndarray) -> None:
+    """Writes scores (N,) and labels (N,) as `.npz`, whole or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.tmp")
+    with open(temporary, "wb") as file:
+        np.savez_compressed(file, scores=np.asarray(scores, dtype=np.float32), labels=np.asarray(labels, dtype=np.uint8))
+    os.replace(temporary, path)
+
+
 def check_push(args) -> None:
     """Makes the repository that `--push_to_hub` asks for: where that is not allowed, better now than after the training."""
     if args.push_to_hub and args.process_index == 0:
@@ -441,6 +450,7 @@ def train_detector(
     train_dataset=None,
     started: float,
     command: list[str] | None = None,
+    scores_file: Path | None = None,
 ) -> dict:
     """Trains, fits, calibrates, evaluates and saves a detector with its processor, card and results in `args.output_dir`.
 
@@ -449,6 +459,7 @@ def train_detector(
         train_dataset: the training images if they have more columns than `splits.train`, such as dissolved ones.
         started: `time.time()` at the start of the run.
         command: the command line, for the card.
+        scores_file: where the scores and labels of the test images go, see `write_scores`; None: nowhere.
 
     Returns:
         What `eval_results.json` holds.
@@ -509,6 +520,8 @@ def train_detector(
         if images is not None:
             results |= bfloat16_agreement(model, prepare(images, processor), args.eval_batch_size)
         write_json(folder / "eval_results.json", results)
+        if scores_file is not None and scored:
+            write_scores(scores_file, *scored)
         if args.card_figures and splits.test_missing_reason is None:
             draw_figures(folder, model, processor, splits.test, *scored)
         repo_id = args.hub_model_id if args.push_to_hub else None
