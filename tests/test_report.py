@@ -14,7 +14,9 @@ import torch
 
 from hf_anomaly import AnomalyImageProcessor, CSIConfig, CSIModel, SharedAEConfig, SharedAEModel, SmallResNetConfig, cli
 from hf_anomaly.data import collate, prepare
+from hf_anomaly.metrics import bootstrap_intervals
 from hf_anomaly.report import write_report
+from hf_anomaly.training.localization import evaluate_maps
 
 VOID = {"meta", "img", "br"}
 
@@ -111,7 +113,12 @@ def test_the_numbers_are_those_of_the_scores(detector, processor, tmp_path):
     scores = detector.score([collate([row]) for row in prepare(dataset, processor)], progress=False)[0].numpy()
     pairs = [(a > b) + 0.5 * (a == b) for a in scores[labels == 1] for b in scores[labels == 0]]
     metrics, thresholds = page.tables
-    assert metrics[1] == ["AUROC", f"{np.mean(pairs):.3f}", "0.500"]
+    low, high = bootstrap_intervals(scores, labels)["auroc"]
+    assert metrics[1] == ["AUROC", f"{np.mean(pairs):.3f}", f"{low:.3f} to {high:.3f}", "0.500"]
+    flagged = scores > detector.calibration.threshold.item()
+    accuracy = (flagged[labels == 1].mean() + (~flagged[labels == 0]).mean()) / 2
+    assert metrics[5] == ["Balanced accuracy at its own threshold", f"{accuracy:.3f}", "", "0.500"]
+    assert "Pixel AUROC" not in page.text
     calibration = detector.calibration.scores.numpy()
     for cells, rate in zip(thresholds[1:], (0.01, 0.05, 0.1, 0.2), strict=True):
         if rate == 0.01:  # takes 99 images
@@ -132,6 +139,25 @@ def test_the_numbers_are_those_of_the_scores(detector, processor, tmp_path):
     assert shown == [*normal[::-1][:3], *anomalous[:3], *anomalous[::-1][:3], *normal[:3]]
     assert sum("Anomaly map" in img["alt"] for img in page.all("img")) == len(shown)
     assert len(page.all("img")) == 2 * len(shown) + 3
+
+
+def test_maps_against_masks(detector, without_maps, processor, tmp_path):
+    masks = []
+    for i in range(6):
+        file = io.BytesIO()
+        array = np.zeros((12, 20), np.uint8)
+        array[:6, : 2 + i] = 255
+        PIL.Image.fromarray(array).save(file, "PNG")
+        masks.append({"bytes": file.getvalue(), "path": None} if i % 2 else None)
+    dataset = images(np.arange(6) % 2).add_column("mask", masks).cast_column("mask", datasets.Image(decode=False))
+    expected = evaluate_maps(detector, processor, dataset, 4)
+    page = Page(write_report(detector, processor, dataset, tmp_path / "page.html")).check()
+    assert [row[:2] for row in page.tables[1][1:]] == [
+        ["Pixel AUROC", f"{expected['pixel_auroc']:.3f}"],
+        ["Pixel average precision", f"{expected['pixel_average_precision']:.3f}"],
+        ["AUPRO, up to a false-positive rate of 0.3", f"{expected['aupro']:.3f}"],
+    ]
+    assert "Pixel AUROC" not in Page(write_report(without_maps, processor, dataset, tmp_path / "page.html")).text
 
 
 def test_without_labels(detector, processor, tmp_path):

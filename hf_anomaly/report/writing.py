@@ -18,7 +18,9 @@ from ..data import collate, decode_image, prepare
 from ..detector import AnomalyDetector
 from ..errors import InputError
 from ..image_processing import to_eight_bit_image
-from ..metrics import image_metrics
+from ..metrics import bootstrap_intervals, image_metrics
+from ..training.localization import evaluate_maps
+from ..training.runs import INTERVAL_CONFIDENCE
 from ..version import __version__
 from ..visualization import overlay_anomaly_map
 
@@ -41,14 +43,15 @@ def write_report(
     rates: tuple[float, ...] = RATES,
     batch_size: int = 64,
 ) -> Path:
-    """Writes one HTML page which needs no other file: metrics, ROC and precision–recall curves, score histogram, thresholds for several false-positive
-    rates and what they do on these images, and the images that the detector is surest and most wrong about, with their anomaly maps if it has them.
+    """Writes one HTML page which needs no other file: metrics with bootstrap intervals, pixel-level ones where there are maps and masks, ROC and
+    precision–recall curves, score histogram, thresholds for several false-positive rates and what they do on these images, and the images that the
+    detector is surest and most wrong about, with their anomaly maps if it has them.
 
     Args:
         model: fitted; without calibration there are no thresholds.
         processor: the detector's.
         dataset: a `datasets.Dataset` with a column `image` and, with `has_labels`, `label` (0 normal, 1 anomalous); `row` if images have other numbers
-            than their place in it. Where only one class is there, what needs both is left out.
+            than their place in it; `mask` for pixel-level metrics, see `evaluate_maps`. Where only one class is there, what needs both is left out.
         path: of the page, replaced if it is there.
         has_labels: False: the labels, if there are any, say nothing; the page shows scores alone.
         title: default: the name of the place that the detector came from.
@@ -83,7 +86,12 @@ def write_report(
     page = _template().render(
         title=title,
         facts=_facts(model, dataset, labels, data_name, split_hash),
-        metrics=image_metrics(numbers, labels) if both else None,
+        metrics=image_metrics(numbers, labels, threshold) if both else None,
+        intervals=bootstrap_intervals(numbers, labels, confidence=INTERVAL_CONFIDENCE) if both else {},
+        confidence=INTERVAL_CONFIDENCE,
+        pixel_metrics=evaluate_maps(model, processor, dataset, batch_size)
+        if labels is not None and "mask" in dataset.column_names and model.supports_anomaly_maps
+        else {},
         counts=None if labels is None else {name: int((labels == label).sum()) for label, name in enumerate(CLASSES)},
         drift=None
         if labels is None or calibration is None or not (labels == 0).any()
@@ -110,6 +118,7 @@ def _template():
 
     environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     environment.filters["number"] = _number
+    environment.filters["interval"] = lambda ends: " to ".join(map(_number, ends))
     return environment.from_string(Path(__file__).with_name("page.html").read_text(encoding="utf-8"))
 
 
