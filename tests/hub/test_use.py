@@ -1,5 +1,7 @@
 """What the Hub is for: score with a detector that lies there, from Python and from the command line."""
 
+import textwrap
+
 SAVED = """
     import contextlib
     import io
@@ -73,5 +75,59 @@ def test_push_info_and_predict(hub):
         status, out, err = run(*argv)
         error = err.splitlines()[-1]
         assert status == 2 and error.startswith("error: ") and name in error, (argv, err)
+    """
+    )
+
+
+def test_offline_from_the_cache(hub):
+    """What was used once is used again without the network: the pipeline and every command that reads."""
+    use = """
+    from transformers import pipeline
+
+    os.chdir(HERE)
+    told = pipeline("image-anomaly-detection", model="org/offline")(picture(0))
+    commands = (("predict", "org/offline", "a.png"), ("info", "org/offline"), ("dissolve", "org/offline", "a.png"))
+    outcome = [told, *([status, out] for status, out, err in (run(*argv) for argv in commands))]
+    """
+    line = f"\n    HERE = {str(hub.home)!r}\n"
+    hub.run(
+        SAVED
+        + line
+        + """
+    AutoModel.from_pretrained(finished()).push_to_hub("org/offline")
+    picture(0).save(Path(HERE, "a.png"))
+    """
+        + use
+        + """
+    assert [status for status, _ in outcome[1:]] == [0, 0, 0], outcome
+    Path(HERE, "outcome.json").write_text(json.dumps(outcome))
+    """
+    )
+    offline = """
+    assert outcome == json.loads(Path(HERE, "outcome.json").read_text()), outcome
+    status, out, err = run("info", "org/never-seen")
+    assert status == 2 and "org/never-seen" in err.splitlines()[-1], err
+    print("done")
+    """
+    script = textwrap.dedent(SAVED + line + use + offline)
+    assert hub.run_fresh(script, prelude=True, HF_HUB_OFFLINE="1", HF_ENDPOINT="http://127.0.0.1:9", HF_TOKEN=None).endswith("done\n")
+
+
+def test_predict_from_a_private_repository(hub):
+    hub.run(
+        SAVED
+        + """
+    folder = finished()
+    picture(0).save("a.png")
+    AutoModel.from_pretrained(folder).push_to_hub("org/secret", private=True)
+    token = os.environ.pop("HF_TOKEN")
+    for argv in (("predict", "org/secret", "a.png"), ("info", "org/secret"), ("dissolve", "org/secret", "a.png")):
+        status, out, err = run(*argv)
+        assert status == 2 and not out, (argv, out)
+        error = err.splitlines()[-1]
+        assert error.startswith("error: ") and "org/secret" in error and "private" in error and "hf auth login" in error, (argv, error)
+    os.environ["HF_TOKEN"] = token
+    there, here = (run("predict", name, "a.png") for name in ("org/secret", str(folder)))
+    assert there[0] == 0 and there[1] == here[1], there
     """
     )
