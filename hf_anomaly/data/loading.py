@@ -125,6 +125,7 @@ def load_one_class(
         InputError: nothing readable under that name, a missing column, an undecided or absent normal class, rows without a label beside
             rows with one, splits that cannot be pooled, an unreadable image, or one of more than 8 bits a channel and no window, too few normals to hold
             one out, too few anomalies to contaminate with; with `evaluation_only` also no split to evaluate on, or one without labels.
+        HubError: the Hub refused or cannot be reached.
     """
     source = os.fspath(dataset_name)
     if not 0 <= calibration_fraction < 1:
@@ -238,6 +239,7 @@ def load_unlabelled(
 
     Raises:
         InputError: nothing readable under that name, no such column, no training split among several, or an unreadable image.
+        HubError: as `load_one_class`.
     """
     source = os.fspath(dataset_name)
     raw = read_source(source, None, config_name, revision, reading=reading)
