@@ -72,6 +72,16 @@ def test_a_dataset_without_that_class_is_refused(evaluate):
     assert "its labels: 'good' (1), 'hole' (1)" in err.splitlines()[-1]
 
 
+@pytest.mark.parametrize(("trained", "warned"), [("balanced", True), ("official", False), ("stream", False)])
+def test_another_protocol_than_in_training_is_warned_of(evaluate, detector, tmp_path, caplog, trained, warned):
+    path = detector / "eval_results.json"
+    path.write_text(json.dumps({"dataset": tmp_path.name, "division": {"protocol": trained}}))
+    status, _, err = evaluate({"test/fine": 3, "test/good": 2})
+    path.unlink()
+    assert status == 0, err
+    assert ("may be among those it was trained on" in caplog.text) == warned
+
+
 def test_images_that_the_training_drew_are_drawn_again(evaluate, detector):
     """Another seed would draw test images that the detector was trained on."""
     status, _, err = evaluate({"fine": 10, "good": 10}, "--protocol", "balanced")

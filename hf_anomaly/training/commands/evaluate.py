@@ -16,7 +16,7 @@ from ...data import collate, decode_image
 from ...errors import InputError
 from ...visualization import overlay_anomaly_map, write_image
 from .. import DataArguments, parse_arguments
-from ..runs import evaluate_detector, load_detector, load_splits, write_json
+from ..runs import dataset_label, evaluate_detector, load_detector, load_splits, write_json
 
 logger = logging.getLogger(__name__)
 
@@ -42,10 +42,10 @@ class EvaluationArguments:
     device: str = field(default="cuda" if torch.cuda.is_available() else "cpu", metadata={"help": "Device to score on."})
 
 
-def recorded_seed(model: str) -> int | None:
-    """The seed in the results beside a saved detector."""
+def recorded_results(model: str) -> dict:
+    """The results beside a saved detector; {} if there are none, and of one on the Hub."""
     path = Path(model, "eval_results.json")
-    return json.loads(path.read_text()).get("seed") if path.is_file() else None
+    return json.loads(path.read_text()) if path.is_file() else {}
 
 
 def load_for_evaluation(args, data_args: DataArguments) -> tuple:
@@ -58,7 +58,8 @@ def load_for_evaluation(args, data_args: DataArguments) -> tuple:
     Raises:
         InputError: what `load_detector` and `load_one_class` refuse, or a seed that does not say which images the detector was not trained on.
     """
-    recorded = recorded_seed(args.model)
+    results = recorded_results(args.model)
+    recorded = results.get("seed")
     if args.seed is None:
         args.seed = recorded
     if data_args.protocol == "balanced" and args.seed is None:
@@ -78,6 +79,14 @@ def load_for_evaluation(args, data_args: DataArguments) -> tuple:
     else:
         processor.window = data_args.reading.window
     splits = load_splits(data_args, args.seed or 0, evaluation_only=True)
+    protocol = (results.get("division") or {}).get("protocol")
+    same_test = protocol in (None, splits.division.protocol) or {protocol, splits.division.protocol} <= {"official", "stream"}
+    if results.get("dataset") == dataset_label(splits.source) and not same_test:
+        logger.warning(
+            "The detector was trained on this dataset with --protocol %s: the test images of --protocol %s may be among those it was trained on",
+            protocol,
+            splits.division.protocol,
+        )
     if trained_on not in (None, splits.normal_label):
         logger.warning("Normal is %r here, but the detector was trained on %r", splits.normal_label, trained_on)
     return model, processor, splits
