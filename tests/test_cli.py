@@ -378,6 +378,17 @@ def test_what_predict_does_not_find(refused, detector, scans):
     refused(["predict", detector, "empty"], "empty", "no images")
 
 
+def test_predict_with_a_window(run, refused, detector, tmp_path):
+    levels = np.arange(64, dtype=np.uint8).reshape(8, 8) * 4
+    PIL.Image.fromarray(levels).save("plain.png")
+    PIL.Image.fromarray(levels.astype(np.uint16) * 100).save("deep.png")
+    refused(["predict", detector, "deep.png"], "deep.png", "--window LOW HIGH")
+    scores = [run("predict", detector, "deep.png", "--window", *window)[1].split(",")[5] for window in ((0, 25500), ("full",))]
+    assert scores[0] == run("predict", detector, "plain.png")[1].split(",")[5]
+    assert scores[1] != scores[0]
+    refused(["predict", detector, "deep.png", "--window", "half"], "--window takes two numbers")
+
+
 # dissolve -------------------------------------------------------------------------------------------------------------------------
 
 
@@ -399,6 +410,10 @@ def test_dissolve(run, refused, scans, detector, tmp_path):
     assert PIL.Image.open("dissolved.png").width == 6 * 144 + 4  # itself and five timesteps
     refused(["dissolve", "dissolver", scans / "a.png", "--timesteps", 5000], "5000")
     refused(["dissolve", "dissolver", "none.png"], "none.png")
+    PIL.Image.fromarray(np.arange(64, dtype=np.uint16).reshape(8, 8) * 100).save("deep.png")
+    refused(["dissolve", "dissolver", "deep.png"], "deep.png", "--window LOW HIGH")
+    assert run("dissolve", "dissolver", "deep.png", "--window", 0, 6300)[0] == 0
+    refused(["dissolve", "dissolver", "deep.png", "--window", 5, 1], "--window takes two numbers")
     refused(["dissolve", detector, scans / "a.png"], detector, "no dissolver")
 
 

@@ -151,6 +151,7 @@ def test_bad_uploads_are_refused_by_their_own_name(tmp_path, picture, refused):
     with refused("lung 7.png", "unreadable"):
         open_upload(path, "lung 7.png")
     Image.new("I;16", (9, 9)).save(path, format="PNG")
+    assert open_upload(path, "lung 7.png", (0, 4000)).mode == "L"
     with refused("lung 7.png", "16-bit"):
         open_upload(path, "lung 7.png")
 

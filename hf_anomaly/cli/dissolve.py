@@ -19,6 +19,7 @@ def parse(argv: list[str]) -> Namespace:
     )
     parser.option("output", "the PNG file to write (default: %(default)s)", default="dissolved.png")
     parser.option("seed", "of dissolvers that draw random numbers (default: %(default)s)", type=int, default=0)
+    parser.window_option("as in the training of the detector beside the dissolver")
     return parser.parse(argv)
 
 
@@ -26,16 +27,19 @@ def run(args: Namespace) -> None:
     import torch
 
     from ..data import decode_image
+    from ..data.formats import parse_window
     from ..dissolving import Dissolver
     from ..visualization import image_grid, write_image
 
     dissolver = Dissolver.from_pretrained(args.dissolver)
     timesteps = _timesteps(dissolver, args.timesteps)
+    processor = _processor(args.dissolver)
+    window = parse_window(args.window) or getattr(processor, "window", None)
     torch.manual_seed(args.seed)
     rows = []
     for file in args.images:
-        image = decode_image({"path": file}, file)
-        pixel_values = _pixel_values(image, args.dissolver, dissolver)
+        image = decode_image({"path": file}, file, window)
+        pixel_values = (processor or _own_size(image, dissolver))(images=image, return_tensors="pt")["pixel_values"]
         repeated = pixel_values.expand(len(timesteps), -1, -1, -1)
         times = None if dissolver.is_deterministic else torch.tensor(timesteps)
         rows.append([*pixel_values, *dissolver(repeated, times)])
@@ -54,18 +58,21 @@ def _timesteps(dissolver, asked: list[int] | None) -> list[int | None]:
     return asked or dissolver.spread_timesteps()
 
 
-def _pixel_values(image, name: str, dissolver):
-    """(1, C, H, W) in [−1, 1]: as the detector beside the dissolver sees the image; without a detector, at its own size."""
+def _processor(name: str):
+    """That of the detector beside the dissolver; None if it is alone."""
     from transformers import AutoImageProcessor
     from transformers.utils.hub import cached_file
 
+    there = cached_file(name, "preprocessor_config.json", _raise_exceptions_for_missing_entries=False) is not None
+    return AutoImageProcessor.from_pretrained(name) if there else None
+
+
+def _own_size(image, dissolver):
+    """A processor that leaves the image its size and gives it the dissolver's channels."""
     from ..image_processing import AnomalyImageProcessor
 
-    if cached_file(name, "preprocessor_config.json", _raise_exceptions_for_missing_entries=False) is not None:
-        processor = AutoImageProcessor.from_pretrained(name)
-    else:
-        unet = getattr(dissolver, "unet", None)
-        channels = unet.config.in_channels if unet is not None else 1 if image.mode in ("1", "L", "LA") else 3
-        processor = AnomalyImageProcessor.for_images(1, channels)
-        processor.do_resize = False
-    return processor(images=image, return_tensors="pt")["pixel_values"]
+    unet = getattr(dissolver, "unet", None)
+    channels = unet.config.in_channels if unet is not None else 1 if image.mode in ("1", "L", "LA") else 3
+    processor = AnomalyImageProcessor.for_images(1, channels)
+    processor.do_resize = False
+    return processor

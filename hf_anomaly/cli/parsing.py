@@ -16,6 +16,11 @@ class Parser(argparse.ArgumentParser):
         spellings = dict.fromkeys((f"--{name}", f"--{name.replace('_', '-')}"))
         self.add_argument(*spellings, dest=name, help=help, **settings)
 
+    def window_option(self, default: str) -> None:
+        """`--window`, see `parse_window`."""
+        what = "images of more than 8 bits: the values that become black and white, or full, the whole range"
+        self.option("window", f"{what} (default: {default})", nargs="+", metavar=("LOW", "HIGH"))
+
     def parse(self, argv: list[str]) -> argparse.Namespace:
         """Raises InputError: an unknown option or a bad value."""
         parsed, rest = self.parse_known_intermixed_args(argv)

@@ -45,6 +45,7 @@ def parse(argv: list[str]) -> Namespace:
     parser.option("dataset_config_name", "configuration of a Hub dataset")
     parser.option("dataset_revision", "branch, tag or commit of a Hub dataset")
     parser.option("image_column", "of a dataset (default: its first image column)")
+    parser.window_option("as in training")
     args = parser.parse(argv)
     if args.output is not None and Path(args.output).suffix not in SUFFIXES:
         raise InputError(f"--output {args.output}: the name must end in {' or '.join(SUFFIXES)}")
@@ -58,14 +59,17 @@ def parse(argv: list[str]) -> Namespace:
 def run(args: Namespace) -> None:
     from tqdm.auto import tqdm
 
+    from ..data.formats import parse_window
     from ..pipeline import AnomalyDetectionPipeline
     from ..training.commands.evaluate import check_maps
     from ..training.runs import load_detector
     from ..visualization import overlay_anomaly_map, write_image
 
+    window = parse_window(args.window)
     sources = list(_sources(args))  # before the model: a misspelt path is told at once
     model, processor = load_detector(args.model, args.revision)
     model.require_fitted()
+    processor.window = window or processor.window
     if args.save_maps is not None:
         check_maps(model, args.model)
         Path(args.save_maps).mkdir(parents=True, exist_ok=True)

@@ -25,7 +25,7 @@ def parse(argv: list[str]) -> list[str]:
 
 
 def run(argv: list[str]) -> None:
-    from dataclasses import dataclass, field
+    from dataclasses import dataclass, field, replace
 
     import torch
 
@@ -58,7 +58,9 @@ def run(argv: list[str]) -> None:
     if args.unlabelled:
         model, processor = load_detector(args.model, args.revision)
         model.to(args.device)
-        options = {"image_column": data_args.image_column, "config_name": data_args.dataset_config_name}
+        processor.window = data_args.reading.window or processor.window
+        reading = replace(data_args.reading, window=processor.window)
+        options = {"reading": reading, "image_column": data_args.image_column, "config_name": data_args.dataset_config_name}
         dataset = load_unlabelled(data_args.dataset_name, revision=data_args.dataset_revision, **options)
     else:
         model, processor, splits = load_for_evaluation(args, data_args)

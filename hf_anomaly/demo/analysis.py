@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 import PIL.Image
 import torch
 
+from ..data.formats import Window
 from ..data.transforms import decode_image
 from ..detector import AnomalyDetector
 from ..dissolving import Dissolver
@@ -45,17 +46,18 @@ class Verdict:
     false_positive_rate: float
 
 
-def open_upload(path: str | os.PathLike, name: str | None = None) -> PIL.Image.Image:
+def open_upload(path: str | os.PathLike, name: str | None = None, window: Window = None) -> PIL.Image.Image:
     """An uploaded file as an upright image.
 
     Args:
         name: the file's name where it came from, for errors: people never saw `path`.
+        window: of the detector's processor, for more than 8 bits a channel, see `Reading`.
 
     Raises:
-        InputError: unreadable, or more than 8 bits a channel.
+        InputError: unreadable, or more than 8 bits a channel and no window.
     """
     with open(path, "rb") as file:
-        return decode_image({"bytes": file.read(), "path": name}, "the image")
+        return decode_image({"bytes": file.read(), "path": name}, "the image", window)
 
 
 @torch.no_grad()

@@ -74,7 +74,7 @@ def build_demo(
         if upload is None:
             return blank()
         try:
-            analysis = analyse(model, processor, open_upload(upload.path, upload.orig_name), dissolver)
+            analysis = analyse(model, processor, open_upload(upload.path, upload.orig_name, processor.window), dissolver)
         except InputError as error:
             raise gr.Error(_text(str(error)), title="This image cannot be scored", print_exception=False) from error
         score = (analysis.score, analysis.p_value)
