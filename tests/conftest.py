@@ -3,6 +3,7 @@
 import os
 import tempfile
 from contextlib import contextmanager
+from itertools import accumulate
 
 import pytest
 
@@ -29,3 +30,17 @@ def refused():
             assert word in message
 
     return refused
+
+
+@pytest.fixture
+def peak_bytes():
+    """`peak_bytes(action)`: the most that tensors made during the action hold at once on the CPU, temporary ones inside of operators too."""
+    from torch.profiler import ProfilerActivity, profile
+
+    def peak_bytes(action):
+        with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+            action()
+        events = [event for event in profiler.profiler.kineto_results.events() if event.name() == "[memory]"]
+        return max(accumulate(event.nbytes() for event in sorted(events, key=lambda event: event.start_ns())), default=0)
+
+    return peak_bytes

@@ -5,9 +5,12 @@ from typing import Literal
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from hf_anomaly.errors import InputError
 from hf_anomaly.ops.distributed import gather_rows, world
+
+_PIECE = 2**24  # similarities held at once; 64 MiB in float32
 
 
 def amplified_nt_xent(
@@ -64,7 +67,6 @@ def amplified_nt_xent(
         views = F.normalize(views.to(torch.promote_types(views.dtype, torch.float32)), dim=1)
         anchors = views[: 2 * branch] / temperature
         positive = (anchors * views[: 2 * branch].roll(branch, dims=0)).sum(dim=1)  # A_ik with B_ik, B_ik with A_ik
-        logits = anchors @ gather_rows(views).T  # (anchors, views of the global batch)
 
     # The block of columns of this rank starts at rank·|views|; in it A has columns 0 … KB−1, B the next KB, D the last KB.
     first = world()[0] * len(views)
@@ -72,7 +74,38 @@ def amplified_nt_xent(
     excluded = [first + anchor]  # j ≠ a
     if exclude_twins:
         excluded.append(first + 2 * branch + anchor % branch)
-    # In place: the product's backward does not need its values, so the (anchors × views) matrix exists once.
-    logits = logits.scatter_(1, torch.stack(excluded, dim=1), float("-inf"))
-    loss = (logits.logsumexp(dim=1) - positive).sum()
-    return loss / (2 * branch if divisor == "anchors" else len(views))
+    with torch.autocast(views.device.type, enabled=False):
+        denominators = _SumOfLogSumExp.apply(anchors, gather_rows(views), torch.stack(excluded, dim=1))
+    return (denominators - positive.sum()) / (2 * branch if divisor == "anchors" else len(views))
+
+
+class _SumOfLogSumExp(torch.autograd.Function):
+    """Σ_a log Σ_{j not excluded} exp(a·v_j) of anchors (N, d), views (M, d) and excluded columns (N, E): autograd would keep N×M matrices.
+
+    The result is one number, so that its gradient is known but for a factor as soon as the softmax is: it is summed up in the forward pass, a piece of
+    the rows after the other, and the memory does not grow with N·M.
+    """
+
+    @staticmethod
+    def forward(ctx, anchors: Tensor, views: Tensor, excluded: Tensor) -> Tensor:
+        rows = max(1, _PIECE // len(views))
+        total = anchors.new_zeros(())
+        differentiable = any(ctx.needs_input_grad)
+        anchor_gradients, view_gradient = [], torch.zeros_like(views)
+        for piece, columns in zip(anchors.split(rows), excluded.split(rows), strict=True):
+            logits = (piece @ views.T).scatter_(1, columns, float("-inf"))
+            denominators = logits.logsumexp(dim=1, keepdim=True)
+            total += denominators.sum()
+            if differentiable:
+                softmax = logits.sub_(denominators).exp_()
+                anchor_gradients.append(softmax @ views)
+                view_gradient.addmm_(softmax.T, piece)
+        if differentiable:
+            ctx.save_for_backward(torch.cat(anchor_gradients), view_gradient)
+        return total
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, gradient: Tensor) -> tuple[Tensor, Tensor, None]:
+        anchor_gradient, view_gradient = ctx.saved_tensors
+        return gradient * anchor_gradient, gradient * view_gradient, None

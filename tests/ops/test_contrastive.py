@@ -5,6 +5,7 @@ import pytest
 import torch
 
 from hf_anomaly.errors import InputError
+from hf_anomaly.ops import contrastive
 from hf_anomaly.ops.contrastive import amplified_nt_xent
 
 
@@ -58,6 +59,27 @@ def test_one_image_and_one_shift():
 def test_gradient_equals_finite_differences(exclude_twins):
     z = [x.requires_grad_() for x in projections(3, shifts=2, images=2, features=3)]
     assert torch.autograd.gradcheck(lambda *z: amplified_nt_xent(*z, exclude_twins=exclude_twins), z)
+
+
+@pytest.mark.parametrize("exclude_twins", [False, True])
+def test_pieces_of_the_rows_change_nothing(monkeypatch, exclude_twins):
+    def loss_and_gradients():
+        z = [x.requires_grad_() for x in projections(3)]
+        loss = amplified_nt_xent(*z, exclude_twins=exclude_twins)
+        return [loss.detach(), *torch.autograd.grad(3 * loss, z)]
+
+    whole = loss_and_gradients()
+    monkeypatch.setattr(contrastive, "_PIECE", 100)  # two rows of 36 views
+    for a, b in zip(loss_and_gradients(), whole, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-14)
+
+
+def test_no_matrix_of_all_pairs_is_held(monkeypatch, peak_bytes):
+    """Forward and backward together; autograd of the plain formula takes four such matrices."""
+    monkeypatch.setattr(contrastive, "_PIECE", 2**16)
+    z = [torch.randn(4, 128, 16, requires_grad=True) for _ in range(3)]
+    matrix = 4 * (8 * 128) * (12 * 128)  # bytes of float32, anchors × views
+    assert peak_bytes(lambda: amplified_nt_xent(*z).backward()) < matrix / 2
 
 
 def test_designs_differ_in_the_twin_alone():
