@@ -39,6 +39,7 @@ logger = logging.getLogger(__name__)
 # Fields of a configuration that say nothing of how the detector is trained.
 _NOT_SETTINGS = (
     "bank_size",
+    "search_chunk_size",
     "num_reference_images",
     "num_calibration_scores",
     "anomaly_map_range",

@@ -154,6 +154,19 @@ def test_max_bank_size():
     assert torch.equal(part.reference.lambda_sim, whole.reference.lambda_sim)  # λ are means over all images
 
 
+def test_memory_of_the_search_is_a_setting(peak_bytes):
+    scores, peaks = [], []
+    for chunk in (2**22, 2**12):
+        model = tiny(search_chunk_size=chunk).eval()
+        model.fit_reference([images(4)], progress=False)
+        model.reference.bank = torch.randn(K, 20_000, model.score_width, generator=torch.Generator().manual_seed(0))
+        with torch.no_grad():
+            peaks.append(peak_bytes(lambda model=model: scores.append(model(images(2)).scores)))
+    torch.testing.assert_close(*scores)
+    assert peaks[0] > model.reference.bank.nbytes  # the whole bank, normalised
+    assert peaks[1] < peaks[0] / 8
+
+
 def test_many_test_rows_are_chunked():
     model = tiny(num_test_views=40).eval()  # 160 rows an image: three images a chunk
     model.fit_reference([images(4)], progress=False)
@@ -304,6 +317,7 @@ def test_load_backbone(tmp_path, refused):
         ({"test_crop_scale": 0}, ["test_crop_scale"]),
         ({"num_test_views": 0}, ["num_test_views"]),
         ({"max_bank_size": 0}, ["max_bank_size"]),
+        ({"search_chunk_size": 0}, ["search_chunk_size"]),
         ({"bank_size": -1}, ["bank_size"]),
     ],
 )

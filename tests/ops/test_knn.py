@@ -30,6 +30,18 @@ def test_equals_the_loop_in_any_chunks(features, chunk_size):
     torch.testing.assert_close(max_cosine(queries.double(), bank.double(), chunk_size), expected, rtol=1e-12, atol=1e-12)
 
 
+def test_memory_is_bounded_at_a_million_rows(peak_bytes):
+    chunk_size = 2**18
+    line = torch.randn(10**6 + 127, generator=torch.Generator().manual_seed(0))
+    bank = line.unfold(0, 128, 1)[None]  # a million different rows that share their numbers, 4 MB
+    queries = torch.stack([bank[:, 123_456], -bank[:, 999_999]])
+    nearest = []
+    peak = peak_bytes(lambda: nearest.append(max_cosine(queries, bank, chunk_size)))
+    assert peak < 1.1 * 4 * chunk_size
+    assert nearest[0][0].item() == pytest.approx(1)
+    assert nearest[0][1].item() < 0.6
+
+
 def test_a_shift_sees_its_own_bank_only():
     bank = torch.eye(2).view(2, 1, 2)  # shift 0 knows the first axis, shift 1 the second
     queries = torch.tensor([[[3.0, 0.0], [3.0, 0.0]], [[-2.0, 0.0], [0.0, 0.0]]])

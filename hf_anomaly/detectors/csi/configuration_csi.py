@@ -36,6 +36,7 @@ class CSIConfig(AnomalyDetectorConfig):
             `score_features`. Cosine and norm multiply where both are on.
         max_bank_size: at most so many training images are kept in the bank, a fixed random choice among more.
         bank_size: how many are in it; 0 before `fit_reference`.
+        search_chunk_size: elements held at once while the bank is searched, beside the bank itself: bounds the memory of scoring; see `max_cosine`.
 
     Raises:
         InputError: a value out of range, an unknown field, or a backbone whose `num_channels` differ.
@@ -66,6 +67,7 @@ class CSIConfig(AnomalyDetectorConfig):
     score_shift_logit: bool = False
     max_bank_size: int = 20_000
     bank_size: int = 0
+    search_chunk_size: int = 2**24
 
     def __post_init__(self, **kwargs):
         if self.backbone_config is None:
@@ -95,7 +97,7 @@ class CSIConfig(AnomalyDetectorConfig):
             raise InputError(f"test_crop_scale must be in (0, 1], got {self.test_crop_scale}")
         if not (self.score_cosine or self.score_norm or self.score_shift_logit):
             raise InputError("score_cosine, score_norm and score_shift_logit are all off: the score needs at least one of them")
-        for name in ("projection_size", "num_test_views", "max_bank_size"):
+        for name in ("projection_size", "num_test_views", "max_bank_size", "search_chunk_size"):
             if getattr(self, name) < 1:
                 raise InputError(f"{name} must be at least 1, got {getattr(self, name)}")
         if not 0 <= self.bank_size <= self.max_bank_size:

@@ -196,7 +196,7 @@ class CSIModel(AnomalyDetector):
         if config.score_cosine or config.score_norm:
             similarity = torch.ones_like(logits)
             if config.score_cosine:
-                similarity = similarity * max_cosine(vectors, reference.bank)
+                similarity = similarity * max_cosine(vectors, reference.bank, config.search_chunk_size)
             if config.score_norm:
                 similarity = similarity * reference.lambda_sim * vectors.norm(dim=-1)
             terms = terms + similarity
