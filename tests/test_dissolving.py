@@ -2,6 +2,7 @@
 
 import io
 import json
+import math
 import os
 import subprocess
 import sys
@@ -29,6 +30,7 @@ from hf_anomaly.dissolving import (
     build_unet,
     default_resolution,
     dissolve_dataset,
+    dissolving_quality,
     network_resolution,
 )
 from hf_anomaly.errors import InputError
@@ -419,6 +421,26 @@ def test_timesteps_of_training_reach_every_value_below_the_maximum():
 def test_images_are_dissolved_below_their_own_size(size, resolution):
     assert network_resolution(size, default_resolution(size)) == resolution
     build_unet(resolution, 1, (8, 8, 8))  # a multiple of 4
+
+
+@torch.no_grad()
+def test_quality_of_a_network_that_predicts_nothing():
+    """ε_θ = 0: dissolving divides by sqrt(ᾱ), which adds 1/ᾱ − 1 of the energy, and all of the noise is left over."""
+    unet, scheduler = silent_unet(), build_scheduler()
+    x = images(3, 1, 16, 16) / 2  # room for the division
+    (low, high), (again, _) = (dissolving_quality(DiffusionDissolver(unet, scheduler), x, [30, 130]) for _ in range(2))
+    epsilon = torch.randn(x.shape, generator=torch.Generator().manual_seed(0)).numpy()
+    for row, alpha_bar in ((low, scheduler.alphas_cumprod[30].item()), (high, scheduler.alphas_cumprod[130].item())):
+        assert row.noise == pytest.approx(math.sqrt((1 - alpha_bar) / alpha_bar), rel=1e-5)
+        assert row.denoising_error == pytest.approx(row.noise * math.sqrt((epsilon**2).mean()), rel=1e-4)
+        assert row.ringing == pytest.approx(1 / alpha_bar - 1, rel=1e-3)
+        assert row.removed == pytest.approx(0, abs=1e-6)
+    assert again == low
+
+    scheduler.register_to_config(prediction_type="sample")  # now x̂_0 = 0
+    (row,) = dissolving_quality(DiffusionDissolver(unet, scheduler), x, [50])
+    assert row.denoising_error == pytest.approx(x.square().mean().sqrt().item(), rel=1e-5)
+    assert (row.ringing, row.removed) == (0, pytest.approx(1))
 
 
 def test_build_unet_widths():

@@ -7,6 +7,7 @@ from .base import Dissolver
 from .caching import dissolve_dataset
 from .diffusion import DenoisingModel, DiffusionDissolver, build_scheduler, build_unet, default_resolution, network_resolution
 from .heuristic import GaussianDissolver, IdentityDissolver, MedianDissolver, ResizeDissolver
+from .quality import DissolvingQuality, dissolving_quality
 
 DISSOLVERS: dict[str, type[Dissolver]] = {
     "diffusion": DiffusionDissolver,
@@ -21,6 +22,7 @@ __all__ = [
     "DenoisingModel",
     "Dissolver",
     "DiffusionDissolver",
+    "DissolvingQuality",
     "GaussianDissolver",
     "IdentityDissolver",
     "MedianDissolver",
@@ -29,5 +31,6 @@ __all__ = [
     "build_unet",
     "default_resolution",
     "dissolve_dataset",
+    "dissolving_quality",
     "network_resolution",
 ]
