@@ -412,6 +412,9 @@ def test_train_dissolver(train, tmp_path):
     options = ["--block_out_channels", 8, 8, "--save_steps", 2, "--save_total_limit", 3, "--t_max", 99]
     folder, out = train(tmp_path / "dissolver", *options, script="train_dissolver.py")
     assert f"saved: {folder}\n" in out
+    assert re.search(
+        r"on \d+ held-out images:\n  timestep 30, noise \S+, denoising_error \S+, ringing \S+, removed \S+\n(  timestep .*\n){4}", out
+    )
     assert UNet2DModel.from_pretrained(folder, subfolder="unet").config.sample_size == 8
     assert DDPMPipeline.from_pretrained(folder).scheduler.config.beta_schedule == "squaredcos_cap_v2"
     config = json.loads((folder / "dissolver_config.json").read_text())

@@ -3,8 +3,12 @@
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
+from ...data import collate, prepare
+from ...dissolving import dissolving_quality
 from .. import DataArguments, DenoisingTrainingArguments, parse_arguments
 from ..runs import default_output_dir, describe_run, load_splits, processor_for, train_dissolver
+
+MEASURED_IMAGES = 128  # held-out images on which the result is measured
 
 
 @dataclass
@@ -31,7 +35,7 @@ def main(argv: list[str], program: str) -> None:
     default_output_dir(training_args, f"dissolver-{Path(data_args.dataset_name).stem}")
     splits = load_splits(data_args, training_args.seed)
     processor = processor_for(splits, data_args)
-    train_dissolver(
+    dissolver = train_dissolver(
         splits.train,
         processor=processor,
         args=training_args,
@@ -44,4 +48,10 @@ def main(argv: list[str], program: str) -> None:
         run=describe_run(splits, training_args.seed, **asdict(diffusion_args), image_size=processor.size["height"]),
     )
     if training_args.process_index == 0:
+        if splits.calibration is not None:  # normal images that the network has not seen
+            held_out = prepare(splits.calibration.select(range(min(len(splits.calibration), MEASURED_IMAGES))), processor)
+            images = collate([held_out[i] for i in range(len(held_out))])["pixel_values"].to(dissolver.device)
+            print(f"on {len(images)} held-out images:")
+            for quality in dissolving_quality(dissolver, images, dissolver.spread_timesteps()):
+                print("  " + ", ".join(f"{name} {value:.4g}" for name, value in asdict(quality).items()))
         print(f"saved: {training_args.output_dir}")
