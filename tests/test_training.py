@@ -200,6 +200,29 @@ def test_named_losses_are_of_one_run(make):
         assert loss == pytest.approx(contrastive + shift, rel=1e-3)
 
 
+# Faster ways of the same
+
+
+@pytest.mark.parametrize("kind", ["csi", "on the fly", "phases", "dissolver"])
+@pytest.mark.parametrize(
+    ("settings", "tolerance"),
+    [({"bf16": True}, 0.05), ({"torch_compile": True, "torch_compile_backend": "eager"}, 1e-4)],
+    ids=["bf16", "compiled"],
+)
+def test_faster_ways_train_alike(make, kind, settings, tolerance):
+    """The backend "eager" compiles nothing, but breaks the step up into graphs as the others do."""
+    plain, faster = make(kind, "plain", max_steps=2), make(kind, "faster", max_steps=2, **settings)
+    start = weights(faster)
+    for trainer in (plain, faster):
+        trainer.train()
+    assert [entry[1] for entry in losses(faster)] == pytest.approx([entry[1] for entry in losses(plain)], rel=tolerance)
+    assert all(parameter.dtype == torch.float32 for parameter in faster.model.parameters())
+    assert any(not torch.equal(tensor, start[name]) for name, tensor in weights(faster).items())
+    if kind != "dissolver":
+        faster.fit_reference()
+        assert np.isfinite(faster.predict(faster.train_dataset).predictions).all()
+
+
 # Phases
 
 
