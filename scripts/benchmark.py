@@ -1,31 +1,55 @@
-"""Measures what the design rests on, as ratios of two ways that take turns in one process (A B A B …), so that a busy machine slows both.
+"""Measures what the design rests on, as ratios of two ways that take turns (A B A B …), in one process where they can, so that a busy machine slows both.
 
 python scripts/benchmark.py --output speed.md
+python scripts/benchmark.py --rows trainer bfloat16 --repeats 3
 """
 
+import copy
 import datetime
+import os
+import re
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from itertools import accumulate
 from pathlib import Path
 
 import numpy as np
 import PIL.Image
 import torch
 import torch.nn.functional as F
+from torch.profiler import ProfilerActivity, profile
+from torch.utils.data import DataLoader
+from transformers import PrinterCallback, TrainerCallback
 
-from hf_anomaly import AnomalyDetectionPipeline, AnomalyDetector, DIAConfig, DIAModel, InputError, SharedAEConfig, SharedAEModel
+from hf_anomaly import (
+    AnomalyDetectionPipeline,
+    AnomalyDetector,
+    AnomalyImageProcessor,
+    CSIConfig,
+    CSIModel,
+    DIAConfig,
+    DIAModel,
+    InputError,
+    SharedAEConfig,
+    SharedAEModel,
+    prepare,
+)
+from hf_anomaly.data import collate
 from hf_anomaly.dissolving import DiffusionDissolver, build_scheduler, build_unet, network_resolution
 from hf_anomaly.metrics import PixelMetrics
+from hf_anomaly.ops.contrastive import amplified_nt_xent
 from hf_anomaly.ops.knn import max_cosine
-from hf_anomaly.training import parse_arguments
+from hf_anomaly.training import AnomalyTrainer, AnomalyTrainingArguments, parse_arguments
 from hf_anomaly.training.runs import run_script
 
 SCORED_AT_ONCE = 64
 VARIANTS = 8
+TRAINED_STEPS = 40
 TRANSFORMERS = (
     "from transformers import AutoModel, AutoImageProcessor, PreTrainedModel; from transformers.pipelines import PIPELINE_REGISTRY"
 )
@@ -40,9 +64,12 @@ class BenchmarkArguments:
     bank_size: int = field(default=26_000, metadata={"help": "Images in the bank that is searched."})
     num_maps: int = field(default=200, metadata={"help": "Anomaly maps of 256×256 pixels that are measured."})
     repeats: int = field(default=5, metadata={"help": "Measurements of each way; the medians are reported."})
+    rows: list[str] | None = field(default=None, metadata={"help": "What is measured; default: all. A wrong name lists them."})
     output: str | None = field(default=None, metadata={"help": "Also write the table to this file."})
 
     def __post_init__(self):
+        if unknown := [name for name in self.rows or () if name not in ROWS]:
+            raise InputError(f"--rows {unknown[0]} is unknown; there are {', '.join(ROWS)}")
         for name, least in (("image_size", 4), ("batch_size", 2), ("bank_size", 1), ("num_maps", 2), ("repeats", 1)):
             if getattr(self, name) < least:
                 raise InputError(f"--{name} must be at least {least}, got {getattr(self, name)}")
@@ -62,10 +89,23 @@ def alternately(a: Callable[[], float], b: Callable[[], float], repeats: int, wa
     return tuple(statistics.median(side) for side in zip(*pairs, strict=True))
 
 
-def training_step(model: DIAModel, args: BenchmarkArguments) -> tuple[str, str, str, float]:
+def small_dia(args: BenchmarkArguments) -> DIAModel:
+    """DIA as its script builds it, with an untrained diffusion model to dissolve with."""
+    model = DIAModel(DIAConfig(image_size=args.image_size))
+    unet = build_unet(network_resolution(args.image_size), model.config.num_channels).eval().requires_grad_(False)
+    model.dissolver = DiffusionDissolver(unet, build_scheduler())
+    return model
+
+
+def random_images(model: AnomalyDetector, count: int) -> torch.Tensor:
+    return torch.rand(count, model.config.num_channels, model.config.image_size, model.config.image_size) * 2 - 1
+
+
+def training_step(args: BenchmarkArguments) -> tuple[str, str, str, float]:
     """A step that dissolves on the fly, and one that takes cached variants."""
-    shape = (model.config.num_channels, args.image_size, args.image_size)
-    images, variants = torch.rand(args.batch_size, *shape) * 2 - 1, torch.rand(args.batch_size, VARIANTS, *shape) * 2 - 1
+    model = small_dia(args)
+    images, variants = random_images(model, args.batch_size), random_images(model, args.batch_size * VARIANTS)
+    variants = variants.unflatten(0, (args.batch_size, VARIANTS))
     optimizer = torch.optim.AdamW(model.parameters())
     model.train()
 
@@ -79,10 +119,10 @@ def training_step(model: DIAModel, args: BenchmarkArguments) -> tuple[str, str, 
     return what, f"{1e3 * online:.0f} ms", f"{1e3 * cached:.0f} ms", online / cached
 
 
-def scoring(model: DIAModel, args: BenchmarkArguments) -> tuple[str, str, str, float]:
+def scoring(args: BenchmarkArguments) -> tuple[str, str, str, float]:
     """Whole scoring, and the bare encoder on as many views."""
-    model.eval()
-    images = torch.rand(SCORED_AT_ONCE, model.config.num_channels, args.image_size, args.image_size) * 2 - 1
+    model = small_dia(args).eval()
+    images = random_images(model, SCORED_AT_ONCE)
     model.fit_reference([images], progress=False)
     views = len(model.reference.views) * len(model.reference.bank)
 
@@ -116,8 +156,9 @@ def pipeline(model: AnomalyDetector, args: BenchmarkArguments) -> tuple[str, str
     return what, f"{SCORED_AT_ONCE / whole:.1f} images/s", f"{SCORED_AT_ONCE / bare:.1f} images/s", bare / whole
 
 
-def bank_search(model: DIAModel, args: BenchmarkArguments) -> tuple[str, str, str, float]:
+def bank_search(args: BenchmarkArguments) -> tuple[str, str, str, float]:
     """The nearest of the bank for a batch at once, and for image after image."""
+    model = small_dia(args)
     shifts, width = len(model.reference.bank), model.score_width
     queries, bank = torch.randn(SCORED_AT_ONCE, shifts, width), torch.randn(shifts, args.bank_size, width)
 
@@ -167,23 +208,200 @@ def import_time(args: BenchmarkArguments) -> tuple[str, str, str, float]:
     return "import: hf_anomaly (A), what it needs of transformers (B)", f"{ours:.2f} s", f"{theirs:.2f} s", ours / theirs
 
 
+def step_in_two_ways(args: BenchmarkArguments, what: str, change: Callable[[CSIModel], Callable], name: str) -> tuple[str, str, str, float]:
+    """A training step of CSI as it is, and changed.
+
+    Args:
+        change: takes a model of its own and gives what is called with images instead of it.
+        name: of the changed way.
+    """
+    plain = CSIModel(CSIConfig(image_size=args.image_size)).train()
+    changed = copy.deepcopy(plain)
+    images = random_images(plain, args.batch_size)
+
+    def measure(model: CSIModel, forward: Callable) -> Callable[[], float]:
+        optimizer = torch.optim.AdamW(model.parameters())
+
+        def step():
+            forward(images).loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+
+        return lambda: seconds(step)
+
+    a, b = alternately(measure(plain, plain), measure(changed, change(changed)), args.repeats)
+    what = f"training step of {args.batch_size} images, CSI: {what} (A), {name} (B)"
+    return what, f"{1e3 * a:.0f} ms", f"{1e3 * b:.0f} ms", a / b
+
+
+def channels_last(args: BenchmarkArguments) -> tuple[str, str, str, float]:
+    """A step with the channels innermost in memory."""
+
+    def change(model: CSIModel) -> Callable:
+        model.to(memory_format=torch.channels_last)
+        model.backbone.register_forward_pre_hook(lambda module, inputs: (inputs[0].contiguous(memory_format=torch.channels_last),))
+        return model
+
+    return step_in_two_ways(args, "plain", change, "channels_last")
+
+
+def bfloat16(args: BenchmarkArguments) -> tuple[str, str, str, float]:
+    """A step under autocast, as --bf16 trains."""
+    return step_in_two_ways(args, "fp32", torch.autocast("cpu", torch.bfloat16), "bf16 autocast")
+
+
+def compiled(args: BenchmarkArguments) -> tuple[str, str, str, float]:
+    """A step with the compiled encoder, where nearly all of the work is. The warm-up compiles, and needs a C++ compiler."""
+
+    def change(model: CSIModel) -> Callable:
+        model.backbone.compile()
+        return model
+
+    return step_in_two_ways(args, "plain", change, "encoder compiled")
+
+
+def trainer(args: BenchmarkArguments) -> tuple[str, str, str, float]:
+    """A run of the trainer, and a bare loop that does the same: data loader, AdamW, clipping, schedule, average of the weights."""
+    from datasets import Dataset
+    from diffusers.training_utils import EMAModel
+
+    batch = max(2, args.batch_size // 4)  # a step of about 50 ms on two cores
+    start = CSIModel(CSIConfig(image_size=args.image_size))
+    processor = AnomalyImageProcessor.for_images(args.image_size, start.config.num_channels)
+    arrays = np.random.default_rng(0).integers(0, 256, (TRAINED_STEPS * batch, args.image_size, args.image_size), dtype=np.uint8)
+    dataset = Dataset.from_dict({"image": [PIL.Image.fromarray(array) for array in arrays]})
+    # Read already: decoding is the same work in both, and would hide what the trainer adds.
+    dataset = [{"pixel_values": row["pixel_values"], "labels": 0} for row in prepare(dataset, processor)]
+
+    class Clock(TrainerCallback):
+        def on_train_begin(self, *args, **kwargs):
+            self.start = time.perf_counter()
+
+        def on_train_end(self, *args, **kwargs):
+            self.seconds = time.perf_counter() - self.start
+
+    def trained() -> float:
+        with tempfile.TemporaryDirectory() as folder:
+            settings = AnomalyTrainingArguments(
+                output_dir=folder, max_steps=TRAINED_STEPS, per_device_train_batch_size=batch, save_strategy="no", report_to="none",
+                disable_tqdm=True, use_cpu=True,
+            )  # fmt: skip
+            run = AnomalyTrainer(copy.deepcopy(start), settings, train_dataset=dataset, callbacks=[clock := Clock()])
+            run.remove_callback(PrinterCallback)
+            run.train()
+        return clock.seconds
+
+    def looped() -> float:
+        settings = AnomalyTrainingArguments
+        model = copy.deepcopy(start).train()
+        optimizer = torch.optim.AdamW(model.parameters(), lr=settings.learning_rate)
+        schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, TRAINED_STEPS)
+        average = EMAModel(model.parameters(), decay=settings.ema_decay, foreach=True)
+        loader = DataLoader(dataset, batch, shuffle=True, drop_last=True, collate_fn=collate)
+        begin = time.perf_counter()
+        for images in loader:
+            model(**images).loss.backward()
+            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            optimizer.step()
+            schedule.step()
+            optimizer.zero_grad()
+            average.step(model.parameters())
+        return time.perf_counter() - begin
+
+    ours, bare = (1e3 * total / TRAINED_STEPS for total in alternately(trained, looped, args.repeats))
+    what = f"training step of {batch} images, CSI: AnomalyTrainer (A), a bare loop that does the same (B)"
+    return what, f"{ours:.1f} ms", f"{bare:.1f} ms", ours / bare
+
+
+def contrastive_loss(args: BenchmarkArguments) -> tuple[str, str, str, float]:
+    """Loss and gradient of DIA's projections by autograd of the formula, and as the package has it."""
+    z = [torch.randn(4, 8 * args.batch_size, 128, requires_grad=True) for _ in range(3)]
+    views = z[0].shape[:2].numel()
+
+    def formula():
+        rows = F.normalize(torch.cat([branch.flatten(0, 1) for branch in z]), dim=1)
+        similarities = (rows[: 2 * views] @ rows.T / 0.5).fill_diagonal_(float("-inf"))
+        positive = torch.arange(2 * views).roll(views)
+        return F.cross_entropy(similarities, positive)
+
+    def differentiate(loss: Callable[[], torch.Tensor]) -> torch.Tensor:
+        for branch in z:
+            branch.grad = None
+        loss().backward()
+        return z[0].grad
+
+    ours = lambda: amplified_nt_xent(*z, temperature=0.5)  # noqa: E731
+    torch.testing.assert_close(differentiate(ours), differentiate(formula), rtol=1e-3, atol=1e-7)
+    a, b = alternately(lambda: seconds(lambda: differentiate(formula)), lambda: seconds(lambda: differentiate(ours)), args.repeats)
+    peaks = [peak_bytes(lambda loss=loss: differentiate(loss)) / 2**20 for loss in (formula, ours)]
+    what = (
+        f"contrastive loss of {z[0].shape[1]} images, 12 views each, with gradient: autograd of the formula (A, {peaks[0]:.0f} MiB), "
+        f"the package's (B, {peaks[1]:.0f} MiB)"
+    )
+    return what, f"{1e3 * a:.0f} ms", f"{1e3 * b:.0f} ms", a / b
+
+
+def peak_bytes(action: Callable[[], object]) -> int:
+    """The most that tensors made during the action hold at once on the CPU, temporary ones inside of operators too."""
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        action()
+    events = [event for event in profiler.profiler.kineto_results.events() if event.name() == "[memory]"]
+    return max(accumulate(event.nbytes() for event in sorted(events, key=lambda event: event.start_ns())), default=0)
+
+
+def two_processes(args: BenchmarkArguments) -> tuple[str, str, str, float]:
+    """The same training in one process and in two, on the same cores, with the same images a step."""
+    cores, batch = os.cpu_count(), args.batch_size // 2 * 2
+
+    def measure(processes: int) -> float:
+        environment = os.environ | {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": str(max(1, cores // processes))}
+        with tempfile.TemporaryDirectory() as folder:
+            command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
+            command += [str(Path(__file__).with_name("train_dia.py")), "--dataset_name=digits", "--dissolver=none", "--disable_tqdm=true"]
+            command += [f"--image_size={args.image_size}", f"--max_steps={TRAINED_STEPS}", "--save_strategy=no", "--num_test_views=1"]
+            command += [f"--per_device_train_batch_size={batch // processes}", f"--output_dir={folder}", "--report_to=none"]
+            done = subprocess.run(command, env=environment, capture_output=True, text=True)
+        if done.returncode or not (match := re.search(r"'train_runtime': '?([\d.]+)", done.stdout)):
+            raise InputError(f"training in {processes} processes failed: {(done.stderr or done.stdout).strip().splitlines()[-1]}")
+        return 1e3 * float(match[1]) / TRAINED_STEPS
+
+    one, two = alternately(lambda: measure(1), lambda: measure(2), args.repeats, warm_up=False)
+    what = f"training step of {batch} images, CSI, on {cores} cores: one process (A), two (B)"
+    return what, f"{one:.0f} ms", f"{two:.0f} ms", one / two
+
+
+ROWS: dict[str, Callable[[BenchmarkArguments], tuple[str, str, str, float]]] = {
+    "training_step": training_step,
+    "trainer": trainer,
+    "channels_last": channels_last,
+    "bfloat16": bfloat16,
+    "compiled": compiled,
+    "contrastive_loss": contrastive_loss,
+    "two_processes": two_processes,
+    "scoring": scoring,
+    "pipeline": lambda args: pipeline(small_dia(args), args),
+    # A forward pass of milliseconds, beside which all else counts.
+    "small_pipeline": lambda args: pipeline(SharedAEModel(SharedAEConfig(image_size=args.image_size)), args),
+    "bank_search": bank_search,
+    "pixel_metrics": pixel_metrics,
+    "import_time": import_time,
+}
+
+
 def main() -> None:
     (args,) = parse_arguments(BenchmarkArguments, description=__doc__)
-    torch.manual_seed(0)
-    model = DIAModel(DIAConfig(image_size=args.image_size))
-    unet = build_unet(network_resolution(args.image_size), model.config.num_channels).eval().requires_grad_(False)
-    model.dissolver = DiffusionDissolver(unet, build_scheduler())
-
-    small = SharedAEModel(SharedAEConfig(image_size=args.image_size))  # a forward pass of milliseconds, beside which all else counts
-    rows = [training_step(model, args), scoring(model, args), pipeline(model, args), pipeline(small, args)]
-    rows += [bank_search(model, args), pixel_metrics(args), import_time(args)]
     lines = ["| what | A | B | ratio A/B |", "|---|---|---|---|"]
-    lines += [f"| {what} | {a} | {b} | {ratio:.2f} |" for what, a, b, ratio in rows]
+    print(*lines, sep="\n")
+    for name in args.rows or ROWS:
+        torch.manual_seed(0)
+        what, a, b, ratio = ROWS[name](args)
+        lines.append(f"| {what} | {a} | {b} | {ratio:.2f} |")
+        print(lines[-1], flush=True)
     facts = f"torch {torch.__version__}, {torch.get_num_threads()} threads, {datetime.date.today()}"
-    table = "\n".join([*lines, "", f"{args.image_size}×{args.image_size} pixels, medians of {args.repeats} in turns; {facts}."])
-    print(table)
+    lines += ["", f"{args.image_size}×{args.image_size} pixels, medians of {args.repeats} in turns; {facts}."]
+    print(*lines[-2:], sep="\n")
     if args.output is not None:
-        Path(args.output).write_text(table + "\n", encoding="utf-8")
+        Path(args.output).write_text("\n".join(lines) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":
