@@ -40,7 +40,7 @@ from hf_anomaly import (
     prepare,
 )
 from hf_anomaly.data import collate
-from hf_anomaly.dissolving import DiffusionDissolver, build_scheduler, build_unet, network_resolution
+from hf_anomaly.dissolving import DiffusionDissolver, build_scheduler, build_unet, default_resolution, network_resolution
 from hf_anomaly.metrics import PixelMetrics
 from hf_anomaly.ops.contrastive import amplified_nt_xent
 from hf_anomaly.ops.knn import max_cosine
@@ -92,7 +92,7 @@ def alternately(a: Callable[[], float], b: Callable[[], float], repeats: int, wa
 def small_dia(args: BenchmarkArguments) -> DIAModel:
     """DIA as its script builds it, with an untrained diffusion model to dissolve with."""
     model = DIAModel(DIAConfig(image_size=args.image_size))
-    unet = build_unet(network_resolution(args.image_size), model.config.num_channels).eval().requires_grad_(False)
+    unet = build_unet(network_resolution(args.image_size, default_resolution(args.image_size)), model.config.num_channels).eval().requires_grad_(False)
     model.dissolver = DiffusionDissolver(unet, build_scheduler())
     return model
 
