@@ -375,7 +375,7 @@ def test_evaluation_scores_the_averaged_weights(make, tmp_path):
     options = {"eval_strategy": "steps", "eval_steps": 6, "save_strategy": "steps", "save_steps": 6, "max_steps": 6, "learning_rate": 0.03}
     trainer = make(eval_dataset=noise, **options)
     trainer.train()
-    [logged] = [entry["eval_auroc"] for entry in trainer.state.log_history if "eval_auroc" in entry]
+    [logged] = [(entry["eval_auroc"], entry["eval_average_precision"]) for entry in trainer.state.log_history if "eval_auroc" in entry]
 
     def predict():
         trainer.model.reset_reference()
@@ -384,7 +384,7 @@ def test_evaluation_scores_the_averaged_weights(make, tmp_path):
         assert prediction.predictions.shape == (40,)
         assert prediction.label_ids.tolist() == labels
         assert trainer.model.is_fitted  # a fitted detector stays fitted
-        return prediction.metrics["test_auroc"]
+        return prediction.metrics["test_auroc"], prediction.metrics["test_average_precision"]
 
     assert predict() == logged  # the model now holds the average
     trainer.model.reset_reference()
