@@ -92,7 +92,11 @@ def alternately(a: Callable[[], float], b: Callable[[], float], repeats: int, wa
 def small_dia(args: BenchmarkArguments) -> DIAModel:
     """DIA as its script builds it, with an untrained diffusion model to dissolve with."""
     model = DIAModel(DIAConfig(image_size=args.image_size))
-    unet = build_unet(network_resolution(args.image_size, default_resolution(args.image_size)), model.config.num_channels).eval().requires_grad_(False)
+    unet = (
+        build_unet(network_resolution(args.image_size, default_resolution(args.image_size)), model.config.num_channels)
+        .eval()
+        .requires_grad_(False)
+    )
     model.dissolver = DiffusionDissolver(unet, build_scheduler())
     return model
 

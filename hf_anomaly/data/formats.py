@@ -94,8 +94,12 @@ def apply_window(values: np.ndarray, low: float, high: float) -> np.ndarray:
 def wide_mode(image: PIL.Image.Image) -> str | None:
     """The mode of an image of more than 8 bits a channel; None of others. PIL drops the lower bits of 16-bit colour while decoding, so look before."""
     # ";16B", ";16L", ";16N" in a file's raw mode are 16-bit channels; BMP's "BGR;16" is 16 bits a pixel.
-    raw_modes = (re.search(r"\w+;16[BLN]", str(tile[3])) for tile in getattr(image, "tile", ()))
-    return image.mode if image.mode[0] in "IF" else next((raw.group() for raw in raw_modes if raw), None)
+    if image.mode[0] in "IF":
+        return image.mode
+    for tile in getattr(image, "tile", ()):
+        if raw := re.search(r"\w+;16[BLN]", str(tile[3])):
+            return raw.group()
+    return None
 
 
 def check_depth(image: PIL.Image.Image, name: str, window: Window = None) -> None:
