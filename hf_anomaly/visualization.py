@@ -2,26 +2,21 @@
 
 import os
 from collections.abc import Sequence
-from pathlib import Path
 
 import numpy as np
 import PIL.Image
 import torch
 
 from .errors import InputError
+from .files import replacing
 from .image_processing import to_eight_bit_image
 from .ops.maps import resize_maps
 
 
 def write_image(image: PIL.Image.Image, path: str | os.PathLike) -> None:
     """Writes a PNG file, whole or not at all."""
-    path = Path(path)
-    temporary = path.with_name(f".{path.name}.tmp")
-    try:
+    with replacing(path) as temporary:
         image.save(temporary, format="PNG")
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def _heat() -> np.ndarray:

@@ -12,7 +12,7 @@ PACKAGE = ROOT / "hf_anomaly"
 
 # From the bottom to the top; a module imports from its own part and from parts below.
 LAYERS = [
-    {"errors", "version"},
+    {"errors", "files", "version"},
     {"ops"},
     {"calibration", "cards", "untrusted"},
     {"hub"},

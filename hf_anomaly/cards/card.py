@@ -12,6 +12,7 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from transformers import PreTrainedModel
 
 from ..errors import InputError
+from ..files import replacing
 from ..version import __version__
 from .figures import FIGURES, FOLDER
 from .merging import METRICS, TASK_NAME, join_card, merge_cards, split_card
@@ -284,6 +285,5 @@ def _save(card: ModelCard, folder: Path, given: dict | None = None) -> None:
     if path.is_file():
         data, body = split_card(merge_cards(text, path.read_text(encoding="utf-8")))
         text = join_card(data | {name: value for name, value in (given or {}).items() if value is not None}, body)
-    temporary = folder / ".README.md.tmp"
-    temporary.write_text(text, encoding="utf-8")
-    os.replace(temporary, path)
+    with replacing(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")

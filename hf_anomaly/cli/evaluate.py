@@ -1,6 +1,6 @@
 """`hf-anomaly evaluate MODEL …`"""
 
-import sys
+from .parsing import model_first
 
 HELP = """usage: hf-anomaly evaluate MODEL --dataset_name IMAGES [--normal_label NAME] [--output FILE.json] [--save_maps FOLDER] …
 
@@ -14,12 +14,7 @@ Scores labelled images and prints AUROC, average precision and more as JSON.
 
 
 def parse(argv: list[str]) -> list[str]:
-    if not argv or argv in (["-h"], ["--help"]):
-        print(HELP, end="")
-        sys.exit()
-    if argv == ["--help", "all"]:
-        return ["--help"]
-    return argv if argv[0].startswith("-") else ["--model", *argv]
+    return model_first(argv, HELP)
 
 
 def run(argv: list[str]) -> None:

@@ -2,6 +2,7 @@
 
 import argparse
 import difflib
+import sys
 
 from ..errors import InputError
 
@@ -31,3 +32,13 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message):
         raise InputError(f"{message}; {self.prog} --help lists all")
+
+
+def model_first(argv: list[str], help: str) -> list[str]:
+    """The words for a parser of dataclasses, in which `MODEL …` stands for `--model MODEL …`. Asked for help it prints `help` and exits, unless for all."""
+    if not argv or argv in (["-h"], ["--help"]):
+        print(help, end="")
+        sys.exit()
+    if argv == ["--help", "all"]:
+        return ["--help"]
+    return argv if argv[0].startswith("-") else ["--model", *argv]

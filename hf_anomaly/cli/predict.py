@@ -13,6 +13,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from ..errors import InputError
+from ..files import replacing
 from .parsing import Parser
 
 SUFFIXES = (".csv", ".jsonl")
@@ -238,15 +239,8 @@ def _table(output: str | None, columns: list[str]) -> Iterator[Callable[[dict], 
     if output is None:
         yield _csv(sys.stdout, columns)
         return
-    path = Path(output)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.tmp")
-    try:
-        with open(temporary, "w", encoding="utf-8", newline="") as file:
-            yield _csv(file, columns) if path.suffix == ".csv" else _jsonl(file)
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    with replacing(output) as temporary, open(temporary, "w", encoding="utf-8", newline="") as file:
+        yield _csv(file, columns) if Path(output).suffix == ".csv" else _jsonl(file)
 
 
 def _csv(file, columns: list[str]) -> Callable[[dict], None]:

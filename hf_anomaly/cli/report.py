@@ -1,6 +1,6 @@
 """`hf-anomaly report MODEL …`"""
 
-import sys
+from .parsing import model_first
 
 HELP = """usage: hf-anomaly report MODEL --dataset_name IMAGES [--normal_label NAME] [--output report.html] [--unlabelled true] …
 
@@ -16,12 +16,7 @@ rates, and the images that it is surest and most wrong about, with their anomaly
 
 
 def parse(argv: list[str]) -> list[str]:
-    if not argv or argv in (["-h"], ["--help"]):
-        print(HELP, end="")
-        sys.exit()
-    if argv == ["--help", "all"]:
-        return ["--help"]
-    return argv if argv[0].startswith("-") else ["--model", *argv]
+    return model_first(argv, HELP)
 
 
 def run(argv: list[str]) -> None:

@@ -17,6 +17,7 @@ from ..cards.figures import draw_precision_recall, draw_roc, draw_scores
 from ..data import collate, decode_image, prepare
 from ..detector import AnomalyDetector
 from ..errors import InputError
+from ..files import replacing
 from ..image_processing import to_eight_bit_image
 from ..metrics import bootstrap_intervals, image_metrics
 from ..training.localization import evaluate_maps
@@ -106,10 +107,8 @@ def write_report(
         version=__version__,
     )
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.tmp")
-    temporary.write_text(page, encoding="utf-8")
-    os.replace(temporary, path)
+    with replacing(path) as temporary:
+        temporary.write_text(page, encoding="utf-8")
     return path
 
 

@@ -35,6 +35,7 @@ from ..detectors.shared_ae.configuration_shared_ae import SharedAEConfig
 from ..detectors.shared_ae.modeling_shared_ae import SharedAEModel
 from ..dissolving import GaussianDissolver
 from ..errors import InputError
+from ..files import replacing
 from ..image_processing import AnomalyImageProcessor
 from ..training import AnomalyTrainingArguments
 from ..training.runs import dataset_label, denoising_arguments, pretrain, train_detector, write_json
@@ -303,8 +304,8 @@ class CalibrationStudy:
         }
         if PartialState().is_main_process:
             for name, text in texts.items():
-                Path(self.output_dir).mkdir(parents=True, exist_ok=True)
-                Path(self.output_dir, name).write_text(text, encoding="utf-8")
+                with replacing(Path(self.output_dir, name)) as temporary:
+                    temporary.write_text(text, encoding="utf-8")
         return [Path(self.output_dir, name) for name in texts]
 
 

@@ -2,7 +2,6 @@
 
 import csv
 import io
-import os
 from collections.abc import Callable
 from pathlib import Path
 
@@ -11,6 +10,7 @@ import numpy as np
 from ..cards.card import shown_command
 from ..data.recipes import RECIPES
 from ..errors import InputError
+from ..files import replacing
 from .budgets import BUDGETS
 from .cells import MEAN, Number, Row, Section, Table
 from .methods import BASELINES, METHODS
@@ -63,9 +63,8 @@ def _command_lines(command: list[str]) -> list[str]:
 
 
 def _write(path: Path, text: str) -> Path:
-    temporary = path.with_name(f".{path.name}.tmp")
-    temporary.write_text(text, encoding="utf-8")
-    os.replace(temporary, path)
+    with replacing(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
     return path
 
 
@@ -284,7 +283,6 @@ def plot(table: Table, selection: Selection, path: Path) -> Path:
         panel.grid(alpha=0.3)
     panels[0].set_ylabel("AUROC")
     figure.legend(legend.values(), legend.keys(), loc="outside lower center", ncols=4, frameon=False)
-    temporary = path.with_name(f".{path.name}.tmp")
-    figure.savefig(temporary, format="png", dpi=150)
-    os.replace(temporary, path)
+    with replacing(path) as temporary:
+        figure.savefig(temporary, format="png", dpi=150)
     return path

@@ -105,7 +105,7 @@ def draw(table: Table, drawn: list[tuple[Section, list[Curve]]], selection: Sele
     panels = list(canvas.subplots(rows, columns, squeeze=False).flat)
     for panel in panels[len(drawn) :]:
         panel.set_axis_off()
-    for panel, (section, lines) in zip(panels, drawn):  # noqa: B905  the last panels may stay empty
+    for panel, (section, lines) in zip(panels, drawn, strict=False):  # the last panels may stay empty
         for curve in lines:
             trained, color = curve.method not in BASELINES, f"C{section.methods.index(curve.method) % 10}"
             missing = "" if curve.cells == curve.all_cells else f", {curve.cells} of {curve.all_cells} cells"

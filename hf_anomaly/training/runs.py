@@ -26,6 +26,7 @@ from ..detectors.addp.configuration_addp import ADDPConfig
 from ..detectors.addp.modeling_addp import ADDPForPreTraining, ADDPModel
 from ..dissolving import DenoisingModel, DiffusionDissolver, build_scheduler, build_unet, default_resolution, network_resolution
 from ..errors import HubError, InputError, NotFittedError
+from ..files import replacing
 from ..hub import create_repository, hub_errors
 from ..image_processing import AnomalyImageProcessor
 from ..metrics import balanced_accuracy, bootstrap_intervals, image_metrics
@@ -146,18 +147,14 @@ def fit_batch_size(args, num_images: int | None) -> None:
 
 def write_json(path: Path, content: dict) -> None:
     """Writes strict JSON (no NaN), whole or not at all."""
-    temporary = path.with_name(f".{path.name}.tmp")
-    temporary.write_text(json.dumps(content, indent=2, sort_keys=True, allow_nan=False) + "\n")
-    os.replace(temporary, path)
+    with replacing(path) as temporary:
+        temporary.write_text(json.dumps(content, indent=2, sort_keys=True, allow_nan=False) + "\n")
 
 
 def write_scores(path: Path, scores: np.ndarray, labels: np.ndarray) -> None:
     """Writes scores (N,) and labels (N,) as `.npz`, whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.tmp")
-    with open(temporary, "wb") as file:
+    with replacing(path) as temporary, open(temporary, "wb") as file:
         np.savez_compressed(file, scores=np.asarray(scores, dtype=np.float32), labels=np.asarray(labels, dtype=np.uint8))
-    os.replace(temporary, path)
 
 
 def check_push(args) -> None:
