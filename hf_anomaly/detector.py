@@ -540,7 +540,8 @@ class AnomalyDetector(PreTrainedModel):
     def _score(self, dataloader: Iterable, gather: Callable | None, progress: bool, description: str, with_map_levels: bool = False):
         """As `score`, and the `map_levels` (N, 2) of all images on request, else None."""
         self.require_fitted()
-        collected: dict[str, list[torch.Tensor]] = {}
+        # Numbers, not a tensor a batch: those would lie among the batches' own memory and keep the allocator from using it again.
+        collected: dict[str, list] = {}
         for pixel_values, labels in self._eval_batches(dataloader, description, progress):
             output = self(pixel_values, output_anomaly_maps=with_map_levels)
             batch = {"scores": output.scores.float()}
@@ -549,8 +550,8 @@ class AnomalyDetector(PreTrainedModel):
             if with_map_levels:
                 batch["levels"] = map_levels(output.anomaly_maps)
             for name, value in (gather(batch) if gather else batch).items():
-                collected.setdefault(name, []).append(value.cpu())
-        everything = {name: torch.cat(values) for name, values in collected.items()}
+                collected.setdefault(name, []).extend(value.tolist())
+        everything = {name: torch.tensor(values) for name, values in collected.items()}
         return everything.get("scores", torch.zeros(0)), everything.get("labels"), everything.get("levels")
 
     def _drop_calibration(self) -> None:

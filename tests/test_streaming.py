@@ -1,6 +1,7 @@
 """Streams: what is read of them, what is held out, and that nothing is kept."""
 
 import contextlib
+import gc
 import io
 import itertools
 import json
@@ -223,6 +224,20 @@ def test_scoring_keeps_no_images(detector):
     tracemalloc.stop()
     assert (len(scores), labels.tolist()) == (400, [int(i % 3 == 0) for i in range(400)])
     assert peak < 400 * 256 * 256 / 3, "all images take 26 MB"
+
+
+def test_scoring_keeps_no_tensors(detector):
+    """One left by every batch, however small, would keep the memory around it from being used again."""
+    alive = []
+
+    def batches():
+        for _ in range(20):
+            yield torch.zeros(2, 1, 16, 16)
+            alive.append(sum(type(thing) is torch.Tensor for thing in gc.get_objects()))
+
+    scores, _ = detector.score(batches(), progress=False)
+    assert len(scores) == 40
+    assert alive[-1] == alive[4]
 
 
 # The scripts
