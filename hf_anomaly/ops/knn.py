@@ -35,6 +35,8 @@ def max_cosine(queries: Tensor, bank: Tensor, chunk_size: int = 2**24) -> Tensor
         directions = F.normalize(queries.to(dtype), dim=-1).transpose(0, 1)  # (K, B, d)
         nearest = directions.new_full((shifts, images), float("-inf"))
         for piece in bank.split(rows, dim=1):
-            similarity = directions @ F.normalize(piece.to(dtype), dim=-1).transpose(1, 2)  # (K, B, m)
+            piece = piece.to(dtype)
+            lengths = piece.norm(dim=-1).clamp(min=1e-12)  # dividing by them afterwards spares a copy of the piece
+            similarity = (directions @ piece.transpose(1, 2)).div_(lengths[:, None])  # (K, B, m)
             nearest = torch.maximum(nearest, similarity.amax(dim=2))
     return nearest.T
