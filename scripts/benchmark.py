@@ -6,8 +6,11 @@ python scripts/benchmark.py --rows trainer bfloat16 --repeats 3
 
 import copy
 import datetime
+import io
 import os
+import platform
 import re
+import shlex
 import statistics
 import subprocess
 import sys
@@ -39,7 +42,7 @@ from hf_anomaly import (
     SharedAEModel,
     prepare,
 )
-from hf_anomaly.data import collate
+from hf_anomaly.data import collate, stream_one_class
 from hf_anomaly.dissolving import DiffusionDissolver, build_scheduler, build_unet, default_resolution, network_resolution
 from hf_anomaly.metrics import PixelMetrics
 from hf_anomaly.ops.contrastive import amplified_nt_xent
@@ -48,6 +51,8 @@ from hf_anomaly.training import AnomalyTrainer, AnomalyTrainingArguments, parse_
 from hf_anomaly.training.runs import run_script
 
 SCORED_AT_ONCE = 64
+BANK_WIDTH = 128
+SHORT_STREAM = 200
 VARIANTS = 8
 TRAINED_STEPS = 40
 TRANSFORMERS = (
@@ -62,6 +67,7 @@ class BenchmarkArguments:
     image_size: int = field(default=28, metadata={"help": "Height and width of the images, in pixels."})
     batch_size: int = field(default=32, metadata={"help": "Images per training step."})
     bank_size: int = field(default=26_000, metadata={"help": "Images in the bank that is searched."})
+    num_images: int = field(default=20_000, metadata={"help": "Images of the longer stream whose scoring takes how much memory."})
     num_maps: int = field(default=200, metadata={"help": "Anomaly maps of 256×256 pixels that are measured."})
     repeats: int = field(default=5, metadata={"help": "Measurements of each way; the medians are reported."})
     rows: list[str] | None = field(default=None, metadata={"help": "What is measured; default: all. A wrong name lists them."})
@@ -70,7 +76,7 @@ class BenchmarkArguments:
     def __post_init__(self):
         if unknown := [name for name in self.rows or () if name not in ROWS]:
             raise InputError(f"--rows {unknown[0]} is unknown; there are {', '.join(ROWS)}")
-        for name, least in (("image_size", 4), ("batch_size", 2), ("bank_size", 1), ("num_maps", 2), ("repeats", 1)):
+        for name, least in (("image_size", 4), ("batch_size", 2), ("bank_size", 1), ("num_images", 1), ("num_maps", 2), ("repeats", 1)):
             if getattr(self, name) < least:
                 raise InputError(f"--{name} must be at least {least}, got {getattr(self, name)}")
 
@@ -161,18 +167,63 @@ def pipeline(model: AnomalyDetector, args: BenchmarkArguments) -> tuple[str, str
 
 
 def bank_search(args: BenchmarkArguments) -> tuple[str, str, str, float]:
-    """The nearest of the bank for a batch at once, and for image after image."""
-    model = small_dia(args)
-    shifts, width = len(model.reference.bank), model.score_width
-    queries, bank = torch.randn(SCORED_AT_ONCE, shifts, width), torch.randn(shifts, args.bank_size, width)
+    """The nearest of the bank for a batch at once, and for image after image and shift after shift, as CSI's authors score."""
+    shifts = len(small_dia(args).reference.bank)
+    queries, bank = torch.randn(SCORED_AT_ONCE, shifts, BANK_WIDTH), torch.randn(shifts, args.bank_size, BANK_WIDTH)
+    directions = F.normalize(bank, dim=-1)  # once, before the scoring
+
+    def nearest(query: torch.Tensor) -> torch.Tensor:
+        pairs = zip(F.normalize(query, dim=-1), directions, strict=True)
+        return torch.stack([(feature * rows).sum(dim=1).max() for feature, rows in pairs])
 
     def loop():
-        return torch.stack([F.cosine_similarity(query[:, None], bank, dim=-1).amax(1) for query in queries])
+        return torch.stack([nearest(query) for query in queries])
 
-    torch.testing.assert_close(max_cosine(queries, bank), loop(), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(max_cosine(queries, bank), loop(), rtol=0, atol=1e-5)
     at_once, one_by_one = alternately(lambda: seconds(lambda: max_cosine(queries, bank)), lambda: seconds(loop), args.repeats)
-    what = f"{SCORED_AT_ONCE} images against a bank of {args.bank_size}×{width} a shift: one by one (A), at once (B)"
+    what = f"{SCORED_AT_ONCE} images against a bank of {args.bank_size}×{BANK_WIDTH} a shift: one by one (A), at once (B)"
     return what, f"{1e3 * one_by_one:.0f} ms", f"{1e3 * at_once:.0f} ms", one_by_one / at_once
+
+
+def memory(args: BenchmarkArguments) -> tuple[str, str, str, float]:
+    """What a fresh process holds at most while it scores a short stream of images, and a long one."""
+    from datasets import ClassLabel, Dataset, Features, Image, disable_progress_bars
+
+    disable_progress_bars()
+    pixels = np.linspace(0, 255, 128 * 128).reshape(128, 128).astype(np.uint8)
+    PIL.Image.fromarray(pixels).save(png := io.BytesIO(), "png")
+    image = {"bytes": png.getvalue(), "path": None}
+    features = Features({"image": Image(), "label": ClassLabel(names=["normal", "anomaly"])})
+
+    def measure(count: int) -> float:
+        with tempfile.TemporaryDirectory() as folder:
+            path = str(Path(folder, "test.parquet"))
+            Dataset.from_dict({"image": [image] * count, "label": [0] * count}, features).to_parquet(path, batch_size=100)
+            code = f"import runpy; print(runpy.run_path({__file__!r})['held_while_scoring']({path!r}, {args.image_size}))"
+            return float(subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout) / 2**20
+
+    short, long = measure(SHORT_STREAM), measure(args.num_images)
+    what = f"SharedAE scores a stream of {SHORT_STREAM} images (A), of {args.num_images:,} (B): the most memory that the process holds"
+    return what, f"{short:.0f} MiB", f"{long:.0f} MiB", short / long
+
+
+def held_while_scoring(path: str, image_size: int) -> int:
+    """Scores a parquet file's images and gives the most bytes that the process held when a batch came."""
+    import psutil
+
+    test = stream_one_class(path, evaluation_only=True, head=2).test
+    model = SharedAEModel(SharedAEConfig(image_size=image_size))
+    model.fit_reference([random_images(model, 2)], progress=False)
+    processor = AnomalyImageProcessor.for_images(image_size, model.config.num_channels)
+    held = []
+
+    def watched():
+        for batch in DataLoader(prepare(test, processor), SCORED_AT_ONCE, collate_fn=collate):
+            held.append(psutil.Process().memory_info().rss)
+            yield batch
+
+    model.score(watched(), progress=False)
+    return max(held)
 
 
 def pixel_metrics(args: BenchmarkArguments) -> tuple[str, str, str, float]:
@@ -354,11 +405,11 @@ def peak_bytes(action: Callable[[], object]) -> int:
 
 
 def two_processes(args: BenchmarkArguments) -> tuple[str, str, str, float]:
-    """The same training in one process and in two, on the same cores, with the same images a step."""
-    cores, batch = os.cpu_count(), args.batch_size // 2 * 2
+    """The same training in one process and in two, with the same images a step and as many threads for each process: 2 at best."""
+    threads, batch = max(1, os.cpu_count() // 2), args.batch_size // 2 * 2
 
     def measure(processes: int) -> float:
-        environment = os.environ | {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": str(max(1, cores // processes))}
+        environment = os.environ | {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": str(threads)}
         with tempfile.TemporaryDirectory() as folder:
             command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
             command += [str(Path(__file__).with_name("train_dia.py")), "--dataset_name=digits", "--dissolver=none", "--disable_tqdm=true"]
@@ -370,7 +421,7 @@ def two_processes(args: BenchmarkArguments) -> tuple[str, str, str, float]:
         return 1e3 * float(match[1]) / TRAINED_STEPS
 
     one, two = alternately(lambda: measure(1), lambda: measure(2), args.repeats, warm_up=False)
-    what = f"training step of {batch} images, CSI, on {cores} cores: one process (A), two (B)"
+    what = f"training step of {batch} images, CSI, threads a process: {threads}; one process (A), two (B)"
     return what, f"{one:.0f} ms", f"{two:.0f} ms", one / two
 
 
@@ -387,9 +438,17 @@ ROWS: dict[str, Callable[[BenchmarkArguments], tuple[str, str, str, float]]] = {
     # A forward pass of milliseconds, beside which all else counts.
     "small_pipeline": lambda args: pipeline(SharedAEModel(SharedAEConfig(image_size=args.image_size)), args),
     "bank_search": bank_search,
+    "memory": memory,
     "pixel_metrics": pixel_metrics,
     "import_time": import_time,
 }
+
+
+def hardware() -> str:
+    """The processor's name, as far as the system tells it, and how many cores there are."""
+    facts = Path("/proc/cpuinfo")
+    match = re.search(r"model name\s*: (.+)", facts.read_text()) if facts.is_file() else None
+    return f"{os.cpu_count()} cores of {match[1] if match else platform.processor() or 'unknown make'} ({platform.machine()})"
 
 
 def main() -> None:
@@ -401,8 +460,9 @@ def main() -> None:
         what, a, b, ratio = ROWS[name](args)
         lines.append(f"| {what} | {a} | {b} | {ratio:.2f} |")
         print(lines[-1], flush=True)
-    facts = f"torch {torch.__version__}, {torch.get_num_threads()} threads, {datetime.date.today()}"
-    lines += ["", f"{args.image_size}×{args.image_size} pixels, medians of {args.repeats} in turns; {facts}."]
+    facts = f"{hardware()}, torch {torch.__version__}, threads: {torch.get_num_threads()}, {datetime.date.today()}"
+    command = shlex.join(["python", "scripts/benchmark.py", *sys.argv[1:]])
+    lines += ["", f"{args.image_size}×{args.image_size} pixels, medians of {args.repeats} in turns; {facts}; `{command}`."]
     print(*lines[-2:], sep="\n")
     if args.output is not None:
         Path(args.output).write_text("\n".join(lines) + "\n", encoding="utf-8")

@@ -17,7 +17,7 @@ def run(monkeypatch, *argv):
 
 def test_benchmark(monkeypatch, capsys, tmp_path):
     rows = [name for name in runpy.run_path(str(SCRIPT))["ROWS"] if name not in ("compiled", "two_processes")]  # which take a minute
-    small = ("--image_size=8", "--batch_size=2", "--bank_size=50", "--num_maps=32", "--repeats=1")
+    small = ("--image_size=8", "--batch_size=2", "--bank_size=50", "--num_images=300", "--num_maps=32", "--repeats=1")
     run(monkeypatch, *small, f"--output={tmp_path / 'speed.md'}", "--rows", *rows)
     table = capsys.readouterr().out
     assert (tmp_path / "speed.md").read_text() == table
@@ -26,13 +26,14 @@ def test_benchmark(monkeypatch, capsys, tmp_path):
     assert rule == "|---|---|---|---|"
     assert blank == ""
     units = [("ms", "training step"), ("ms", "AnomalyTrainer"), ("ms", "channels_last"), ("ms", "bf16"), ("ms", "contrastive loss")]
-    units += [("images/s", "scoring"), *[("images/s", "pipeline")] * 2, ("ms", "bank"), ("ms", "pixels"), ("s", "import")]
+    units += [("images/s", "scoring"), *[("images/s", "pipeline")] * 2, ("ms", "bank"), ("MiB", "300"), ("ms", "pixels"), ("s", "import")]
     for row, (unit, what) in zip(rows, units, strict=True):
         match = re.fullmatch(rf"\| (.*) \| ([\d.]+) {unit} \| ([\d.]+) {unit} \| ([\d.]+) \|", row)
         assert match, row
         assert what in match[1]
         assert float(match[4]) > 0
-    for fact in (f"torch {torch.__version__}", f"{torch.get_num_threads()} threads", str(datetime.date.today()), "8×8 pixels"):
+    command = f"python scripts/benchmark.py {small[0]}"
+    for fact in (f"torch {torch.__version__}", f"threads: {torch.get_num_threads()}", command, str(datetime.date.today()), "8×8 pixels"):
         assert fact in facts
 
 
