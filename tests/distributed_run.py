@@ -29,7 +29,7 @@ from hf_anomaly.training import AnomalyTrainer, AnomalyTrainingArguments, Denois
 
 SIZE, GLOBAL_BATCH, STEPS = 8, 8, 4
 TRAIN, CALIBRATION, TEST = 19, 7, 13  # odd: the last batches are padded under two processes
-LOSSES = ("contrastive_loss", "shift_loss", "dissolved_loss", "ede1_loss", "ede2_loss")  # of all methods
+LOSSES = ("contrastive_loss", "shift_loss", "ede1_loss", "ede2_loss")  # of all methods
 PROCESSOR = AnomalyImageProcessor.for_images(SIZE, 1)
 
 

@@ -196,9 +196,9 @@ def test_bfloat16_is_told_where_it_was_measured(folder):
 
 
 def test_settings_are_those_that_differ_from_the_defaults(folder):
-    body, _ = card(folder, score_norm=True, dissolver="gaussian", dissolver_settings={"kernel_size": 3})
+    body, _ = card(folder, score_whitening=False, dissolver="gaussian", dissolver_settings={"kernel_size": 3})
     settings = json.loads(re.search(r"```json\n(.*?)```", body, re.DOTALL)[1])
-    assert settings["score_norm"] is True
+    assert settings["score_whitening"] is False
     assert settings["projection_size"] == 4
     assert settings["dissolver_settings"] == {"kernel_size": 3}
     assert not settings.keys() & {"temperature", "shift", "bank_size", "num_calibration_scores", "hf_anomaly_version", "backbone_config"}

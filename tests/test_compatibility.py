@@ -49,7 +49,9 @@ def test_scores_are_as_recorded(folder):
 def write():
     backbone = {"backbone_config": SmallResNetConfig(hidden_sizes=[4, 8], depths=[1, 1]), "projection_size": 4, "num_test_views": 2}
     models = {
-        "csi": lambda: CSIModel(CSIConfig(image_size=8, score_norm=True, score_shift_logit=True, **backbone)),
+        "csi": lambda: CSIModel(
+            CSIConfig(image_size=8, score_features="projection", score_whitening=False, score_norm=True, score_shift_logit=True, **backbone)
+        ),
         "dia": lambda: DIAModel(DIAConfig(image_size=8, **backbone)),
         "shared_ae": lambda: SharedAEModel(SharedAEConfig(image_size=8, hidden_sizes=[4, 4, 4], latent_size=4)),
     }

@@ -38,10 +38,12 @@ def with_attributes(model, **attributes):
     return model
 
 
+PRINTED_SCORE = {"score_features": "projection", "score_whitening": False, "score_norm": True}
+
 # One line a detector: a tiny model that can take a training step, for images of a given size and number of channels.
 DETECTORS = {
     "addp": lambda **shape: ADDPModel(ADDPConfig(hidden_sizes=[8, 16, 16], latent_size=2, **shape)),
-    "csi": lambda **shape: CSIModel(CSIConfig(backbone_config=small_resnet(**shape), projection_size=16, score_norm=True, **shape)),
+    "csi": lambda **shape: CSIModel(CSIConfig(backbone_config=small_resnet(**shape), projection_size=16, **PRINTED_SCORE, **shape)),
     "dia": lambda **shape: with_attributes(
         DIAModel(DIAConfig(backbone_config=small_resnet(**shape), projection_size=16, **shape)), dissolver=GaussianDissolver(3)
     ),

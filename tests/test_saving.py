@@ -79,9 +79,9 @@ def test_other_scores_have_no_calibration(folder, tmp_path, caplog):
     before = AutoModel.from_pretrained(folder, temperature=0.7).eval()  # a setting of training
     assert before.calibration.is_calibrated
     assert not caplog.text
-    after = AutoModel.from_pretrained(folder, score_norm=True).eval()
+    after = AutoModel.from_pretrained(folder, score_shift_logit=True).eval()
     assert not torch.allclose(after(x).scores, before(x).scores)
-    assert f"{folder} was calibrated for other scores (score_norm was False, now True): its calibration is dropped" in caplog.text
+    assert f"{folder} was calibrated for other scores (score_shift_logit was False, now True): its calibration is dropped" in caplog.text
     assert not after.calibration.is_calibrated
     assert (after.config.num_calibration_scores, after.config.false_positive_rate, after.config.calibrated_for) == (0, None, None)
     after.save_pretrained(tmp_path / "copy")
@@ -295,7 +295,8 @@ RESNET = {"model_type": "small_resnet", "num_channels": 1}
         ({"num_calibration_scores": 10**12}, ["num_calibration_scores"]),
         ({"bank_size": 10**12}, ["bank_size"]),
         ({"bank_size": 10**9, "max_bank_size": 10**9}, ["reference.bank", "GiB"]),
-        ({"projection_size": 10**9}, ["GiB"]),
+        ({"projection_size": 10**9}, ["projection_size"]),
+        ({"projection_size": 2**16}, ["GiB"]),
         ({"image_size": 10**9}, ["image_size"]),
         ({"num_test_views": 10**12}, []),
         ({"backbone_config": {**RESNET, "hidden_sizes": [10**9], "depths": [1]}}, ["hidden_sizes"]),

@@ -212,7 +212,21 @@ def test_a_dissolver_trained_before(train, digits, tmp_path):
 
 def test_arguments_reach_the_detector(train, tmp_path):
     argv = ["--dissolver", "gaussian", "--blur_kernel_size", 3, "--shift", "perm", "--temperature", 0.2, "--similarity_design", "b"]
-    argv += ["--crop_scale_min", 0.08, "--num_test_views", 3, "--score_norm", "--loss_divisor", "views", "--false_positive_rate", 0.1]
+    argv += [
+        "--crop_scale_min",
+        0.08,
+        "--num_test_views",
+        3,
+        "--score_features",
+        "projection",
+        "--score_whitening",
+        "false",
+        "--score_norm",
+        "--loss_divisor",
+        "views",
+        "--false_positive_rate",
+        0.1,
+    ]
     folder, _ = train(tmp_path / "run", *argv)
     config = AutoModel.from_pretrained(folder).config
     assert (config.shift, config.temperature, config.similarity_design, config.loss_divisor) == ("perm", 0.2, "b", "views")

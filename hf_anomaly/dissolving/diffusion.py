@@ -173,12 +173,12 @@ def network_resolution(image_size: int, largest: int = 32) -> int:
 
 
 def default_resolution(image_size: int) -> int:
-    """The resolution that a diffusion model is trained at for these images: the largest power of two below their size, but 8 to 32 px.
+    """The resolution that a diffusion model is trained at for these images: the largest power of two within a third of their size, but 8 to 32 px.
 
-    28 → 16, 64 → 32, 224 → 32. The paper has 32 for all, at which its larger images lose fine detail by the resizing alone and its 28 px ones do not;
-    this way all but the smallest do, without which an encoder hardly learns to tell image and dissolved twin apart (model_cards/results/dia_ablation.md).
+    28 → 8, 64 → 16, 224 → 32. The paper has 32 for all, at which its larger images lose fine detail by the resizing alone and its 28 px ones do not;
+    this way all do, without which an encoder does not learn to tell image and dissolved twin apart (model_cards/results/dia_ablation.md).
     """
-    return min(32, max(8, 1 << ((image_size - 1).bit_length() - 1)))
+    return min(32, max(8, 1 << (max(1, image_size // 3).bit_length() - 1)))
 
 
 def build_unet(resolution: int, num_channels: int, block_out_channels: tuple[int, ...] = (32, 64, 64), layers_per_block: int = 1):

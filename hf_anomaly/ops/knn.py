@@ -1,5 +1,7 @@
 """Nearest neighbours in a bank of training features."""
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -26,23 +28,52 @@ def max_cosine(queries: Tensor, bank: Tensor, chunk_size: int = 2**24) -> Tensor
     Raises:
         InputError: an empty bank, shapes that do not fit, or chunk_size < 1.
     """
+    dtype = _check(queries, bank, chunk_size)
+
+    def cosine(products, piece):
+        lengths = piece.norm(dim=-1).clamp(min=1e-12)  # dividing by them afterwards spares a copy of the piece
+        return products.div_(lengths[:, None])
+
+    with torch.autocast(queries.device.type, enabled=False):
+        return _largest(F.normalize(queries.to(dtype), dim=-1), bank, chunk_size, cosine)
+
+
+def min_distance(queries: Tensor, bank: Tensor, chunk_size: int = 2**24) -> Tensor:
+    """Euclidean distance to the nearest row of the bank, min_m ‖q − b_m‖.
+
+    Args and raises as `max_cosine`.
+
+    Returns:
+        (B, K), ≥ 0, float32, or float64 for float64 features. Computed from inner products: near zero it is exact to about 10⁻³ of the vectors' length.
+    """
+    dtype = _check(queries, bank, chunk_size)
+    with torch.autocast(queries.device.type, enabled=False):
+        queries = queries.to(dtype)
+        # ‖q − b‖² = ‖q‖² − 2 (q·b − ‖b‖²/2)
+        largest = _largest(queries, bank, chunk_size, lambda products, piece: products.sub_(piece.square().sum(-1)[:, None] / 2))
+        return (queries.square().sum(-1) - 2 * largest).clamp(min=0).sqrt()
+
+
+def _check(queries: Tensor, bank: Tensor, chunk_size: int) -> torch.dtype:
+    """The type to compute in."""
     if queries.ndim != 3 or bank.ndim != 3 or (bank.shape[0], bank.shape[2]) != tuple(queries.shape[1:]):
         raise InputError(f"bank: shape {tuple(bank.shape)} does not fit queries {tuple(queries.shape)}; pass (K, M, d) and (B, K, d)")
     if bank.shape[1] == 0:
         raise InputError("bank: no rows to compare with; fill it from training images first (fit_reference)")
     if chunk_size < 1:
         raise InputError(f"chunk_size: {chunk_size} is not positive; leave the default or pass a number of elements")
-    dtype = torch.promote_types(torch.promote_types(queries.dtype, bank.dtype), torch.float32)
+    return torch.promote_types(torch.promote_types(queries.dtype, bank.dtype), torch.float32)
+
+
+def _largest(queries: Tensor, bank: Tensor, chunk_size: int, adjust: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
+    """max_m adjust(q·b_m) of queries (B, K, d) and bank (K, M, d), a piece of the bank after the other; `adjust` gets (K, B, m) products and the piece."""
     images, shifts, features = queries.shape
     if queries.device.type == "cpu":
         chunk_size = min(chunk_size, _CACHED)
     rows = max(1, chunk_size // max(1, shifts * (images + features)))
-    with torch.autocast(queries.device.type, enabled=False):
-        directions = F.normalize(queries.to(dtype), dim=-1).transpose(0, 1)  # (K, B, d)
-        nearest = directions.new_full((shifts, images), float("-inf"))
-        for piece in bank.split(rows, dim=1):
-            piece = piece.to(dtype)
-            lengths = piece.norm(dim=-1).clamp(min=1e-12)  # dividing by them afterwards spares a copy of the piece
-            similarity = (directions @ piece.transpose(1, 2)).div_(lengths[:, None])  # (K, B, m)
-            nearest = torch.maximum(nearest, similarity.amax(dim=2))
-    return nearest.T
+    queries = queries.transpose(0, 1)
+    largest = queries.new_full((shifts, images), float("-inf"))
+    for piece in bank.split(rows, dim=1):
+        piece = piece.to(queries.dtype)
+        largest = torch.maximum(largest, adjust(queries @ piece.transpose(1, 2), piece).amax(dim=2))
+    return largest.T

@@ -54,10 +54,11 @@ class DissolverLength:
     gradient_accumulation: int = 1
 
 
+_SMALL_RESNET = {"hidden_sizes": [32, 64, 128, 256], "depths": [1, 1, 1, 1]}
 _RESNET_18 = {"hidden_sizes": [64, 128, 256, 512], "depths": [2, 2, 2, 2]}
 DETECTOR_LENGTHS = {
     "smoke": DetectorLength(Training(epochs=1, min_steps=2, max_steps=2, batch_size=8), variants=1),
-    "laptop": DetectorLength(Training(epochs=1, min_steps=240, max_steps=240, batch_size=32), variants=4),
+    "laptop": DetectorLength(Training(epochs=1, min_steps=240, max_steps=240, batch_size=32), variants=4, backbone=_SMALL_RESNET),
     "paper": DetectorLength(Training(epochs=1, min_steps=1250, max_steps=1250, batch_size=32), backbone=_RESNET_18),  # 200 × 200 images
 }
 DISSOLVER_LENGTHS = {
@@ -67,7 +68,10 @@ DISSOLVER_LENGTHS = {
 }  # fmt: skip
 
 
-AS_PRINTED = {"score_features": "projection"}  # the tables are of the paper's methods, not of the recipe that grew from them
+AS_PRINTED = {
+    "score_features": "projection",
+    "score_whitening": False,
+}  # the tables are of the paper's methods, not of the recipe that grew from them
 
 
 @dataclass(frozen=True)
@@ -196,10 +200,7 @@ class Contrastive(Method):
         args = training.arguments(len(splits.train), cell.seed, folder)
         set_seed(cell.seed)
         shape = {"image_size": data.processor.size["height"], "num_channels": data.processor.num_channels}
-        if self.dissolving is None:
-            config = CSIConfig(**shape, **AS_PRINTED, **self.detector)
-        else:
-            config = DIAConfig(**shape, **AS_PRINTED, dissolved_loss_weight=0.0, **self.detector)
+        config = (CSIConfig if self.dissolving is None else DIAConfig)(**shape, **AS_PRINTED, **self.detector)
         if length.backbone:
             stride = config.backbone_config.stem_stride
             config.backbone_config = SmallResNetConfig(num_channels=shape["num_channels"], stem_stride=stride, **length.backbone)

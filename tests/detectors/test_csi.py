@@ -22,6 +22,8 @@ def tiny(num_channels=1, **settings):
         "projection_size": 6,
         "test_views": "crops",
         "num_test_views": 2,
+        "score_features": "penultimate",
+        "score_whitening": False,
         "backbone_config": backbone,
     } | settings
     return CSIModel(CSIConfig(num_channels=num_channels, **settings))
@@ -45,18 +47,32 @@ def shifted(image, k, shift):
 
 @torch.no_grad()
 def slow_features(model, image, views):
-    """The features that the score compares, f_k or z_k, and W_k·f_k of one image, one view at a time."""
+    """The features that the score compares, f_k, z_k or both, and W_k·f_k of one image, one view at a time."""
     features, logits = [], []
     for k in range(K):
-        zs, ls = [], []
+        fs, zs, ls = [], [], []
         for view in views:
             f = model.encode(apply_views(shifted(image, k, model.config.shift)[None], view[None]))
-            z = model.projection(f) if model.config.score_features == "projection" else f
-            zs.append(z[0].double().numpy())
+            fs.append(f[0].double().numpy())
+            zs.append(model.projection(f)[0].double().numpy())
             ls.append(model.shift_classifier(f)[0, k].double().item())
-        features.append(np.mean(zs, axis=0))
+        f, z = np.mean(fs, axis=0), np.mean(zs, axis=0)
+        both = np.concatenate([z / np.linalg.norm(z), f / np.linalg.norm(f)])
+        features.append({"penultimate": f, "projection": z, "both": both}[model.config.score_features])
         logits.append(np.mean(ls))
     return features, logits
+
+
+def slow_similarity(config, z, train):
+    """To the nearest training image: the cosine, or minus the distance under the inverse of the shrunk covariance."""
+    u, rows = z / np.linalg.norm(z), np.array([m / np.linalg.norm(m) for m in train])
+    if not config.score_whitening:
+        return max(u @ row for row in rows)
+    deviations = rows - rows.mean(0)
+    covariance = deviations.T @ deviations / len(rows)
+    shrunk = 0.7 * covariance + 0.3 * np.trace(covariance) / len(u) * np.eye(len(u))
+    metric = np.linalg.inv(shrunk) / len(u)
+    return -min(((u - row) @ metric @ (u - row)) ** 0.5 for row in rows)
 
 
 def slow_scores(model, bank_images, queries, views):
@@ -71,12 +87,12 @@ def slow_scores(model, bank_images, queries, views):
         z, logit = slow_features(model, x, views)
         total = 0
         for k in range(K):
-            cosine = max(np.dot(z[k], m[k]) / np.linalg.norm(z[k]) / np.linalg.norm(m[k]) for m, _ in train)
+            similarity = slow_similarity(config, z[k], [m[k] for m, _ in train])
             norm = lambda_sim[k] * np.linalg.norm(z[k])
             if config.score_cosine and config.score_norm:
-                total += cosine * norm
+                total += similarity * norm
             elif config.score_cosine:
-                total += cosine
+                total += similarity
             elif config.score_norm:
                 total += norm
             if config.score_shift_logit:
@@ -101,6 +117,37 @@ def test_score_is_equation_10(cosine, norm, logit, shift, features):
     np.testing.assert_allclose(model.reference.lambda_cls.numpy(), lambda_cls, rtol=1e-5)
     assert lambda_cls[3] == 0
     assert min(lambda_cls[:3]) > 0
+
+
+@pytest.mark.parametrize("whitening", [True, False])
+@pytest.mark.parametrize("logit", [True, False])
+@pytest.mark.parametrize("features", ["projection", "penultimate", "both"])
+def test_score_of_whitened_features(features, whitening, logit):
+    model = tiny(score_features=features, score_whitening=whitening, score_shift_logit=logit).eval()
+    bank, queries = images(20), images(4, seed=1)
+    model.fit_reference([bank], progress=False)
+    expected, *_ = slow_scores(model, bank, queries, crops_views(2, 0.54))
+    np.testing.assert_allclose(model(queries).scores.detach().numpy(), expected, rtol=2e-4)
+
+
+def test_one_training_image_is_enough_to_whiten():
+    model = tiny(score_whitening=True).eval()
+    model.fit_reference([images(1)], progress=False)
+    assert model(images(3, seed=1)).scores.isfinite().all()
+
+
+def test_whitened_bank_is_not_read_as_another(tmp_path, refused):
+    model = tiny(score_whitening=True).eval()
+    model.fit_reference([images(5)], progress=False)
+    model.save_pretrained(tmp_path)
+    with refused("do not fit config.json"):
+        CSIModel.from_pretrained(tmp_path, score_whitening=False)
+
+
+@pytest.mark.parametrize("settings", [{"score_whitening": True}, {"score_features": "both", "score_whitening": False}])
+def test_the_norm_needs_features_as_they_are(settings, refused):
+    with refused("score_norm", "score_whitening", "score_features"):
+        tiny(score_norm=True, **settings)
 
 
 def test_all_score_terms_off(refused):
@@ -326,11 +373,12 @@ def test_config_values_out_of_range(settings, words, refused):
         CSIConfig(**settings)
 
 
-def test_a_file_that_lacks_the_score_features_scored_with_the_projection():
-    assert CSIConfig().score_features == "penultimate"
-    old = {name: value for name, value in CSIConfig().to_dict().items() if name != "score_features"}
-    assert CSIConfig.from_dict(old).score_features == "projection"
-    assert CSIConfig.from_dict(CSIConfig().to_dict()).score_features == "penultimate"
+def test_a_file_that_lacks_fields_of_the_score_has_the_printed_one():
+    new = CSIConfig()
+    assert (new.score_features, new.score_whitening) == ("both", True)
+    old = {name: value for name, value in new.to_dict().items() if name not in ("score_features", "score_whitening")}
+    assert (CSIConfig.from_dict(old).score_features, CSIConfig.from_dict(old).score_whitening) == ("projection", False)
+    assert CSIConfig.from_dict(new.to_dict()).to_dict() == new.to_dict()
 
 
 @pytest.mark.parametrize(

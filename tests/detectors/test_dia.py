@@ -1,7 +1,6 @@
 """Branch D: where dissolved images come from, and what they do to the loss."""
 
 import inspect
-import math
 
 import pytest
 import torch
@@ -23,36 +22,15 @@ def variants(batch_size, count):
     return value[:, :, None, None, None].expand(-1, -1, 1, 8, 8).contiguous()
 
 
-def slow_dissolved_loss(model, views):
-    """L_dis of the views in the order (shift, branch, image), three images a branch."""
-    with torch.no_grad():
-        logits = model.dissolved_classifier(model.encode(views)).double().flatten().tolist()
-    parts = {False: [], True: []}
-    for row, logit in enumerate(logits):
-        dissolved = row // 3 % 3 == 2
-        q = 1 / (1 + math.exp(-logit))
-        parts[dissolved].append(-math.log(q if dissolved else 1 - q))
-    return sum(sum(part) / len(part) for part in parts.values()) / 2
-
-
-@pytest.mark.parametrize("weight", [0, 1, 0.3])
 @pytest.mark.parametrize("design", ["a", "b"])
 @pytest.mark.parametrize("divisor", ["anchors", "views"])
-def test_loss_is_equation_9_with_three_branches(design, divisor, weight):
-    model = tiny(similarity_design=design, loss_divisor=divisor, shift_loss_weight=0.5, dissolved_loss_weight=weight)
+def test_loss_is_equation_9_with_three_branches(design, divisor):
+    model = tiny(similarity_design=design, loss_divisor=divisor, shift_loss_weight=0.5)
     output, views = training_views(model, images(3), dissolved_pixel_values=images(6, seed=1).unflatten(0, (3, 2)))
     contrastive, shift = slow_losses(model, views, 3, 3, exclude_twins=design == "b")
     assert output.losses["contrastive_loss"].item() == pytest.approx(contrastive, rel=1e-5)
     assert output.losses["shift_loss"].item() == pytest.approx(shift, rel=1e-5)
-    expected = contrastive + 0.5 * shift
-    if weight == 0:
-        assert "dissolved_loss" not in output.losses
-        assert not hasattr(model, "dissolved_classifier")
-    else:
-        dissolved = slow_dissolved_loss(model, views)
-        assert output.losses["dissolved_loss"].item() == pytest.approx(dissolved, rel=1e-5)
-        expected += weight * dissolved
-    assert output.loss.item() == pytest.approx(expected, rel=1e-5)
+    assert output.loss.item() == pytest.approx(contrastive + 0.5 * shift, rel=1e-5)
 
 
 def test_branch_d_is_dissolved_then_shifted():
@@ -115,20 +93,12 @@ def test_diffusion_on_the_fly_draws_a_timestep_for_each_image():
 
 
 def test_scoring_needs_no_dissolver_and_equals_csi():
-    dia = tiny(dissolved_loss_weight=0).eval()
+    dia = tiny().eval()
     csi = CSIModel(CSIConfig(image_size=8, projection_size=6, backbone_config=SmallResNetConfig(hidden_sizes=[8], depths=[1]))).eval()
     csi.load_state_dict(dia.state_dict())
     for model in (dia, csi):
         model.fit_reference([images(5)], progress=False)
     assert torch.equal(dia(images(3, seed=1)).scores, csi(images(3, seed=1)).scores)
-
-
-def test_a_file_that_lacks_the_weight_of_the_dissolved_loss_has_no_classifier(refused):
-    old = {name: value for name, value in DIAConfig().to_dict().items() if name != "dissolved_loss_weight"}
-    assert DIAConfig.from_dict(old).dissolved_loss_weight == 0
-    assert DIAConfig.from_dict(DIAConfig().to_dict()).dissolved_loss_weight == 1
-    with refused("dissolved_loss_weight"):
-        DIAConfig(dissolved_loss_weight=-1)
 
 
 def test_csi_takes_no_dissolved_images():

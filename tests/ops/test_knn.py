@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from hf_anomaly.errors import InputError
-from hf_anomaly.ops.knn import max_cosine
+from hf_anomaly.ops.knn import max_cosine, min_distance
 
 
 def slow(queries, bank):
@@ -28,6 +28,19 @@ def test_equals_the_loop_in_any_chunks(features, chunk_size):
     expected = slow(queries, bank.double())
     torch.testing.assert_close(max_cosine(queries, bank, chunk_size).double(), expected, rtol=1e-5, atol=1e-6)
     torch.testing.assert_close(max_cosine(queries.double(), bank.double(), chunk_size), expected, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("chunk_size", [1, 100, 2**24])
+def test_distance_equals_the_loop_in_any_chunks(features, chunk_size):
+    queries, bank = features
+    expected = torch.cdist(queries.transpose(0, 1).double(), bank.double()).amin(2).T
+    torch.testing.assert_close(min_distance(queries, bank, chunk_size).double(), expected, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(min_distance(queries.double(), bank.double(), chunk_size), expected, rtol=1e-12, atol=1e-12)
+
+
+def test_distance_to_a_row_itself_is_a_number(features):
+    _, bank = features
+    assert min_distance(bank.transpose(0, 1), bank).abs().max() < 0.02  # not the root of a negative rounding error
 
 
 def test_memory_is_bounded_at_a_million_rows(peak_bytes):

@@ -17,9 +17,11 @@ class CSIConfig(AnomalyDetectorConfig):
     Args:
         backbone_config: any `AutoBackbone` configuration, as an object or a dict with `model_type`; default a `SmallResNetConfig` for `image_size`.
         projection_size: width of z, the output of the projection head, which the contrastive loss compares.
-        score_features: what Eq. 10 compares at test time: `"penultimate"`, the encoder's features f, or `"projection"`, the head's z, as printed. The head
-            drops what its loss has no use for (Chen et al., arXiv 2002.05709, section 4.2), and an anomaly may show in just that. Files of version 0.1.0
-            that lack the field mean `"projection"`.
+        score_features: what Eq. 10 compares at test time: `"projection"`, the head's z, as printed; `"penultimate"`, the encoder's features f; or `"both"`,
+            one after the other, each of length 1. The head drops what its loss has no use for (Chen et al., arXiv 2002.05709, section 4.2), in which an
+            anomaly may show, or only a change of the camera. Files that lack the field mean `"projection"`.
+        score_whitening: the similarity to the nearest training image is not its cosine but −‖W(u − u_m)‖, where u are features of length 1 and W whitens
+            those of the training images (`fit_whitening`): directions in which normal images differ anyway count less. Files that lack the field mean False.
         shift: the shifting transformations S_k: `"rotate"` by 0/90/180/270° or `"perm"`, the halves swapped.
         temperature: τ of Eq. 6.
         shift_loss_weight: λ of Eq. 9.
@@ -33,18 +35,18 @@ class CSIConfig(AnomalyDetectorConfig):
         num_test_views: how many; features are averaged over them.
         test_crop_scale: area of a test-time crop.
         score_cosine, score_norm, score_shift_logit: the terms of Eq. 10 that enter the score: max cos(z, z_m), λ_sim·‖z‖, λ_cls·W_k·f_k, with z the
-            `score_features`. Cosine and norm multiply where both are on.
+            `score_features`. Cosine and norm multiply where both are on; the norm needs unwhitened features of one kind.
         max_bank_size: at most so many training images are kept in the bank, a fixed random choice among more.
         bank_size: how many are in it; 0 before `fit_reference`.
         search_chunk_size: elements held at once while the bank is searched, beside the bank itself: bounds the memory of scoring; see `max_cosine`.
 
     Raises:
-        InputError: a value out of range, an unknown field, or a backbone whose `num_channels` differ.
+        InputError: a value out of range, an unknown field, fields that exclude each other, or a backbone whose `num_channels` differ.
     """
 
     model_type = "csi_anomaly"
-    score_fields = ("shift", "score_features", "score_cosine", "score_norm", "score_shift_logit")
-    fields_before = {"score_features": "projection"}  # what fields mean that a file of an earlier version lacks
+    score_fields = ("shift", "score_features", "score_whitening", "score_cosine", "score_norm", "score_shift_logit")
+    fields_before = {"score_features": "projection", "score_whitening": False}  # what fields mean that a file of an earlier version lacks
     sub_configs_defaults = {"backbone_config": SubConfigSpec(config_class=AutoConfig, model_type="small_resnet", optional=True)}
 
     backbone_config: dict | PreTrainedConfig | None = None
@@ -60,7 +62,8 @@ class CSIConfig(AnomalyDetectorConfig):
     flip_probability: float | int = 0.5
     test_views: Literal["crops", "augmentations"] = "augmentations"
     num_test_views: int = 10
-    score_features: Literal["penultimate", "projection"] = "penultimate"
+    score_features: Literal["projection", "penultimate", "both"] = "both"
+    score_whitening: bool = True
     test_crop_scale: float | int = 0.54
     score_cosine: bool = True
     score_norm: bool = False
@@ -73,7 +76,7 @@ class CSIConfig(AnomalyDetectorConfig):
         if self.backbone_config is None:
             # At 28 to 64 px the first stage works at 14 to 16 px: at 28 px a quarter of the time of stride 1.
             stride = min(4, max(1, self.image_size // 14))
-            self.backbone_config = SmallResNetConfig(num_channels=self.num_channels, stem_stride=stride)
+            self.backbone_config = SmallResNetConfig(num_channels=self.num_channels, hidden_sizes=(16, 32, 64, 128), stem_stride=stride)
         self.crop_scale, self.color_jitter = list(self.crop_scale), list(self.color_jitter)
         super().__post_init__(**kwargs)
 
@@ -97,8 +100,15 @@ class CSIConfig(AnomalyDetectorConfig):
             raise InputError(f"test_crop_scale must be in (0, 1], got {self.test_crop_scale}")
         if not (self.score_cosine or self.score_norm or self.score_shift_logit):
             raise InputError("score_cosine, score_norm and score_shift_logit are all off: the score needs at least one of them")
+        if self.score_norm and (self.score_whitening or self.score_features == "both"):
+            raise InputError(
+                "score_norm needs features as they are: set score_whitening to False, and score_features to 'projection' or 'penultimate' "
+                f"(got {self.score_features!r})"
+            )
         for name in ("projection_size", "num_test_views", "max_bank_size", "search_chunk_size"):
             if getattr(self, name) < 1:
                 raise InputError(f"{name} must be at least 1, got {getattr(self, name)}")
+        if self.projection_size > 2**16:
+            raise InputError(f"projection_size must be at most {2**16}, got {self.projection_size}")
         if not 0 <= self.bank_size <= self.max_bank_size:
             raise InputError(f"bank_size must be between 0 and max_bank_size ({self.max_bank_size}), got {self.bank_size}")

@@ -12,9 +12,10 @@ from ...calibration import Float32State
 from ...detector import AnomalyDetector, AnomalyDetectorOutput
 from ...ops.contrastive import amplified_nt_xent
 from ...ops.distributed import draw_rows
-from ...ops.knn import max_cosine
+from ...ops.knn import max_cosine, min_distance
 from ...ops.shifts import SHIFTS
 from ...ops.views import View, apply_views, crops_views, draw_views
+from ...ops.whitening import fit_whitening
 from .configuration_csi import CSIConfig
 
 logger = logging.getLogger(__name__)
@@ -31,6 +32,8 @@ class CSIReference(Float32State):
     def __init__(self, config: CSIConfig, width: int):
         super().__init__()
         self.register_buffer("bank", torch.zeros(NUM_SHIFTS, config.bank_size, width))
+        self.register_buffer("center", torch.zeros(NUM_SHIFTS, width if config.score_whitening else 0))
+        self.register_buffer("whitening", torch.zeros(NUM_SHIFTS, *self.center.shape[1:] * 2))
         self.register_buffer("lambda_sim", torch.zeros(NUM_SHIFTS))
         self.register_buffer("lambda_cls", torch.zeros(NUM_SHIFTS))
         self.register_buffer("views", torch.zeros(config.num_test_views, len(View)))
@@ -78,7 +81,8 @@ class CSIModel(AnomalyDetector):
     @property
     def score_width(self) -> int:
         """Width of the features that the score compares."""
-        return self.config.projection_size if self.config.score_features == "projection" else self.backbone.channels[-1]
+        widths = {"projection": self.config.projection_size, "penultimate": self.backbone.channels[-1]}
+        return widths.get(self.config.score_features, sum(widths.values()))
 
     # Training -----------------------------------------------------------------------------------------------------------------
 
@@ -155,9 +159,12 @@ class CSIModel(AnomalyDetector):
         features = self.encode(apply_views(rows, views.to(rows.device).repeat(batch_size * NUM_SHIFTS, 1)))
         features = features.unflatten(0, (batch_size, NUM_SHIFTS, num_views))
         logits = self.shift_classifier(features).mean(2)
-        if self.config.score_features == "projection":
-            features = self.projection(features)
-        return {"features": features.mean(2).float(), "shift_logits": logits.diagonal(dim1=1, dim2=2).float()}
+        kinds = {"projection": lambda: self.projection(features), "penultimate": lambda: features}
+        if self.config.score_features == "both":
+            vectors = torch.cat([F.normalize(kind().mean(2).float(), dim=-1) for kind in kinds.values()], dim=-1)
+        else:
+            vectors = kinds[self.config.score_features]().mean(2).float()
+        return {"features": vectors, "shift_logits": logits.diagonal(dim1=1, dim2=2).float()}
 
     def reference_features(self, pixel_values):
         return self.view_features(pixel_values, self.fixed_views())
@@ -176,11 +183,19 @@ class CSIModel(AnomalyDetector):
         reference.lambda_cls = torch.where(logit_means > 0, 1 / logit_means, torch.zeros_like(logit_means))
         reference.views = self.fixed_views().to(reference.views.device)
         bank = F.normalize(vectors, dim=-1)
+        if config.score_whitening:
+            reference.center, reference.whitening = fit_whitening(bank)
+            bank = self._whiten(bank)
         if len(bank) > config.max_bank_size:
             keep = torch.randperm(len(bank), generator=torch.Generator().manual_seed(0))[: config.max_bank_size].sort().values
             bank = bank[keep.to(bank.device)]
         reference.bank = bank.transpose(0, 1).contiguous()
         config.bank_size = len(bank)
+
+    def _whiten(self, directions):
+        """W_k(u_k − μ_k) of u (B, K, d), vectors of length 1."""
+        centered = (directions - self.reference.center).transpose(0, 1)
+        return (centered @ self.reference.whitening.transpose(1, 2)).transpose(0, 1)
 
     def clear_reference(self):
         self.config.bank_size = 0
@@ -196,13 +211,20 @@ class CSIModel(AnomalyDetector):
         if config.score_cosine or config.score_norm:
             similarity = torch.ones_like(logits)
             if config.score_cosine:
-                similarity = similarity * max_cosine(vectors, reference.bank, config.search_chunk_size)
+                similarity = similarity * self._nearest(vectors)
             if config.score_norm:
                 similarity = similarity * reference.lambda_sim * vectors.norm(dim=-1)
             terms = terms + similarity
         if config.score_shift_logit:
             terms = terms + reference.lambda_cls * logits
         return AnomalyDetectorOutput(scores=-terms.mean(-1), embeddings=vectors[:, 0] if output_embeddings else None)  # Eq. 10
+
+    def _nearest(self, vectors):
+        """Similarity (B, K) to the nearest training image: max_m cos(z, z_m), or −min_m ‖W(u − u_m)‖."""
+        bank, chunk_size = self.reference.bank, self.config.search_chunk_size
+        if self.config.score_whitening:
+            return -min_distance(self._whiten(F.normalize(vectors, dim=-1)), bank, chunk_size)
+        return max_cosine(vectors, bank, chunk_size)
 
     # Pretrained encoders ------------------------------------------------------------------------------------------------------
 

@@ -1,8 +1,6 @@
 """DIA: dissolving is amplifying (Shi et al., ECCV 2024, arXiv 2302.14696)."""
 
 import torch
-import torch.nn.functional as F
-from torch import nn
 from transformers.utils import can_return_tuple
 
 from ...detector import AnomalyDetectorOutput
@@ -15,14 +13,6 @@ from .configuration_dia import DIAConfig
 
 class DIAModel(CSIModel):
     """CSI with a third branch D: O''(S_k(dissolve(x))) of negatives (Eq. 5), which teaches the encoder what dissolving takes away.
-
-    An image's own dissolved twin is one of the 3·B·K − 1 views in a denominator, and as long as the encoder takes both for the same image its weight there
-    moves neither: the contrastive loss alone may never see the difference. So a second classifier, linear like that of the shifts, asks of every view
-    whether its image was dissolved. Its loss has the weight μ = `dissolved_loss_weight`; both answers count half, though D has half the views of A and B:
-
-        L_dis = ½ mean_{A,B} −log(1 − q(view)) + ½ mean_D −log q(view),        L = L_con + λ·L_cls + μ·L_dis
-
-    Scoring does not look at q.
 
     Dissolved images come with the batch (`dissolved_pixel_values`, cached) or from `self.dissolver`, any callable
     `(pixel_values, timesteps) -> pixel_values` with `sample_timesteps`, such as `hf_anomaly.dissolving.DiffusionDissolver`. It is no part of the weights and
@@ -42,11 +32,6 @@ class DIAModel(CSIModel):
     def __init__(self, config: DIAConfig):
         super().__init__(config)
         self.dissolver = None
-
-    def build_heads(self, width):
-        super().build_heads(width)
-        if self.config.dissolved_loss_weight > 0:
-            self.dissolved_classifier = nn.Linear(width, 1)
 
     @can_return_tuple
     def forward(
@@ -87,15 +72,6 @@ class DIAModel(CSIModel):
             )
         chosen = draw_rows(lambda rows: torch.randint(variants.shape[1], (rows,)), batch_size)
         return variants[torch.arange(batch_size), chosen].to(pixel_values)
-
-    def losses_of(self, features):
-        loss, losses = super().losses_of(features)
-        if self.config.dissolved_loss_weight > 0:
-            logits = self.dissolved_classifier(features).float().squeeze(-1)
-            undissolved, dissolved = logits[:, :2], logits[:, 2]
-            losses["dissolved_loss"] = (F.softplus(undissolved).mean() + F.softplus(-dissolved).mean()) / 2
-            loss = loss + self.config.dissolved_loss_weight * losses["dissolved_loss"]
-        return loss, losses
 
     def contrastive_loss(self, projections):
         config = self.config

@@ -31,7 +31,7 @@ from ..runs import (
 
 logger = logging.getLogger(__name__)
 
-ONLY_DIA = ("similarity_design", "dissolved_loss_weight")  # detector arguments that CSI has no use for
+ONLY_DIA = ("similarity_design",)  # detector arguments that CSI has no use for
 
 
 @dataclass
@@ -50,8 +50,8 @@ class DissolverArguments:
     dissolving_resolution: int | None = field(
         default=None,
         metadata={
-            "help": "Larger images are dissolved at this size and resized back. Default: diffusion, the largest power of two below the images' size, "
-            "at most 32; others, 32."
+            "help": "Larger images are dissolved at this size and resized back. Default: diffusion, the largest power of two within a third of the "
+            "images' size, 8 to 32; others, 32."
         },
     )
     dissolved_variants: int = field(default=8, metadata={"help": "Dissolved variants cached for each image; 0 dissolves on the fly."})
@@ -83,19 +83,26 @@ class DetectorArguments:
     shift: str = field(default="rotate", metadata={"help": "Shifting transformations: rotate or perm."})
     similarity_design: str = field(default="a", metadata={"help": "a, or b: leave an anchor's own dissolved twin out of the denominator."})
     temperature: float = field(default=0.5, metadata={"help": "Temperature of the contrastive loss."})
-    dissolved_loss_weight: float = field(
-        default=1.0, metadata={"help": "Weight of the loss that asks of every view whether it was dissolved; 0: the paper's loss."}
-    )
     loss_divisor: str = field(default="anchors", metadata={"help": "anchors, or views as in the authors' code."})
     crop_scale_min: float = field(default=0.54, metadata={"help": "Smallest area of a random crop."})
     test_views: str = field(default="augmentations", metadata={"help": "Fixed views at test time: augmentations or crops."})
     num_test_views: int = field(default=10, metadata={"help": "How many."})
     score_features: str = field(
-        default="penultimate", metadata={"help": "What Eq. 10 compares: penultimate, the encoder's features, or projection, the head's."}
+        default="both", metadata={"help": "What Eq. 10 compares: projection, the head's features; penultimate, the encoder's; or both."}
+    )
+    score_whitening: bool = field(
+        default=True, metadata={"help": "Compare by the distance between whitened features; false: by their cosine, as printed."}
     )
     score_cosine: bool = field(default=True, metadata={"help": "Eq. 10: the cosine to the nearest training image."})
     score_norm: bool = field(default=False, metadata={"help": "Eq. 10: the norm of these features."})
     score_shift_logit: bool = field(default=False, metadata={"help": "Eq. 10: the logit of the true shift."})
+
+
+@dataclass
+class ContrastiveTrainingArguments(AnomalyTrainingArguments):
+    """The detector's training."""
+
+    default_max_steps = 800
 
 
 def make_dissolver(args: DissolverArguments, training_args, splits, processor) -> Dissolver | None:
@@ -147,7 +154,7 @@ def main(argv: list[str], program: str) -> None:
     """Runs the command line `argv`; `program` is what comes before it, for help and card."""
     started = time.time()
     dissolver_args, detector_args, data_args, training_args = parse_arguments(
-        DissolverArguments, DetectorArguments, DataArguments, AnomalyTrainingArguments, description=__doc__, program=program, argv=argv
+        DissolverArguments, DetectorArguments, DataArguments, ContrastiveTrainingArguments, description=__doc__, program=program, argv=argv
     )
     check_checkpoint(training_args.resume_from_checkpoint)
     if data_args.recipe is not None:

@@ -1,0 +1,29 @@
+"""Whitening: coordinates in which training features vary alike in every direction."""
+
+import torch
+from torch import Tensor
+
+
+def fit_whitening(vectors: Tensor, shrinkage: float = 0.3) -> tuple[Tensor, Tensor]:
+    """The affine map x → W (x − μ) after which vectors have no correlations, and a mean squared length of about 1.
+
+    W Σ Wᵀ = I/d with the covariance shrunk towards the sphere of the same total variance, Σ = (1 − α) S + α (tr S / d) I, so that directions which the
+    vectors hardly use, of which there are many if the vectors are few, do not drown the others.
+
+    Args:
+        vectors: (M, K, d), M vectors of each of K groups; each group has a map of its own.
+        shrinkage: α in (0, 1].
+
+    Returns:
+        μ (K, d) and W (K, d, d), lower triangular, float32; computed in float64.
+    """
+    x = vectors.double().transpose(0, 1)
+    center = x.mean(1)
+    x = x - center[:, None]
+    covariance = x.transpose(1, 2) @ x / x.shape[1]
+    identity = torch.eye(x.shape[-1], dtype=x.dtype, device=x.device)
+    variance = covariance.diagonal(dim1=1, dim2=2).mean(1).clamp(min=1e-6)  # a single vector has none
+    covariance = (1 - shrinkage) * covariance + shrinkage * variance[:, None, None] * identity
+    root = torch.linalg.cholesky(covariance)
+    whitening = torch.linalg.solve_triangular(root, identity.expand_as(root), upper=False) * x.shape[-1] ** -0.5
+    return center.float(), whitening.float()
