@@ -35,7 +35,7 @@ def max_cosine(queries: Tensor, bank: Tensor, chunk_size: int = 2**24) -> Tensor
         return products.div_(lengths[:, None])
 
     with torch.autocast(queries.device.type, enabled=False):
-        return _largest(F.normalize(queries.to(dtype), dim=-1), bank, chunk_size, cosine)
+        return _largest(F.normalize(queries.to(dtype), dim=-1), bank, chunk_size, cosine)[0]
 
 
 def min_distance(queries: Tensor, bank: Tensor, chunk_size: int = 2**24) -> Tensor:
@@ -44,14 +44,14 @@ def min_distance(queries: Tensor, bank: Tensor, chunk_size: int = 2**24) -> Tens
     Args and raises as `max_cosine`.
 
     Returns:
-        (B, K), ≥ 0, float32, or float64 for float64 features. Computed from inner products: near zero it is exact to about 10⁻³ of the vectors' length.
+        (B, K), ≥ 0, float32, or float64 for float64 features.
     """
     dtype = _check(queries, bank, chunk_size)
     with torch.autocast(queries.device.type, enabled=False):
         queries = queries.to(dtype)
-        # ‖q − b‖² = ‖q‖² − 2 (q·b − ‖b‖²/2)
-        largest = _largest(queries, bank, chunk_size, lambda products, piece: products.sub_(piece.square().sum(-1)[:, None] / 2))
-        return (queries.square().sum(-1) - 2 * largest).clamp(min=0).sqrt()
+        # ‖q − b‖² = ‖q‖² − 2 (q·b − ‖b‖²/2): good enough to find the nearest row, but a difference of large numbers near zero.
+        _, nearest = _largest(queries, bank, chunk_size, lambda products, piece: products.sub_(piece.square().sum(-1)[:, None] / 2))
+        return (queries - bank[torch.arange(bank.shape[0], device=bank.device), nearest].to(dtype)).norm(dim=-1)
 
 
 def _check(queries: Tensor, bank: Tensor, chunk_size: int) -> torch.dtype:
@@ -65,15 +65,22 @@ def _check(queries: Tensor, bank: Tensor, chunk_size: int) -> torch.dtype:
     return torch.promote_types(torch.promote_types(queries.dtype, bank.dtype), torch.float32)
 
 
-def _largest(queries: Tensor, bank: Tensor, chunk_size: int, adjust: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
-    """max_m adjust(q·b_m) of queries (B, K, d) and bank (K, M, d), a piece of the bank after the other; `adjust` gets (K, B, m) products and the piece."""
+def _largest(queries: Tensor, bank: Tensor, chunk_size: int, adjust: Callable[[Tensor, Tensor], Tensor]) -> tuple[Tensor, Tensor]:
+    """max_m adjust(q·b_m) and that m, each (B, K), of queries (B, K, d) and bank (K, M, d), a piece of the bank after the other.
+
+    Args:
+        adjust: gets the products (K, B, m) with a piece of the bank, and the piece (K, m, d).
+    """
     images, shifts, features = queries.shape
     if queries.device.type == "cpu":
         chunk_size = min(chunk_size, _CACHED)
     rows = max(1, chunk_size // max(1, shifts * (images + features)))
     queries = queries.transpose(0, 1)
     largest = queries.new_full((shifts, images), float("-inf"))
-    for piece in bank.split(rows, dim=1):
+    index = torch.zeros_like(largest, dtype=torch.long)
+    for first, piece in zip(range(0, bank.shape[1], rows), bank.split(rows, dim=1), strict=True):
         piece = piece.to(queries.dtype)
-        largest = torch.maximum(largest, adjust(queries @ piece.transpose(1, 2), piece).amax(dim=2))
-    return largest.T
+        value, where = adjust(queries @ piece.transpose(1, 2), piece).max(dim=2)
+        index = torch.where(value > largest, first + where, index)
+        largest = torch.maximum(largest, value)
+    return largest.T, index.T

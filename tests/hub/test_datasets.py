@@ -90,7 +90,9 @@ def test_the_first_rows_are_scored_before_the_last_are_there(hub, stored):
     assert not files_of("scans"), files_of("scans")  # nothing was kept
 
     status, out, err = run("predict", DETECTOR, "org/scans", "--dataset_config_name", "small", "--image_column", "scan")
-    assert status == 0 and [row["score"] for row in rows(out)] == [row["score"] for row in here[:3]], err
+    assert status == 0, err
+    for row, other in zip(rows(out), here[:3], strict=True):  # batches of other sizes round otherwise
+        assert abs(float(row["score"]) - float(other["score"])) < 1e-6
     """
     )
 
