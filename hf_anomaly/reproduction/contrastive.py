@@ -68,10 +68,8 @@ DISSOLVER_LENGTHS = {
 }  # fmt: skip
 
 
-AS_PRINTED = {
-    "score_features": "projection",
-    "score_whitening": False,
-}  # the tables are of the paper's methods, not of the recipe that grew from them
+# The tables are of the paper's methods, not of the recipe that grew from them.
+AS_PRINTED = {"score_features": "projection", "score_whitening": False}
 
 
 @dataclass(frozen=True)

@@ -81,8 +81,8 @@ class CSIModel(AnomalyDetector):
     @property
     def score_width(self) -> int:
         """Width of the features that the score compares."""
-        widths = {"projection": self.config.projection_size, "penultimate": self.backbone.channels[-1]}
-        return widths.get(self.config.score_features, sum(widths.values()))
+        projection, penultimate = self.config.projection_size, self.backbone.channels[-1]
+        return {"projection": projection, "penultimate": penultimate, "both": projection + penultimate}[self.config.score_features]
 
     # Training -----------------------------------------------------------------------------------------------------------------
 
@@ -159,11 +159,11 @@ class CSIModel(AnomalyDetector):
         features = self.encode(apply_views(rows, views.to(rows.device).repeat(batch_size * NUM_SHIFTS, 1)))
         features = features.unflatten(0, (batch_size, NUM_SHIFTS, num_views))
         logits = self.shift_classifier(features).mean(2)
-        kinds = {"projection": lambda: self.projection(features), "penultimate": lambda: features}
-        if self.config.score_features == "both":
-            vectors = torch.cat([F.normalize(kind().mean(2).float(), dim=-1) for kind in kinds.values()], dim=-1)
-        else:
-            vectors = kinds[self.config.score_features]().mean(2).float()
+        vectors = features.mean(2).float()
+        if self.config.score_features != "penultimate":
+            projections = self.projection(features).mean(2).float()
+            both = self.config.score_features == "both"
+            vectors = torch.cat([F.normalize(v, dim=-1) for v in (projections, vectors)], dim=-1) if both else projections
         return {"features": vectors, "shift_logits": logits.diagonal(dim1=1, dim2=2).float()}
 
     def reference_features(self, pixel_values):
@@ -185,10 +185,11 @@ class CSIModel(AnomalyDetector):
         bank = F.normalize(vectors, dim=-1)
         if config.score_whitening:
             reference.center, reference.whitening = fit_whitening(bank)
-            bank = self._whiten(bank)
         if len(bank) > config.max_bank_size:
             keep = torch.randperm(len(bank), generator=torch.Generator().manual_seed(0))[: config.max_bank_size].sort().values
             bank = bank[keep.to(bank.device)]
+        if config.score_whitening:
+            bank = self._whiten(bank)
         reference.bank = bank.transpose(0, 1).contiguous()
         config.bank_size = len(bank)
 
