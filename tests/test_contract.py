@@ -45,7 +45,8 @@ DETECTORS = {
     "addp": lambda **shape: ADDPModel(ADDPConfig(hidden_sizes=[8, 16, 16], latent_size=2, **shape)),
     "csi": lambda **shape: CSIModel(CSIConfig(backbone_config=small_resnet(**shape), projection_size=16, **PRINTED_SCORE, **shape)),
     "dia": lambda **shape: with_attributes(
-        DIAModel(DIAConfig(backbone_config=small_resnet(**shape), projection_size=16, **shape)), dissolver=GaussianDissolver(3)
+        DIAModel(DIAConfig(num_encoders=2, backbone_config=small_resnet(**shape), projection_size=16, **shape)),
+        dissolver=GaussianDissolver(3),
     ),
     "shared_ae": lambda **shape: SharedAEModel(SharedAEConfig(hidden_sizes=[8, 16, 16], latent_size=16, **shape)),
 }

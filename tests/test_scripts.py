@@ -81,6 +81,10 @@ def results_of(folder):
     return json.loads((folder / "eval_results.json").read_text())
 
 
+def learning_rate(folder):
+    return json.loads(next(folder.glob("checkpoint-*/training_args.json")).read_text())["learning_rate"]
+
+
 def save(path, array):
     path.parent.mkdir(parents=True, exist_ok=True)
     PIL.Image.fromarray(array).save(path)
@@ -226,9 +230,12 @@ def test_arguments_reach_the_detector(train, tmp_path):
         "views",
         "--false_positive_rate",
         0.1,
+        "--num_encoders",
+        2,
     ]
     folder, _ = train(tmp_path / "run", *argv)
     config = AutoModel.from_pretrained(folder).config
+    assert config.num_encoders == 2
     assert (config.shift, config.temperature, config.similarity_design, config.loss_divisor) == ("perm", 0.2, "b", "views")
     assert (config.crop_scale, config.num_test_views, config.score_norm) == ([0.08, 1.0], 3, True)
     assert config.false_positive_rate == 0.1
@@ -480,6 +487,8 @@ def test_fewer_images_than_a_batch_lower_it(train, tmp_path, caplog):
     assert "the batch is lowered from 500 to 114" in caplog.text
     arguments = json.loads((folder / "checkpoint-1" / "training_args.json").read_text())
     assert arguments["per_device_train_batch_size"] == 114
+    # From a pretrained encoder, as everywhere here that is not said otherwise.
+    assert (AutoModel.from_pretrained(folder).config.num_encoders, learning_rate(folder)) == (1, 1e-3)
 
 
 def test_colour_images_of_mixed_sizes_and_modes(train, tmp_path):
@@ -494,6 +503,7 @@ def test_colour_images_of_mixed_sizes_and_modes(train, tmp_path):
     folder, _ = train(tmp_path / "run", "--dataset_name", tmp_path / "colour", "--image_size", 12, "--dissolver_batch_size", 32)
     config = AutoModel.from_pretrained(folder).config
     assert (config.num_channels, config.image_size) == (3, 12)
+    assert (config.num_encoders, learning_rate(folder)) == (3, 1e-2)  # trained from scratch
     assert (results_of(folder)["num_normal"], results_of(folder)["num_anomalous"]) == (4, 4)
 
 

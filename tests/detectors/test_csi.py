@@ -313,6 +313,55 @@ def test_every_view_is_augmented_by_itself():
         assert len({view.numpy().tobytes() for view in views[k]}) == 6  # the same image, six times
 
 
+# Ensembles --------------------------------------------------------------------------------------------------------------------
+
+
+def alone(model, index):
+    """The ensemble's encoder of that index as a detector of its own, in the model's mode."""
+    single = tiny(**{name: getattr(model.config, name) for name in ("score_features", "score_whitening", "score_norm")})
+    for name in ("backbone", "projection", "shift_classifier"):
+        getattr(single, name).load_state_dict(getattr(model.encoders[index], name).state_dict())
+    return single.train(model.training)
+
+
+def test_encoders_start_apart():
+    weights = [encoder.backbone.stem[0].weight for encoder in tiny(num_encoders=3).encoders]
+    assert len({weight.detach().numpy().tobytes() for weight in weights}) == 3
+
+
+def test_an_ensemble_trains_as_its_encoders_would_alone():
+    """But for the factor of the mean, which an optimiser such as Adam does not feel."""
+    model, x = tiny(num_encoders=3), images(4)
+    singles = [alone(model.train(), i) for i in range(3)]
+    output, views = training_views(model, x)
+    output.loss.backward()
+    losses = []
+    for encoder, single in zip(model.encoders, singles, strict=True):
+        loss, its_views = training_views(single, x)
+        assert torch.equal(views, its_views)
+        loss.loss.backward()
+        losses.append(loss)
+        gradient = single.backbone.stem[0].weight.grad
+        torch.testing.assert_close(3 * encoder.backbone.stem[0].weight.grad, gradient, rtol=1e-4, atol=1e-6)
+    for name in ("contrastive_loss", "shift_loss"):
+        assert output.losses[name].item() == pytest.approx(np.mean([loss.losses[name].item() for loss in losses]), rel=1e-5)
+
+
+@pytest.mark.parametrize(
+    "settings", [{"score_features": "both", "score_whitening": True}, {"score_features": "projection", "score_norm": True}]
+)
+def test_an_ensembles_score_is_the_mean_of_its_encoders_scores(settings, tmp_path):
+    model, x = tiny(num_encoders=3, **settings).eval(), images(5, seed=1)
+    model.fit_reference([images(8)], progress=False)
+    scores = [alone(model, i).fit_reference([images(8)], progress=False)(x).scores for i in range(3)]
+    torch.testing.assert_close(model(x).scores, torch.stack(scores).mean(0), rtol=1e-4, atol=1e-5)
+    assert not torch.allclose(scores[0], scores[1])
+    embeddings = [alone(model, i).fit_reference([images(8)], progress=False)(x, output_embeddings=True).embeddings for i in range(3)]
+    torch.testing.assert_close(model(x, output_embeddings=True).embeddings, torch.cat(embeddings, dim=1))
+    model.save_pretrained(tmp_path)
+    assert torch.equal(AutoModel.from_pretrained(tmp_path)(x).scores, model(x).scores)
+
+
 # Encoders ---------------------------------------------------------------------------------------------------------------------
 
 
@@ -340,10 +389,11 @@ def test_any_auto_backbone_is_an_encoder(as_dict, tmp_path):
 def test_load_backbone(tmp_path, refused):
     source = tiny()
     source.backbone.save_pretrained(tmp_path / "fits")
-    model = tiny()
+    model = tiny(num_encoders=2)
     torch.nn.init.zeros_(model.backbone.stem[0].weight)
     model.load_backbone(tmp_path / "fits")
-    assert torch.equal(model.backbone.stem[0].weight, source.backbone.stem[0].weight)
+    for encoder in model.encoders:
+        assert torch.equal(encoder.backbone.stem[0].weight, source.backbone.stem[0].weight)
     tiny(backbone_config=SmallResNetConfig(hidden_sizes=[16], depths=[1])).backbone.save_pretrained(tmp_path / "other")
     with refused(str(tmp_path / "other"), "backbone_config"):
         model.load_backbone(tmp_path / "other")
@@ -363,6 +413,8 @@ def test_load_backbone(tmp_path, refused):
         ({"flip_probability": 1.5}, ["flip_probability"]),
         ({"test_crop_scale": 0}, ["test_crop_scale"]),
         ({"num_test_views": 0}, ["num_test_views"]),
+        ({"num_encoders": 0}, ["num_encoders"]),
+        ({"num_encoders": 65}, ["num_encoders", "64"]),
         ({"max_bank_size": 0}, ["max_bank_size"]),
         ({"search_chunk_size": 0}, ["search_chunk_size"]),
         ({"bank_size": -1}, ["bank_size"]),

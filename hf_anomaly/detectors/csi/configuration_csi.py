@@ -16,6 +16,7 @@ class CSIConfig(AnomalyDetectorConfig):
 
     Args:
         backbone_config: any `AutoBackbone` configuration, as an object or a dict with `model_type`; default a `SmallResNetConfig` for `image_size`.
+        num_encoders: encoders with heads of their own, trained side by side on the same views; their scores are averaged. Each costs the time of one.
         projection_size: width of z, the output of the projection head, which the contrastive loss compares.
         score_features: what Eq. 10 compares at test time: `"projection"`, the head's z, as printed; `"penultimate"`, the encoder's features f; or `"both"`,
             one after the other, each of length 1. The head drops what its loss has no use for (Chen et al., arXiv 2002.05709, section 4.2), in which an
@@ -50,6 +51,7 @@ class CSIConfig(AnomalyDetectorConfig):
     sub_configs_defaults = {"backbone_config": SubConfigSpec(config_class=AutoConfig, model_type="small_resnet", optional=True)}
 
     backbone_config: dict | PreTrainedConfig | None = None
+    num_encoders: int = 1
     projection_size: int = 128
     shift: Literal["rotate", "perm"] = "rotate"
     temperature: float | int = 0.5
@@ -105,10 +107,11 @@ class CSIConfig(AnomalyDetectorConfig):
                 "score_norm needs features as they are: set score_whitening to False, and score_features to 'projection' or 'penultimate' "
                 f"(got {self.score_features!r})"
             )
-        for name in ("projection_size", "num_test_views", "max_bank_size", "search_chunk_size"):
+        for name in ("num_encoders", "projection_size", "num_test_views", "max_bank_size", "search_chunk_size"):
             if getattr(self, name) < 1:
                 raise InputError(f"{name} must be at least 1, got {getattr(self, name)}")
-        if self.projection_size > 2**16:
-            raise InputError(f"projection_size must be at most {2**16}, got {self.projection_size}")
+        for name, most in (("num_encoders", 64), ("projection_size", 2**16)):
+            if getattr(self, name) > most:
+                raise InputError(f"{name} must be at most {most}, got {getattr(self, name)}")
         if not 0 <= self.bank_size <= self.max_bank_size:
             raise InputError(f"bank_size must be between 0 and max_bank_size ({self.max_bank_size}), got {self.bank_size}")

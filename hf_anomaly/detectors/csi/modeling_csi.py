@@ -31,18 +31,42 @@ class CSIReference(Float32State):
 
     def __init__(self, config: CSIConfig, width: int):
         super().__init__()
-        self.register_buffer("bank", torch.zeros(NUM_SHIFTS, config.bank_size, width))
-        self.register_buffer("center", torch.zeros(NUM_SHIFTS, width if config.score_whitening else 0))
-        self.register_buffer("whitening", torch.zeros(NUM_SHIFTS, *self.center.shape[1:] * 2))
-        self.register_buffer("lambda_sim", torch.zeros(NUM_SHIFTS))
-        self.register_buffer("lambda_cls", torch.zeros(NUM_SHIFTS))
+        groups = config.num_encoders * NUM_SHIFTS  # of features, each compared with its own
+        self.register_buffer("bank", torch.zeros(groups, config.bank_size, width))
+        self.register_buffer("center", torch.zeros(groups, width if config.score_whitening else 0))
+        self.register_buffer("whitening", torch.zeros(groups, *self.center.shape[1:] * 2))
+        self.register_buffer("lambda_sim", torch.zeros(groups))
+        self.register_buffer("lambda_cls", torch.zeros(groups))
         self.register_buffer("views", torch.zeros(config.num_test_views, len(View)))
 
 
-class CSIModel(AnomalyDetector):
+class _Encoder:
+    """The networks that the loss trains: an encoder and the heads on its penultimate features."""
+
+    def build_networks(self, config: CSIConfig) -> None:
+        self.backbone = build_backbone(config.backbone_config, config.image_size, config.num_channels)
+        width = self.backbone.channels[-1]
+        self.projection = nn.Sequential(nn.Linear(width, width), nn.ReLU(), nn.Linear(width, config.projection_size))
+        self.shift_classifier = nn.Linear(width, NUM_SHIFTS)
+
+    def encode(self, pixel_values: torch.Tensor) -> torch.Tensor:
+        """Penultimate features (N, width): the backbone's last map, averaged over space."""
+        return self.backbone(pixel_values).feature_maps[-1].mean((-2, -1))
+
+
+class _FurtherEncoder(_Encoder, nn.Module):
+    def __init__(self, config: CSIConfig):
+        super().__init__()
+        self.build_networks(config)
+
+
+class CSIModel(_Encoder, AnomalyDetector):
     """Contrasting shifted instances: DIA without its dissolved branch D.
 
     Every image gives 2·K views, A: O(S_k(x)) and B: O'(S_k(x)). The loss is L_con + λ·L_cls of Eq. 6–9; the score is Eq. 10, −(s_sim + s_cls)/K.
+
+    With `num_encoders` above 1 it is an ensemble: each encoder has its own heads, loss and bank, all see the same views, and loss and score are the means
+    of theirs. The first is the model's own `backbone`, `projection` and `shift_classifier`.
     """
 
     config_class = CSIConfig
@@ -58,8 +82,8 @@ class CSIModel(AnomalyDetector):
 
     def __init__(self, config: CSIConfig):
         super().__init__(config)
-        self.backbone = build_backbone(config.backbone_config, config.image_size, config.num_channels)
-        self.build_heads(self.backbone.channels[-1])
+        self.build_networks(config)
+        self.further_encoders = nn.ModuleList(_FurtherEncoder(config) for _ in range(config.num_encoders - 1))
         self.reference = CSIReference(config, self.score_width)
         self.post_init()
 
@@ -73,10 +97,9 @@ class CSIModel(AnomalyDetector):
         else:
             super()._init_weights(module)
 
-    def build_heads(self, width: int) -> None:
-        """What is trained on the penultimate features (…, width)."""
-        self.projection = nn.Sequential(nn.Linear(width, width), nn.ReLU(), nn.Linear(width, self.config.projection_size))
-        self.shift_classifier = nn.Linear(width, NUM_SHIFTS)
+    @property
+    def encoders(self) -> list[_Encoder]:
+        return [self, *self.further_encoders]
 
     @property
     def score_width(self) -> int:
@@ -103,21 +126,18 @@ class CSIModel(AnomalyDetector):
         parameters = draw_rows(lambda n: self._draw_views(n * views_per_image, crop_scale).unflatten(0, (n, -1)), batch_size)
         parameters = parameters.unflatten(1, shape[:2]).permute(1, 2, 0, 3).flatten(0, 2)
         views = apply_views(shifted.flatten(0, 2), parameters.to(pixel_values.device))
-        return self.losses_of(self.encode(views).unflatten(0, shape))
-
-    def losses_of(self, features: torch.Tensor) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-        """The loss and its parts, of the penultimate features (K, branches, B, width) of all views."""
-        logits = self.shift_classifier(features).flatten(0, 2)
-        shift_labels = torch.arange(NUM_SHIFTS, device=logits.device).repeat_interleave(len(logits) // NUM_SHIFTS)
-        losses = {
-            "contrastive_loss": self.contrastive_loss(list(self.projection(features).unbind(1))),
-            "shift_loss": F.cross_entropy(logits.float(), shift_labels),  # Eq. 8
-        }
+        parts = [self._losses_of(encoder, encoder.encode(views).unflatten(0, shape)) for encoder in self.encoders]
+        losses = {name: torch.stack([part[name] for part in parts]).mean() for name in parts[0]}
         return losses["contrastive_loss"] + self.config.shift_loss_weight * losses["shift_loss"], losses  # Eq. 9
 
-    def encode(self, pixel_values: torch.Tensor) -> torch.Tensor:
-        """Penultimate features (N, width): the backbone's last map, averaged over space."""
-        return self.backbone(pixel_values).feature_maps[-1].mean((-2, -1))
+    def _losses_of(self, encoder: _Encoder, features: torch.Tensor) -> dict[str, torch.Tensor]:
+        """The parts of an encoder's loss, of its penultimate features (K, branches, B, width) of all views."""
+        logits = encoder.shift_classifier(features).flatten(0, 2)
+        shift_labels = torch.arange(NUM_SHIFTS, device=logits.device).repeat_interleave(len(logits) // NUM_SHIFTS)
+        return {
+            "contrastive_loss": self.contrastive_loss(list(encoder.projection(features).unbind(1))),
+            "shift_loss": F.cross_entropy(logits.float(), shift_labels),  # Eq. 8
+        }
 
     def _draw_views(self, count: int, crop_scale: list[float], generator: torch.Generator | None = None) -> torch.Tensor:
         config = self.config
@@ -146,7 +166,10 @@ class CSIModel(AnomalyDetector):
         return self._draw_views(config.num_test_views, [config.test_crop_scale] * 2, torch.Generator().manual_seed(0))
 
     def view_features(self, pixel_values: torch.Tensor, views: torch.Tensor) -> dict[str, torch.Tensor]:
-        """The `score_features` (B, K, d) and the logit of the true shift (B, K), averaged over the test-time views (n, P)."""
+        """The `score_features` (B, K, d) and the logit of the true shift (B, K), averaged over the test-time views (n, P).
+
+        With several encoders, those of one after the other: (B, encoders·K, d) and (B, encoders·K).
+        """
         num_views = len(views)
         chunk = max(1, _MAX_TEST_PIXELS // (num_views * NUM_SHIFTS * pixel_values[0, 0].numel()))
         parts = [self._view_features(x, views) for x in pixel_values.split(chunk)]
@@ -156,15 +179,21 @@ class CSIModel(AnomalyDetector):
         batch_size, num_views = len(pixel_values), len(views)
         shifted = SHIFTS[self.config.shift](pixel_values)  # (K, B, C, H, W)
         rows = shifted.transpose(0, 1).unsqueeze(2).expand(-1, -1, num_views, -1, -1, -1).flatten(0, 2)
-        features = self.encode(apply_views(rows, views.to(rows.device).repeat(batch_size * NUM_SHIFTS, 1)))
-        features = features.unflatten(0, (batch_size, NUM_SHIFTS, num_views))
-        logits = self.shift_classifier(features).mean(2)
+        rows = apply_views(rows, views.to(rows.device).repeat(batch_size * NUM_SHIFTS, 1))
+        groups = [
+            self._compared(encoder, encoder.encode(rows).unflatten(0, (batch_size, NUM_SHIFTS, num_views))) for encoder in self.encoders
+        ]
+        return {name: torch.cat(parts, dim=1) for name, parts in zip(("features", "shift_logits"), zip(*groups, strict=True), strict=True)}
+
+    def _compared(self, encoder, features):
+        """What an encoder's part of the score is made of, features (B, K, d) and logits (B, K), of its penultimate features (B, K, n, width)."""
+        logits = encoder.shift_classifier(features).mean(2)
         vectors = features.mean(2).float()
         if self.config.score_features != "penultimate":
-            projections = self.projection(features).mean(2).float()
+            projections = encoder.projection(features).mean(2).float()
             both = self.config.score_features == "both"
             vectors = torch.cat([F.normalize(v, dim=-1) for v in (projections, vectors)], dim=-1) if both else projections
-        return {"features": vectors, "shift_logits": logits.diagonal(dim1=1, dim2=2).float()}
+        return vectors, logits.diagonal(dim1=1, dim2=2).float()
 
     def reference_features(self, pixel_values):
         return self.view_features(pixel_values, self.fixed_views())
@@ -218,7 +247,8 @@ class CSIModel(AnomalyDetector):
             terms = terms + similarity
         if config.score_shift_logit:
             terms = terms + reference.lambda_cls * logits
-        return AnomalyDetectorOutput(scores=-terms.mean(-1), embeddings=vectors[:, 0] if output_embeddings else None)  # Eq. 10
+        embeddings = vectors[:, ::NUM_SHIFTS].flatten(1) if output_embeddings else None  # of the image as it is, not shifted
+        return AnomalyDetectorOutput(scores=-terms.mean(-1), embeddings=embeddings)  # Eq. 10
 
     def _nearest(self, vectors):
         """Similarity (B, K) to the nearest training image: max_m cos(z, z_m), or −min_m ‖W(u − u_m)‖."""
@@ -238,5 +268,6 @@ class CSIModel(AnomalyDetector):
         Raises:
             InputError: its architecture or widths differ from the detector's `backbone_config`.
         """
-        load_backbone_weights(self.backbone, name_or_path, **kwargs)
+        for encoder in self.encoders:
+            load_backbone_weights(encoder.backbone, name_or_path, **kwargs)
         return self

@@ -80,6 +80,12 @@ class DetectorArguments:
     backbone: str | None = field(
         default=None, metadata={"help": "A pretrained backbone, as a Hub id or folder. Default: a small ResNet from scratch."}
     )
+    num_encoders: int | None = field(
+        default=None,
+        metadata={
+            "help": "Encoders trained side by side, whose scores are averaged: steadier over seeds, at the time of as many. Default: 3; 1 with --backbone."
+        },
+    )
     shift: str = field(default="rotate", metadata={"help": "Shifting transformations: rotate or perm."})
     similarity_design: str = field(default="a", metadata={"help": "a, or b: leave an anchor's own dissolved twin out of the denominator."})
     temperature: float = field(default=0.5, metadata={"help": "Temperature of the contrastive loss."})
@@ -97,10 +103,16 @@ class DetectorArguments:
     score_norm: bool = field(default=False, metadata={"help": "Eq. 10: the norm of these features."})
     score_shift_logit: bool = field(default=False, metadata={"help": "Eq. 10: the logit of the true shift."})
 
+    def __post_init__(self):
+        if self.num_encoders is None:
+            self.num_encoders = 3 if self.backbone is None else 1
+
 
 @dataclass
 class ContrastiveTrainingArguments(AnomalyTrainingArguments):
     """The detector's training."""
+
+    learning_rate: float | None = field(default=None, metadata={"help": "Peak learning rate. Default: 0.01; 0.001 with --backbone."})
 
     default_max_steps = 800
 
@@ -156,6 +168,8 @@ def main(argv: list[str], program: str) -> None:
     dissolver_args, detector_args, data_args, training_args = parse_arguments(
         DissolverArguments, DetectorArguments, DataArguments, ContrastiveTrainingArguments, description=__doc__, program=program, argv=argv
     )
+    if training_args.learning_rate is None:  # what is pretrained shall not be unlearnt
+        training_args.learning_rate = 1e-2 if detector_args.backbone is None else 1e-3
     check_checkpoint(training_args.resume_from_checkpoint)
     if data_args.recipe is not None:
         dissolver_args.take_timesteps(*data_args.recipe.timesteps)
