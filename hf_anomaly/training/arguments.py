@@ -207,7 +207,7 @@ def parse_arguments(*classes: type, description: str, argv: list[str] | None = N
         program: what comes before them, for the help.
 
     Raises:
-        InputError: an unknown flag (with the nearest known one), a missing one, or a value out of range.
+        InputError: an unknown flag (with the nearest known one), a missing one, a value out of range, or values that do not go together.
     """
 
     def refuse(message):
@@ -215,7 +215,12 @@ def parse_arguments(*classes: type, description: str, argv: list[str] | None = N
 
     parser = HfArgumentParser(classes, prog=program, description=description, allow_abbrev=False)
     parser.error = refuse  # argparse would print every flag there is
-    *parsed, rest = parser.parse_args_into_dataclasses(args=sys.argv[1:] if argv is None else argv, return_remaining_strings=True)
+    try:
+        *parsed, rest = parser.parse_args_into_dataclasses(args=sys.argv[1:] if argv is None else argv, return_remaining_strings=True)
+    except InputError:
+        raise
+    except ValueError as error:  # transformers' own, of arguments that do not go together
+        raise InputError(" ".join(str(error).split())) from error
     if rest:
         flags = [option for action in parser._actions for option in action.option_strings]
         close = difflib.get_close_matches(rest[0].split("=")[0], flags, n=1)
