@@ -482,6 +482,13 @@ def test_too_few_calibration_images(train, tmp_path, caplog):
     assert (results["true_positive_rate_at_threshold"], results["false_positive_rate_at_threshold"]) == (0, 0)
 
 
+def test_bf16_trains_the_dissolver_too(train, tmp_path):
+    """In one process accelerate knows one precision, which both trainings must therefore have."""
+    folder, _ = train(tmp_path / "run", "--dissolver", "diffusion", "--bf16", "true")
+    assert json.loads((folder / "checkpoint-4" / "training_args.json").read_text())["bf16"]
+    assert load_file(folder / "dissolver" / "unet" / "diffusion_pytorch_model.safetensors")["conv_in.weight"].isfinite().all()
+
+
 def test_fewer_images_than_a_batch_lower_it(train, tmp_path, caplog):
     folder, _ = train(tmp_path / "run", "--dissolver", "none", "--max_steps", 1, "--per_device_train_batch_size", 500)
     assert "the batch is lowered from 500 to 114" in caplog.text

@@ -563,7 +563,7 @@ def print_results(results: dict, args: AnomalyTrainingArguments) -> None:
 def denoising_arguments(
     args: AnomalyTrainingArguments, stage: str, *, learning_rate: float, batch_size: int, steps: int = -1, epochs: float = 0.0
 ) -> DenoisingTrainingArguments:
-    """Arguments for a stage before the detector's own training: the run's device, seed and logging, its own schedule and folder.
+    """Arguments for a stage before the detector's own training: the run's device, precision, seed and logging, its own schedule and folder.
 
     Args:
         stage: its checkpoints go to the folder <stage>-training of the run.
@@ -580,6 +580,8 @@ def denoising_arguments(
         save_strategy=args.save_strategy,
         disable_tqdm=args.disable_tqdm,
         use_cpu=args.use_cpu,
+        bf16=args.bf16,  # accelerate allows one precision a process
+        fp16=args.fp16,
         report_to=args.report_to,
         dataloader_num_workers=args.dataloader_num_workers,
     )
