@@ -81,8 +81,8 @@ def results_of(folder):
     return json.loads((folder / "eval_results.json").read_text())
 
 
-def learning_rate(folder):
-    return json.loads(next(folder.glob("checkpoint-*/training_args.json")).read_text())["learning_rate"]
+def training_arguments(folder):
+    return json.loads(next(folder.glob("checkpoint-*/training_args.json")).read_text())
 
 
 def save(path, array):
@@ -485,17 +485,17 @@ def test_too_few_calibration_images(train, tmp_path, caplog):
 def test_bf16_trains_the_dissolver_too(train, tmp_path):
     """In one process accelerate knows one precision, which both trainings must therefore have."""
     folder, _ = train(tmp_path / "run", "--dissolver", "diffusion", "--bf16", "true")
-    assert json.loads((folder / "checkpoint-4" / "training_args.json").read_text())["bf16"]
+    assert training_arguments(folder)["bf16"]
     assert load_file(folder / "dissolver" / "unet" / "diffusion_pytorch_model.safetensors")["conv_in.weight"].isfinite().all()
 
 
 def test_fewer_images_than_a_batch_lower_it(train, tmp_path, caplog):
     folder, _ = train(tmp_path / "run", "--dissolver", "none", "--max_steps", 1, "--per_device_train_batch_size", 500)
     assert "the batch is lowered from 500 to 114" in caplog.text
-    arguments = json.loads((folder / "checkpoint-1" / "training_args.json").read_text())
+    arguments = training_arguments(folder)
     assert arguments["per_device_train_batch_size"] == 114
     # From a pretrained encoder, as everywhere here that is not said otherwise.
-    assert (AutoModel.from_pretrained(folder).config.num_encoders, learning_rate(folder)) == (1, 1e-3)
+    assert (AutoModel.from_pretrained(folder).config.num_encoders, arguments["learning_rate"]) == (1, 1e-3)
 
 
 def test_colour_images_of_mixed_sizes_and_modes(train, tmp_path):
@@ -510,7 +510,7 @@ def test_colour_images_of_mixed_sizes_and_modes(train, tmp_path):
     folder, _ = train(tmp_path / "run", "--dataset_name", tmp_path / "colour", "--image_size", 12, "--dissolver_batch_size", 32)
     config = AutoModel.from_pretrained(folder).config
     assert (config.num_channels, config.image_size) == (3, 12)
-    assert (config.num_encoders, learning_rate(folder)) == (3, 1e-2)  # trained from scratch
+    assert (config.num_encoders, training_arguments(folder)["learning_rate"]) == (3, 1e-2)  # trained from scratch
     assert (results_of(folder)["num_normal"], results_of(folder)["num_anomalous"]) == (4, 4)
 
 

@@ -183,17 +183,17 @@ class CSIModel(_Encoder, AnomalyDetector):
         groups = [
             self._compared(encoder, encoder.encode(rows).unflatten(0, (batch_size, NUM_SHIFTS, num_views))) for encoder in self.encoders
         ]
-        return {name: torch.cat(parts, dim=1) for name, parts in zip(("features", "shift_logits"), zip(*groups, strict=True), strict=True)}
+        return {name: torch.cat([group[name] for group in groups], dim=1) for name in groups[0]}
 
     def _compared(self, encoder, features):
-        """What an encoder's part of the score is made of, features (B, K, d) and logits (B, K), of its penultimate features (B, K, n, width)."""
+        """An encoder's part of `view_features`, of its penultimate features (B, K, n, width)."""
         logits = encoder.shift_classifier(features).mean(2)
         vectors = features.mean(2).float()
         if self.config.score_features != "penultimate":
             projections = encoder.projection(features).mean(2).float()
             both = self.config.score_features == "both"
             vectors = torch.cat([F.normalize(v, dim=-1) for v in (projections, vectors)], dim=-1) if both else projections
-        return vectors, logits.diagonal(dim1=1, dim2=2).float()
+        return {"features": vectors, "shift_logits": logits.diagonal(dim1=1, dim2=2).float()}
 
     def reference_features(self, pixel_values):
         return self.view_features(pixel_values, self.fixed_views())
