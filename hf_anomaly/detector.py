@@ -71,6 +71,18 @@ class AnomalyDetectorConfig(PreTrainedConfig):
     """
 
     score_fields = ()  # the fields with which a trained detector scores otherwise, so that its calibration no longer holds
+    recorded_fields = (  # what saving, fitting and calibrating fill in: nobody chose it for the training
+        "hf_anomaly_version",
+        "transformers_version",
+        "architectures",
+        "auto_map",
+        "dtype",
+        "bank_size",
+        "num_reference_images",
+        "num_calibration_scores",
+        "anomaly_map_range",
+        "calibrated_for",
+    )
 
     image_size: int = 32
     num_channels: int = 1

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from hf_anomaly import AnomalyImageProcessor, CSIConfig, CSIModel, SmallResNetConfig, load_one_class
-from hf_anomaly.training.runs import evaluate_detector
+from hf_anomaly.training.evaluation import evaluate_detector
 
 SCRIPT = Path(__file__).parents[1] / "scripts" / "evaluate.py"
 

@@ -13,8 +13,8 @@ from sklearn.metrics import average_precision_score, balanced_accuracy_score, ro
 
 from hf_anomaly import AnomalyImageProcessor, CSIConfig, CSIModel, SharedAEConfig, SharedAEModel, SmallResNetConfig, load_one_class
 from hf_anomaly.metrics import bootstrap_intervals
+from hf_anomaly.training.evaluation import evaluate_detector
 from hf_anomaly.training.localization import evaluate_maps
-from hf_anomaly.training.runs import evaluate_detector
 
 SIZE = 16
 SIZES = [(20, 30), (20, 30), (24, 18), (20, 30), (16, 16), (30, 20)]  # of the test images; the last three are anomalous

@@ -28,7 +28,7 @@ from hf_anomaly.reproduction.cells import MEAN
 from hf_anomaly.reproduction.contrastive import DetectorLength
 from hf_anomaly.reproduction.costs import Cost, cost
 from hf_anomaly.reproduction.report import markdown, mean_and_std, plot
-from hf_anomaly.training.runs import write_scores
+from hf_anomaly.training.evaluation import write_scores
 
 SCRIPT = Path(__file__).parents[1] / "scripts" / "reproduce.py"
 

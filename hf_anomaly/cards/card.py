@@ -21,20 +21,6 @@ TEMPLATE = Path(__file__).with_name("template.md")
 DISSOLVER_TEMPLATE = Path(__file__).with_name("dissolver.md")
 PRETRAINING_TEMPLATE = Path(__file__).with_name("pretraining.md")
 
-_NO_SETTINGS = {  # fields of a configuration that nobody chose for the training
-    "hf_anomaly_version",
-    "transformers_version",
-    "architectures",
-    "dtype",
-    "bank_size",
-    "num_reference_images",
-    "num_calibration_scores",
-    "anomaly_map_range",
-    "calibrated_for",
-    "backbone_config",
-    "auto_map",
-}
-
 
 def plain(text: object) -> str:
     """User text (a dataset's name, a label) on one line, without what Markdown or HTML would act on."""
@@ -133,7 +119,8 @@ def write_card(
     config, known = model.config, results is not None
     results = results or {"reason": "the detector was not evaluated"}
     defaults = type(config)(image_size=config.image_size, num_channels=config.num_channels).to_dict()
-    changed = {k: v for k, v in config.to_dict().items() if k not in _NO_SETTINGS and not k.startswith("_") and defaults.get(k) != v}
+    hidden = {*config.recorded_fields, "backbone_config"}
+    changed = {k: v for k, v in config.to_dict().items() if k not in hidden and not k.startswith("_") and defaults.get(k) != v}
     name = folder.resolve().name
     card = ModelCard.from_template(
         DetectorCardData(config.model_type, name, results, license=license, dataset_id=dataset_id),

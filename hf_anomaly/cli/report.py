@@ -25,11 +25,12 @@ def run(argv: list[str]) -> None:
     import torch
 
     from ..data import load_unlabelled
+    from ..data.sources import dataset_label
     from ..errors import InputError
     from ..report import write_report
     from ..training import DataArguments, parse_arguments
     from ..training.commands.evaluate import load_for_evaluation
-    from ..training.runs import dataset_label, load_detector
+    from ..training.runs import load_detector
 
     @dataclass
     class ReportArguments:

@@ -445,3 +445,13 @@ def label_columns(split: datasets.Dataset | datasets.IterableDataset, label_colu
     named = [name for name in ("label", "labels") if name in split.column_names]
     classes = [name for name, feature in split.features.items() if isinstance(feature, datasets.ClassLabel)]
     return named or (classes if len(classes) == 1 else [])
+
+
+def dataset_label(source: str) -> str:
+    """A dataset's name for others to read: of a local path only the last part."""
+    return Path(source).resolve().name if Path(source).exists() else source
+
+
+def hub_dataset(source: str) -> str | None:
+    """A source's id on the Hub, if that is where it came from."""
+    return None if source == "digits" or Path(source).exists() else source

@@ -20,8 +20,8 @@ from ..errors import InputError
 from ..files import replacing
 from ..image_processing import to_eight_bit_image
 from ..metrics import bootstrap_intervals, image_metrics
+from ..training.evaluation import INTERVAL_CONFIDENCE
 from ..training.localization import evaluate_maps
-from ..training.runs import INTERVAL_CONFIDENCE
 from ..version import __version__
 from ..visualization import overlay_anomaly_map
 

@@ -24,6 +24,7 @@ from ..calibration import conformal_rank, conformal_threshold, drift_check
 from ..cards.card import shown_command
 from ..data import OneClassSplits, collate, load_one_class, prepare
 from ..data.recipes import RECIPES
+from ..data.sources import dataset_label
 from ..detector import AnomalyDetector
 from ..detectors.addp.configuration_addp import ADDPConfig
 from ..detectors.addp.modeling_addp import ADDPForPreTraining
@@ -38,7 +39,8 @@ from ..errors import InputError
 from ..files import replacing
 from ..image_processing import AnomalyImageProcessor
 from ..training import AnomalyTrainingArguments
-from ..training.runs import dataset_label, denoising_arguments, pretrain, train_detector, write_json
+from ..training.denoising import denoising_arguments, pretrain
+from ..training.runs import train_detector, write_json
 from .budgets import Training
 from .running import ABSENT, FINISHED, PENDING, part_of, quiet
 

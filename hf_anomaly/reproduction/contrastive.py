@@ -16,7 +16,8 @@ from ..detectors.csi.modeling_csi import CSIModel
 from ..detectors.dia.configuration_dia import DIAConfig
 from ..detectors.dia.modeling_dia import DIAModel
 from ..dissolving import DISSOLVERS, DiffusionDissolver, dissolve_dataset
-from ..training.runs import denoising_arguments, train_detector, train_dissolver
+from ..training.denoising import denoising_arguments, train_dissolver
+from ..training.runs import train_detector
 from .budgets import SCORES_FILE, CellData, Method, Training
 
 STEP_RANGES = tuple((low, low + 100) for low in range(30, 530, 100))  # of Table 2

@@ -21,7 +21,9 @@ from ..detectors.shared_ae.modeling_shared_ae import SharedAEModel
 from ..image_processing import AnomalyImageProcessor
 from ..metrics import image_metrics
 from ..training import AnomalyTrainingArguments
-from ..training.runs import denoising_arguments, pretrain, train_detector, write_scores
+from ..training.denoising import denoising_arguments, pretrain
+from ..training.evaluation import write_scores
+from ..training.runs import train_detector
 from . import baselines
 from .budgets import SCORES_FILE, CellData, Method, Training
 from .contrastive import CONTRASTIVE_METHODS

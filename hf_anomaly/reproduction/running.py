@@ -15,9 +15,10 @@ from pathlib import Path
 from accelerate import PartialState
 
 from ..data.recipes import RECIPES
+from ..data.sources import dataset_label
 from ..errors import InputError
 from ..image_processing import AnomalyImageProcessor
-from ..training.runs import dataset_label, write_json
+from ..training.runs import write_json
 from ..version import __version__
 from .budgets import BUDGETS, SCORES_FILE, CellData
 from .cells import Cell, Section, Table

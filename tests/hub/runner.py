@@ -38,7 +38,7 @@ if __name__ == "__main__":
     import diffusers  # noqa: F401
     from transformers import AutoConfig, AutoImageProcessor, AutoModel, Trainer  # noqa: F401
 
-    import hf_anomaly.training.runs  # noqa: F401
+    import hf_anomaly.training.denoising  # noqa: F401
 
     for line in sys.stdin:
         print(json.dumps(run_forked(json.loads(line)["code"])), flush=True)

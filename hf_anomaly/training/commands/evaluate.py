@@ -13,10 +13,12 @@ import torch
 from torch.utils.data import DataLoader
 
 from ...data import collate, decode_image
+from ...data.sources import dataset_label
 from ...errors import InputError
 from ...visualization import overlay_anomaly_map, write_image
 from .. import DataArguments, parse_arguments
-from ..runs import dataset_label, evaluate_detector, load_detector, load_splits, write_json
+from ..evaluation import evaluate_detector
+from ..runs import load_detector, load_splits, write_json
 
 logger = logging.getLogger(__name__)
 

@@ -12,21 +12,18 @@ from transformers import set_seed
 
 from ...backbones.pretrained import load_backbone_config
 from ...data import load_unlabelled
+from ...data.sources import dataset_label
 from ...detectors.addp.configuration_addp import ADDPConfig
 from ...detectors.addp.modeling_addp import ADDPForPreTraining, ADDPModel
 from ...errors import InputError
 from ...image_processing import AnomalyImageProcessor
 from .. import AnomalyTrainingArguments, DataArguments, check_checkpoint, check_same_run, parse_arguments
+from ..denoising import PRETRAINING_NOTES, denoising_arguments, load_pretraining, pretrain
 from ..runs import (
-    PRETRAINING_NOTES,
     check_push,
-    dataset_label,
     default_output_dir,
-    denoising_arguments,
     describe_run,
-    load_pretraining,
     load_splits,
-    pretrain,
     print_results,
     processor_for,
     push_result,

@@ -17,17 +17,8 @@ from ...detectors.dia.modeling_dia import DIAModel
 from ...dissolving import DISSOLVERS, DiffusionDissolver, Dissolver, dissolve_dataset
 from ...errors import InputError
 from .. import AnomalyTrainingArguments, DataArguments, check_checkpoint, check_same_run, parse_arguments
-from ..runs import (
-    check_push,
-    default_output_dir,
-    denoising_arguments,
-    describe_run,
-    load_splits,
-    print_results,
-    processor_for,
-    train_detector,
-    train_dissolver,
-)
+from ..denoising import denoising_arguments, train_dissolver
+from ..runs import check_push, default_output_dir, describe_run, load_splits, print_results, processor_for, train_detector
 
 logger = logging.getLogger(__name__)
 

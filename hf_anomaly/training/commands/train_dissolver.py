@@ -6,7 +6,8 @@ from pathlib import Path
 from ...data import collate, prepare
 from ...dissolving import dissolving_quality
 from .. import DataArguments, DenoisingTrainingArguments, parse_arguments
-from ..runs import default_output_dir, describe_run, load_splits, processor_for, train_dissolver
+from ..denoising import train_dissolver
+from ..runs import default_output_dir, describe_run, load_splits, processor_for
 
 MEASURED_IMAGES = 128  # held-out images on which the result is measured
 

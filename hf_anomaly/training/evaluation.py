@@ -1,0 +1,146 @@
+"""What a detector's results are: metrics, intervals and figures of an evaluation."""
+
+import copy
+import logging
+import os
+from collections.abc import Callable
+from itertools import islice
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch.utils.data import DataLoader
+
+from ..calibration import drift_check
+from ..cards import write_figures
+from ..data import OneClassSplits, collate, decode_image, prepare
+from ..data.sources import dataset_label
+from ..detector import AnomalyDetector
+from ..files import replacing
+from ..metrics import balanced_accuracy, bootstrap_intervals, image_metrics
+from ..visualization import overlay_anomaly_map
+from .localization import evaluate_maps
+
+logger = logging.getLogger(__name__)
+
+INTERVAL_CONFIDENCE = 0.95  # of the intervals in the results
+
+
+def evaluate_detector(model: AnomalyDetector, processor, splits: OneClassSplits, score: Callable, *, batch_size: int) -> dict:
+    """Results of a fitted detector, as `eval_results.json` holds them.
+
+    Args:
+        score: prepared dataset → (scores, labels).
+        batch_size: images whose maps are computed at once, where there are masks.
+
+    Returns:
+        `auroc`, `average_precision`, `fpr_at_95_tpr` and `f1_max` (None with `reason` where there is nothing to measure on); `auroc_interval` and
+        `average_precision_interval`, [low, high] with `interval_confidence` (see `bootstrap_intervals`); `num_normal`, `num_anomalous`; `division` (see
+        `Division`); for a calibrated detector the rates and the balanced accuracy at its threshold, and `drift_p_value`, of the normal images' scores
+        against those of calibration (see `drift_check`); and, where the test split has a column `mask` and the detector gives maps, what `evaluate_maps` finds.
+    """
+    results = dict.fromkeys(("auroc", "average_precision", "fpr_at_95_tpr", "f1_max"))
+    results |= {
+        "num_normal": 0,
+        "num_anomalous": 0,
+        "split_hash": splits.split_hash,
+        "dataset": dataset_label(splits.source),
+        "normal_label": splits.normal_label,
+        "division": splits.division.to_dict(),
+    }
+    if splits.test is None:
+        return results | {"reason": splits.test_missing_reason}
+    scores, labels = score(prepare(splits.test, processor))
+    results |= {"num_normal": int((labels == 0).sum()), "num_anomalous": int((labels == 1).sum())}
+    if splits.test_missing_reason:
+        results["reason"] = splits.test_missing_reason
+    elif len(labels.unique()) < 2:  # of a stream it is not known before
+        results["reason"] = f"all {len(labels)} images of the evaluation split are {'anomalies' if len(labels) and labels[0] else 'normal'}"
+    else:
+        results |= image_metrics(scores.numpy(), labels.numpy())
+        intervals = bootstrap_intervals(scores.numpy(), labels.numpy(), confidence=INTERVAL_CONFIDENCE)
+        results |= {f"{name}_interval": list(interval) for name, interval in intervals.items()}
+        results["interval_confidence"] = INTERVAL_CONFIDENCE
+    if model.calibration.is_calibrated:
+        flagged = model.is_anomalous(scores.to(model.device)).cpu()
+        for name, label in (("false_positive_rate", 0), ("true_positive_rate", 1)):
+            rate = flagged[labels == label].float().mean().item()
+            results[f"{name}_at_threshold"] = rate if (labels == label).any() else None
+        threshold = model.calibration.threshold.item()
+        results["balanced_accuracy_at_threshold"] = balanced_accuracy(scores.numpy(), labels.numpy(), threshold)
+        if (labels == 0).any():
+            results["drift_p_value"] = _check_drift(model, scores[labels == 0], results["false_positive_rate_at_threshold"])
+    if "mask" in (splits.test.column_names or ()):  # a stream's may be unknown
+        if model.supports_anomaly_maps:
+            results |= evaluate_maps(model, processor, splits.test, batch_size)
+        else:
+            logger.info("No pixel-level metrics, though there are masks: %s", model.unsupported_maps_reason)
+    return results
+
+
+def _check_drift(model: AnomalyDetector, scores: torch.Tensor, flagged: float) -> float:
+    """Warns if normal images with these scores are not like those that calibrated the detector."""
+    drift = drift_check(scores, model.calibration.scores)
+    if drift.p_value < 0.01:
+        logger.warning(
+            "These normal images score %s than those that calibrated the detector (Kolmogorov-Smirnov, p = %.2g), and %.1f %% of them are flagged "
+            "where %.3g %% were asked for: calibrate with images like these",
+            "higher" if drift.p_higher < drift.p_lower else "lower",
+            drift.p_value,
+            100 * flagged,
+            100 * model.config.false_positive_rate,
+        )
+    return drift.p_value
+
+
+@torch.no_grad()
+def bfloat16_agreement(model: AnomalyDetector, dataset, batch_size: int, num_images: int = 256) -> dict:
+    """How well a fitted detector cast to bfloat16 ranks images as it does in float32.
+
+    Args:
+        dataset: prepared images; `num_images` evenly spaced ones are taken, of a stream the first ones.
+
+    Returns:
+        `bfloat16_rank_correlation`, Spearman's, None where all scores are equal, and `bfloat16_num_images`.
+    """
+    from scipy.stats import spearmanr
+
+    if hasattr(dataset, "__len__"):
+        images = dataset.select(np.unique(np.linspace(0, len(dataset) - 1, min(len(dataset), num_images)).round().astype(int)))
+    else:
+        images = list(islice(dataset, num_images))
+    loader = DataLoader(images, batch_size=batch_size, collate_fn=collate)
+    scores = [detector.eval().score(loader, progress=False)[0] for detector in (model, copy.deepcopy(model).to(torch.bfloat16))]
+    varied = all(values.min() < values.max() for values in scores)
+    return {
+        "bfloat16_rank_correlation": float(spearmanr(*scores).statistic) if varied else None,
+        "bfloat16_num_images": len(images),
+    }
+
+
+def write_scores(path: Path, scores: np.ndarray, labels: np.ndarray) -> None:
+    """Writes scores (N,) and labels (N,) as `.npz`, whole or not at all."""
+    with replacing(path) as temporary, open(temporary, "wb") as file:
+        np.savez_compressed(file, scores=np.asarray(scores, dtype=np.float32), labels=np.asarray(labels, dtype=np.uint8))
+
+
+@torch.no_grad()
+def draw_figures(folder: str | os.PathLike, model: AnomalyDetector, processor, dataset, scores: torch.Tensor, labels: torch.Tensor) -> None:
+    """The card's figures of an evaluation, see `write_figures`; of each class the images with the lowest, the median and the highest score.
+
+    Args:
+        dataset: the evaluated images, unprepared, in the order of scores (N,) and labels (N,).
+    """
+    examples = []
+    for label in (0, 1):
+        rows = (labels == label).nonzero().flatten()
+        ranked = rows[scores[rows].argsort()].tolist()
+        for row in dict.fromkeys([ranked[0], ranked[len(ranked) // 2], ranked[-1]]):
+            image, overlay = decode_image(dataset[row]["image"], f"row {row}", processor.window), None
+            if model.supports_anomaly_maps and model.config.anomaly_map_range is not None:
+                pixel_values = processor(images=image, return_tensors="pt")["pixel_values"].to(model.device)
+                maps = model.eval()(pixel_values, output_anomaly_maps=True).anomaly_maps
+                overlay = overlay_anomaly_map(image, maps[0], value_range=model.config.anomaly_map_range)
+            examples.append((image, overlay, f"{('normal', 'anomalous')[label]}\nscore {scores[row]:.3g}"))
+    threshold = model.calibration.threshold.item() if model.calibration.is_calibrated else None
+    write_figures(folder, scores.numpy(), labels.numpy(), threshold=threshold, examples=examples)
