@@ -221,6 +221,8 @@ def test_arguments_reach_the_detector(train, tmp_path):
         0.08,
         "--num_test_views",
         3,
+        "--test_crop_scale",
+        0.6,
         "--score_features",
         "projection",
         "--score_whitening",
@@ -238,6 +240,7 @@ def test_arguments_reach_the_detector(train, tmp_path):
     assert config.num_encoders == 2
     assert (config.shift, config.temperature, config.similarity_design, config.loss_divisor) == ("perm", 0.2, "b", "views")
     assert (config.crop_scale, config.num_test_views, config.score_norm) == ([0.08, 1.0], 3, True)
+    assert config.test_crop_scale == [0.6, 0.6]
     assert config.false_positive_rate == 0.1
 
 

@@ -9,7 +9,7 @@ import torch
 from transformers import AutoModel, ResNetConfig
 
 from hf_anomaly import CSIConfig, CSIModel, SmallResNetConfig
-from hf_anomaly.ops.views import apply_views, crops_views
+from hf_anomaly.ops.views import View, apply_views, crops_views
 
 SIZE, K = 8, 4
 
@@ -21,6 +21,7 @@ def tiny(num_channels=1, **settings):
         "image_size": SIZE,
         "projection_size": 6,
         "test_views": "crops",
+        "test_crop_scale": 0.54,
         "num_test_views": 2,
         "score_features": "penultimate",
         "score_whitening": False,
@@ -241,6 +242,15 @@ def test_augmentations_as_test_views(channels, tmp_path):
     assert not torch.equal(loaded(queries).scores, model(queries).scores)
 
 
+@pytest.mark.parametrize(("scale", "low", "high"), [(0.54, 0.54, 0.54), ((0.3, 0.5), 0.3, 0.5)])
+def test_area_of_test_time_crops(scale, low, high):
+    views = tiny(test_views="augmentations", num_test_views=200, test_crop_scale=scale).fixed_views()
+    area = views[:, View.HALF_WIDTH] * views[:, View.HALF_HEIGHT]
+    torch.testing.assert_close(torch.stack(area.aminmax()), torch.tensor([low, high]), rtol=0, atol=0.01)
+    crops = tiny(test_crop_scale=scale).fixed_views()
+    assert torch.equal(crops, crops_views(2, (low + high) / 2))
+
+
 # Loss -------------------------------------------------------------------------------------------------------------------------
 
 
@@ -412,6 +422,8 @@ def test_load_backbone(tmp_path, refused):
         ({"color_jitter": (0.4, 0.4, 0.4, 0.6)}, ["color_jitter", "hue"]),
         ({"flip_probability": 1.5}, ["flip_probability"]),
         ({"test_crop_scale": 0}, ["test_crop_scale"]),
+        ({"test_crop_scale": (0.7, 0.5)}, ["test_crop_scale"]),
+        ({"test_crop_scale": (0.5, 0.6, 0.7)}, ["test_crop_scale"]),
         ({"num_test_views": 0}, ["num_test_views"]),
         ({"num_encoders": 0}, ["num_encoders"]),
         ({"num_encoders": 65}, ["num_encoders", "64"]),

@@ -34,7 +34,8 @@ class CSIConfig(AnomalyDetectorConfig):
         test_views: the fixed views at test time: `"augmentations"`, whole augmentations with crops of `test_crop_scale`, drawn once, as in the
             authors' code; or `"crops"`, the corners and the centre.
         num_test_views: how many; features are averaged over them.
-        test_crop_scale: area of a test-time crop.
+        test_crop_scale: area of a test-time crop, as a share of the image: a number, or two between which those of augmentations are drawn (`"crops"` have
+            the middle of the two). The authors take 0.54, the smallest that training sees, so that an enlarged normal image looks like none of its views.
         score_cosine, score_norm, score_shift_logit: the terms of Eq. 10 that enter the score: max cos(z, z_m), λ_sim·‖z‖, λ_cls·W_k·f_k, with z the
             `score_features`. Cosine and norm multiply where both are on; the norm needs unwhitened features of one kind.
         max_bank_size: at most so many training images are kept in the bank, a fixed random choice among more.
@@ -66,7 +67,7 @@ class CSIConfig(AnomalyDetectorConfig):
     num_test_views: int = 10
     score_features: Literal["projection", "penultimate", "both"] = "both"
     score_whitening: bool = True
-    test_crop_scale: float | int = 0.54
+    test_crop_scale: float | int | list | tuple = (0.54, 0.7)
     score_cosine: bool = True
     score_norm: bool = False
     score_shift_logit: bool = False
@@ -80,6 +81,8 @@ class CSIConfig(AnomalyDetectorConfig):
             stride = min(4, max(1, self.image_size // 14))
             self.backbone_config = SmallResNetConfig(num_channels=self.num_channels, hidden_sizes=(16, 32, 64, 128), stem_stride=stride)
         self.crop_scale, self.color_jitter = list(self.crop_scale), list(self.color_jitter)
+        scale = [self.test_crop_scale] if isinstance(self.test_crop_scale, float | int) else list(self.test_crop_scale)
+        self.test_crop_scale = scale * 2 if len(scale) == 1 else scale
         super().__post_init__(**kwargs)
 
     @classmethod
@@ -91,15 +94,15 @@ class CSIConfig(AnomalyDetectorConfig):
         check_channels(self.backbone_config, self.num_channels)
         if self.temperature <= 0:
             raise InputError(f"temperature must be positive, got {self.temperature}")
-        if len(self.crop_scale) != 2 or not 0 < self.crop_scale[0] <= self.crop_scale[1] <= 1:
-            raise InputError(f"crop_scale must be two numbers 0 < low ≤ high ≤ 1, got {list(self.crop_scale)}")
+        for name in ("crop_scale", "test_crop_scale"):
+            scale = getattr(self, name)
+            if len(scale) != 2 or not 0 < scale[0] <= scale[1] <= 1:
+                raise InputError(f"{name} must be two numbers 0 < low ≤ high ≤ 1, got {list(scale)}")
         if len(self.color_jitter) != 4 or min(self.color_jitter) < 0 or self.color_jitter[3] > 0.5:
             raise InputError(f"color_jitter must be four strengths ≥ 0, the last (hue) ≤ 0.5, got {list(self.color_jitter)}")
         for name in ("jitter_probability", "gray_probability", "flip_probability"):
             if not 0 <= getattr(self, name) <= 1:
                 raise InputError(f"{name} must be between 0 and 1, got {getattr(self, name)}")
-        if not 0 < self.test_crop_scale <= 1:
-            raise InputError(f"test_crop_scale must be in (0, 1], got {self.test_crop_scale}")
         if not (self.score_cosine or self.score_norm or self.score_shift_logit):
             raise InputError("score_cosine, score_norm and score_shift_logit are all off: the score needs at least one of them")
         if self.score_norm and (self.score_whitening or self.score_features == "both"):

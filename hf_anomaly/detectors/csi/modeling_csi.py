@@ -162,8 +162,8 @@ class CSIModel(_Encoder, AnomalyDetector):
         """The test-time views (n, P), the same for every image and every call."""
         config = self.config
         if config.test_views == "crops":
-            return crops_views(config.num_test_views, config.test_crop_scale)
-        return self._draw_views(config.num_test_views, [config.test_crop_scale] * 2, torch.Generator().manual_seed(0))
+            return crops_views(config.num_test_views, sum(config.test_crop_scale) / 2)
+        return self._draw_views(config.num_test_views, config.test_crop_scale, torch.Generator().manual_seed(0))
 
     def view_features(self, pixel_values: torch.Tensor, views: torch.Tensor) -> dict[str, torch.Tensor]:
         """The `score_features` (B, K, d) and the logit of the true shift (B, K), averaged over the test-time views (n, P).

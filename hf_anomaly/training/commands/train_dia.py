@@ -84,6 +84,9 @@ class DetectorArguments:
     crop_scale_min: float = field(default=0.54, metadata={"help": "Smallest area of a random crop."})
     test_views: str = field(default="augmentations", metadata={"help": "Fixed views at test time: augmentations or crops."})
     num_test_views: int = field(default=10, metadata={"help": "How many."})
+    test_crop_scale: list[float] = field(
+        default_factory=lambda: [0.54, 0.7], metadata={"help": "Areas between which their crops are drawn; the authors have 0.54 alone."}
+    )
     score_features: str = field(
         default="both", metadata={"help": "What Eq. 10 compares: projection, the head's features; penultimate, the encoder's; or both."}
     )
