@@ -33,6 +33,18 @@ def test_the_last_stage_is_the_default():
     assert model(torch.randn(2, 1, 8, 8), return_dict=False)[0][0].shape == alone.shape
 
 
+@pytest.mark.parametrize("channels", [1, 3])
+def test_the_order_in_memory_changes_nothing_but_the_speed(channels):
+    model = tiny(num_channels=channels, out_features=["stage1", "stage3"]).eval()
+    x = torch.randn(2, channels, 8, 8)
+    maps = model(x).feature_maps
+    assert all(m.is_contiguous(memory_format=torch.channels_last) for m in maps)
+    model.memory_format = torch.contiguous_format
+    for ours, plain in zip(maps, model(x).feature_maps, strict=True):
+        assert plain.is_contiguous()
+        torch.testing.assert_close(ours, plain)
+
+
 def test_blocks_add_to_a_shortcut():
     model = tiny().eval()
     block = model.stages[0][0]
