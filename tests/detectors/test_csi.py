@@ -423,6 +423,8 @@ def test_load_backbone(tmp_path, refused):
         ({"flip_probability": 1.5}, ["flip_probability"]),
         ({"test_crop_scale": 0}, ["test_crop_scale"]),
         ({"test_crop_scale": (0.7, 0.5)}, ["test_crop_scale"]),
+        ({"test_crop_scale": ["0.5", "0.7"]}, ["test_crop_scale"]),
+        ({"color_jitter": [0.4, None, 0.4, 0.1]}, ["color_jitter"]),
         ({"test_crop_scale": (0.5, 0.6, 0.7)}, ["test_crop_scale"]),
         ({"num_test_views": 0}, ["num_test_views"]),
         ({"num_encoders": 0}, ["num_encoders"]),

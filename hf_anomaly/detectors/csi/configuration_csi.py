@@ -96,9 +96,9 @@ class CSIConfig(AnomalyDetectorConfig):
             raise InputError(f"temperature must be positive, got {self.temperature}")
         for name in ("crop_scale", "test_crop_scale"):
             scale = getattr(self, name)
-            if len(scale) != 2 or not 0 < scale[0] <= scale[1] <= 1:
+            if len(scale) != 2 or not _are_numbers(scale) or not 0 < scale[0] <= scale[1] <= 1:
                 raise InputError(f"{name} must be two numbers 0 < low ≤ high ≤ 1, got {list(scale)}")
-        if len(self.color_jitter) != 4 or min(self.color_jitter) < 0 or self.color_jitter[3] > 0.5:
+        if len(self.color_jitter) != 4 or not _are_numbers(self.color_jitter) or min(self.color_jitter) < 0 or self.color_jitter[3] > 0.5:
             raise InputError(f"color_jitter must be four strengths ≥ 0, the last (hue) ≤ 0.5, got {list(self.color_jitter)}")
         for name in ("jitter_probability", "gray_probability", "flip_probability"):
             if not 0 <= getattr(self, name) <= 1:
@@ -118,3 +118,7 @@ class CSIConfig(AnomalyDetectorConfig):
                 raise InputError(f"{name} must be at most {most}, got {getattr(self, name)}")
         if not 0 <= self.bank_size <= self.max_bank_size:
             raise InputError(f"bank_size must be between 0 and max_bank_size ({self.max_bank_size}), got {self.bank_size}")
+
+
+def _are_numbers(values: list) -> bool:
+    return all(isinstance(value, float | int) for value in values)
