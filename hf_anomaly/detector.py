@@ -77,8 +77,6 @@ class AnomalyDetectorConfig(PreTrainedConfig):
         "architectures",
         "auto_map",
         "dtype",
-        "bank_size",
-        "num_reference_images",
         "num_calibration_scores",
         "anomaly_map_range",
         "calibrated_for",
@@ -137,6 +135,8 @@ class SelfContainedDetectorConfig(AnomalyDetectorConfig):
     Args:
         num_reference_images: how many images `fit_reference` saw; 0 before.
     """
+
+    recorded_fields = (*AnomalyDetectorConfig.recorded_fields, "num_reference_images")
 
     num_reference_images: int = 0
 
