@@ -48,18 +48,21 @@ def shifted(image, k, shift):
 
 @torch.no_grad()
 def slow_features(model, image, views):
-    """The features that the score compares, f_k, z_k or both, and W_k·f_k of one image, one view at a time."""
+    """The features that the score compares, of f_k, z_k and the deviation of f_k's map, and W_k·f_k of one image, one view at a time."""
     features, logits = [], []
     for k in range(K):
-        fs, zs, ls = [], [], []
+        fs, zs, ss, ls = [], [], [], []
         for view in views:
-            f = model.encode(apply_views(shifted(image, k, model.config.shift)[None], view[None]))
+            pixels = apply_views(shifted(image, k, model.config.shift)[None], view[None])
+            f = model.encode(pixels)
             fs.append(f[0].double().numpy())
             zs.append(model.projection(f)[0].double().numpy())
+            ss.append([np.std(channel) for channel in model.backbone(pixels).feature_maps[-1][0].double().numpy()])
             ls.append(model.shift_classifier(f)[0, k].double().item())
-        f, z = np.mean(fs, axis=0), np.mean(zs, axis=0)
-        both = np.concatenate([z / np.linalg.norm(z), f / np.linalg.norm(f)])
-        features.append({"penultimate": f, "projection": z, "both": both}[model.config.score_features])
+        f, z, s = (np.mean(vectors, axis=0) for vectors in (fs, zs, ss))
+        unit = [vector / np.linalg.norm(vector) for vector in (z, f, s)]
+        both, everything = np.concatenate(unit[:2]), np.concatenate(unit)
+        features.append({"penultimate": f, "projection": z, "both": both, "all": everything}[model.config.score_features])
         logits.append(np.mean(ls))
     return features, logits
 
@@ -122,7 +125,7 @@ def test_score_is_equation_10(cosine, norm, logit, shift, features):
 
 @pytest.mark.parametrize("whitening", [True, False])
 @pytest.mark.parametrize("logit", [True, False])
-@pytest.mark.parametrize("features", ["projection", "penultimate", "both"])
+@pytest.mark.parametrize("features", ["projection", "penultimate", "both", "all"])
 def test_score_of_whitened_features(features, whitening, logit):
     model = tiny(score_features=features, score_whitening=whitening, score_shift_logit=logit).eval()
     bank, queries = images(20), images(4, seed=1)
@@ -145,7 +148,10 @@ def test_whitened_bank_is_not_read_as_another(tmp_path, refused):
         CSIModel.from_pretrained(tmp_path, score_whitening=False)
 
 
-@pytest.mark.parametrize("settings", [{"score_whitening": True}, {"score_features": "both", "score_whitening": False}])
+@pytest.mark.parametrize(
+    "settings",
+    [{"score_whitening": True}, {"score_features": "both", "score_whitening": False}, {"score_features": "all", "score_whitening": False}],
+)
 def test_the_norm_needs_features_as_they_are(settings, refused):
     with refused("score_norm", "score_whitening", "score_features"):
         tiny(score_norm=True, **settings)
@@ -177,7 +183,7 @@ def test_training_images_score_best():
 # Reference --------------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("score_features", "width"), [("penultimate", 8), ("projection", 6)])
+@pytest.mark.parametrize(("score_features", "width"), [("penultimate", 8), ("projection", 6), ("both", 14), ("all", 22)])
 def test_bank_holds_normalised_features_in_dataset_order(score_features, width):
     model = tiny(score_features=score_features).eval()
     x = images(5)
@@ -358,7 +364,7 @@ def test_an_ensemble_trains_as_its_encoders_would_alone():
 
 
 @pytest.mark.parametrize(
-    "settings", [{"score_features": "both", "score_whitening": True}, {"score_features": "projection", "score_norm": True}]
+    "settings", [{"score_features": "all", "score_whitening": True}, {"score_features": "projection", "score_norm": True}]
 )
 def test_an_ensembles_score_is_the_mean_of_its_encoders_scores(settings, tmp_path):
     model, x = tiny(num_encoders=3, **settings).eval(), images(5, seed=1)
@@ -441,7 +447,7 @@ def test_config_values_out_of_range(settings, words, refused):
 
 def test_a_file_that_lacks_fields_of_the_score_has_the_printed_one():
     new = CSIConfig()
-    assert (new.score_features, new.score_whitening) == ("both", True)
+    assert (new.score_features, new.score_whitening) == ("all", True)
     old = {name: value for name, value in new.to_dict().items() if name not in ("score_features", "score_whitening")}
     assert (CSIConfig.from_dict(old).score_features, CSIConfig.from_dict(old).score_whitening) == ("projection", False)
     assert CSIConfig.from_dict(new.to_dict()).to_dict() == new.to_dict()

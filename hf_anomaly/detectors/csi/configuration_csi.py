@@ -18,9 +18,10 @@ class CSIConfig(AnomalyDetectorConfig):
         backbone_config: any `AutoBackbone` configuration, as an object or a dict with `model_type`; default a `SmallResNetConfig` for `image_size`.
         num_encoders: encoders with heads of their own, trained side by side on the same views; their scores are averaged. Each costs the time of one.
         projection_size: width of z, the output of the projection head, which the contrastive loss compares.
-        score_features: what Eq. 10 compares at test time: `"projection"`, the head's z, as printed; `"penultimate"`, the encoder's features f; or `"both"`,
-            one after the other, each of length 1. The head drops what its loss has no use for (Chen et al., arXiv 2002.05709, section 4.2), in which an
-            anomaly may show, or only a change of the camera. Files that lack the field mean `"projection"`.
+        score_features: what Eq. 10 compares at test time: `"projection"`, the head's z, as printed; `"penultimate"`, the encoder's features f, its last map's
+            mean over space; `"both"`; or `"all"`, these two and the map's standard deviation over space. Several are concatenated, each of length 1. The
+            head drops what its loss has no use for (Chen et al., arXiv 2002.05709, section 4.2), in which an anomaly may show, or only a change of the
+            camera; the mean drops how unevenly a feature is spread. Files that lack the field mean `"projection"`.
         score_whitening: the similarity to the nearest training image is not its cosine but −‖W(u − u_m)‖, where u are features of length 1 and W whitens
             those of the training images (`fit_whitening`): directions in which normal images differ anyway count less. Files that lack the field mean False.
         shift: the shifting transformations S_k: `"rotate"` by 0/90/180/270° or `"perm"`, the halves swapped.
@@ -66,7 +67,7 @@ class CSIConfig(AnomalyDetectorConfig):
     flip_probability: float | int = 0.5
     test_views: Literal["crops", "augmentations"] = "augmentations"
     num_test_views: int = 10
-    score_features: Literal["projection", "penultimate", "both"] = "both"
+    score_features: Literal["projection", "penultimate", "both", "all"] = "all"
     score_whitening: bool = True
     test_crop_scale: float | int | list | tuple = (0.54, 0.7)
     score_cosine: bool = True
@@ -85,6 +86,13 @@ class CSIConfig(AnomalyDetectorConfig):
         scale = [self.test_crop_scale] if isinstance(self.test_crop_scale, float | int) else list(self.test_crop_scale)
         self.test_crop_scale = scale * 2 if len(scale) == 1 else scale
         super().__post_init__(**kwargs)
+
+    @property
+    def compared_features(self) -> tuple[str, ...]:
+        """The kinds of features that `score_features` names, in the order in which they are concatenated."""
+        return {"both": ("projection", "penultimate"), "all": ("projection", "penultimate", "deviation")}.get(
+            self.score_features, (self.score_features,)
+        )
 
     @classmethod
     def from_dict(cls, config_dict, **kwargs):
@@ -106,7 +114,7 @@ class CSIConfig(AnomalyDetectorConfig):
                 raise InputError(f"{name} must be between 0 and 1, got {getattr(self, name)}")
         if not (self.score_cosine or self.score_norm or self.score_shift_logit):
             raise InputError("score_cosine, score_norm and score_shift_logit are all off: the score needs at least one of them")
-        if self.score_norm and (self.score_whitening or self.score_features == "both"):
+        if self.score_norm and (self.score_whitening or len(self.compared_features) > 1):
             raise InputError(
                 "score_norm needs features as they are: set score_whitening to False, and score_features to 'projection' or 'penultimate' "
                 f"(got {self.score_features!r})"

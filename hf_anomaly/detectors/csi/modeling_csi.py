@@ -49,9 +49,13 @@ class _Encoder:
         self.projection = nn.Sequential(nn.Linear(width, width), nn.ReLU(), nn.Linear(width, config.projection_size))
         self.shift_classifier = nn.Linear(width, NUM_SHIFTS)
 
+    def feature_map(self, pixel_values: torch.Tensor) -> torch.Tensor:
+        """The backbone's last map (N, width, h, w)."""
+        return self.backbone(pixel_values).feature_maps[-1]
+
     def encode(self, pixel_values: torch.Tensor) -> torch.Tensor:
-        """Penultimate features (N, width): the backbone's last map, averaged over space."""
-        return self.backbone(pixel_values).feature_maps[-1].mean((-2, -1))
+        """Penultimate features (N, width): the last map, averaged over space."""
+        return self.feature_map(pixel_values).mean((-2, -1))
 
 
 class _FurtherEncoder(_Encoder, nn.Module):
@@ -104,8 +108,8 @@ class CSIModel(_Encoder, AnomalyDetector):
     @property
     def score_width(self) -> int:
         """Width of the features that the score compares."""
-        projection, penultimate = self.config.projection_size, self.backbone.channels[-1]
-        return {"projection": projection, "penultimate": penultimate, "both": projection + penultimate}[self.config.score_features]
+        widths = {"projection": self.config.projection_size}
+        return sum(widths.get(kind, self.backbone.channels[-1]) for kind in self.config.compared_features)
 
     # Training -----------------------------------------------------------------------------------------------------------------
 
@@ -181,19 +185,20 @@ class CSIModel(_Encoder, AnomalyDetector):
         rows = shifted.transpose(0, 1).unsqueeze(2).expand(-1, -1, num_views, -1, -1, -1).flatten(0, 2)
         rows = apply_views(rows, views.to(rows.device).repeat(batch_size * NUM_SHIFTS, 1))
         groups = [
-            self._compared(encoder, encoder.encode(rows).unflatten(0, (batch_size, NUM_SHIFTS, num_views))) for encoder in self.encoders
+            self._compared(encoder, encoder.feature_map(rows).unflatten(0, (batch_size, NUM_SHIFTS, num_views)))
+            for encoder in self.encoders
         ]
         return {name: torch.cat([group[name] for group in groups], dim=1) for name in groups[0]}
 
-    def _compared(self, encoder, features):
-        """An encoder's part of `view_features`, of its penultimate features (B, K, n, width)."""
+    def _compared(self, encoder, maps):
+        """An encoder's part of `view_features`, of its last maps (B, K, n, width, h, w)."""
+        features = maps.mean((-2, -1))
         logits = encoder.shift_classifier(features).mean(2)
-        vectors = features.mean(2).float()
-        if self.config.score_features != "penultimate":
-            projections = encoder.projection(features).mean(2).float()
-            both = self.config.score_features == "both"
-            vectors = torch.cat([F.normalize(v, dim=-1) for v in (projections, vectors)], dim=-1) if both else projections
-        return {"features": vectors, "shift_logits": logits.diagonal(dim1=1, dim2=2).float()}
+        kinds = {"projection": encoder.projection(features), "penultimate": features, "deviation": maps.std((-2, -1), correction=0)}
+        vectors = [kinds[kind].mean(2).float() for kind in self.config.compared_features]
+        if len(vectors) > 1:
+            vectors = [F.normalize(v, dim=-1) for v in vectors]
+        return {"features": torch.cat(vectors, dim=-1), "shift_logits": logits.diagonal(dim1=1, dim2=2).float()}
 
     def reference_features(self, pixel_values):
         return self.view_features(pixel_values, self.fixed_views())

@@ -88,7 +88,11 @@ class DetectorArguments:
         default_factory=lambda: [0.54, 0.7], metadata={"help": "Areas between which their crops are drawn; the authors have 0.54 alone."}
     )
     score_features: str = field(
-        default="both", metadata={"help": "What Eq. 10 compares: projection, the head's features; penultimate, the encoder's; or both."}
+        default="all",
+        metadata={
+            "help": "What Eq. 10 compares: projection, the head's features; penultimate, the encoder's; both; or all, these and how unevenly the encoder's "
+            "are spread over the image."
+        },
     )
     score_whitening: bool = field(
         default=True, metadata={"help": "Compare by the distance between whitened features; false: by their cosine, as printed."}
