@@ -498,7 +498,8 @@ def test_fewer_images_than_a_batch_lower_it(train, tmp_path, caplog):
     arguments = training_arguments(folder)
     assert arguments["per_device_train_batch_size"] == 114
     # From a pretrained encoder, as everywhere here that is not said otherwise.
-    assert (AutoModel.from_pretrained(folder).config.num_encoders, arguments["learning_rate"]) == (1, 1e-3)
+    config = AutoModel.from_pretrained(folder).config
+    assert (config.num_encoders, config.score_features, arguments["learning_rate"]) == (1, "both", 1e-3)
 
 
 def test_colour_images_of_mixed_sizes_and_modes(train, tmp_path):
@@ -513,7 +514,8 @@ def test_colour_images_of_mixed_sizes_and_modes(train, tmp_path):
     folder, _ = train(tmp_path / "run", "--dataset_name", tmp_path / "colour", "--image_size", 12, "--dissolver_batch_size", 32)
     config = AutoModel.from_pretrained(folder).config
     assert (config.num_channels, config.image_size) == (3, 12)
-    assert (config.num_encoders, training_arguments(folder)["learning_rate"]) == (3, 1e-2)  # trained from scratch
+    chosen = (config.num_encoders, config.score_features, training_arguments(folder)["learning_rate"])
+    assert chosen == (3, "all", 1e-2)  # trained from scratch
     assert (results_of(folder)["num_normal"], results_of(folder)["num_anomalous"]) == (4, 4)
 
 

@@ -87,11 +87,11 @@ class DetectorArguments:
     test_crop_scale: list[float] = field(
         default_factory=lambda: [0.54, 0.7], metadata={"help": "Areas between which their crops are drawn; the authors have 0.54 alone."}
     )
-    score_features: str = field(
-        default="all",
+    score_features: str | None = field(
+        default=None,
         metadata={
             "help": "What Eq. 10 compares: projection, the head's features; penultimate, the encoder's; both; or all, these and how unevenly the encoder's "
-            "are spread over the image."
+            "are spread over the image. Default: all; both with --backbone, whose features are many."
         },
     )
     score_whitening: bool = field(
@@ -104,6 +104,8 @@ class DetectorArguments:
     def __post_init__(self):
         if self.num_encoders is None:
             self.num_encoders = 3 if self.backbone is None else 1
+        if self.score_features is None:  # whitening takes the square of their number
+            self.score_features = "all" if self.backbone is None else "both"
 
 
 @dataclass
