@@ -23,7 +23,8 @@ class CSIConfig(AnomalyDetectorConfig):
             head drops what its loss has no use for (Chen et al., arXiv 2002.05709, section 4.2), in which an anomaly may show, or only a change of the
             camera; the mean drops how unevenly a feature is spread. Files that lack the field mean `"projection"`.
         score_whitening: the similarity to the nearest training image is not its cosine but −‖W(u − u_m)‖, where u are features of length 1 and W whitens
-            those of the training images (`fit_whitening`): directions in which normal images differ anyway count less. Files that lack the field mean False.
+            those of the training images (`fit_whitening`): directions in which normal images differ anyway count less. W takes the square of the features'
+            number in memory, for each shift and encoder. Files that lack the field mean False.
         shift: the shifting transformations S_k: `"rotate"` by 0/90/180/270° or `"perm"`, the halves swapped.
         temperature: τ of Eq. 6.
         shift_loss_weight: λ of Eq. 9.
