@@ -9,6 +9,13 @@ from ...backbones.pretrained import check_channels
 from ...detector import AnomalyDetectorConfig
 from ...errors import InputError
 
+_COMPARED = {
+    "projection": ("projection",),
+    "penultimate": ("penultimate",),
+    "both": ("projection", "penultimate"),
+    "all": ("projection", "penultimate", "deviation"),
+}
+
 
 @strict
 class CSIConfig(AnomalyDetectorConfig):
@@ -91,9 +98,7 @@ class CSIConfig(AnomalyDetectorConfig):
     @property
     def compared_features(self) -> tuple[str, ...]:
         """The kinds of features that `score_features` names, in the order in which they are concatenated."""
-        return {"both": ("projection", "penultimate"), "all": ("projection", "penultimate", "deviation")}.get(
-            self.score_features, (self.score_features,)
-        )
+        return _COMPARED[self.score_features]
 
     @classmethod
     def from_dict(cls, config_dict, **kwargs):

@@ -108,8 +108,9 @@ class CSIModel(_Encoder, AnomalyDetector):
     @property
     def score_width(self) -> int:
         """Width of the features that the score compares."""
-        widths = {"projection": self.config.projection_size}
-        return sum(widths.get(kind, self.backbone.channels[-1]) for kind in self.config.compared_features)
+        width = self.backbone.channels[-1]
+        widths = {"projection": self.config.projection_size, "penultimate": width, "deviation": width}
+        return sum(widths[kind] for kind in self.config.compared_features)
 
     # Training -----------------------------------------------------------------------------------------------------------------
 
@@ -194,8 +195,12 @@ class CSIModel(_Encoder, AnomalyDetector):
         """An encoder's part of `view_features`, of its last maps (B, K, n, width, h, w)."""
         features = maps.mean((-2, -1))
         logits = encoder.shift_classifier(features).mean(2)
-        kinds = {"projection": encoder.projection(features), "penultimate": features, "deviation": maps.std((-2, -1), correction=0)}
-        vectors = [kinds[kind].mean(2).float() for kind in self.config.compared_features]
+        kinds = {
+            "projection": lambda: encoder.projection(features),
+            "penultimate": lambda: features,
+            "deviation": lambda: maps.std((-2, -1), correction=0),
+        }
+        vectors = [kinds[kind]().mean(2).float() for kind in self.config.compared_features]
         if len(vectors) > 1:
             vectors = [F.normalize(v, dim=-1) for v in vectors]
         return {"features": torch.cat(vectors, dim=-1), "shift_logits": logits.diagonal(dim1=1, dim2=2).float()}
