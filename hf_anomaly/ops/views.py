@@ -33,6 +33,7 @@ class View(IntEnum):
 _GEOMETRY = slice(View.FLIP, View.BRIGHTNESS)
 _COLOR = slice(View.BRIGHTNESS, len(View))
 _IDENTITY = (0.0, 0.0, 0.0, 1.0, 1.0, 1.0, 1.0, 1.0, 0.0, 0.0)
+_CHUNK_SIZE = 2**20  # numbers that are changed at once: with temporaries of many times that, 224 px take a CPU three times as long
 
 
 def identity_views(n: int, device: torch.device | str | None = None) -> Tensor:
@@ -158,6 +159,11 @@ def apply_views(pixel_values: Tensor, views: Tensor) -> Tensor:
         raise InputError(
             f"views: shape {tuple(views.shape)} does not fit images {tuple(pixel_values.shape)}; pass (N, {len(View)}) and (N, C, H, W)"
         )
+    rows = max(1, _CHUNK_SIZE // max(1, pixel_values[:1].numel()))
+    return torch.cat([_apply(*chunk) for chunk in zip(pixel_values.split(rows), views.split(rows), strict=True)])
+
+
+def _apply(pixel_values: Tensor, views: Tensor) -> Tensor:
     dtype = torch.promote_types(pixel_values.dtype, torch.float32)
     x, views = pixel_values.to(dtype), views.to(pixel_values.device, dtype)
     identity = views.new_tensor(_IDENTITY)
@@ -192,7 +198,6 @@ def _color(y: Tensor, views: Tensor) -> Tensor:
     from kornia.enhance import (
         adjust_brightness_accumulative,
         adjust_contrast_with_mean_subtraction,
-        adjust_hue,
         adjust_saturation_with_gray_subtraction,
     )
 
@@ -201,11 +206,21 @@ def _color(y: Tensor, views: Tensor) -> Tensor:
     if y.shape[1] != 3:
         return y
     y = adjust_saturation_with_gray_subtraction(y, views[:, View.SATURATION])
-    # The round trip through HSV costs more than all the rest: only where it is asked for.
     shifted = views[:, View.HUE].nonzero().squeeze(1)
     if len(shifted):
-        y = y.index_copy(0, shifted, adjust_hue(y[shifted], 2 * math.pi * views[shifted, View.HUE]).clamp(0, 1))
+        y = y.index_copy(0, shifted, _shift_hue(y[shifted], views[shifted, View.HUE]))
     return torch.where(views[:, View.GRAY, None, None, None] > 0, rgb_to_grayscale(y), y)
+
+
+def _shift_hue(y: Tensor, turns: Tensor) -> Tensor:
+    """Hue of y (N, 3, H, W) in [0, 1] shifted in HSV by `turns` (N,) of the colour circle. Kornia's way through an HSV image takes twice the time."""
+    red, green, blue = y.unbind(1)
+    value = y.amax(1)
+    chroma = value - y.amin(1)
+    sector = torch.where(value == green, blue - red + 2 * chroma, red - green + 4 * chroma)
+    hue = torch.where(value == red, green - blue, sector) / chroma.clamp(min=1e-12) + 6 * turns[:, None, None]  # in sixths of a turn
+    k = (y.new_tensor([5, 3, 1])[:, None, None] + hue[:, None]) % 6  # of red, green, blue
+    return (value[:, None] - chroma[:, None] * torch.minimum(k, 4 - k).clamp_(0, 1)).clamp_(0, 1)
 
 
 def _check_range(name: str, limits: tuple[float, float], low: float, high: float, open_low: bool = False) -> None:

@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 import torch
 
+import hf_anomaly.ops.views
 from hf_anomaly.errors import InputError
 from hf_anomaly.ops.views import View, apply_views, crops_views, draw_views, identity_views
 
@@ -139,6 +140,15 @@ def test_independent_of_batch_companions_and_order(channels):
     torch.testing.assert_close(together, alone, rtol=0, atol=1e-6)
     order = torch.randperm(9, generator=torch.Generator().manual_seed(2))
     torch.testing.assert_close(apply_views(x[order], views[order]), together[order], rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("size", [1, 2 * 3 * 6 * 6])  # one image at once; two, so that one is left over
+def test_in_pieces_as_at_once(monkeypatch, size):
+    x, views = random_images(5, 3, 6, 6), random_views(5)
+    at_once = apply_views(x, views)
+    monkeypatch.setattr(hf_anomaly.ops.views, "_CHUNK_SIZE", size)
+    torch.testing.assert_close(apply_views(x, views), at_once, rtol=0, atol=1e-6)
+    assert apply_views(x[:0], views[:0]).shape == (0, 3, 6, 6)
 
 
 def test_half_precision_is_computed_in_float32():
