@@ -90,7 +90,7 @@ def test_wrong_config(settings, refused):
         SmallResNetConfig(**{"hidden_sizes": [8, 12, 16], "depths": [1, 2, 1], **settings})
 
 
-@pytest.mark.parametrize("stride", [1, 2, 3, 4, 8])
+@pytest.mark.parametrize("stride", [1, 2, 3, 4, 8, 16])
 def test_no_pixel_is_skipped(stride):
     model = tiny(stem_stride=stride).eval()
     x = torch.randn(1, 1, 32, 32, requires_grad=True)

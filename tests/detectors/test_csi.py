@@ -388,6 +388,12 @@ def resnet_config(**settings):
     )
 
 
+@pytest.mark.parametrize(("size", "first_map"), [(13, 13), (28, 14), (64, 16), (224, 14)])
+def test_the_default_encoder_costs_alike_at_every_size(size, first_map):
+    backbone = CSIModel(CSIConfig(image_size=size)).backbone.eval()
+    assert backbone.stem(torch.zeros(1, 1, size, size)).shape[-2:] == (first_map, first_map)
+
+
 @pytest.mark.parametrize("as_dict", [False, True])
 def test_any_auto_backbone_is_an_encoder(as_dict, tmp_path):
     backbone = resnet_config().to_dict() if as_dict else resnet_config()

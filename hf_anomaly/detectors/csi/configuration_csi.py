@@ -87,8 +87,8 @@ class CSIConfig(AnomalyDetectorConfig):
 
     def __post_init__(self, **kwargs):
         if self.backbone_config is None:
-            # At 28 to 64 px the first stage works at 14 to 16 px: at 28 px a quarter of the time of stride 1.
-            stride = min(4, max(1, self.image_size // 14))
+            # From 28 px on the first stage works at 14 to 21 px whatever the size: at 28 px a quarter of the time of stride 1.
+            stride = max(1, self.image_size // 14)
             self.backbone_config = SmallResNetConfig(num_channels=self.num_channels, hidden_sizes=(16, 32, 64, 128), stem_stride=stride)
         self.crop_scale, self.color_jitter = list(self.crop_scale), list(self.color_jitter)
         scale = [self.test_crop_scale] if isinstance(self.test_crop_scale, float | int) else list(self.test_crop_scale)
