@@ -159,7 +159,7 @@ def apply_views(pixel_values: Tensor, views: Tensor) -> Tensor:
         raise InputError(
             f"views: shape {tuple(views.shape)} does not fit images {tuple(pixel_values.shape)}; pass (N, {len(View)}) and (N, C, H, W)"
         )
-    rows = max(1, _CHUNK_SIZE // max(1, pixel_values[:1].numel()))
+    rows = max(1, _CHUNK_SIZE // pixel_values.shape[1:].numel())
     return torch.cat([_apply(*chunk) for chunk in zip(pixel_values.split(rows), views.split(rows), strict=True)])
 
 
