@@ -15,7 +15,8 @@ class SmallResNetConfig(BackboneConfigMixin, PreTrainedConfig):
         num_channels: channels of the images.
         hidden_sizes: width of each stage; each but the first halves the resolution.
         depths: basic blocks of each stage.
-        stem_stride: stride s of the first convolution, whose kernel is max(3, 2s − 1); 1 is the CIFAR stem, 4 covers what ImageNet's stem does.
+        stem_stride: stride s of the first convolution; 1 is the CIFAR stem, 4 covers what ImageNet's stem does. Its kernel is max(3, 2s − 1) up to 4, half
+            as wide again as the stride beyond.
         norm: `"batch"`, or `"group"` (8 groups or fewer), which keeps no batch statistics.
     """
 

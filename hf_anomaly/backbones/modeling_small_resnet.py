@@ -10,6 +10,15 @@ from .configuration_small_resnet import SmallResNetConfig
 from .layers import norm_layer
 
 
+def stem_window(stride: int) -> tuple[int, int]:
+    """Kernel and padding of the stem. Windows overlap and no pixel between them is skipped; beyond a stride of 4 they overlap less, for speed."""
+    if stride <= 4:
+        kernel = max(3, 2 * stride - 1)
+        return kernel, kernel // 2
+    margin = -(-stride // 4)
+    return stride + 2 * margin, margin
+
+
 class BasicBlock(nn.Module):
     def __init__(self, config: SmallResNetConfig, in_channels: int, out_channels: int, stride: int):
         super().__init__()
@@ -43,9 +52,9 @@ class SmallResNetBackbone(BackboneMixin, PreTrainedModel):
         widths = [config.hidden_sizes[0], *config.hidden_sizes]
         self.num_features = widths
         stride = config.stem_stride
-        kernel = max(3, 2 * stride - 1)  # grows with the stride: windows overlap, no pixel is skipped
+        kernel, padding = stem_window(stride)
         self.stem = nn.Sequential(
-            nn.Conv2d(config.num_channels, widths[0], kernel, stride, kernel // 2, bias=False),
+            nn.Conv2d(config.num_channels, widths[0], kernel, stride, padding, bias=False),
             norm_layer(config.norm, widths[0]),
             nn.ReLU(inplace=True),
         )

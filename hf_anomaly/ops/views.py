@@ -6,6 +6,7 @@ its columns.
 """
 
 import math
+from collections.abc import Callable
 from enum import IntEnum
 
 import torch
@@ -161,6 +162,22 @@ def apply_views(pixel_values: Tensor, views: Tensor) -> Tensor:
         )
     rows = max(1, _CHUNK_SIZE // pixel_values.shape[1:].numel())
     return torch.cat([_apply(*chunk) for chunk in zip(pixel_values.split(rows), views.split(rows), strict=True)])
+
+
+def apply_shifted_views(pixel_values: Tensor, views: Tensor, shift: Callable[[Tensor], Tensor]) -> Tensor:
+    """`apply_views` to the shifted images S_k(x), which are made a few at a time: to write all of them to memory first costs as much as to view them.
+
+    Args:
+        pixel_values: (N, C, H, W) in [−1, 1].
+        views: (K, N, 10), a row for each shift of each image.
+        shift: of `ops.shifts`: (B, C, H, W) → (K, B, C, H, W).
+
+    Returns:
+        (K, N, C, H, W) in [−1, 1], of the dtype of `pixel_values`.
+    """
+    rows = max(1, _CHUNK_SIZE // (len(views) * pixel_values.shape[1:].numel()))
+    chunks = zip(pixel_values.split(rows), views.split(rows, dim=1), strict=True)
+    return torch.cat([apply_views(shift(x).flatten(0, 1), v.flatten(0, 1)).unflatten(0, v.shape[:2]) for x, v in chunks], dim=1)
 
 
 def _apply(pixel_values: Tensor, views: Tensor) -> Tensor:

@@ -7,7 +7,8 @@ import torch
 
 import hf_anomaly.ops.views
 from hf_anomaly.errors import InputError
-from hf_anomaly.ops.views import View, apply_views, crops_views, draw_views, identity_views
+from hf_anomaly.ops.shifts import perm, rotate
+from hf_anomaly.ops.views import View, apply_shifted_views, apply_views, crops_views, draw_views, identity_views
 
 
 def random_images(n, channels=3, height=16, width=16, dtype=torch.float32):
@@ -149,6 +150,15 @@ def test_in_pieces_as_at_once(monkeypatch, size):
     monkeypatch.setattr(hf_anomaly.ops.views, "_CHUNK_SIZE", size)
     torch.testing.assert_close(apply_views(x, views), at_once, rtol=0, atol=1e-6)
     assert apply_views(x[:0], views[:0]).shape == (0, 3, 6, 6)
+
+
+@pytest.mark.parametrize("shift", [rotate, perm])
+@pytest.mark.parametrize("size", [1, 4 * 2 * 3 * 6 * 6, 2**20])  # one image with its shifts at once; two, so that one is left over; all
+def test_shifted_in_pieces_as_at_once(monkeypatch, size, shift):
+    x, views = random_images(5, 3, 6, 6), random_views(4 * 5)
+    at_once = apply_views(shift(x).flatten(0, 1), views).unflatten(0, (4, 5))
+    monkeypatch.setattr(hf_anomaly.ops.views, "_CHUNK_SIZE", size)
+    torch.testing.assert_close(apply_shifted_views(x, views.unflatten(0, (4, 5)), shift), at_once, rtol=0, atol=1e-6)
 
 
 def test_half_precision_is_computed_in_float32():

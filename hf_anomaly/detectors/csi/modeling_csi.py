@@ -14,7 +14,7 @@ from ...ops.contrastive import amplified_nt_xent
 from ...ops.distributed import draw_rows
 from ...ops.knn import max_cosine, min_distance
 from ...ops.shifts import SHIFTS
-from ...ops.views import View, apply_views, crops_views, draw_views
+from ...ops.views import View, apply_shifted_views, apply_views, crops_views, draw_views
 from ...ops.whitening import fit_whitening
 from .configuration_csi import CSIConfig
 
@@ -125,12 +125,11 @@ class CSIModel(_Encoder, AnomalyDetector):
     def compute_losses(self, pixel_values, *, epoch, **inputs):
         branches = torch.stack(self.training_branches(pixel_values, **inputs))
         num_branches, batch_size = branches.shape[:2]
-        shifted = SHIFTS[self.config.shift](branches.flatten(0, 1)).unflatten(1, (num_branches, batch_size))  # (K, branches, B, C, H, W)
-        shape = shifted.shape[:3]
+        shape = (NUM_SHIFTS, num_branches, batch_size)
         views_per_image, crop_scale = NUM_SHIFTS * num_branches, self.config.crop_scale
         parameters = draw_rows(lambda n: self._draw_views(n * views_per_image, crop_scale).unflatten(0, (n, -1)), batch_size)
-        parameters = parameters.unflatten(1, shape[:2]).permute(1, 2, 0, 3).flatten(0, 2)
-        views = apply_views(shifted.flatten(0, 2), parameters.to(pixel_values.device))
+        parameters = parameters.unflatten(1, shape[:2]).permute(1, 2, 0, 3).flatten(1, 2).to(pixel_values.device)
+        views = apply_shifted_views(branches.flatten(0, 1), parameters, SHIFTS[self.config.shift]).flatten(0, 1)
         parts = [self._losses_of(encoder, encoder.encode(views).unflatten(0, shape)) for encoder in self.encoders]
         losses = {name: torch.stack([part[name] for part in parts]).mean() for name in parts[0]}
         return losses["contrastive_loss"] + self.config.shift_loss_weight * losses["shift_loss"], losses  # Eq. 9
