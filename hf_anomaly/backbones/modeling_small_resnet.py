@@ -10,8 +10,8 @@ from .configuration_small_resnet import SmallResNetConfig
 from .layers import norm_layer
 
 
-def stem_window(stride: int) -> tuple[int, int]:
-    """Kernel and padding of the stem. Windows overlap and no pixel between them is skipped; beyond a stride of 4 they overlap less, for speed."""
+def _stem_window(stride: int) -> tuple[int, int]:
+    """Kernel and padding of the stem. Windows overlap; beyond a stride of 4 less so, for speed, and sides that are no multiple of it lose a few pixels."""
     if stride <= 4:
         kernel = max(3, 2 * stride - 1)
         return kernel, kernel // 2
@@ -52,7 +52,7 @@ class SmallResNetBackbone(BackboneMixin, PreTrainedModel):
         widths = [config.hidden_sizes[0], *config.hidden_sizes]
         self.num_features = widths
         stride = config.stem_stride
-        kernel, padding = stem_window(stride)
+        kernel, padding = _stem_window(stride)
         self.stem = nn.Sequential(
             nn.Conv2d(config.num_channels, widths[0], kernel, stride, padding, bias=False),
             norm_layer(config.norm, widths[0]),

@@ -184,15 +184,18 @@ def _apply(pixel_values: Tensor, views: Tensor) -> Tensor:
     dtype = torch.promote_types(pixel_values.dtype, torch.float32)
     x, views = pixel_values.to(dtype), views.to(pixel_values.device, dtype)
     identity = views.new_tensor(_IDENTITY)
-    # Only the images that change are touched: the others stay exact, and their time is saved.
-    moved = (views[:, _GEOMETRY] != identity[_GEOMETRY]).any(dim=1).nonzero().squeeze(1)
-    if len(moved):
-        x = x.index_copy(0, moved, _crop(x[moved], views[moved]))
+    x = _change(x, views, (views[:, _GEOMETRY] != identity[_GEOMETRY]).any(dim=1), _crop)
     end = len(View) if x.shape[1] == 3 else View.SATURATION
-    colored = (views[:, View.BRIGHTNESS : end] != identity[View.BRIGHTNESS : end]).any(dim=1).nonzero().squeeze(1)
-    if len(colored):
-        x = x.index_copy(0, colored, _color((x[colored] + 1) / 2, views[colored]) * 2 - 1)
+    x = _change(x, views, (views[:, View.BRIGHTNESS : end] != identity[View.BRIGHTNESS : end]).any(dim=1), _color)
     return x.to(pixel_values.dtype)
+
+
+def _change(x: Tensor, views: Tensor, changed: Tensor, change: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
+    """`change` of the images that are `changed` (N,): the others stay exact, and their time is saved."""
+    rows = changed.nonzero().squeeze(1)
+    if len(rows) == len(x):  # most often; nothing has to be copied
+        return change(x, views)
+    return x.index_copy(0, rows, change(x[rows], views[rows])) if len(rows) else x
 
 
 def _crop(x: Tensor, views: Tensor) -> Tensor:
@@ -209,8 +212,8 @@ def _crop(x: Tensor, views: Tensor) -> Tensor:
     return F.grid_sample(x, torch.stack([grid_x, grid_y], dim=-1), mode="bilinear", padding_mode="reflection", align_corners=False)
 
 
-def _color(y: Tensor, views: Tensor) -> Tensor:
-    """Colour operations on y (N, C, H, W) in [0, 1]."""
+def _color(x: Tensor, views: Tensor) -> Tensor:
+    """Colour operations on x (N, C, H, W) in [−1, 1]."""
     from kornia.color import rgb_to_grayscale
     from kornia.enhance import (
         adjust_brightness_accumulative,
@@ -218,24 +221,23 @@ def _color(y: Tensor, views: Tensor) -> Tensor:
         adjust_saturation_with_gray_subtraction,
     )
 
-    y = adjust_brightness_accumulative(y, views[:, View.BRIGHTNESS])
+    y = adjust_brightness_accumulative((x + 1) / 2, views[:, View.BRIGHTNESS])
     y = adjust_contrast_with_mean_subtraction(y, views[:, View.CONTRAST])
-    if y.shape[1] != 3:
-        return y
-    y = adjust_saturation_with_gray_subtraction(y, views[:, View.SATURATION])
-    shifted = views[:, View.HUE].nonzero().squeeze(1)
-    if len(shifted):
-        y = y.index_copy(0, shifted, _shift_hue(y[shifted], views[shifted, View.HUE]))
-    return torch.where(views[:, View.GRAY, None, None, None] > 0, rgb_to_grayscale(y), y)
+    if y.shape[1] == 3:
+        y = adjust_saturation_with_gray_subtraction(y, views[:, View.SATURATION])
+        y = _change(y, views, views[:, View.HUE] != 0, _shift_hue)
+        y = _change(y, views, views[:, View.GRAY] > 0, lambda y, _: rgb_to_grayscale(y).expand_as(y))
+    return y * 2 - 1
 
 
-def _shift_hue(y: Tensor, turns: Tensor) -> Tensor:
-    """Hue of y (N, 3, H, W) in [0, 1] shifted in HSV by `turns` (N,) of the colour circle. Kornia's way through an HSV image takes twice the time."""
+def _shift_hue(y: Tensor, views: Tensor) -> Tensor:
+    """Hue of y (N, 3, H, W) in [0, 1] shifted in HSV. Kornia's way through an HSV image takes twice the time."""
     red, green, blue = y.unbind(1)
     value = y.amax(1)
     chroma = value - y.amin(1)
     sector = torch.where(value == green, blue - red + 2 * chroma, red - green + 4 * chroma)
-    hue = torch.where(value == red, green - blue, sector) / chroma.clamp(min=1e-12) + 6 * turns[:, None, None]  # in sixths of a turn
+    hue = torch.where(value == red, green - blue, sector) / chroma.clamp(min=1e-12)  # in sixths of a turn
+    hue = hue + 6 * views[:, View.HUE, None, None]
     k = (y.new_tensor([5, 3, 1])[:, None, None] + hue[:, None]) % 6  # of red, green, blue
     return (value[:, None] - chroma[:, None] * torch.minimum(k, 4 - k).clamp_(0, 1)).clamp_(0, 1)
 
