@@ -30,7 +30,7 @@ from hf_anomaly import (
 )
 from hf_anomaly.data import prepare
 from hf_anomaly.dissolving import DenoisingModel, DiffusionDissolver, build_scheduler, build_unet, dissolve_dataset
-from hf_anomaly.training import AnomalyTrainer, AnomalyTrainingArguments, DenoisingTrainer, DenoisingTrainingArguments
+from hf_anomaly.training import AnomalyTrainer, AnomalyTrainingArguments, DenoisingTrainer, DenoisingTrainingArguments, parse_arguments
 
 datasets.disable_progress_bars()
 
@@ -574,3 +574,13 @@ def test_a_killed_run_resumes_bit_for_bit(tmp_path):
 def test_anomalies_are_refused_in_training(make):
     with pytest.raises(InputError, match="training takes normal images only"):
         make(train_dataset=images(BATCH * EPOCH, anomalous=BATCH * EPOCH - 1)).train()
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="of CPUs")
+@pytest.mark.parametrize(("threads", "cores", "mentioned"), [(1, 4, True), (4, 4, False), (1, 1, False)])
+def test_idle_cores_are_mentioned(monkeypatch, caplog, tmp_path, threads, cores, mentioned):
+    monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda process: set(range(cores)), raising=False)
+    caplog.set_level("INFO", "hf_anomaly")
+    parse_arguments(AnomalyTrainingArguments, description="", argv=["--output_dir", str(tmp_path)])
+    assert ("--num_cpu_threads_per_process 4" in caplog.text) == mentioned

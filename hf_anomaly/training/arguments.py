@@ -1,14 +1,19 @@
 """Command-line arguments: every flag of `TrainingArguments`, with defaults for detectors, and where the data comes from."""
 
 import difflib
+import logging
+import os
 import sys
 from dataclasses import dataclass, field
 
+import torch
 from transformers import HfArgumentParser, TrainingArguments
 
 from ..data.formats import Reading, parse_window
 from ..data.recipes import DatasetRecipe, find_recipe
 from ..errors import InputError
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass
@@ -225,4 +230,18 @@ def parse_arguments(*classes: type, description: str, argv: list[str] | None = N
         flags = [option for action in parser._actions for option in action.option_strings]
         close = difflib.get_close_matches(rest[0].split("=")[0], flags, n=1)
         raise InputError(f"unknown argument {rest[0]!r}" + (f": did you mean {close[0]}?" if close else "; --help lists all"))
+    for args in parsed:
+        if isinstance(args, ReproducibleArguments):
+            _mention_idle_cores(args)
     return tuple(parsed)
+
+
+def _mention_idle_cores(args: ReproducibleArguments) -> None:
+    """`accelerate launch` gives a process one CPU thread unless told otherwise, which nobody would notice."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    if args.device.type == "cpu" and args.world_size == 1 and torch.get_num_threads() == 1 and cores > 1:
+        logger.info(
+            "Training in one thread, though there are %d CPU cores; with `accelerate launch --num_cpu_threads_per_process %d …` it uses all",
+            cores,
+            cores,
+        )
