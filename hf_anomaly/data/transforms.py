@@ -98,8 +98,8 @@ class PixelTransform:
 
     - `pixel_values`: list of (C, H, W) float32 tensors in [-1, 1], whatever the processor makes of the images;
     - `labels`: list of ints, if the batch has `label`;
-    - `dissolved_pixel_values`: list of (V, C, H, W) float32 tensors in [-1, 1], if the batch has `dissolved_images`. These are 8-bit L or
-      RGB images which were saved at the model's size, so they are only rescaled: x / 127.5 - 1.
+    - `dissolved_pixel_values`: list of (V, C, H, W) uint8 tensors, if the batch has `dissolved_images`, 8-bit L or RGB images which were saved at the
+      model's size. They stay levels v, of which x = v / 127.5 - 1: a step uses one of V, and takes that for it.
 
     Args:
         processor: an image processor, called as `processor(images=[PIL, …], return_tensors="pt")["pixel_values"]`; its `window`, if it has one, is that
@@ -140,8 +140,7 @@ class PixelTransform:
                 f"{where}: the column 'dissolved_images' needs L or RGB images of one size a row; cache the dissolved views anew"
             )
         pixels = torch.from_numpy(np.stack([np.asarray(image) for image in images]))
-        pixels = pixels.unsqueeze(1) if pixels.ndim == 3 else pixels.permute(0, 3, 1, 2)
-        return pixels / 127.5 - 1
+        return pixels.unsqueeze(1) if pixels.ndim == 3 else pixels.permute(0, 3, 1, 2)
 
 
 def _undecoded(feature: Any) -> Any:

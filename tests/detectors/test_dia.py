@@ -58,6 +58,14 @@ def test_a_variant_is_chosen_for_each_image_under_the_seed():
     assert any(len(set(draw)) > 1 for draw in draws)  # not one choice for the whole batch
 
 
+def test_levels_are_taken_for_the_values_that_they_stand_for():
+    model, levels = tiny(**NO_AUGMENTATION), torch.randint(256, (4, 2, 1, 8, 8), dtype=torch.uint8)
+    (_, ours), (_, expected) = (
+        training_views(model, images(4), dissolved_pixel_values=given, seed=0) for given in (levels, levels / 127.5 - 1)
+    )
+    assert torch.equal(ours, expected)
+
+
 @pytest.mark.parametrize("shape", [(4, 1, 8, 8), (4, 0, 1, 8, 8), (3, 2, 1, 8, 8), (4, 2, 3, 8, 8), (4, 2, 1, 9, 9)])
 def test_dissolved_images_of_another_shape(shape, refused):
     with refused("dissolved_pixel_values", str(shape)):

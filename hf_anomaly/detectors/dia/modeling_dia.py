@@ -46,8 +46,8 @@ class DIAModel(CSIModel):
         """As `AnomalyDetector.forward`.
 
         Args:
-            dissolved_pixel_values: (B, V, C, H, W) in [−1, 1], V dissolved variants of each image, of which a step takes one at random; training mode only.
-                Without it `self.dissolver` dissolves on the fly.
+            dissolved_pixel_values: (B, V, C, H, W) in [−1, 1], or uint8 levels v, x = v / 127.5 − 1: V dissolved variants of each image, of which a step
+                takes one at random; training mode only. Without it `self.dissolver` dissolves on the fly.
 
         Raises:
             InputError: also when training has neither.
@@ -71,7 +71,8 @@ class DIAModel(CSIModel):
                 f"got {tuple(variants.shape)}"
             )
         chosen = draw_rows(lambda rows: torch.randint(variants.shape[1], (rows,)), batch_size)
-        return variants[torch.arange(batch_size), chosen].to(pixel_values)
+        picked = variants[torch.arange(batch_size), chosen]
+        return (picked / 127.5 - 1 if picked.dtype == torch.uint8 else picked).to(pixel_values)
 
     def contrastive_loss(self, projections):
         config = self.config
