@@ -99,7 +99,7 @@ class PixelTransform:
     - `pixel_values`: list of (C, H, W) float32 tensors in [-1, 1], whatever the processor makes of the images;
     - `labels`: list of ints, if the batch has `label`;
     - `dissolved_pixel_values`: list of (V, C, H, W) uint8 tensors, if the batch has `dissolved_images`, 8-bit L or RGB images which were saved at the
-      model's size. They stay levels v, of which x = v / 127.5 - 1: a step uses one of V, and takes that for it.
+      model's size. They stay levels v, which stand for x = v / 127.5 - 1: a step takes one of the V, and rescales that one.
 
     Args:
         processor: an image processor, called as `processor(images=[PIL, …], return_tensors="pt")["pixel_values"]`; its `window`, if it has one, is that
