@@ -32,7 +32,6 @@ class View(IntEnum):
 
 
 _GEOMETRY = slice(View.FLIP, View.BRIGHTNESS)
-_COLOR = slice(View.BRIGHTNESS, len(View))
 _IDENTITY = (0.0, 0.0, 0.0, 1.0, 1.0, 1.0, 1.0, 1.0, 0.0, 0.0)
 _CHUNK_SIZE = 2**20  # numbers that are changed at once: with temporaries of many times that, 224 px take a CPU three times as long
 
