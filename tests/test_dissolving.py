@@ -199,6 +199,35 @@ def test_median_against_scipy(kernel_size):
     np.testing.assert_array_equal(MedianDissolver(kernel_size)(x)[1, 2].numpy(), expected)
 
 
+@pytest.mark.parametrize("blur", [GaussianDissolver, MedianDissolver])
+def test_several_kernel_sizes(blur, tmp_path):
+    x, several = images(6, 1, 16, 16), blur([7, 3, 3])
+    kernels = torch.tensor([3, 7, 7, 3, 7, 5])
+    expected = torch.cat([blur(k)(image[None]) for image, k in zip(x, kernels.tolist(), strict=True)])
+    assert torch.equal(several(x, kernels), expected)
+    drawn = several.sample_timesteps(200, generator=torch.Generator().manual_seed(0))
+    assert drawn.dtype == torch.long
+    assert set(drawn.tolist()) == {3, 7}
+    assert 70 < (drawn == 3).sum() < 130
+    assert torch.equal(drawn, several.sample_timesteps(200, generator=torch.Generator().manual_seed(0)))
+    assert several.spread_timesteps() == [3, 7]
+    assert blur(range(3, 23, 2)).spread_timesteps(3) in ([3, 11, 21], [3, 13, 21])
+    torch.manual_seed(0)
+    undrawn = several(x)
+    torch.manual_seed(0)
+    assert torch.equal(undrawn, several(x, several.sample_timesteps(6)))
+    several.save_pretrained(tmp_path)
+    loaded = Dissolver.from_pretrained(tmp_path)
+    assert loaded.fingerprint() == several.fingerprint() != blur(3).fingerprint()
+    dissolved = dissolve_dataset(toy_dataset(), several, Processor(), num_variants=4, cache_dir=tmp_path)
+    assert all(len(row["dissolved_images"]) == 4 for row in dissolved)
+    for kernel in (4, 1, -3):
+        with refused("kernel", kernel):
+            several(x, torch.full((6,), kernel))
+    with refused("timesteps"):
+        several(x, kernels[:3])
+
+
 def test_blur_of_larger_images_is_at_the_dissolving_resolution():
     x = images(1, 1, 48, 48)
     small = F.interpolate(x, (16, 16), mode="bilinear", antialias=True)
@@ -652,8 +681,13 @@ def test_refuses_bad_settings(diffusion):
         DiffusionDissolver(UNet2DModel(**config | {"in_channels": 3, "out_channels": 2}), scheduler)
     with refused("kernel_size", 4):
         GaussianDissolver(4)
+    for kernel in ([], [3, 4], [2.5], "37", 2.5):
+        with refused("kernel_size"):
+            MedianDissolver(kernel)
     with refused("sigma"):
         GaussianDissolver(3, sigma=0.0)
+    with refused("sigma", "[3, 5]"):
+        GaussianDissolver([3, 5], sigma=1.0)
     with refused("resolution"):
         MedianDissolver(3, resolution=0)
     with refused("loss", "l3"):

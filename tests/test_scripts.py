@@ -197,6 +197,7 @@ def test_none_gives_csi(train, tmp_path):
     [
         ("gaussian", ["--blur_kernel_size", 3], {"kernel_size": 3, "resolution": 32, "sigma": 0.8}),
         ("median", ["--blur_kernel_size", 3, "--dissolved_variants", 0], {"kernel_size": 3, "resolution": 32}),
+        ("median", ["--blur_kernel_size", 5, 3], {"kernel_size": [3, 5], "resolution": 32}),
         ("resize", ["--dissolving_resolution", 4], {"resolution": 4}),
         ("identity", [], {}),
     ],

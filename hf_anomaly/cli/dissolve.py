@@ -15,7 +15,10 @@ def parse(argv: list[str]) -> Namespace:
     parser.add_argument("dissolver", help="folder or Hub id of a dissolver, or of a detector that has one")
     parser.add_argument("images", nargs="+", help="image files")
     parser.option(
-        "timesteps", "diffusion timesteps, larger ones dissolve more (default: five over the dissolver's own range)", nargs="+", type=int
+        "timesteps",
+        "diffusion timesteps, or kernel sizes of a blur that has several; larger ones dissolve more (default: five over the dissolver's own range)",
+        nargs="+",
+        type=int,
     )
     parser.option("output", "the PNG file to write (default: %(default)s)", default="dissolved.png")
     parser.option("seed", "of dissolvers that draw random numbers (default: %(default)s)", type=int, default=0)
@@ -43,7 +46,7 @@ def run(args: Namespace) -> None:
         repeated = pixel_values.expand(len(timesteps), -1, -1, -1)
         times = None if dissolver.is_deterministic else torch.tensor(timesteps)
         rows.append([*pixel_values, *dissolver(repeated, times)])
-    captions = ["original", *("dissolved" if t is None else f"t = {t}" for t in timesteps)]
+    captions = ["original", *("dissolved" if t is None else f"{dissolver.symbol} = {t}" for t in timesteps)]
     output = Path(args.output)
     output.parent.mkdir(parents=True, exist_ok=True)
     write_image(image_grid(rows, captions), output)

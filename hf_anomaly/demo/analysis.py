@@ -128,7 +128,7 @@ def dissolved_versions(
         captions, drawn = [f"dissolved ({dissolver.kind})"], None
     else:
         timesteps = timesteps or dissolver.spread_timesteps()
-        captions, drawn = [f"t = {t}" for t in timesteps], torch.tensor(timesteps)
+        captions, drawn = [f"{dissolver.symbol} = {t}" for t in timesteps], torch.tensor(timesteps)
     dissolver.to(pixel_values.device)
     versions = dissolver(pixel_values.expand(len(captions), -1, -1, -1), drawn)
     return [(_to_image(one), caption) for one, caption in zip([*pixel_values, *versions], ["input", *captions], strict=True)]

@@ -125,7 +125,8 @@ def build_demo(
                 if reason:
                     gr.HTML(f"<p style='opacity: .7'>No anomaly map: {_text(reason)}.</p>", elem_id="no-map")
         if dissolver is not None:
-            gr.HTML(f"<p>Dissolved{'' if dissolver.is_deterministic else ': the larger t, the less of the image is left'}</p>")
+            rule = "" if dissolver.is_deterministic else f": the larger {dissolver.symbol}, the less of the image is left"
+            gr.HTML(f"<p>Dissolved{rule}</p>")
         gallery = gr.Gallery(
             show_label=False,
             columns=6,

@@ -31,6 +31,7 @@ class Dissolver(ABC):
 
     kind: str
     is_deterministic = True  # no timestep to draw
+    symbol = "t"  # what people call that which `sample_timesteps` draws
     resolution: int | None = None
     device = torch.device("cpu")
 
@@ -40,7 +41,8 @@ class Dissolver(ABC):
 
         Args:
             pixel_values: (B, C, H, W), floating point, in [−1, 1].
-            timesteps: (B,) long, one t an image; None draws them with `sample_timesteps`. Only diffusion looks at them.
+            timesteps: (B,) long, one t an image, or one kernel size for a blur of several; None draws them with `sample_timesteps`. Deterministic dissolvers
+                do not look at them.
 
         Returns:
             (B, C, H, W) in [−1, 1], of the same dtype.

@@ -37,7 +37,12 @@ class DissolverArguments:
         default=None, metadata={"help": "Smallest diffusion timestep to dissolve at. Default: a ready dissolver's own, else 30."}
     )
     t_max: int | None = field(default=None, metadata={"help": "Largest one. Default: a ready dissolver's own, else 130."})
-    blur_kernel_size: int | None = field(default=None, metadata={"help": "Kernel of the gaussian and median dissolvers, odd, in pixels."})
+    blur_kernel_size: list[int] | None = field(
+        default=None,
+        metadata={
+            "help": "Kernel of the gaussian and median dissolvers, odd, in pixels; of several, each dissolved variant gets one at random."
+        },
+    )
     dissolving_resolution: int | None = field(
         default=None,
         metadata={
