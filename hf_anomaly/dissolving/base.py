@@ -25,6 +25,7 @@ class Dissolver(ABC):
 
     Attributes:
         kind: the dissolver's name in `DISSOLVERS`.
+        is_deterministic, symbol, choices: whether, under what name and from what few values a dissolver draws its timesteps.
         resolution: the dissolving resolution r, in pixels; images of at most r×r are not resized. None: never resize.
         device: where images are expected.
     """
@@ -32,6 +33,7 @@ class Dissolver(ABC):
     kind: str
     is_deterministic = True  # no timestep to draw
     symbol = "t"  # what people call that which `sample_timesteps` draws
+    choices: list[int] | None = None  # all that it draws from, where they are few
     resolution: int | None = None
     device = torch.device("cpu")
 

@@ -25,7 +25,7 @@ def dissolve_dataset(
 
     Args:
         dataset: `datasets.Dataset` with a column `image` of type `Image`, decoded or not. A transform set on it is dropped.
-        dissolver: anything but a deterministic one gives V variants, each with its own t; a deterministic one gives one.
+        dissolver: a deterministic one gives one variant, one with at most V `choices` a variant of each, any other V, each with its own t.
         processor: image processor; its `pixel_values`, in [−1, 1], are dissolved.
         num_variants: V.
         batch_size: images per call of the dissolver; it does not change the timesteps.
@@ -56,11 +56,13 @@ def dissolve_dataset(
     check_integer("batch_size", batch_size, 1)
 
     # One table for all rows, so that neither the batch size nor the order of batches enters.
-    timesteps = dissolver.sample_timesteps(len(dataset) * num_variants, "cpu", torch.Generator().manual_seed(seed))
-    if timesteps is None:
-        num_variants, seed = 1, 0
+    if dissolver.is_deterministic:
+        timesteps, num_variants, seed = None, 1, 0
+    elif dissolver.choices is not None and len(dissolver.choices) <= num_variants:  # nothing is computed twice
+        timesteps, num_variants, seed = torch.tensor(dissolver.choices).repeat(len(dataset), 1), len(dissolver.choices), 0
     else:
-        timesteps = timesteps.view(len(dataset), num_variants)
+        generator = torch.Generator().manual_seed(seed)
+        timesteps = dissolver.sample_timesteps(len(dataset) * num_variants, "cpu", generator).view(len(dataset), num_variants)
 
     def dissolve(batch: dict[str, list], indices: list[int]) -> dict[str, list]:
         images = [

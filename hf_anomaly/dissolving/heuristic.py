@@ -62,6 +62,7 @@ class _BlurDissolver(Dissolver):
             _check_odd(check_integer("kernel_size", size, 3))
         self.kernel_sizes = sorted(set(kernel_sizes))
         self.is_deterministic = len(self.kernel_sizes) == 1
+        self.choices = None if self.is_deterministic else self.kernel_sizes
         self.resolution = check_integer("resolution", resolution, 1)
 
     def settings(self) -> dict:
