@@ -53,14 +53,23 @@ class Dissolver(ABC):
             InputError: wrong shape, dtype, range or number of channels; a timestep outside the schedule; an image too small for the kernel.
         """
         check_pixel_values(pixel_values)
+        if not self.is_deterministic:
+            timesteps = self._checked_timesteps(timesteps, len(pixel_values), pixel_values.device)
         size = tuple(pixel_values.shape[-2:])
         small = resize(pixel_values, self._working_size(*size))
         dissolved = self._dissolve(small, timesteps).clamp(-1, 1).to(pixel_values.dtype)
         return resize(dissolved, size).clamp(-1, 1)  # again: interpolation rounds
 
+    def _checked_timesteps(self, timesteps: Tensor | None, batch_size: int, device: torch.device) -> Tensor:
+        if timesteps is None:
+            return self.sample_timesteps(batch_size, device)
+        if timesteps.shape != (batch_size,) or timesteps.dtype != torch.long:
+            raise InputError(f"timesteps must be ({batch_size},) long, one an image, got {tuple(timesteps.shape)} {timesteps.dtype}")
+        return timesteps.to(device)
+
     @abstractmethod
     def _dissolve(self, x: Tensor, timesteps: Tensor | None) -> Tensor:
-        """Dissolves images (B, C, h, w) of at most r×r pixels."""
+        """Dissolves images (B, C, h, w) of at most r×r pixels; `timesteps` are (B,) long, or anything for a deterministic dissolver."""
 
     def _working_size(self, height: int, width: int) -> tuple[int, int]:
         return working_size(height, width, self.resolution)
@@ -210,6 +219,12 @@ def check_pixel_values(pixel_values: Tensor) -> None:
     if pixel_values.numel() and not pixel_values.abs().max() <= 1.001:  # `not` catches NaN too; a little room for rounding
         low, high = (value.item() for value in pixel_values.aminmax())
         raise InputError(f"pixel_values must be in [-1, 1], got {low:.3g} … {high:.3g}: use a processor with image_mean = image_std = 0.5")
+
+
+def draw_integers(low: int, high: int, count: int, device: torch.device | str, generator: torch.Generator | None) -> Tensor:
+    """(count,) long, uniform in low … high − 1. With a generator the draw is made on the generator's device."""
+    drawn_on = device if generator is None else generator.device
+    return torch.randint(low, high, (count,), generator=generator, device=drawn_on).to(device)
 
 
 def check_integer(name: str, value: int, least: int) -> int:

@@ -14,7 +14,18 @@ from ..cards import write_dissolver_card
 from ..errors import InputError
 from ..ops.distributed import draw_rows
 from ..untrusted import check_plausible, check_shard_names
-from .base import Dissolver, canonical_json, check_integer, check_pixel_values, locate, read_config, read_json, resize, working_size
+from .base import (
+    Dissolver,
+    canonical_json,
+    check_integer,
+    check_pixel_values,
+    draw_integers,
+    locate,
+    read_config,
+    read_json,
+    resize,
+    working_size,
+)
 
 
 class DiffusionDissolver(Dissolver):
@@ -80,19 +91,13 @@ class DiffusionDissolver(Dissolver):
 
     def sample_timesteps(self, batch_size: int, device: torch.device | str = "cpu", generator: torch.Generator | None = None) -> Tensor:
         """(B,) long, t ~ U{t_min … t_max}, both included. With a generator the draw is made on the generator's device."""
-        drawn_on = device if generator is None else generator.device
-        return torch.randint(self.t_min, self.t_max + 1, (batch_size,), generator=generator, device=drawn_on).to(device)
+        return draw_integers(self.t_min, self.t_max + 1, batch_size, device, generator)
 
     def _dissolve(self, x: Tensor, timesteps: Tensor | None) -> Tensor:
         batch_size, channels = x.shape[:2]
         _check_channels(channels, self.unet)
-        if timesteps is None:
-            timesteps = self.sample_timesteps(batch_size, x.device)
-        elif timesteps.shape != (batch_size,) or timesteps.dtype != torch.long:
-            raise InputError(f"timesteps must be ({batch_size},) long, one an image, got {tuple(timesteps.shape)} {timesteps.dtype}")
-        elif batch_size and not (timesteps.min() >= 0 and timesteps.max() < len(self.alphas_cumprod)):
+        if batch_size and not (timesteps.min() >= 0 and timesteps.max() < len(self.alphas_cumprod)):
             raise InputError(f"timesteps must be within the schedule's 0…{len(self.alphas_cumprod) - 1}, got {timesteps.tolist()}")
-        timesteps = timesteps.to(x.device)
         padded, rows, columns = _pad(x, self.resolution)
         output = self.unet(padded.to(self.unet.dtype), timesteps).sample[:, :channels]
         alpha_bar = self.alphas_cumprod[timesteps].view(-1, 1, 1, 1)

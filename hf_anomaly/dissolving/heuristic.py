@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..errors import InputError
-from .base import Dissolver, check_integer
+from .base import Dissolver, check_integer, draw_integers
 
 
 class IdentityDissolver(Dissolver):
@@ -59,7 +59,7 @@ class _BlurDissolver(Dissolver):
         if not kernel_sizes:
             raise InputError("kernel_size is empty: give at least one")
         for size in kernel_sizes:
-            _check_odd(check_integer("kernel_size", size, 3))
+            _check_kernel_size(size)
         self.kernel_sizes = sorted(set(kernel_sizes))
         self.is_deterministic = len(self.kernel_sizes) == 1
         self.choices = None if self.is_deterministic else self.kernel_sizes
@@ -79,21 +79,15 @@ class _BlurDissolver(Dissolver):
         """(B,) long, k of each image, drawn uniformly; None for one kernel size. With a generator the draw is made on the generator's device."""
         if self.is_deterministic:
             return None
-        drawn_on = device if generator is None else generator.device
-        chosen = torch.randint(len(self.kernel_sizes), (batch_size,), generator=generator, device=drawn_on)
-        return torch.tensor(self.kernel_sizes, device=drawn_on)[chosen].to(device)
+        return torch.tensor(self.kernel_sizes, device=device)[draw_integers(0, len(self.kernel_sizes), batch_size, device, generator)]
 
     def _dissolve(self, x: Tensor, timesteps: Tensor | None) -> Tensor:
         if self.is_deterministic:
             return self._checked_blur(x, self.kernel_sizes[0])
-        if timesteps is None:
-            timesteps = self.sample_timesteps(len(x), x.device)
-        elif timesteps.shape != (len(x),) or timesteps.dtype != torch.long:
-            raise InputError(f"timesteps must be ({len(x)},) long, one an image, got {tuple(timesteps.shape)} {timesteps.dtype}")
         blurred = torch.empty_like(x)
         for size in timesteps.unique().tolist():
             rows = timesteps == size
-            blurred[rows] = self._checked_blur(x[rows], _check_odd(check_integer("a kernel size among the timesteps", size, 3)))
+            blurred[rows] = self._checked_blur(x[rows], _check_kernel_size(size))
         return blurred
 
     def _checked_blur(self, x: Tensor, kernel_size: int) -> Tensor:
@@ -109,7 +103,8 @@ class _BlurDissolver(Dissolver):
         """Blurs images (B, C, h, w) of more than k // 2 pixels."""
 
 
-def _check_odd(kernel_size: int) -> int:
+def _check_kernel_size(kernel_size: int) -> int:
+    check_integer("kernel_size", kernel_size, 3)
     if kernel_size % 2 == 0:
         raise InputError(f"kernel_size must be odd, got {kernel_size}: use {kernel_size - 1} or {kernel_size + 1}")
     return kernel_size
