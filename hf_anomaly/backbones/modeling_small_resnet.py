@@ -29,14 +29,14 @@ class BasicBlock(nn.Module):
             nn.Conv2d(out_channels, out_channels, 3, 1, 1, bias=False),
             norm_layer(config.norm, out_channels),
         )
+        # Not in the shortcut's convolution: of few channels in channels_last, oneDNN's backward pass writes past its memory (oneDNN #6035).
+        self.subsample = nn.AvgPool2d(1, stride) if stride != 1 else nn.Identity()
         self.shortcut = nn.Identity()
         if stride != 1 or in_channels != out_channels:
-            self.shortcut = nn.Sequential(
-                nn.Conv2d(in_channels, out_channels, 1, stride, bias=False), norm_layer(config.norm, out_channels)
-            )
+            self.shortcut = nn.Sequential(nn.Conv2d(in_channels, out_channels, 1, bias=False), norm_layer(config.norm, out_channels))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return torch.relu_(self.residual(x) + self.shortcut(x))
+        return torch.relu_(self.residual(x) + self.shortcut(self.subsample(x)))
 
 
 class SmallResNetBackbone(BackboneMixin, PreTrainedModel):

@@ -45,6 +45,24 @@ def test_the_order_in_memory_changes_nothing_but_the_speed(channels):
         torch.testing.assert_close(ours, plain)
 
 
+@pytest.mark.parametrize("width", [3, 4, 6, 8, 12])
+def test_gradients_of_narrow_blocks_in_channels_last(width):
+    """oneDNN #6035: a 1×1 convolution with a stride, of fewer channels than a vector register holds, gets wrong gradients or crashes."""
+    block = tiny(hidden_sizes=[width, 8, 8]).stages[1][0].eval()
+    x, target = torch.randn(8, width, 32, 32), torch.randn(8, 8, 16, 16)
+
+    def gradients(block, x, target):
+        block.zero_grad()
+        (block(x) * target).mean().backward()
+        return [parameter.grad.clone() for parameter in block.parameters() if parameter.grad is not None]
+
+    ours = gradients(block, x.to(memory_format=torch.channels_last), target)
+    exact = gradients(block.double(), x.double(), target.double())
+    assert len(ours) == 9
+    for gradient, expected in zip(ours, exact, strict=True):
+        torch.testing.assert_close(gradient, expected.float(), rtol=1e-3, atol=1e-6)
+
+
 def test_blocks_add_to_a_shortcut():
     model = tiny().eval()
     block = model.stages[0][0]
