@@ -217,7 +217,6 @@ def test_a_dissolver_trained_before(train, digits, tmp_path):
 
 def test_arguments_reach_the_detector(train, tmp_path):
     argv = ["--dissolver", "gaussian", "--blur_kernel_size", 3, "--shift", "perm", "--temperature", 0.2, "--similarity_design", "b"]
-    argv += ["--dissolved_views", "own"]
     argv += [
         "--crop_scale_min",
         0.08,
@@ -241,7 +240,6 @@ def test_arguments_reach_the_detector(train, tmp_path):
     config = AutoModel.from_pretrained(folder).config
     assert config.num_encoders == 2
     assert (config.shift, config.temperature, config.similarity_design, config.loss_divisor) == ("perm", 0.2, "b", "views")
-    assert config.dissolved_views == "own"
     assert (config.crop_scale, config.num_test_views, config.score_norm) == ([0.08, 1.0], 3, True)
     assert config.test_crop_scale == [0.6, 0.6]
     assert config.false_positive_rate == 0.1

@@ -71,7 +71,6 @@ DISSOLVER_LENGTHS = {
 
 # The tables are of the paper's methods, not of the recipe that grew from them.
 AS_PRINTED = {"score_features": "projection", "score_whitening": False}
-DIA_AS_PRINTED = {**AS_PRINTED, "dissolved_views": "own"}
 
 
 @dataclass(frozen=True)
@@ -200,8 +199,7 @@ class Contrastive(Method):
         args = training.arguments(len(splits.train), cell.seed, folder)
         set_seed(cell.seed)
         shape = {"image_size": data.processor.size["height"], "num_channels": data.processor.num_channels}
-        config_class, as_printed = (CSIConfig, AS_PRINTED) if self.dissolving is None else (DIAConfig, DIA_AS_PRINTED)
-        config = config_class(**shape, **as_printed, **self.detector)
+        config = (CSIConfig if self.dissolving is None else DIAConfig)(**shape, **AS_PRINTED, **self.detector)
         if length.backbone:
             stride = config.backbone_config.stem_stride
             config.backbone_config = SmallResNetConfig(num_channels=shape["num_channels"], stem_stride=stride, **length.backbone)

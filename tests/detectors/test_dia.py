@@ -43,22 +43,6 @@ def test_branch_d_is_dissolved_then_shifted():
     torch.testing.assert_close(views, torch.stack(expected))
 
 
-@pytest.mark.parametrize("shared", [True, False])
-def test_a_dissolved_view_is_augmented_as_its_twin_or_by_itself(shared):
-    x = images(3)
-    model = tiny(dissolved_views="shared" if shared else "own")
-    _, views = training_views(model, x, dissolved_pixel_values=x[:, None])  # nothing is dissolved
-    a, b, d = views.unflatten(0, (K, 3, 3)).unbind(1)
-    assert torch.equal(a, d) == shared
-    assert not any(torch.equal(first, second) for first, second in zip(d.flatten(0, 1), b.flatten(0, 1), strict=True))
-
-
-def test_dissolved_views_are_shared_unless_a_file_is_older_than_that():
-    new = DIAConfig().to_dict()
-    assert new.pop("dissolved_views") == "shared"
-    assert DIAConfig.from_dict(new).dissolved_views == "own"
-
-
 def test_a_variant_is_chosen_for_each_image_under_the_seed():
     model, given = tiny(**NO_AUGMENTATION), variants(4, 3)
 

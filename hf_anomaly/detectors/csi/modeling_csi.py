@@ -118,11 +118,6 @@ class CSIModel(_Encoder, AnomalyDetector):
         """The images (B, C, H, W) that each branch shifts and augments: x for A and B."""
         return [pixel_values, pixel_values]
 
-    @property
-    def branch_augmentations(self) -> list[int]:
-        """Which of the augmentations that a step draws each branch has: O for A, O' for B."""
-        return [0, 1]
-
     def contrastive_loss(self, projections: list[torch.Tensor]) -> torch.Tensor:
         """L_con of the projections (K, B, d) of each branch."""
         return amplified_nt_xent(*projections, temperature=self.config.temperature, divisor=self.config.loss_divisor)
@@ -131,10 +126,9 @@ class CSIModel(_Encoder, AnomalyDetector):
         branches = torch.stack(self.training_branches(pixel_values, **inputs))
         num_branches, batch_size = branches.shape[:2]
         shape = (NUM_SHIFTS, num_branches, batch_size)
-        drawn, crop_scale = max(self.branch_augmentations) + 1, self.config.crop_scale
-        parameters = draw_rows(lambda n: self._draw_views(n * NUM_SHIFTS * drawn, crop_scale).unflatten(0, (n, -1)), batch_size)
-        parameters = parameters.unflatten(1, (NUM_SHIFTS, drawn))[:, :, self.branch_augmentations]
-        parameters = parameters.permute(1, 2, 0, 3).flatten(1, 2).to(pixel_values.device)
+        views_per_image, crop_scale = NUM_SHIFTS * num_branches, self.config.crop_scale
+        parameters = draw_rows(lambda n: self._draw_views(n * views_per_image, crop_scale).unflatten(0, (n, -1)), batch_size)
+        parameters = parameters.unflatten(1, shape[:2]).permute(1, 2, 0, 3).flatten(1, 2).to(pixel_values.device)
         views = apply_shifted_views(branches.flatten(0, 1), parameters, SHIFTS[self.config.shift]).flatten(0, 1)
         parts = [self._losses_of(encoder, encoder.encode(views).unflatten(0, shape)) for encoder in self.encoders]
         losses = {name: torch.stack([part[name] for part in parts]).mean() for name in parts[0]}

@@ -57,10 +57,6 @@ class DIAModel(CSIModel):
     def training_branches(self, pixel_values, *, dissolved_pixel_values=None):
         return [pixel_values, pixel_values, self._dissolve(pixel_values, dissolved_pixel_values)]
 
-    @property
-    def branch_augmentations(self):
-        return [0, 1, 0] if self.config.dissolved_views == "shared" else [0, 1, 2]
-
     def _dissolve(self, pixel_values, variants):
         batch_size = len(pixel_values)
         if variants is None:

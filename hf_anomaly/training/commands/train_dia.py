@@ -22,7 +22,7 @@ from ..runs import check_push, default_output_dir, describe_run, load_splits, pr
 
 logger = logging.getLogger(__name__)
 
-ONLY_DIA = ("similarity_design", "dissolved_views")  # detector arguments that CSI has no use for
+ONLY_DIA = ("similarity_design",)  # detector arguments that CSI has no use for
 
 
 @dataclass
@@ -85,12 +85,6 @@ class DetectorArguments:
     )
     shift: str = field(default="rotate", metadata={"help": "Shifting transformations: rotate or perm."})
     similarity_design: str = field(default="a", metadata={"help": "a, or b: leave an anchor's own dissolved twin out of the denominator."})
-    dissolved_views: str = field(
-        default="shared",
-        metadata={
-            "help": "Augmentation of the dissolved branch: shared, that of the images' first views; own, drawn by itself, as in the paper."
-        },
-    )
     temperature: float = field(default=0.5, metadata={"help": "Temperature of the contrastive loss."})
     loss_divisor: str = field(default="anchors", metadata={"help": "anchors, or views as in the authors' code."})
     crop_scale_min: float = field(default=0.54, metadata={"help": "Smallest area of a random crop."})
