@@ -114,13 +114,13 @@ class AnomalyImageProcessor(PilBackend):
         images = images if isinstance(images, list) or getattr(images, "ndim", 0) == 4 else [images]
         return [to_eight_bit_image(image, f"images[{i}]", self.window) for i, image in enumerate(images)]
 
-    def process_image(self, image, do_convert_rgb=None, input_data_format=None, **kwargs) -> np.ndarray:
-        mode, size = "RGB" if do_convert_rgb else "L", self.size
+    def process_image(self, image, *, do_convert_rgb, do_resize, size, resample, **kwargs) -> np.ndarray:
+        mode = "RGB" if do_convert_rgb else "L"
         if image.mode != mode:  # else PIL would copy it
             image = image.convert(mode)
-        if self.do_resize and image.size != (size["width"], size["height"]):
+        if do_resize and size.height and size.width and image.size != (size.width, size.height):
             # Resized here, in PIL, where it costs no conversion to an array and back.
-            image = image.resize((size["width"], size["height"]), self.resample)
+            image = image.resize((size.width, size.height), resample)
         array = np.frombuffer(image.tobytes(), np.uint8).reshape(image.height, image.width, -1)  # in half of np.array's time
         return np.moveaxis(array, -1, 0)
 

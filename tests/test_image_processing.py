@@ -141,6 +141,19 @@ def test_mixed_sizes_are_resized_whole():
     torch.testing.assert_close(result[1, 0], torch.from_numpy(expected).float())
 
 
+def test_a_call_may_change_the_settings():
+    image = color_image("L", (40, 20))
+    assert GRAY(images=[image], do_resize=False)["pixel_values"][0].shape == (1, 20, 40)
+    (resized,) = GRAY(images=[image], size={"height": 12, "width": 16})["pixel_values"]
+    expected = np.array(image.resize((16, 12), PIL.Image.Resampling.BILINEAR)) / 127.5 - 1
+    np.testing.assert_allclose(resized[0], expected, atol=1e-6)
+    (nearest,) = GRAY(images=[image], resample=PIL.Image.Resampling.NEAREST)["pixel_values"]
+    np.testing.assert_allclose(nearest[0], np.array(image.resize((8, 8), PIL.Image.Resampling.NEAREST)) / 127.5 - 1, atol=1e-6)
+    assert GRAY(images=[image], size={"shortest_edge": 10})["pixel_values"][0].shape == (1, 10, 20)
+    assert GRAY(images=[image], do_convert_rgb=True)["pixel_values"][0].shape == (3, 8, 8)
+    assert GRAY(images=[image])["pixel_values"][0].shape == (1, 8, 8)
+
+
 @pytest.mark.parametrize("channels", [1, 3])
 @pytest.mark.parametrize(
     "settings", [{}, {"do_resize": False}, {"do_resize": False, "do_pad": True}, {"do_rescale": False}, {"do_normalize": False}]
@@ -152,7 +165,9 @@ def test_together_as_one_by_one(channels, settings):
         setattr(processor, name, value)
     images = [color_image(mode, size) for mode, size in (("L", (8, 8)), ("RGB", (5, 3)), ("P", (40, 20)))]
     for image, result in zip(images, processor(images=images)["pixel_values"], strict=True):
-        array = processor.process_image(image, do_convert_rgb=channels == 3)
+        array = processor.process_image(
+            image, do_convert_rgb=channels == 3, do_resize=processor.do_resize, size=processor.size, resample=processor.resample
+        )
         array = processor.rescale(array, 1 / 255) if processor.do_rescale else array
         array = processor.normalize(array, processor.image_mean, processor.image_std) if processor.do_normalize else array
         (array,) = processor.pad([array], SizeDict(**side)) if processor.do_pad else [array]
