@@ -204,7 +204,8 @@ def test_several_kernel_sizes(blur, tmp_path):
     x, several = images(6, 1, 16, 16), blur([7, 3, 3])
     kernels = torch.tensor([3, 7, 7, 3, 7, 5])
     expected = torch.cat([blur(k)(image[None]) for image, k in zip(x, kernels.tolist(), strict=True)])
-    torch.testing.assert_close(several(x, kernels), expected, rtol=0, atol=1e-6)  # a convolution's last bits go with its batch size
+    last_bits = 1e-6 if blur is GaussianDissolver else 0  # those of a convolution go with its batch size
+    torch.testing.assert_close(several(x, kernels), expected, rtol=0, atol=last_bits)
     drawn = several.sample_timesteps(200, generator=torch.Generator().manual_seed(0))
     assert drawn.dtype == torch.long
     assert set(drawn.tolist()) == {3, 7}
