@@ -27,7 +27,7 @@ def refused():
         message = str(caught.value)
         assert "\n" not in message
         for word in words:
-            assert word in message
+            assert str(word) in message
 
     return refused
 
