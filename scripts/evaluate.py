@@ -1,6 +1,6 @@
 """Scores a dataset with a saved detector and writes the same JSON as training does, but for the facts of the training.
 
-The split hash covers the evaluated rows alone: no training data is needed.
+The split hash covers the evaluated rows alone: no training data is needed, but for --baselines.
 
 python scripts/evaluate.py --model runs/dia-digits --dataset_name digits
 """

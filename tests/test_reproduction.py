@@ -22,7 +22,8 @@ from sklearn.metrics import roc_auc_score
 from torch import nn
 
 from hf_anomaly.data.recipes import RECIPES
-from hf_anomaly.reproduction import METHODS, TABLES, Selection, baselines, budgets, contrastive, figures, find_table, roc, running
+from hf_anomaly.ops import baselines
+from hf_anomaly.reproduction import METHODS, TABLES, Selection, budgets, contrastive, figures, find_table, roc, running
 from hf_anomaly.reproduction.budgets import Training
 from hf_anomaly.reproduction.cells import MEAN
 from hf_anomaly.reproduction.contrastive import DetectorLength

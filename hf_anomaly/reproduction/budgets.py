@@ -7,9 +7,10 @@ from pathlib import Path
 
 import numpy as np
 
-from ..data import OneClassSplits, prepare
+from ..data import OneClassSplits
 from ..image_processing import AnomalyImageProcessor
 from ..training import AnomalyTrainingArguments
+from ..training.baselines import pixel_matrix
 
 SCORES_FILE = "scores.npz"  # of the test images, in the folder that a method works in
 
@@ -88,16 +89,11 @@ class CellData:
 
     @cached_property
     def train_pixels(self) -> np.ndarray:
-        return self._pixels(self.splits.train)
+        return pixel_matrix(self.splits.train, self.processor)
 
     @cached_property
     def test_pixels(self) -> np.ndarray:
-        return self._pixels(self.splits.test)
-
-    def _pixels(self, dataset) -> np.ndarray:
-        prepared = prepare(dataset, self.processor)
-        batches = (prepared[start : start + 1024]["pixel_values"] for start in range(0, len(prepared), 1024))
-        return np.concatenate([np.stack(batch).reshape(len(batch), -1) for batch in batches])
+        return pixel_matrix(self.splits.test, self.processor)
 
 
 class Method(ABC):

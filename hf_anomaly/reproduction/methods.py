@@ -20,11 +20,11 @@ from ..detectors.shared_ae.configuration_shared_ae import SharedAEConfig
 from ..detectors.shared_ae.modeling_shared_ae import SharedAEModel
 from ..image_processing import AnomalyImageProcessor
 from ..metrics import image_metrics
+from ..ops import baselines
 from ..training import AnomalyTrainingArguments
 from ..training.denoising import denoising_arguments, pretrain
 from ..training.evaluation import write_scores
 from ..training.runs import train_detector
-from . import baselines
 from .budgets import SCORES_FILE, CellData, Method, Training
 from .contrastive import CONTRASTIVE_METHODS
 

@@ -1,6 +1,6 @@
 """Scores a dataset with a saved detector and writes the same JSON as training does, but for the facts of the training.
 
-The split hash covers the evaluated rows alone: no training data is needed.
+The split hash covers the evaluated rows alone: no training data is needed, but for --baselines.
 """
 
 import json
@@ -17,6 +17,7 @@ from ...data.sources import dataset_label
 from ...errors import InputError
 from ...visualization import overlay_anomaly_map, write_image
 from .. import DataArguments, parse_arguments
+from ..baselines import compare_with_baselines
 from ..evaluation import evaluate_detector
 from ..runs import load_detector, load_splits, write_json
 
@@ -40,6 +41,13 @@ class EvaluationArguments:
         default=None, metadata={"help": "Also write the highest-scoring images to this folder, anomaly maps over them."}
     )
     num_maps: int = field(default=20, metadata={"help": "How many images --save_maps writes."})
+    baselines: bool = field(
+        default=False,
+        metadata={
+            "help": "Also the AUROC of mean intensity, contrast, pixel kNN and PCA residual, which a detector should beat, and what remains of all when "
+            "images are standardized or equalized (CLAHE) one by one. Takes the training images, too: give the data arguments of the training."
+        },
+    )
     batch_size: int = field(default=64, metadata={"help": "Images scored at once."})
     device: str = field(default="cuda" if torch.cuda.is_available() else "cpu", metadata={"help": "Device to score on."})
 
@@ -115,6 +123,27 @@ def save_maps(model, processor, dataset, rows: list[int], folder: Path) -> None:
         write_image(overlay, folder / name)
 
 
+def baseline_results(model, processor, splits, args, data_args: DataArguments) -> dict[str, dict]:
+    """What `compare_with_baselines` finds, with the training images that the detector's run drew.
+
+    Raises:
+        InputError: there are none, or nothing can be measured on the test images.
+    """
+    if data_args.streaming:
+        raise InputError("--baselines holds all images in memory, which --streaming is there to avoid: leave one of them out")
+    if splits.test_missing_reason:
+        raise InputError(f"--baselines: there is no AUROC to be had, {splits.test_missing_reason}")
+    train = load_splits(data_args, args.seed or 0).train
+    trained_on = recorded_results(args.model).get("num_train")
+    if trained_on not in (None, len(train)):
+        logger.warning(
+            "The detector was trained on %d images, these data arguments give %d: --baselines compares with the latter",
+            trained_on,
+            len(train),
+        )
+    return compare_with_baselines(model, processor, train, splits.test, batch_size=args.batch_size)
+
+
 def main(argv: list[str], program: str) -> None:
     """Runs the command line `argv`; `program` is what comes before it, for help and card."""
     started = time.time()
@@ -133,7 +162,8 @@ def main(argv: list[str], program: str) -> None:
             save_maps(model, processor, splits.test, scores.topk(min(args.num_maps, len(scores))).indices.tolist(), Path(args.save_maps))
         return scores, labels
 
-    results = evaluate_detector(model, processor, splits, score, batch_size=args.batch_size)
+    baselines = {"baselines": baseline_results(model, processor, splits, args, data_args)} if args.baselines else {}
+    results = evaluate_detector(model, processor, splits, score, batch_size=args.batch_size) | baselines
     results["seconds"] = round(time.time() - started, 1)
     if args.output is not None:
         write_json(Path(args.output), results)

@@ -33,3 +33,6 @@ def pca_residual(train: np.ndarray, test: np.ndarray) -> np.ndarray:
 
     pca = PCA(n_components=EXPLAINED_VARIANCE, svd_solver="full").fit(train)
     return np.square(test - pca.inverse_transform(pca.transform(test))).sum(axis=1)
+
+
+BASELINES = {"mean_intensity": mean_intensity, "contrast": contrast, "pixel_knn": pixel_knn, "pca_residual": pca_residual}

@@ -1,0 +1,83 @@
+"""What a detector adds to trivial baselines, and what remains of both once all images have the same contrast."""
+
+import copy
+from collections.abc import Callable
+
+import numpy as np
+from torch import Tensor
+from torch.utils.data import DataLoader
+
+from ..data import collate, prepare
+from ..detector import AnomalyDetector
+from ..metrics import image_metrics
+from ..ops.baselines import BASELINES
+
+Change = Callable[[Tensor], Tensor]
+
+
+def pixel_matrix(dataset, processor) -> np.ndarray:
+    """(n, C·H·W) float32: what `processor` makes of a dataset's images, all in memory."""
+    prepared = prepare(dataset, processor)
+    batches = (prepared[start : start + 1024]["pixel_values"] for start in range(0, len(prepared), 1024))
+    return np.concatenate([np.stack(batch).reshape(len(batch), -1) for batch in batches])
+
+
+def standardize(pixel_values: Tensor, mean: float = 0.0, std: float = 0.5) -> Tensor:
+    """Every image (B, C, H, W) to this mean and standard deviation over its pixels and channels, and clipped to [−1, 1]. A flat image becomes `mean`."""
+    dims = (1, 2, 3)
+    centred = pixel_values - pixel_values.mean(dims, keepdim=True)
+    scale = centred.square().mean(dims, keepdim=True).sqrt().clamp_min(1e-3)  # an eighth of an 8-bit level
+    return (mean + std * centred / scale).clamp(-1, 1)
+
+
+def equalize(pixel_values: Tensor) -> Tensor:
+    """CLAHE, contrast-limited adaptive histogram equalization, of images (B, C, H, W) in [−1, 1]: 4 × 4 tiles, clip limit 2, each channel by itself."""
+    from kornia.enhance import equalize_clahe
+
+    return equalize_clahe((pixel_values + 1) / 2, clip_limit=2.0, grid_size=(4, 4)) * 2 - 1
+
+
+class _ChangedImages:
+    """A processor whose `pixel_values` are changed."""
+
+    def __init__(self, processor, change: Change):
+        self.processor, self.change, self.window = processor, change, processor.window
+
+    def __call__(self, images, return_tensors: str) -> dict[str, Tensor]:
+        return {"pixel_values": self.change(self.processor(images=images, return_tensors=return_tensors)["pixel_values"])}
+
+
+def compare_with_baselines(model: AnomalyDetector, processor, train, test, *, batch_size: int = 64) -> dict[str, dict[str, float | None]]:
+    """AUROC of a fitted detector and of the trivial baselines, on images as they are, standardized, and equalized.
+
+    The detector's weights stay as they are. What it compares with, and what the baselines do, are the training images, changed as those of the test are.
+
+    Args:
+        train: normal images, unprepared: those that the detector was fitted with.
+        test: labelled images (0 normal, 1 anomaly), unprepared. All pixels of both are held in memory.
+        batch_size: images that the detector scores at once.
+
+    Returns:
+        "as_they_are", "standardized" (`standardize`, to the training images' average mean and standard deviation) and "equalized" (`equalize`) →
+        "detector" and the names in `BASELINES` → AUROC.
+    """
+    pixels, labels = pixel_matrix(train, processor), np.asarray(test["label"][:])
+    mean, std = float(pixels.mean()), float(pixels.std(axis=1).mean())
+    changes: dict[str, Change] = {"standardized": lambda x: standardize(x, mean, std), "equalized": equalize}
+    results = {"as_they_are": _aurocs(model, pixels, test, processor, labels, batch_size)}
+    for name, change in changes.items():
+        changed = _ChangedImages(processor, change)
+        detector = copy.deepcopy(model).fit_reference(_loader(train, changed, batch_size), progress=False)
+        results[name] = _aurocs(detector, pixel_matrix(train, changed), test, changed, labels, batch_size)
+    return results
+
+
+def _loader(dataset, processor, batch_size: int) -> DataLoader:
+    return DataLoader(prepare(dataset, processor), batch_size=batch_size, collate_fn=collate)
+
+
+def _aurocs(detector: AnomalyDetector, train_pixels, test, processor, labels, batch_size: int) -> dict[str, float | None]:
+    test_pixels = pixel_matrix(test, processor)
+    scores = {"detector": detector.score(_loader(test, processor, batch_size), progress=False)[0].numpy()}
+    scores |= {name: baseline(train_pixels, test_pixels) for name, baseline in BASELINES.items()}
+    return {name: image_metrics(values, labels)["auroc"] for name, values in scores.items()}

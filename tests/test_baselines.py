@@ -1,0 +1,120 @@
+"""Trivial baselines beside a detector, and images of one contrast."""
+
+import json
+import runpy
+from pathlib import Path
+
+import numpy as np
+import PIL.Image
+import pytest
+import torch
+
+from hf_anomaly import AnomalyImageProcessor, CSIConfig, CSIModel, SmallResNetConfig, load_one_class
+from hf_anomaly.data import collate, prepare
+from hf_anomaly.ops.baselines import BASELINES
+from hf_anomaly.training.baselines import compare_with_baselines, equalize, standardize
+
+SCRIPT = Path(__file__).parents[1] / "scripts" / "evaluate.py"
+
+
+def images(*shape):
+    return torch.rand(*shape, generator=torch.Generator().manual_seed(0)) - 0.5
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+def test_standardized_images_have_one_mean_and_deviation(channels):
+    x = images(5, channels, 16, 16)
+    result = standardize(x, 0.1, 0.2)
+    np.testing.assert_allclose(result.numpy().reshape(5, -1).mean(1), 0.1, atol=1e-5)
+    np.testing.assert_allclose(result.numpy().reshape(5, -1).std(1), 0.2, atol=1e-5)
+    torch.testing.assert_close(standardize(0.5 * x + 0.3, 0.1, 0.2), result)
+    assert standardize(x, 0.0, 5.0).abs().max() == 1
+    torch.testing.assert_close(standardize(torch.full((1, 1, 4, 4), 0.7)), torch.zeros(1, 1, 4, 4), atol=1e-3, rtol=0)
+
+
+@pytest.mark.parametrize("size", [8, 13, 28])
+def test_equalized_images_hardly_depend_on_contrast(size):
+    x = images(2, 3, size, size)
+    result = equalize(x)
+    assert result.shape == x.shape
+    assert result.min() >= -1
+    assert result.max() <= 1
+    assert equalize(0.5 * x).std() > 0.7 * result.std()  # of the images themselves half
+
+
+@pytest.fixture(scope="module")
+def brighter(tmp_path_factory):
+    """Noise, whose anomalies are brighter and nothing else."""
+    folder = tmp_path_factory.mktemp("brighter")
+    for i, name in enumerate(["train/normal"] * 20 + ["test/normal"] * 12 + ["test/bright"] * 12):
+        levels = np.random.default_rng(i).integers(0, 100, (8, 8)) + (80 if "bright" in name else 0)
+        (folder / name).mkdir(parents=True, exist_ok=True)
+        PIL.Image.fromarray(levels.astype(np.uint8)).save(folder / name / f"{i}.png")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def detector(brighter, tmp_path_factory):
+    torch.manual_seed(0)
+    folder = tmp_path_factory.mktemp("detector")
+    splits, processor = load_one_class(brighter), AnomalyImageProcessor.for_images(8, 1)
+    backbone = SmallResNetConfig(hidden_sizes=[8], depths=[1])
+    model = CSIModel(CSIConfig(image_size=8, normal_label="normal", num_test_views=2, backbone_config=backbone)).eval()
+    train = prepare(splits.train, processor)
+    model.fit_reference([collate([train[i] for i in range(len(train))])], progress=False)
+    model.save_pretrained(folder)
+    processor.save_pretrained(folder)
+    (folder / "eval_results.json").write_text(json.dumps({"seed": 0, "num_train": len(train)}))
+    return folder
+
+
+@pytest.fixture
+def evaluate(detector, monkeypatch, capsys):
+    def evaluate(dataset, *argv):
+        monkeypatch.setattr(
+            "sys.argv", ["evaluate.py", "--model", str(detector), "--dataset_name", str(dataset), "--baselines", "true", *argv]
+        )
+        status = 0
+        try:
+            runpy.run_path(str(SCRIPT), run_name="__main__")
+        except SystemExit as exit:
+            status = exit.code
+        out, err = capsys.readouterr()
+        return status, json.loads(out) if out else None, err
+
+    return evaluate
+
+
+def test_what_lives_on_brightness_shows(evaluate, brighter, caplog):
+    status, results, err = evaluate(brighter)
+    assert status == 0, err
+    assert set(results["baselines"]) == {"as_they_are", "standardized", "equalized"}
+    for aurocs in results["baselines"].values():
+        assert set(aurocs) == {"detector", *BASELINES}
+    as_they_are, standardized = (results["baselines"][name] for name in ("as_they_are", "standardized"))
+    assert as_they_are["detector"] == results["auroc"]
+    assert as_they_are["mean_intensity"] == as_they_are["pixel_knn"] == 1
+    assert abs(standardized["mean_intensity"] - 0.5) < 0.3
+    assert abs(standardized["pixel_knn"] - 0.5) < 0.3
+    assert "these data arguments" not in caplog.text
+
+
+def test_the_detector_itself_is_left_alone(brighter, detector):
+    splits, processor = load_one_class(brighter), AnomalyImageProcessor.for_images(8, 1)
+    model = CSIModel.from_pretrained(detector).eval()
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    compare_with_baselines(model, processor, splits.train, splits.test, batch_size=7)
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
+def test_other_training_images_are_warned_of(evaluate, brighter, caplog):
+    assert evaluate(brighter, "--max_train_images", "5")[0] == 0
+    assert "trained on 16 images, these data arguments give 5" in caplog.text
+
+
+@pytest.mark.parametrize(("argv", "words"), [((), "no split 'train'"), (("--streaming", "true"), "--streaming")])
+def test_training_images_are_needed(evaluate, brighter, tmp_path, argv, words):
+    (tmp_path / "test").symlink_to(brighter / "test")
+    status, results, err = evaluate(tmp_path if not argv else brighter, *argv)
+    assert (status, results) == (2, None)
+    assert words in err.splitlines()[-1]
