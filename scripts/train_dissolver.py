@@ -9,4 +9,4 @@ from hf_anomaly.training.commands.train_dissolver import main
 from hf_anomaly.training.runs import run_script
 
 if __name__ == "__main__":
-    run_script(lambda: main(sys.argv[1:], program="scripts/train_dissolver.py"))
+    run_script(lambda: main(sys.argv[1:], program="accelerate launch scripts/train_dissolver.py"))

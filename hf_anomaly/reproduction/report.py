@@ -59,7 +59,7 @@ def _markdown_table(titles: list[str], rows: list[list[str]]) -> list[str]:
 
 
 def _command_lines(command: list[str]) -> list[str]:
-    return ["The command:", "", f"    {shown_command(command)}", ""]
+    return ["The command:", "", f"    python {shown_command(command)}", ""]
 
 
 def _write(path: Path, text: str) -> Path:

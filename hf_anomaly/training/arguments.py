@@ -30,7 +30,7 @@ class ReproducibleArguments(TrainingArguments):
     learning_rate: float = field(default=1e-3, metadata={"help": "Peak learning rate."})
     lr_scheduler_type: str = field(default="cosine", metadata={"help": "The learning rate's schedule."})
     logging_steps: float = field(default=50, metadata={"help": "Steps between two reports of the losses."})
-    save_strategy: str = field(default="steps", metadata={"help": "When a checkpoint is saved: no, steps, epoch or best."})
+    save_strategy: str = field(default="steps", metadata={"help": "When a checkpoint is saved: no, steps or epoch."})
     save_steps: float = field(default=200, metadata={"help": "Steps between two checkpoints."})
     save_total_limit: int | None = field(default=1, metadata={"help": "Checkpoints to keep."})
     remove_unused_columns: bool = field(default=False, metadata={"help": "Leave False: images become pixel_values when they are read."})

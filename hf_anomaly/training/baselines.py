@@ -9,16 +9,17 @@ from torch.utils.data import DataLoader
 
 from ..data import collate, prepare
 from ..detector import AnomalyDetector
+from ..errors import InputError
 from ..metrics import image_metrics
 from ..ops.baselines import BASELINES
 
 Change = Callable[[Tensor], Tensor]
 
 
-def pixel_matrix(dataset, processor) -> np.ndarray:
-    """(n, C·H·W) float32: what `processor` makes of a dataset's images, all in memory."""
+def pixel_matrix(dataset, processor, batch_size: int = 64) -> np.ndarray:
+    """(n, C·H·W) float32: what `processor` makes of a dataset's images, all in memory; of `batch_size` of them at once."""
     prepared = prepare(dataset, processor)
-    batches = (prepared[start : start + 1024]["pixel_values"] for start in range(0, len(prepared), 1024))
+    batches = (prepared[start : start + batch_size]["pixel_values"] for start in range(0, len(prepared), batch_size))
     return np.concatenate([np.stack(batch).reshape(len(batch), -1) for batch in batches])
 
 
@@ -31,7 +32,13 @@ def standardize(pixel_values: Tensor, mean: float = 0.0, std: float = 0.5) -> Te
 
 
 def equalize(pixel_values: Tensor) -> Tensor:
-    """CLAHE, contrast-limited adaptive histogram equalization, of images (B, C, H, W) in [−1, 1]: 4 × 4 tiles, clip limit 2, each channel by itself."""
+    """CLAHE, contrast-limited adaptive histogram equalization, of images (B, C, H, W) in [−1, 1]: 4 × 4 tiles, clip limit 2, each channel by itself.
+
+    Raises:
+        InputError: images of less than 8 px, too small for the tiles.
+    """
+    if min(pixel_values.shape[-2:]) < 8:
+        raise InputError(f"images of {pixel_values.shape[-2]}×{pixel_values.shape[-1]} px are too small for CLAHE, which needs 8 px")
     from kornia.enhance import equalize_clahe
 
     return equalize_clahe((pixel_values + 1) / 2, clip_limit=2.0, grid_size=(4, 4)) * 2 - 1
@@ -53,22 +60,29 @@ def compare_with_baselines(model: AnomalyDetector, processor, train, test, *, ba
     The detector's weights stay as they are. What it compares with, and what the baselines do, are the training images, changed as those of the test are.
 
     Args:
-        train: normal images, unprepared: those that the detector was fitted with.
+        train: normal images, unprepared: those that the detector was trained on.
         test: labelled images (0 normal, 1 anomaly), unprepared. All pixels of both are held in memory.
-        batch_size: images that the detector scores at once.
+        batch_size: images that are changed or scored at once.
 
     Returns:
         "as_they_are", "standardized" (`standardize`, to the training images' average mean and standard deviation) and "equalized" (`equalize`) →
-        "detector" and the names in `BASELINES` → AUROC.
+        "detector" and the names in `BASELINES` → AUROC. Standardized images have no mean and contrast of their own: these two are left out there.
+
+    Raises:
+        InputError: images of less than 8 px.
     """
-    pixels, labels = pixel_matrix(train, processor), np.asarray(test["label"][:])
+    pixels = pixel_matrix(train, processor, batch_size)
     mean, std = float(pixels.mean()), float(pixels.std(axis=1).mean())
     changes: dict[str, Change] = {"standardized": lambda x: standardize(x, mean, std), "equalized": equalize}
-    results = {"as_they_are": _aurocs(model, pixels, test, processor, labels, batch_size)}
+    results = {"as_they_are": _aurocs(model, pixels, test, processor, batch_size, BASELINES)}
     for name, change in changes.items():
         changed = _ChangedImages(processor, change)
-        detector = copy.deepcopy(model).fit_reference(_loader(train, changed, batch_size), progress=False)
-        results[name] = _aurocs(detector, pixel_matrix(train, changed), test, changed, labels, batch_size)
+        baselines = {
+            title: score for title, score in BASELINES.items() if change is equalize or title not in ("mean_intensity", "contrast")
+        }
+        pixels = pixel_matrix(train, changed, batch_size)
+        detector = copy.deepcopy(model).fit_reference(_loader(train, changed, batch_size))
+        results[name] = _aurocs(detector, pixels, test, changed, batch_size, baselines)
     return results
 
 
@@ -76,8 +90,8 @@ def _loader(dataset, processor, batch_size: int) -> DataLoader:
     return DataLoader(prepare(dataset, processor), batch_size=batch_size, collate_fn=collate)
 
 
-def _aurocs(detector: AnomalyDetector, train_pixels, test, processor, labels, batch_size: int) -> dict[str, float | None]:
-    test_pixels = pixel_matrix(test, processor)
-    scores = {"detector": detector.score(_loader(test, processor, batch_size), progress=False)[0].numpy()}
-    scores |= {name: baseline(train_pixels, test_pixels) for name, baseline in BASELINES.items()}
-    return {name: image_metrics(values, labels)["auroc"] for name, values in scores.items()}
+def _aurocs(detector: AnomalyDetector, train_pixels, test, processor, batch_size: int, baselines: dict) -> dict[str, float | None]:
+    scores, labels = detector.score(_loader(test, processor, batch_size))
+    test_pixels = pixel_matrix(test, processor, batch_size)
+    all_scores = {"detector": scores.numpy(), **{name: baseline(train_pixels, test_pixels) for name, baseline in baselines.items()}}
+    return {name: image_metrics(values, labels.numpy())["auroc"] for name, values in all_scores.items()}

@@ -33,7 +33,8 @@ class EvaluationArguments:
     seed: int | None = field(
         default=None,
         metadata={
-            "help": "Seed of the training run, for --protocol balanced, whose test images it drew. Default: as recorded beside the model."
+            "help": "Seed of the training run, which drew the test images of --protocol balanced, and the training images that --baselines takes. Default: "
+            "as recorded beside the model."
         },
     )
     output: str | None = field(default=None, metadata={"help": "Also write the JSON to this file."})
@@ -44,8 +45,9 @@ class EvaluationArguments:
     baselines: bool = field(
         default=False,
         metadata={
-            "help": "Also the AUROC of mean intensity, contrast, pixel kNN and PCA residual, which a detector should beat, and what remains of all when "
-            "images are standardized or equalized (CLAHE) one by one. Takes the training images, too: give the data arguments of the training."
+            "help": "Also the AUROC of mean intensity, contrast, pixel kNN and PCA residual, which a detector should beat (where one is far below .5, its "
+            "opposite is above), and what remains of all when images are standardized or equalized (CLAHE) one by one. Takes the training images, too: "
+            "give the data arguments of the training."
         },
     )
     batch_size: int = field(default=64, metadata={"help": "Images scored at once."})
@@ -123,25 +125,29 @@ def save_maps(model, processor, dataset, rows: list[int], folder: Path) -> None:
         write_image(overlay, folder / name)
 
 
-def baseline_results(model, processor, splits, args, data_args: DataArguments) -> dict[str, dict]:
-    """What `compare_with_baselines` finds, with the training images that the detector's run drew.
+def load_for_baselines(args, data_args: DataArguments):
+    """The splits with the images that the detector's run trained on, as far as its record tells which.
 
     Raises:
-        InputError: there are none, or nothing can be measured on the test images.
+        InputError: there are none, or no other images to test on.
     """
     if data_args.streaming:
         raise InputError("--baselines holds all images in memory, which --streaming is there to avoid: leave one of them out")
+    try:
+        splits = load_splits(data_args, args.seed or 0)
+    except InputError as error:
+        raise InputError(f"--baselines takes the training images, too: {error}") from error
     if splits.test_missing_reason:
-        raise InputError(f"--baselines: there is no AUROC to be had, {splits.test_missing_reason}")
-    train = load_splits(data_args, args.seed or 0).train
-    trained_on = recorded_results(args.model).get("num_train")
-    if trained_on not in (None, len(train)):
-        logger.warning(
-            "The detector was trained on %d images, these data arguments give %d: --baselines compares with the latter",
-            trained_on,
-            len(train),
-        )
-    return compare_with_baselines(model, processor, train, splits.test, batch_size=args.batch_size)
+        raise InputError(f"--baselines: besides the training images there is nothing to test on, {splits.test_missing_reason}")
+    recorded, division = recorded_results(args.model), splits.division
+    there = {**(recorded.get("division") or {}), **recorded}
+    here = {"dataset": dataset_label(splits.source), "num_train": len(splits.train), "seed": args.seed, "protocol": division.protocol}
+    if not recorded:
+        logger.warning("%s does not tell which images it was trained on: --baselines takes those of --seed %d", args.model, args.seed or 0)
+    elif differing := [name for name in here if there.get(name) != here[name]]:
+        told = ", ".join(f"{name} {here[name]} in place of {there.get(name)}" for name in differing)
+        logger.warning("--baselines takes other images than the detector was trained on: %s", told)
+    return splits
 
 
 def main(argv: list[str], program: str) -> None:
@@ -156,14 +162,17 @@ def main(argv: list[str], program: str) -> None:
         if args.num_maps < 1:
             raise InputError(f"--num_maps must be at least 1, got {args.num_maps}")
 
+    whole = load_for_baselines(args, data_args) if args.baselines else None  # refused before anything is scored
+
     def score(dataset):
         scores, labels = model.score(DataLoader(dataset, batch_size=args.batch_size, collate_fn=collate))
         if args.save_maps is not None:
             save_maps(model, processor, splits.test, scores.topk(min(args.num_maps, len(scores))).indices.tolist(), Path(args.save_maps))
         return scores, labels
 
-    baselines = {"baselines": baseline_results(model, processor, splits, args, data_args)} if args.baselines else {}
-    results = evaluate_detector(model, processor, splits, score, batch_size=args.batch_size) | baselines
+    results = evaluate_detector(model, processor, splits, score, batch_size=args.batch_size)
+    if whole is not None:
+        results["baselines"] = compare_with_baselines(model, processor, whole.train, whole.test, batch_size=args.batch_size)
     results["seconds"] = round(time.time() - started, 1)
     if args.output is not None:
         write_json(Path(args.output), results)

@@ -4,6 +4,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 from ...data import collate, prepare
+from ...data.recipes import DatasetRecipe
 from ...dissolving import dissolving_quality
 from .. import DataArguments, DenoisingTrainingArguments, parse_arguments
 from ..denoising import train_dissolver
@@ -18,14 +19,18 @@ class DiffusionArguments:
 
     resolution: int | None = field(
         default=None,
-        metadata={"help": "Dissolving resolution in pixels. Default: the largest power of two below the images' size, at most 32."},
+        metadata={
+            "help": "Dissolving resolution in pixels. Default: the largest power of two within a third of the images' size, 8 to 32."
+        },
     )
     block_out_channels: list[int] = field(default_factory=lambda: [32, 64, 64], metadata={"help": "Widths of the UNet's blocks."})
     max_timestep: int | None = field(
         default=None, metadata={"help": "Train on noise levels below this only. Default: twice t_max; the paper takes 1000."}
     )
-    t_min: int = field(default=30, metadata={"help": "Smallest timestep that the dissolver draws by default."})
-    t_max: int = field(default=130, metadata={"help": "Largest one."})
+    t_min: int | None = field(
+        default=None, metadata={"help": "Smallest timestep that the dissolver draws by default. Default: 30, or that of --dataset."}
+    )
+    t_max: int | None = field(default=None, metadata={"help": "Largest one. Default: 130, or that of --dataset."})
 
 
 def main(argv: list[str], program: str) -> None:
@@ -33,6 +38,9 @@ def main(argv: list[str], program: str) -> None:
     diffusion_args, data_args, training_args = parse_arguments(
         DiffusionArguments, DataArguments, DenoisingTrainingArguments, description=__doc__, program=program, argv=argv
     )
+    lowest, highest = (data_args.recipe or DatasetRecipe).timesteps
+    diffusion_args.t_min = lowest if diffusion_args.t_min is None else diffusion_args.t_min
+    diffusion_args.t_max = highest if diffusion_args.t_max is None else diffusion_args.t_max
     default_output_dir(training_args, f"dissolver-{Path(data_args.dataset_name).stem}")
     splits = load_splits(data_args, training_args.seed)
     processor = processor_for(splits, data_args)
