@@ -1,6 +1,7 @@
 """The papers' datasets in the layout of their downloads, tiny; which images are normal, train and test."""
 
 import csv
+import json
 
 import datasets
 import numpy as np
@@ -12,6 +13,7 @@ from hf_anomaly.data.protocols import contaminate, subclass_vs_superclass, subse
 from hf_anomaly.data.recipes import CIFAR_10, CIFAR_100, KVASIR, MVTEC_AD, SHARED_AE_TABLE_4
 from hf_anomaly.errors import InputError
 from hf_anomaly.training import DataArguments
+from hf_anomaly.training.commands.train_dissolver import main as train_dissolver
 from hf_anomaly.training.runs import load_splits
 
 datasets.disable_progress_bars()
@@ -310,6 +312,15 @@ def test_arguments_follow_the_recipe(data_dir):
     assert arguments.image_size == 16
     assert len(load_splits(arguments).test) == 10
     assert load_splits(arguments, evaluation_only=True).test["row"][:] == load_splits(arguments).test["row"][:]
+
+
+def test_a_dissolver_takes_the_timesteps_of_the_recipe(data_dir, tmp_path):
+    argv = ["--dataset", "kvasir_polyp", "--data_dir", str(data_dir), "--image_size", "8", "--block_out_channels", "8", "--max_steps", "1"]
+    for name, more, expected in (("own", [], (130, 230)), ("given", ["--t_min", "40"], (40, 230))):
+        folder = tmp_path / name
+        train_dissolver([*argv, *more, "--output_dir", str(folder), "--report_to", "none"], program="train_dissolver")
+        config = json.loads((folder / "dissolver_config.json").read_text())
+        assert (config["t_min"], config["t_max"]) == expected
 
 
 @pytest.mark.parametrize(
