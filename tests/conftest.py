@@ -1,9 +1,12 @@
 """Set before Hugging Face libraries are imported: neither the network nor the user's cache is touched."""
 
+import json
 import os
+import runpy
 import tempfile
 from contextlib import contextmanager
 from itertools import accumulate
+from pathlib import Path
 
 import pytest
 
@@ -30,6 +33,23 @@ def refused():
             assert str(word) in message
 
     return refused
+
+
+@pytest.fixture
+def run_evaluation(monkeypatch, capsys):
+    """`run_evaluation(model, dataset, …)`: exit status, results and standard error of scripts/evaluate.py with these and further words."""
+
+    def run_evaluation(model, dataset, *argv):
+        monkeypatch.setattr("sys.argv", ["evaluate.py", "--model", str(model), "--dataset_name", str(dataset), *argv])
+        status = 0
+        try:
+            runpy.run_path(str(Path(__file__).parents[1] / "scripts" / "evaluate.py"), run_name="__main__")
+        except SystemExit as exit:
+            status = exit.code
+        out, err = capsys.readouterr()
+        return status, json.loads(out) if out else None, err
+
+    return run_evaluation
 
 
 @pytest.fixture

@@ -1,8 +1,6 @@
 """Trivial baselines beside a detector, and images of one contrast."""
 
 import json
-import runpy
-from pathlib import Path
 
 import numpy as np
 import PIL.Image
@@ -14,8 +12,6 @@ from hf_anomaly import AnomalyImageProcessor, CSIConfig, CSIModel, SmallResNetCo
 from hf_anomaly.data import collate, prepare
 from hf_anomaly.ops.baselines import BASELINES
 from hf_anomaly.training.baselines import compare_with_baselines, equalize, standardize
-
-SCRIPT = Path(__file__).parents[1] / "scripts" / "evaluate.py"
 
 
 def images(*shape):
@@ -71,20 +67,8 @@ def detector(brighter, tmp_path_factory):
 
 
 @pytest.fixture
-def evaluate(detector, monkeypatch, capsys):
-    def evaluate(dataset, *argv):
-        monkeypatch.setattr(
-            "sys.argv", ["evaluate.py", "--model", str(detector), "--dataset_name", str(dataset), "--baselines", "true", *argv]
-        )
-        status = 0
-        try:
-            runpy.run_path(str(SCRIPT), run_name="__main__")
-        except SystemExit as exit:
-            status = exit.code
-        out, err = capsys.readouterr()
-        return status, json.loads(out) if out else None, err
-
-    return evaluate
+def evaluate(detector, run_evaluation):
+    return lambda dataset, *argv: run_evaluation(detector, dataset, "--baselines", "true", *argv)
 
 
 def test_what_lives_on_brightness_shows(evaluate, brighter, caplog):

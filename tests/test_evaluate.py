@@ -1,8 +1,6 @@
 """scripts/evaluate.py: which class is normal, and data without a training split."""
 
 import json
-import runpy
-from pathlib import Path
 
 import numpy as np
 import PIL.Image
@@ -11,8 +9,6 @@ import torch
 
 from hf_anomaly import AnomalyImageProcessor, CSIConfig, CSIModel, SmallResNetConfig, load_one_class
 from hf_anomaly.training.evaluation import evaluate_detector
-
-SCRIPT = Path(__file__).parents[1] / "scripts" / "evaluate.py"
 
 
 @pytest.fixture(scope="module")
@@ -28,7 +24,7 @@ def detector(tmp_path_factory):
 
 
 @pytest.fixture
-def evaluate(detector, tmp_path, monkeypatch, capsys):
+def evaluate(detector, tmp_path, run_evaluation):
     """Evaluates folders of these names with as many images; gives the exit status, the results and the log."""
 
     def evaluate(counts, *argv):
@@ -37,14 +33,7 @@ def evaluate(detector, tmp_path, monkeypatch, capsys):
             for i in range(count):
                 array = np.random.default_rng(i).integers(0, 256, (8, 8), dtype=np.uint8)
                 PIL.Image.fromarray(array).save(tmp_path / name / f"{i}.png")
-        monkeypatch.setattr("sys.argv", ["evaluate.py", "--model", str(detector), "--dataset_name", str(tmp_path), *argv])
-        status = 0
-        try:
-            runpy.run_path(str(SCRIPT), run_name="__main__")
-        except SystemExit as exit:
-            status = exit.code
-        out, err = capsys.readouterr()
-        return status, json.loads(out) if out else None, err
+        return run_evaluation(detector, tmp_path, *argv)
 
     return evaluate
 

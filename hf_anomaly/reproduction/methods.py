@@ -139,13 +139,13 @@ ADDP_LENGTHS = {
     "paper": ADDP_TRAINING,
 }
 
-_BASELINES = {
-    "mean_intensity": Baseline("mean intensity", baselines.mean_intensity),
-    "contrast": Baseline("contrast (negative pixel std)", baselines.contrast),
-    "pixel_knn": Baseline("pixel kNN", baselines.pixel_knn),
-    "pca_residual": Baseline("PCA residual", baselines.pca_residual),
+_BASELINE_TITLES = {
+    "mean_intensity": "mean intensity",
+    "contrast": "contrast (negative pixel std)",
+    "pixel_knn": "pixel kNN",
+    "pca_residual": "PCA residual",
 }
-BASELINES = tuple(_BASELINES)
+BASELINES = tuple(baselines.BASELINES)
 NOT_IMPLEMENTED = {
     "kdad": "KDAD",
     "transformaly": "Transformaly",
@@ -165,5 +165,5 @@ METHODS: dict[str, Method] = {
     "addp_decoder": Trained("encoder of digits, decoder pretrained", partial(addp, from_digits=True, mode="decoder"), ADDP_LENGTHS),
     **CONTRASTIVE_METHODS,
     **{name: Trained(title, None, {}) for name, title in NOT_IMPLEMENTED.items()},
-    **_BASELINES,
+    **{name: Baseline(_BASELINE_TITLES[name], score) for name, score in baselines.BASELINES.items()},
 }
