@@ -46,9 +46,16 @@ class ReproducibleArguments(TrainingArguments):
         default=0.99, metadata={"help": "Decay of the exponential moving average of the weights, which is what is saved; 0: none."}
     )
 
+    cpu_threads: int | None = field(
+        default=None,
+        metadata={"help": "CPU threads of a process. Default: all cores under `accelerate launch` without a GPU, else those torch takes."},
+    )
+
     default_max_steps = 400
 
     def __post_init__(self):
+        if self.cpu_threads is not None and self.cpu_threads < 1:
+            raise InputError(f"--cpu_threads must be at least 1, got {self.cpu_threads}")
         if self.max_steps <= 0 and self.num_train_epochs <= 0:
             self.max_steps = self.default_max_steps
         if not 0 <= self.ema_decay < 1:
@@ -205,7 +212,7 @@ class DataArguments:
 
 
 def parse_arguments(*classes: type, description: str, argv: list[str] | None = None, program: str | None = None) -> tuple:
-    """Parses the command line into dataclasses, one of each class.
+    """Parses the command line into dataclasses, one of each class, and sets the number of CPU threads of a training.
 
     Args:
         argv: its words; by default those of this process.
@@ -232,16 +239,16 @@ def parse_arguments(*classes: type, description: str, argv: list[str] | None = N
         raise InputError(f"unknown argument {rest[0]!r}" + (f": did you mean {close[0]}?" if close else "; --help lists all"))
     for args in parsed:
         if isinstance(args, ReproducibleArguments):
-            _mention_idle_cores(args)
+            _set_cpu_threads(args)
     return tuple(parsed)
 
 
-def _mention_idle_cores(args: ReproducibleArguments) -> None:
-    """`accelerate launch` gives a process one CPU thread unless told otherwise, which nobody would notice."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    if args.device.type == "cpu" and args.world_size == 1 and torch.get_num_threads() == 1 and cores > 1:
-        logger.info(
-            "Training in one thread, though there are %d CPU cores; with `accelerate launch --num_cpu_threads_per_process %d …` it uses all",
-            cores,
-            cores,
-        )
+def _set_cpu_threads(args: ReproducibleArguments) -> None:
+    """`accelerate launch` gives a process one CPU thread unless told otherwise: on a laptop, one of its cores."""
+    threads = args.cpu_threads
+    launched = "ACCELERATE_MIXED_PRECISION" in os.environ  # set by `accelerate launch`, and by nothing else
+    if threads is None and launched and args.device.type == "cpu" and args.world_size == 1 and torch.get_num_threads() == 1:
+        threads = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+        logger.info("Training in %d CPU threads; --cpu_threads says otherwise", threads)
+    if threads is not None:
+        torch.set_num_threads(threads)
