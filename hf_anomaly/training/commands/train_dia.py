@@ -120,7 +120,7 @@ class ContrastiveTrainingArguments(AnomalyTrainingArguments):
 
     learning_rate: float | None = field(default=None, metadata={"help": "Peak learning rate. Default: 0.01; 0.001 with --backbone."})
 
-    default_max_steps = 800
+    default_max_steps = 1600
 
 
 def make_dissolver(args: DissolverArguments, training_args, splits, processor) -> Dissolver | None:
