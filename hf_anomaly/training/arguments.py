@@ -65,6 +65,8 @@ class ReproducibleArguments(TrainingArguments):
         if self.data_seed is None:  # else the images' order hangs on the global random state too
             self.data_seed = self.seed
         super().__post_init__()
+        if self.cpu_threads is not None:
+            torch.set_num_threads(self.cpu_threads)
         # Without an accelerator torch warns about pinning, once for every loader.
         self.dataloader_pin_memory = self.dataloader_pin_memory and self.device.type != "cpu"
 
@@ -212,7 +214,7 @@ class DataArguments:
 
 
 def parse_arguments(*classes: type, description: str, argv: list[str] | None = None, program: str | None = None) -> tuple:
-    """Parses the command line into dataclasses, one of each class, and sets the number of CPU threads of a training.
+    """Parses the command line into dataclasses, one of each class, and lets a training use all cores under `accelerate launch`.
 
     Args:
         argv: its words; by default those of this process.
@@ -239,16 +241,14 @@ def parse_arguments(*classes: type, description: str, argv: list[str] | None = N
         raise InputError(f"unknown argument {rest[0]!r}" + (f": did you mean {close[0]}?" if close else "; --help lists all"))
     for args in parsed:
         if isinstance(args, ReproducibleArguments):
-            _set_cpu_threads(args)
+            _use_idle_cores(args)
     return tuple(parsed)
 
 
-def _set_cpu_threads(args: ReproducibleArguments) -> None:
+def _use_idle_cores(args: ReproducibleArguments) -> None:
     """`accelerate launch` gives a process one CPU thread unless told otherwise: on a laptop, one of its cores."""
-    threads = args.cpu_threads
     launched = "ACCELERATE_MIXED_PRECISION" in os.environ  # set by `accelerate launch`, and by nothing else
-    if threads is None and launched and args.device.type == "cpu" and args.world_size == 1 and torch.get_num_threads() == 1:
-        threads = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-        logger.info("Training in %d CPU threads; --cpu_threads says otherwise", threads)
-    if threads is not None:
-        torch.set_num_threads(threads)
+    if args.cpu_threads is None and launched and args.device.type == "cpu" and args.world_size == 1 and torch.get_num_threads() == 1:
+        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+        logger.info("Training in %d CPU threads; --cpu_threads says otherwise", cores)
+        torch.set_num_threads(cores)
