@@ -30,7 +30,7 @@ from hf_anomaly import (
 )
 from hf_anomaly.data import prepare
 from hf_anomaly.dissolving import DenoisingModel, DiffusionDissolver, build_scheduler, build_unet, dissolve_dataset
-from hf_anomaly.training import AnomalyTrainer, AnomalyTrainingArguments, DenoisingTrainer, DenoisingTrainingArguments, parse_arguments
+from hf_anomaly.training import AnomalyTrainer, AnomalyTrainingArguments, DenoisingTrainer, DenoisingTrainingArguments
 
 datasets.disable_progress_bars()
 
@@ -574,48 +574,3 @@ def test_a_killed_run_resumes_bit_for_bit(tmp_path):
 def test_anomalies_are_refused_in_training(make):
     with pytest.raises(InputError, match="training takes normal images only"):
         make(train_dataset=images(BATCH * EPOCH, anomalous=BATCH * EPOCH - 1)).train()
-
-
-@pytest.mark.skipif(torch.cuda.is_available(), reason="of CPUs")
-@pytest.mark.parametrize(
-    ("launched", "threads", "words", "then"),
-    [
-        (True, 1, [], 4),
-        (True, 3, [], 3),  # as was asked of accelerate
-        (True, 1, ["--cpu_threads", "2"], 2),
-        (False, 1, [], 1),  # OMP_NUM_THREADS or the machine
-        (False, 1, ["--cpu_threads", "2"], 2),
-    ],
-)
-def test_accelerate_launch_uses_all_cores(monkeypatch, tmp_path, launched, threads, words, then):
-    number = [threads]
-    monkeypatch.setattr(torch, "get_num_threads", lambda: number[0])
-    monkeypatch.setattr(torch, "set_num_threads", lambda count: number.__setitem__(0, count))
-    monkeypatch.setattr(os, "sched_getaffinity", lambda process: set(range(4)), raising=False)
-    monkeypatch.delenv("ACCELERATE_MIXED_PRECISION", raising=False)
-    if launched:
-        monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "no")
-    parse_arguments(AnomalyTrainingArguments, description="", argv=["--output_dir", str(tmp_path), *words])
-    assert number == [then]
-
-
-@pytest.mark.skipif(torch.cuda.is_available(), reason="of CPUs")
-def test_accelerate_launch_marks_what_it_starts(tmp_path):
-    """The environment variable by which it is recognised is accelerate's own."""
-    script = tmp_path / "script.py"
-    script.write_text(
-        "import torch\n"
-        "from hf_anomaly.training import AnomalyTrainingArguments, parse_arguments\n"
-        "parse_arguments(AnomalyTrainingArguments, description='')\n"
-        "print('threads:', torch.get_num_threads())\n"
-    )
-    environment = {name: value for name, value in os.environ.items() if name != "OMP_NUM_THREADS"}
-    command = [sys.executable, "-m", "accelerate.commands.launch", str(script), "--output_dir", str(tmp_path)]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    assert f"threads: {cores}\n" in done.stdout
-
-
-def test_threads_below_one_are_refused(tmp_path):
-    with pytest.raises(InputError, match="--cpu_threads must be at least 1"):
-        parse_arguments(AnomalyTrainingArguments, description="", argv=["--output_dir", str(tmp_path), "--cpu_threads", "0"])
