@@ -175,8 +175,14 @@ def apply_shifted_views(pixel_values: Tensor, views: Tensor, shift: Callable[[Te
         (K, N, C, H, W) in [−1, 1], of the dtype of `pixel_values`.
     """
     rows = max(1, _CHUNK_SIZE // (len(views) * pixel_values.shape[1:].numel()))
-    chunks = zip(pixel_values.split(rows), views.split(rows, dim=1), strict=True)
-    return torch.cat([apply_views(shift(x).flatten(0, 1), v.flatten(0, 1)).unflatten(0, v.shape[:2]) for x, v in chunks], dim=1)
+    result = pixel_values.new_empty(
+        len(views), *pixel_values.shape
+    )  # filled piece by piece: joining the pieces would hold everything twice
+    for start in range(0, len(pixel_values), rows):
+        piece = slice(start, start + rows)
+        shifted, parameters = shift(pixel_values[piece]), views[:, piece]
+        result[:, piece] = apply_views(shifted.flatten(0, 1), parameters.flatten(0, 1)).unflatten(0, parameters.shape[:2])
+    return result
 
 
 def _apply(pixel_values: Tensor, views: Tensor) -> Tensor:
@@ -230,15 +236,18 @@ def _color(x: Tensor, views: Tensor) -> Tensor:
 
 
 def _shift_hue(y: Tensor, views: Tensor) -> Tensor:
-    """Hue of y (N, 3, H, W) in [0, 1] shifted in HSV. Kornia's way through an HSV image takes twice the time."""
+    """Hue of y (N, 3, H, W) in [0, 1] shifted in HSV. Kornia's way through an HSV image takes four times the time."""
     red, green, blue = y.unbind(1)
-    value = y.amax(1)
-    chroma = value - y.amin(1)
-    sector = torch.where(value == green, blue - red + 2 * chroma, red - green + 4 * chroma)
-    hue = torch.where(value == red, green - blue, sector) / chroma.clamp(min=1e-12)  # in sixths of a turn
-    hue = hue + 6 * views[:, View.HUE, None, None]
-    k = (y.new_tensor([5, 3, 1])[:, None, None] + hue[:, None]) % 6  # of red, green, blue
-    return (value[:, None] - chroma[:, None] * torch.minimum(k, 4 - k).clamp_(0, 1)).clamp_(0, 1)
+    value = torch.maximum(torch.maximum(red, green), blue)
+    least = torch.minimum(torch.minimum(red, green), blue)
+    chroma = value - least
+    # Which channel is largest, as weights 0 and 1, red before green: torch.where takes a CPU ten times as long.
+    hue = (red - green).add_(chroma, alpha=4)
+    hue.lerp_((blue - red).add_(chroma, alpha=2), (value == green).to(y.dtype)).lerp_(green - blue, (value == red).to(y.dtype))
+    hue.div_(chroma.clamp(min=1e-12)).add_(6 * views[:, View.HUE, None, None])
+    hue.sub_((hue / 6).floor_(), alpha=6)  # in sixths of a turn, [0, 6]
+    shares = torch.stack([(hue - 3).abs_().sub_(1), 2 - (hue - 2).abs_(), 2 - (hue - 4).abs_()], dim=1)  # of red, green, blue
+    return shares.clamp_(0, 1).mul_(chroma[:, None]).add_(least[:, None])
 
 
 def _check_range(name: str, limits: tuple[float, float], low: float, high: float, open_low: bool = False) -> None:
