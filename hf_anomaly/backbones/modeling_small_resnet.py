@@ -77,6 +77,10 @@ class SmallResNetBackbone(BackboneMixin, PreTrainedModel):
 
     @can_return_tuple
     def forward(self, pixel_values: torch.Tensor) -> BackboneOutput:
+        if pixel_values.shape[1] == 1 and self.memory_format is torch.channels_last:
+            # One channel lies innermost as well as outermost. Unless its strides say the former, oneDNN takes another backward pass, ten times as slow.
+            n, _, height, width = pixel_values.shape
+            pixel_values = pixel_values.reshape(n, height, width, 1).movedim(-1, 1)
         hidden_state = self.stem(pixel_values).contiguous(memory_format=self.memory_format)
         maps = {"stem": hidden_state}
         for i, stage in enumerate(self.stages, 1):

@@ -45,6 +45,25 @@ def test_the_order_in_memory_changes_nothing_but_the_speed(channels):
         torch.testing.assert_close(ours, plain)
 
 
+@pytest.mark.parametrize("stride", [1, 2, 4, 9])
+@pytest.mark.parametrize("channels", [1, 3])
+def test_gradients_of_the_stem(channels, stride):
+    """Of one channel it takes another way through oneDNN."""
+    model = tiny(num_channels=channels, stem_stride=stride, out_features=["stem"]).eval()
+    x = torch.randn(4, channels, 36, 36)
+
+    def gradients(model, x):
+        model.zero_grad()
+        x = x.clone().requires_grad_()
+        model(x).feature_maps[0].square().mean().backward()
+        return x.grad, model.stem[0].weight.grad.clone()
+
+    ours = gradients(model, x)
+    for gradient, expected in zip(ours, gradients(model.double(), x.double()), strict=True):
+        assert expected.abs().max() > 1e-4
+        torch.testing.assert_close(gradient, expected.float(), rtol=1e-3, atol=1e-6)
+
+
 @pytest.mark.parametrize("width", [3, 4, 6, 8, 12])
 def test_gradients_of_narrow_blocks_in_channels_last(width):
     """oneDNN #6035: a 1×1 convolution with a stride, of fewer channels than a vector register holds, gets wrong gradients or crashes."""
