@@ -85,7 +85,7 @@ def test_dissolved_column(tmp_path, mode, decode):
     assert len(timesteps.unique()) > 5
     for row, image, t in zip(dissolved, original, timesteps, strict=True):
         stored = images_of(row)
-        assert [(s.mode, s.size, s.format) for s in stored] == [(mode, (16, 16), "PNG")] * 3
+        assert [(s.mode, s.size, s.format) for s in stored] == [(mode, (16, 16), "PPM")] * 3
         x = Processor()([image], "pt")["pixel_values"]
         expected = torch.cat([dissolver(x, t[v : v + 1]) for v in range(3)])
         got = pixels(row)[:, None] if mode == "L" else pixels(row).movedim(-1, 1)
