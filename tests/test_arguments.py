@@ -1,4 +1,4 @@
-"""How many CPU threads a training has."""
+"""How many CPU threads a training has, and how many steps."""
 
 import os
 import subprocess
@@ -9,6 +9,7 @@ import torch
 
 from hf_anomaly.errors import InputError
 from hf_anomaly.training import AnomalyTrainingArguments, parse_arguments
+from hf_anomaly.training.commands.train_dia import ContrastiveTrainingArguments
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="of CPUs")
@@ -54,3 +55,31 @@ def test_accelerate_launch_marks_what_it_starts(tmp_path):
 def test_threads_below_one_are_refused(tmp_path):
     with pytest.raises(InputError, match="--cpu_threads must be at least 1"):
         parse_arguments(AnomalyTrainingArguments, description="", argv=["--output_dir", str(tmp_path), "--cpu_threads", "0"])
+
+
+@pytest.mark.parametrize(
+    ("words", "image_size", "steps"),
+    [
+        ([], 28, 1600),
+        ([], 64, 1600),
+        ([], 128, 800),
+        ([], 224, 457),  # 1600 · 64 / 224
+        (["--max_steps", "900"], 224, 900),
+        (["--num_train_epochs", "2"], 224, -1),
+    ],
+)
+def test_larger_images_take_fewer_steps_by_default(tmp_path, words, image_size, steps):
+    (args,) = parse_arguments(
+        ContrastiveTrainingArguments, description="", argv=["--output_dir", str(tmp_path), "--use_cpu", "true", *words]
+    )
+    args.fit_image_size(image_size)
+    assert args.max_steps == steps
+
+
+@pytest.mark.parametrize(
+    ("words", "passes"), [(["--max_steps", "50", "--gradient_accumulation_steps", "2"], 16), (["--num_train_epochs", "3"], 3)]
+)
+def test_passes_over_the_images(tmp_path, words, passes):
+    words = ["--output_dir", str(tmp_path), "--use_cpu", "true", "--per_device_train_batch_size", "32", *words]
+    (args,) = parse_arguments(ContrastiveTrainingArguments, description="", argv=words)
+    assert args.passes(num_images=200) == passes

@@ -1,6 +1,7 @@
 """Trains DIA (or CSI, with --dissolver none): dissolver, detector, reference, calibration, evaluation, card."""
 
 import logging
+import math
 import shutil
 import time
 from dataclasses import asdict, dataclass, field
@@ -18,7 +19,16 @@ from ...dissolving import DISSOLVERS, DiffusionDissolver, Dissolver, dissolve_da
 from ...errors import InputError
 from .. import AnomalyTrainingArguments, DataArguments, check_checkpoint, check_same_run, parse_arguments
 from ..denoising import denoising_arguments, train_dissolver
-from ..runs import check_push, default_output_dir, describe_run, load_splits, print_results, processor_for, train_detector
+from ..runs import (
+    LARGEST_DEFAULT_SIZE,
+    check_push,
+    default_output_dir,
+    describe_run,
+    load_splits,
+    print_results,
+    processor_for,
+    train_detector,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -51,7 +61,10 @@ class DissolverArguments:
             "images' size, 8 to 32; others, 32."
         },
     )
-    dissolved_variants: int = field(default=8, metadata={"help": "Dissolved variants cached for each image; 0 dissolves on the fly."})
+    dissolved_variants: int = field(
+        default=8,
+        metadata={"help": "Dissolved variants cached for each image, at most as many as training passes over it; 0 dissolves on the fly."},
+    )
     dissolver_steps: int = field(default=600, metadata={"help": "Training steps of the diffusion model."})
     dissolver_batch_size: int = field(default=32, metadata={"help": "Images per step of its training."})
     dissolver_learning_rate: float = field(default=1e-3, metadata={"help": "Its peak learning rate."})
@@ -118,9 +131,37 @@ class DetectorArguments:
 class ContrastiveTrainingArguments(AnomalyTrainingArguments):
     """The detector's training."""
 
+    max_steps: int = field(
+        default=-1,
+        metadata={
+            "help": "Optimizer steps. Default: 1,600 for images of up to 64 pixels, for larger ones fewer in proportion, which takes about as long; "
+            "unless --num_train_epochs is given."
+        },
+    )
     learning_rate: float | None = field(default=None, metadata={"help": "Peak learning rate. Default: 0.01; 0.001 with --backbone."})
 
     default_max_steps = 1600
+
+    def __post_init__(self):
+        self._takes_default_steps = self.max_steps <= 0 and self.num_train_epochs <= 0
+        super().__post_init__()
+
+    def fit_image_size(self, image_size: int) -> None:
+        """Lowers the default number of steps for images of more than 64 pixels a side."""
+        if self._takes_default_steps and image_size > LARGEST_DEFAULT_SIZE:
+            self.max_steps = max(1, self.default_max_steps * LARGEST_DEFAULT_SIZE // image_size)
+            logger.info(
+                "Images of %d pixels: %d steps in place of %d; --max_steps says otherwise",
+                image_size,
+                self.max_steps,
+                self.default_max_steps,
+            )
+
+    def passes(self, num_images: int) -> float:
+        """How often training sees each of so many images."""
+        if self.max_steps <= 0:
+            return self.num_train_epochs
+        return self.max_steps * self.train_batch_size * self.gradient_accumulation_steps * self.world_size / num_images
 
 
 def make_dissolver(args: DissolverArguments, training_args, splits, processor) -> Dissolver | None:
@@ -184,6 +225,7 @@ def main(argv: list[str], program: str) -> None:
     check_push(training_args)
     splits = load_splits(data_args, training_args.seed)
     processor = processor_for(splits, data_args)
+    training_args.fit_image_size(processor.size["height"])
 
     settings = {name: value for name, value in asdict(detector_args).items() if name not in ("backbone", "crop_scale_min", *ONLY_DIA)}
     settings |= {
@@ -212,10 +254,9 @@ def main(argv: list[str], program: str) -> None:
         model.config.dissolver, model.config.dissolver_settings = dissolver.kind, dissolver.settings()
         model.dissolver = dissolver
         if dissolver_args.dissolved_variants > 0 and not data_args.streaming:  # of a stream there is nothing to keep
+            num_variants = min(dissolver_args.dissolved_variants, math.ceil(training_args.passes(len(splits.train))))
             with training_args.main_process_first(desc="dissolving"):
-                train_dataset = dissolve_dataset(
-                    splits.train, dissolver, processor, num_variants=dissolver_args.dissolved_variants, seed=training_args.seed
-                )
+                train_dataset = dissolve_dataset(splits.train, dissolver, processor, num_variants=num_variants, seed=training_args.seed)
     results = train_detector(
         model,
         processor,
