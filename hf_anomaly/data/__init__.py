@@ -1,5 +1,6 @@
 """Any source of images as one-class splits, and the way from a row to `pixel_values`."""
 
+from .caching import shrink_images
 from .formats import Reading, read_image
 from .loading import OneClassSplits, check_images, load_one_class, load_unlabelled
 from .protocols import Division
@@ -22,5 +23,6 @@ __all__ = [
     "load_unlabelled",
     "prepare",
     "read_image",
+    "shrink_images",
     "stream_one_class",
 ]

@@ -1,16 +1,13 @@
 """Dissolved images as a cached column of a dataset."""
 
-import hashlib
-import io
 import os
-from pathlib import Path
 
 import torch
 
+from ..data.caching import encode_levels, map_cached
+from ..data.transforms import decode_image
 from ..errors import InputError
-from .base import Dissolver, canonical_json, check_integer
-
-CACHE_FORMAT = 2  # raise it when what `dissolve_dataset` stores changes: old cache files are then no longer found
+from .base import Dissolver, check_integer
 
 
 def dissolve_dataset(
@@ -43,9 +40,6 @@ def dissolve_dataset(
             its row), or a processor whose range is not [−1, 1].
     """
     import datasets
-    from PIL import Image
-
-    from ..data.transforms import decode_image
 
     if not isinstance(dataset, datasets.Dataset):
         raise InputError(f"dissolve_dataset takes a datasets.Dataset, got {type(dataset).__name__}: load one split, without streaming")
@@ -79,50 +73,21 @@ def dissolve_dataset(
         ]
         levels = torch.stack(variants, dim=1).float().add(1).mul(127.5).round().to(torch.uint8)  # (B, V, C, H, W)
         levels = levels.squeeze(2) if levels.shape[2] == 1 else levels.movedim(2, -1)
-        return {"dissolved_images": [[encoded(Image.fromarray(array)) for array in row] for row in levels.cpu().numpy()]}
+        return {"dissolved_images": [[encode_levels(array) for array in row] for row in levels.cpu().numpy()]}
 
-    def encoded(image: Image.Image) -> dict[str, bytes | None]:
-        buffer = io.BytesIO()
-        image.save(buffer, "PPM")
-        return {"bytes": buffer.getvalue(), "path": None}
-
-    # Undecoded while mapping: a broken file then names its row, and the original bytes are stored as they were.
-    undecoded = dataset.with_format(None).cast_column("image", datasets.Image(decode=False))
     key = {
-        "format": CACHE_FORMAT,
-        "dataset": dataset._fingerprint,
-        "files": _files_fingerprint(undecoded),
         "dissolver": dissolver.fingerprint(),
         "processor": processor.to_dict(),
         "num_variants": num_variants,
         "seed": seed,
     }
-    fingerprint = hashlib.sha256(canonical_json(key)).hexdigest()
-    folder = Path(datasets.config.HF_DATASETS_CACHE) / "hf_anomaly" if cache_dir is None else Path(cache_dir)
-    folder.mkdir(parents=True, exist_ok=True)
-    return undecoded.map(
+    return map_cached(
+        dataset,
         dissolve,
-        batched=True,
-        with_indices=True,
+        name="dissolved",
+        key=key,
         batch_size=batch_size,
-        features=datasets.Features({**dataset.features, "dissolved_images": datasets.List(datasets.Image(decode=False))}),
-        cache_file_name=str(folder / f"dissolved-{fingerprint}.arrow"),
-        new_fingerprint=fingerprint,
+        cache_dir=cache_dir,
         desc=f"Dissolving ({dissolver.kind})",
+        columns={"dissolved_images": datasets.List(datasets.Image(decode=False))},
     )
-
-
-def _files_fingerprint(undecoded) -> str:
-    """SHA-256, in hex, over path, size and time of every image file: of images that are not embedded a dataset's own fingerprint covers the path alone."""
-    import pyarrow.compute
-
-    digest = hashlib.sha256()
-    for batch in undecoded.select_columns("image").with_format("arrow").iter(batch_size=1000):  # Arrow: embedded bytes are not copied
-        data, paths = (pyarrow.compute.struct_field(batch["image"], name) for name in ("bytes", "path"))
-        for path in paths.filter(data.is_null()).drop_null().to_pylist():
-            try:
-                stat = os.stat(path)
-            except OSError as error:
-                raise InputError(f"{path}: no image to be had there ({error.strerror}); restore the file or leave out its row") from error
-            digest.update(f"{os.path.abspath(path)}\0{stat.st_size}\0{stat.st_mtime_ns}\0".encode())
-    return digest.hexdigest()

@@ -7,13 +7,14 @@ import shutil
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 from huggingface_hub.errors import HfHubHTTPError, StrictDataclassError
 
 from ..cards import shown_command, write_card
-from ..data import OneClassSplits, load_one_class, prepare, stream_one_class
+from ..data import OneClassSplits, load_one_class, prepare, shrink_images, stream_one_class
 from ..data.sources import dataset_label, hub_dataset
 from ..detector import AnomalyDetector
 from ..errors import HubError, InputError, NotFittedError
@@ -82,6 +83,18 @@ def processor_for(splits: OneClassSplits, data: DataArguments) -> AnomalyImagePr
         raise InputError(f"--image_size must be at least 4 pixels, got {data.image_size}")
     image_size = min(splits.native_size, LARGEST_DEFAULT_SIZE) if data.image_size is None else data.image_size
     return AnomalyImageProcessor.for_images(image_size, data.num_channels or splits.num_channels, data.reading.window)
+
+
+def shrink_training_images(splits: OneClassSplits, processor: AnomalyImageProcessor, args) -> OneClassSplits:
+    """The splits with training images of the processor's size, cached, where they are larger: every epoch would decode and resize them again.
+
+    A stream stays as it is.
+    """
+    if num_images(splits.train) is None or splits.native_size <= processor.size["height"]:
+        return splits
+    with args.main_process_first(desc="shrinking"):
+        train = shrink_images(splits.train, processor)
+    return replace(splits, train=train, reference=train)
 
 
 def default_output_dir(args, name: str) -> None:

@@ -28,6 +28,7 @@ from ..runs import (
     processor_for,
     push_result,
     settings_of,
+    shrink_training_images,
     train_detector,
 )
 from ..trainers import hub_name
@@ -185,6 +186,7 @@ def main(argv: list[str], program: str) -> None:
     check_push(training_args)
     splits = load_splits(data_args, training_args.seed)
     processor = processor_for(splits, data_args)
+    splits = shrink_training_images(splits, processor, training_args)
     set_seed(training_args.seed)
     model = make_model(pretraining_args, architecture_args, detector_args, processor)
     detector = first_stage(model, pretraining_args, data_args, training_args, splits, processor)

@@ -27,6 +27,7 @@ from ..runs import (
     load_splits,
     print_results,
     processor_for,
+    shrink_training_images,
     train_detector,
 )
 
@@ -225,6 +226,7 @@ def main(argv: list[str], program: str) -> None:
     check_push(training_args)
     splits = load_splits(data_args, training_args.seed)
     processor = processor_for(splits, data_args)
+    splits = shrink_training_images(splits, processor, training_args)
     training_args.fit_image_size(processor.size["height"])
 
     settings = {name: value for name, value in asdict(detector_args).items() if name not in ("backbone", "crop_scale_min", *ONLY_DIA)}

@@ -8,7 +8,7 @@ from ...data.recipes import DatasetRecipe
 from ...dissolving import dissolving_quality
 from .. import DataArguments, DenoisingTrainingArguments, parse_arguments
 from ..denoising import train_dissolver
-from ..runs import default_output_dir, describe_run, load_splits, processor_for
+from ..runs import default_output_dir, describe_run, load_splits, processor_for, shrink_training_images
 
 MEASURED_IMAGES = 128  # held-out images on which the result is measured
 
@@ -44,6 +44,7 @@ def main(argv: list[str], program: str) -> None:
     default_output_dir(training_args, f"dissolver-{Path(data_args.dataset_name).stem}")
     splits = load_splits(data_args, training_args.seed)
     processor = processor_for(splits, data_args)
+    splits = shrink_training_images(splits, processor, training_args)
     dissolver = train_dissolver(
         splits.train,
         processor=processor,

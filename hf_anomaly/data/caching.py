@@ -1,0 +1,114 @@
+"""Columns of images that are computed once and kept in files below the cache of datasets."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import PIL.Image
+
+from ..errors import InputError
+from .transforms import decode_image
+
+if TYPE_CHECKING:
+    import datasets
+
+_FORMAT = 2  # raise it when what is stored changes: old cache files are then no longer found
+
+
+def encode_levels(levels: np.ndarray) -> dict[str, bytes | None]:
+    """An image of 8-bit levels, (H, W) or (H, W, 3), as `datasets.Image` stores it: PPM, uncompressed, which is read ten times as fast as PNG."""
+    buffer = io.BytesIO()
+    PIL.Image.fromarray(levels).save(buffer, "PPM")
+    return {"bytes": buffer.getvalue(), "path": None}
+
+
+def shrink_images(
+    dataset: datasets.Dataset, processor: Callable[..., Any], batch_size: int = 64, cache_dir: str | os.PathLike | None = None
+) -> datasets.Dataset:
+    """Every image as the processor resizes it, so that whoever reads it many times need not decode a large file each time.
+
+    Args:
+        dataset: with columns `image` and `row`, as `load_one_class` gives it.
+        processor: an `AnomalyImageProcessor`; what it makes of the shrunk images is bit for bit what it makes of the images.
+        batch_size: images at once.
+        cache_dir: see `map_cached`.
+
+    Returns:
+        The dataset, its column `image` of 8-bit gray or RGB images.
+
+    Raises:
+        InputError: an image is missing or cannot be read; names it.
+    """
+
+    def shrink(batch: dict[str, list], _: list[int]) -> dict[str, list]:
+        images = [decode_image(value, f"row {row}", processor.window) for value, row in zip(batch["image"], batch["row"], strict=True)]
+        levels = processor(images=images, do_rescale=False, do_normalize=False, return_tensors="np")["pixel_values"]  # (B, C, H, W) uint8
+        levels = levels.squeeze(1) if levels.shape[1] == 1 else np.moveaxis(levels, 1, -1)
+        return {"image": [encode_levels(array) for array in levels]}
+
+    key = {"processor": processor.to_dict()}
+    return map_cached(dataset, shrink, name="shrunk", key=key, batch_size=batch_size, cache_dir=cache_dir, desc="Shrinking")
+
+
+def map_cached(
+    dataset: datasets.Dataset,
+    function: Callable[[dict[str, list], list[int]], dict[str, list]],
+    *,
+    name: str,
+    key: dict[str, Any],
+    batch_size: int,
+    cache_dir: str | os.PathLike | None,
+    desc: str,
+    columns: dict[str, Any] | None = None,
+) -> datasets.Dataset:
+    """`Dataset.map` whose result is found again by a fingerprint of `key`, the dataset and its image files. A transform of the dataset is dropped.
+
+    Args:
+        dataset: with a column `image`, which `function` gets encoded: a broken file then has a name, and bytes that are kept stay as they were.
+        function: of a batch's columns and the indices of its rows.
+        name: what the cache's files begin with.
+        key: what the result depends on beside the dataset.
+        cache_dir: their folder; None is `hf_anomaly` under the cache of datasets.
+        desc: beside the progress bar.
+        columns: the features of new columns.
+    """
+    import datasets
+
+    undecoded = dataset.with_format(None).cast_column("image", datasets.Image(decode=False))
+    key = {"format": _FORMAT, "dataset": dataset._fingerprint, "files": _files_fingerprint(undecoded), **key}
+    fingerprint = hashlib.sha256(json.dumps(key, sort_keys=True, default=str).encode()).hexdigest()
+    folder = Path(datasets.config.HF_DATASETS_CACHE) / "hf_anomaly" if cache_dir is None else Path(cache_dir)
+    folder.mkdir(parents=True, exist_ok=True)
+    return undecoded.map(
+        function,
+        batched=True,
+        with_indices=True,
+        batch_size=batch_size,
+        features=datasets.Features({**dataset.features, **(columns or {})}),
+        cache_file_name=str(folder / f"{name}-{fingerprint}.arrow"),
+        new_fingerprint=fingerprint,
+        desc=desc,
+    )
+
+
+def _files_fingerprint(undecoded: datasets.Dataset) -> str:
+    """SHA-256, in hex, over path, size and time of every image file: of images that are not embedded a dataset's own fingerprint covers the path alone."""
+    import pyarrow.compute
+
+    digest = hashlib.sha256()
+    for batch in undecoded.select_columns("image").with_format("arrow").iter(batch_size=1000):  # Arrow: embedded bytes are not copied
+        data, paths = (pyarrow.compute.struct_field(batch["image"], name) for name in ("bytes", "path"))
+        for path in paths.filter(data.is_null()).drop_null().to_pylist():
+            try:
+                stat = os.stat(path)
+            except OSError as error:
+                raise InputError(f"{path}: no image to be had there ({error.strerror}); restore the file or leave out its row") from error
+            digest.update(f"{os.path.abspath(path)}\0{stat.st_size}\0{stat.st_mtime_ns}\0".encode())
+    return digest.hexdigest()
