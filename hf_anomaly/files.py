@@ -1,5 +1,6 @@
-"""Files that appear whole or not at all."""
+"""Files that appear whole or not at all, and the bytes that fingerprints are made of."""
 
+import json
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -17,3 +18,8 @@ def replacing(path: str | os.PathLike) -> Iterator[Path]:
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def canonical_json(value: dict) -> bytes:
+    """The same bytes for equal values, whatever the order of their keys."""
+    return json.dumps(value, sort_keys=True, default=str).encode()

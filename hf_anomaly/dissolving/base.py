@@ -15,6 +15,7 @@ from torch import Tensor
 
 from ..cards import write_dissolver_card
 from ..errors import HubError, InputError
+from ..files import canonical_json
 from ..hub import CommitInfo, hub_errors, push_folder
 
 CONFIG_NAME = "dissolver_config.json"
@@ -231,10 +232,6 @@ def check_integer(name: str, value: int, least: int) -> int:
     if not isinstance(value, int) or isinstance(value, bool) or value < least:
         raise InputError(f"{name} must be a whole number of at least {least}, got {value!r}")
     return value
-
-
-def canonical_json(value: dict) -> bytes:
-    return json.dumps(value, sort_keys=True, default=str).encode()
 
 
 def read_config(root: Path) -> dict:

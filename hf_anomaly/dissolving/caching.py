@@ -33,7 +33,7 @@ def dissolve_dataset(
 
     Returns:
         The dataset with a column `dissolved_images`, a list of V 8-bit images (gray or RGB, `Image(decode=False)`) of the processor's output size:
-        x = v / 127.5 − 1. They are PPM, uncompressed: training reads all V of an image for every step, which PNG makes ten times as slow.
+        x = v / 127.5 − 1. Training reads all V of an image for every step.
 
     Raises:
         InputError: not a `datasets.Dataset` or an empty one, no column `image`, a missing image file, an unreadable image (naming
@@ -72,7 +72,6 @@ def dissolve_dataset(
             for variant in range(num_variants)
         ]
         levels = torch.stack(variants, dim=1).float().add(1).mul(127.5).round().to(torch.uint8)  # (B, V, C, H, W)
-        levels = levels.squeeze(2) if levels.shape[2] == 1 else levels.movedim(2, -1)
         return {"dissolved_images": [[encode_levels(array) for array in row] for row in levels.cpu().numpy()]}
 
     key = {

@@ -12,11 +12,11 @@ from torch import Tensor
 
 from ..cards import write_dissolver_card
 from ..errors import InputError
+from ..files import canonical_json
 from ..ops.distributed import draw_rows
 from ..untrusted import check_plausible, check_shard_names
 from .base import (
     Dissolver,
-    canonical_json,
     check_integer,
     check_pixel_values,
     draw_integers,

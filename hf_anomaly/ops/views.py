@@ -175,9 +175,8 @@ def apply_shifted_views(pixel_values: Tensor, views: Tensor, shift: Callable[[Te
         (K, N, C, H, W) in [−1, 1], of the dtype of `pixel_values`.
     """
     rows = max(1, _CHUNK_SIZE // (len(views) * pixel_values.shape[1:].numel()))
-    result = pixel_values.new_empty(
-        len(views), *pixel_values.shape
-    )  # filled piece by piece: joining the pieces would hold everything twice
+    # Filled piece by piece: joining the pieces would hold everything twice.
+    result = pixel_values.new_empty(len(views), *pixel_values.shape)
     for start in range(0, len(pixel_values), rows):
         piece = slice(start, start + rows)
         shifted, parameters = shift(pixel_values[piece]), views[:, piece]

@@ -70,6 +70,11 @@ class ReproducibleArguments(TrainingArguments):
         # Without an accelerator torch warns about pinning, once for every loader.
         self.dataloader_pin_memory = self.dataloader_pin_memory and self.device.type != "cpu"
 
+    @property
+    def images_per_step(self) -> int:
+        """Images of all processes that an optimizer step sees."""
+        return self.train_batch_size * self.world_size * self.gradient_accumulation_steps
+
 
 @dataclass
 class AnomalyTrainingArguments(ReproducibleArguments):

@@ -151,7 +151,7 @@ def _train_denoiser(model, train_dataset, *, processor, args, resume_from_checkp
     trainer.train(resume_from_checkpoint)
     return trainer, {
         "steps": trainer.state.global_step,
-        "batch_size": args.train_batch_size * args.world_size * args.gradient_accumulation_steps,
+        "batch_size": args.images_per_step,
         "learning_rate": args.learning_rate,
         "ema_decay": args.ema_decay,
         "num_images": num_images(train_dataset),

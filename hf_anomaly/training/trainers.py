@@ -427,7 +427,7 @@ class AnomalyTrainer(ReproducibleTrainer):
         """Epochs done. A stream has no length: there as many images as the reference holds make one."""
         if hasattr(self.train_dataset, "__len__") or not hasattr(self.reference_dataset, "__len__"):
             return self.state.epoch
-        batch = self.args.train_batch_size * self.args.world_size * self.args.gradient_accumulation_steps
+        batch = self.args.images_per_step
         return self.state.global_step * batch / len(self.reference_dataset)
 
     def train(self, resume_from_checkpoint=None, **kwargs):

@@ -162,7 +162,7 @@ class ContrastiveTrainingArguments(AnomalyTrainingArguments):
         """How often training sees each of so many images."""
         if self.max_steps <= 0:
             return self.num_train_epochs
-        return self.max_steps * self.train_batch_size * self.gradient_accumulation_steps * self.world_size / num_images
+        return self.max_steps * self.images_per_step / num_images
 
 
 def make_dissolver(args: DissolverArguments, training_args, splits, processor) -> Dissolver | None:
