@@ -160,7 +160,12 @@ def apply_views(pixel_values: Tensor, views: Tensor) -> Tensor:
             f"views: shape {tuple(views.shape)} does not fit images {tuple(pixel_values.shape)}; pass (N, {len(View)}) and (N, C, H, W)"
         )
     rows = max(1, _CHUNK_SIZE // pixel_values.shape[1:].numel())
-    return torch.cat([_apply(*chunk) for chunk in zip(pixel_values.split(rows), views.split(rows), strict=True)])
+    # Filled piece by piece: joining the pieces would hold everything twice.
+    result = torch.empty_like(pixel_values)
+    for start in range(0, len(pixel_values), rows):
+        piece = slice(start, start + rows)
+        result[piece] = _apply(pixel_values[piece], views[piece])
+    return result
 
 
 def apply_shifted_views(pixel_values: Tensor, views: Tensor, shift: Callable[[Tensor], Tensor]) -> Tensor:

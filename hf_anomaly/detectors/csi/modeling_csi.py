@@ -197,7 +197,7 @@ class CSIModel(_Encoder, AnomalyDetector):
         kinds = {
             "projection": lambda: encoder.projection(features),
             "penultimate": lambda: features,
-            "deviation": lambda: maps.std((-2, -1), correction=0),
+            "deviation": lambda: _deviation(maps.float()),
         }
         vectors = [kinds[kind]().mean(2).float() for kind in self.config.compared_features]
         if len(vectors) > 1:
@@ -280,3 +280,8 @@ class CSIModel(_Encoder, AnomalyDetector):
         for encoder in self.encoders:
             load_backbone_weights(encoder.backbone, name_or_path, **kwargs)
         return self
+
+
+def _deviation(maps: torch.Tensor) -> torch.Tensor:
+    """Standard deviation over space of maps (..., h, w). On CPUs torch's own takes six to thirty times as long for so few pixels."""
+    return (maps - maps.mean((-2, -1), keepdim=True)).square().mean((-2, -1)).sqrt()
