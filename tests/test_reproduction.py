@@ -14,6 +14,7 @@ from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import replace
 from pathlib import Path
 
+import datasets
 import numpy as np
 import PIL.Image
 import pytest
@@ -25,10 +26,11 @@ from hf_anomaly.data.recipes import RECIPES
 from hf_anomaly.ops import baselines
 from hf_anomaly.reproduction import METHODS, TABLES, Selection, budgets, contrastive, figures, find_table, roc, running
 from hf_anomaly.reproduction.budgets import Training
-from hf_anomaly.reproduction.cells import MEAN
+from hf_anomaly.reproduction.cells import MEAN, Cell
 from hf_anomaly.reproduction.contrastive import DetectorLength
 from hf_anomaly.reproduction.costs import Cost, cost
 from hf_anomaly.reproduction.report import markdown, mean_and_std, plot
+from hf_anomaly.training.baselines import pixel_matrix
 from hf_anomaly.training.evaluation import write_scores
 
 SCRIPT = Path(__file__).parents[1] / "scripts" / "reproduce.py"
@@ -416,6 +418,16 @@ def test_source_without_test_split(data_dir, tmp_path):
     assert "## MNIST, protocol stratified" in out
     assert "protocol stratified stands in for official" in out
     assert "| 0.986 | 0.997 |" in out
+
+
+def test_training_images_are_shrunk_once(data_dir, tmp_path, monkeypatch):
+    recipe, small = RECIPES["pneumonia_mnist"], replace(budgets.BUDGETS["smoke"], max_image_size=14)
+    monkeypatch.setitem(budgets.BUDGETS, "smoke", small)
+    cell = Cell(recipe.name, recipe.normal_labels[0], "official", None, "pixel_knn", 9, "smoke")
+    data = running.load_data(cell, Selection(data_dir=str(data_dir), output_dir=tmp_path))
+    assert {image.size for image in data.splits.train.cast_column("image", datasets.Image())["image"]} == {(14, 14)}
+    whole = recipe.load(str(data_dir), seed=9).train
+    np.testing.assert_array_equal(data.train_pixels, pixel_matrix(whole, data.processor))
 
 
 def test_curve(data_dir, tmp_path, monkeypatch):

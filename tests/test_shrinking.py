@@ -8,7 +8,6 @@ import torch
 
 from hf_anomaly import AnomalyImageProcessor, load_one_class, prepare
 from hf_anomaly.data import Reading, shrink_images
-from hf_anomaly.training import AnomalyTrainingArguments
 from hf_anomaly.training.runs import shrink_training_images
 
 RNG = np.random.default_rng(0)
@@ -69,10 +68,9 @@ def test_a_broken_image_is_named_and_nothing_is_left(folder, tmp_path, refused):
 
 def test_training_shrinks_larger_images_alone(folder, tmp_path, monkeypatch):
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
-    args = AnomalyTrainingArguments(output_dir=str(tmp_path / "run"), use_cpu=True)
     splits = load_one_class(folder, calibration_fraction=0)  # 40 pixels wide, most of them
-    assert shrink_training_images(splits, AnomalyImageProcessor.for_images(40, 3), args) is splits
-    shrunk = shrink_training_images(splits, AnomalyImageProcessor.for_images(16, 3), args)
+    assert shrink_training_images(splits, AnomalyImageProcessor.for_images(40, 3)) is splits
+    shrunk = shrink_training_images(splits, AnomalyImageProcessor.for_images(16, 3))
     assert shrunk.train is shrunk.reference
     assert shrunk.split_hash == splits.split_hash
     assert {image.size for image in shrunk.train.cast_column("image", datasets.Image())["image"]} == {(16, 16)}

@@ -18,7 +18,7 @@ from ..data.recipes import RECIPES
 from ..data.sources import dataset_label
 from ..errors import InputError
 from ..image_processing import AnomalyImageProcessor
-from ..training.runs import write_json
+from ..training.runs import shrink_training_images, write_json
 from ..version import __version__
 from .budgets import BUDGETS, SCORES_FILE, CellData
 from .cells import Cell, Section, Table
@@ -266,7 +266,8 @@ def _load(
     if splits.test_missing_reason:
         raise InputError(splits.test_missing_reason)
     image_size = BUDGETS[budget].image_size(recipe.image_size)
-    return CellData(splits, AnomalyImageProcessor.for_images(image_size, splits.num_channels), protocol)
+    processor = AnomalyImageProcessor.for_images(image_size, splits.num_channels)
+    return CellData(shrink_training_images(splits, processor), processor, protocol)
 
 
 @contextmanager

@@ -11,6 +11,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
+from accelerate import PartialState
 from huggingface_hub.errors import HfHubHTTPError, StrictDataclassError
 
 from ..cards import shown_command, write_card
@@ -85,16 +86,23 @@ def processor_for(splits: OneClassSplits, data: DataArguments) -> AnomalyImagePr
     return AnomalyImageProcessor.for_images(image_size, data.num_channels or splits.num_channels, data.reading.window)
 
 
-def shrink_training_images(splits: OneClassSplits, processor: AnomalyImageProcessor, args) -> OneClassSplits:
+def shrink_training_images(splits: OneClassSplits, processor: AnomalyImageProcessor) -> OneClassSplits:
     """The splits with training images of the processor's size, cached, where they are larger: every epoch would decode and resize them again.
 
-    A stream stays as it is.
+    A stream stays as it is. The first process of a machine shrinks, the others wait for it.
     """
     if num_images(splits.train) is None or splits.native_size <= processor.size["height"]:
         return splits
-    with args.main_process_first(desc="shrinking"):
+    with PartialState().local_main_process_first():
         train = shrink_images(splits.train, processor)
     return replace(splits, train=train, reference=train)
+
+
+def load_training_images(data: DataArguments, seed: int) -> tuple[OneClassSplits, AnomalyImageProcessor]:
+    """What a training command begins with: the splits that the data arguments name, and a processor for them."""
+    splits = load_splits(data, seed)
+    processor = processor_for(splits, data)
+    return shrink_training_images(splits, processor), processor
 
 
 def default_output_dir(args, name: str) -> None:

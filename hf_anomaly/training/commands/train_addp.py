@@ -23,12 +23,10 @@ from ..runs import (
     check_push,
     default_output_dir,
     describe_run,
-    load_splits,
+    load_training_images,
     print_results,
-    processor_for,
     push_result,
     settings_of,
-    shrink_training_images,
     train_detector,
 )
 from ..trainers import hub_name
@@ -184,9 +182,7 @@ def main(argv: list[str], program: str) -> None:
     check_checkpoint(training_args.resume_from_checkpoint)
     default_output_dir(training_args, f"addp-{Path(data_args.dataset_name).stem}")
     check_push(training_args)
-    splits = load_splits(data_args, training_args.seed)
-    processor = processor_for(splits, data_args)
-    splits = shrink_training_images(splits, processor, training_args)
+    splits, processor = load_training_images(data_args, training_args.seed)
     set_seed(training_args.seed)
     model = make_model(pretraining_args, architecture_args, detector_args, processor)
     detector = first_stage(model, pretraining_args, data_args, training_args, splits, processor)

@@ -24,10 +24,8 @@ from ..runs import (
     check_push,
     default_output_dir,
     describe_run,
-    load_splits,
+    load_training_images,
     print_results,
-    processor_for,
-    shrink_training_images,
     train_detector,
 )
 
@@ -224,9 +222,7 @@ def main(argv: list[str], program: str) -> None:
     method = "csi" if dissolver_args.dissolver == "none" else "dia"
     default_output_dir(training_args, f"{method}-{Path(data_args.dataset_name).stem}")
     check_push(training_args)
-    splits = load_splits(data_args, training_args.seed)
-    processor = processor_for(splits, data_args)
-    splits = shrink_training_images(splits, processor, training_args)
+    splits, processor = load_training_images(data_args, training_args.seed)
     training_args.fit_image_size(processor.size["height"])
 
     settings = {name: value for name, value in asdict(detector_args).items() if name not in ("backbone", "crop_scale_min", *ONLY_DIA)}

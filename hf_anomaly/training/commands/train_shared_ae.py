@@ -9,7 +9,7 @@ from transformers import set_seed
 from ...detectors.shared_ae.configuration_shared_ae import SharedAEConfig
 from ...detectors.shared_ae.modeling_shared_ae import SharedAEModel
 from .. import AnomalyTrainingArguments, DataArguments, check_checkpoint, parse_arguments
-from ..runs import default_output_dir, load_splits, print_results, processor_for, shrink_training_images, train_detector
+from ..runs import default_output_dir, load_training_images, print_results, train_detector
 
 
 @dataclass
@@ -38,9 +38,7 @@ def main(argv: list[str], program: str) -> None:
     )
     check_checkpoint(training_args.resume_from_checkpoint)
     default_output_dir(training_args, f"shared-ae-{Path(data_args.dataset_name).stem}")
-    splits = load_splits(data_args, training_args.seed)
-    processor = processor_for(splits, data_args)
-    splits = shrink_training_images(splits, processor, training_args)
+    splits, processor = load_training_images(data_args, training_args.seed)
     set_seed(training_args.seed)
     settings = asdict(detector_args) | {"adversarial_margin": detector_args.adversarial_margin or None, "omega2": 1 - detector_args.omega1}
     model = SharedAEModel(SharedAEConfig(image_size=processor.size["height"], num_channels=processor.num_channels, **settings))
