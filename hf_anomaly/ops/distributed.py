@@ -1,6 +1,7 @@
-"""What N processes need to train as one: the rows of the global batch, drawn alike everywhere and gathered with gradient."""
+"""What N processes need to train as one: the rows of the global batch, drawn alike everywhere and gathered with gradient; and who writes a cache."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 import torch
 import torch.distributed as dist
@@ -13,6 +14,24 @@ def world() -> tuple[int, int]:
     if dist.is_available() and dist.is_initialized():
         return dist.get_rank(), dist.get_world_size()
     return 0, 1
+
+
+@contextmanager
+def local_main_process_first() -> Iterator[None]:
+    """The first process of a machine does what is in the block, then the others.
+
+    Unlike with `PartialState.local_main_process_first` they go on when it fails, too: they then report the same error, not a lost connection.
+    """
+    from accelerate import PartialState
+
+    state = PartialState()
+    if not state.is_local_main_process:
+        state.wait_for_everyone()
+    try:
+        yield
+    finally:
+        if state.is_local_main_process:
+            state.wait_for_everyone()
 
 
 def draw_rows(draw: Callable[[int], Tensor], batch_size: int) -> Tensor:

@@ -16,6 +16,7 @@ from ..detectors.csi.modeling_csi import CSIModel
 from ..detectors.dia.configuration_dia import DIAConfig
 from ..detectors.dia.modeling_dia import DIAModel
 from ..dissolving import DISSOLVERS, DiffusionDissolver, dissolve_dataset
+from ..ops.distributed import local_main_process_first
 from ..training.denoising import denoising_arguments, train_dissolver
 from ..training.runs import train_detector
 from .budgets import SCORES_FILE, CellData, Method, Training
@@ -207,7 +208,7 @@ class Contrastive(Method):
         if self.dissolving is None:
             return train_detector(CSIModel(config), data.processor, splits, args, **about)
         model, dissolver = DIAModel(config), self.dissolving.load(cell, required).to(args.device)
-        with args.main_process_first(desc="dissolving"):
+        with local_main_process_first():
             dissolved = dissolve_dataset(splits.train, dissolver, data.processor, num_variants=length.variants, seed=cell.seed)
         return train_detector(model, data.processor, splits, args, train_dataset=dissolved, **about)
 

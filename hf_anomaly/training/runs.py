@@ -11,7 +11,6 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
-from accelerate import PartialState
 from huggingface_hub.errors import HfHubHTTPError, StrictDataclassError
 
 from ..cards import shown_command, write_card
@@ -22,6 +21,7 @@ from ..errors import HubError, InputError, NotFittedError
 from ..files import replacing
 from ..hub import create_repository, hub_errors
 from ..image_processing import AnomalyImageProcessor
+from ..ops.distributed import local_main_process_first
 from .arguments import AnomalyTrainingArguments, DataArguments
 from .evaluation import bfloat16_agreement, draw_figures, evaluate_detector, write_scores
 from .trainers import AnomalyTrainer, hub_name, push_output
@@ -93,7 +93,7 @@ def shrink_training_images(splits: OneClassSplits, processor: AnomalyImageProces
     """
     if num_images(splits.train) is None or splits.native_size <= processor.size["height"]:
         return splits
-    with PartialState().local_main_process_first():
+    with local_main_process_first():
         train = shrink_images(splits.train, processor)
     return replace(splits, train=train, reference=train)
 

@@ -17,6 +17,7 @@ from ...detectors.dia.configuration_dia import DIAConfig
 from ...detectors.dia.modeling_dia import DIAModel
 from ...dissolving import DISSOLVERS, DiffusionDissolver, Dissolver, dissolve_dataset
 from ...errors import InputError
+from ...ops.distributed import local_main_process_first
 from .. import AnomalyTrainingArguments, DataArguments, check_checkpoint, check_same_run, parse_arguments
 from ..denoising import denoising_arguments, train_dissolver
 from ..runs import (
@@ -253,7 +254,7 @@ def main(argv: list[str], program: str) -> None:
         model.dissolver = dissolver
         if dissolver_args.dissolved_variants > 0 and not data_args.streaming:  # of a stream there is nothing to keep
             num_variants = min(dissolver_args.dissolved_variants, math.ceil(training_args.passes(len(splits.train))))
-            with training_args.main_process_first(desc="dissolving"):
+            with local_main_process_first():
                 train_dataset = dissolve_dataset(splits.train, dissolver, processor, num_variants=num_variants, seed=training_args.seed)
     results = train_detector(
         model,
