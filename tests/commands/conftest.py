@@ -1,0 +1,44 @@
+"""A tiny detector, trained by the scripts."""
+
+import pytest
+import torch
+
+from hf_anomaly import SmallResNetBackbone, SmallResNetConfig
+
+from .running import run
+
+
+@pytest.fixture(scope="module")
+def backbone(tmp_path_factory):
+    """A narrow encoder, for speed."""
+    torch.manual_seed(0)
+    folder = tmp_path_factory.mktemp("backbone")
+    SmallResNetBackbone(SmallResNetConfig(hidden_sizes=[8, 16], depths=[1, 1])).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def train(backbone):
+    """Trains a tiny detector and returns its folder."""
+
+    def train(folder, *argv, script="train_dia.py"):
+        options = [
+            "--max_steps",
+            4,
+            "--per_device_train_batch_size",
+            8,
+            "--report_to",
+            "none",
+            "--use_cpu",
+            "true",
+            "--disable_tqdm",
+            "true",
+        ]
+        if script == "train_dia.py":
+            options += ["--dissolver_steps", 4, "--dissolved_variants", 2, "--dissolver_batch_size", 8, "--dissolver_max_timestep", 300]
+            options += [] if "--backbone" in argv or any("colour" in str(value) for value in argv) else ["--backbone", backbone]
+        status, out, err = run(script, "--output_dir", folder, *options, *argv)
+        assert status == 0, err
+        return folder, out
+
+    return train

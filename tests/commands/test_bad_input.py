@@ -1,0 +1,135 @@
+"""Bad input: exit status 2, one line that names the culprit, nothing half-written."""
+
+import io
+
+import numpy as np
+import PIL.Image
+import pytest
+from datasets import Dataset, Features, Image, Value
+
+from hf_anomaly import AnomalyImageProcessor, CSIConfig, CSIModel, SmallResNetConfig
+
+from .running import class_folders, pixels, refused, resnet, save
+
+
+def parquet(folder, labels):
+    image = io.BytesIO()
+    PIL.Image.fromarray(pixels(0, 8, 8)).save(image, "PNG")
+    columns = {"image": [{"bytes": image.getvalue(), "path": None}] * len(labels), "label": labels}
+    Dataset.from_dict(columns, Features({"image": Image(), "label": Value("string")})).to_parquet(folder / "scans.parquet")
+    return folder / "scans.parquet"
+
+
+def broken_file(folder):
+    class_folders(folder / "data", {"train/good": 12})
+    (folder / "data" / "train" / "good" / "torn.png").write_bytes(b"no image")
+    return folder / "data"
+
+
+def truncated_file(folder):
+    path = class_folders(folder / "data", {"train/good": 12}, size=64) / "train" / "good" / "3.png"
+    path.write_bytes(path.read_bytes()[:-2000])  # the header is whole
+    return folder / "data"
+
+
+def sixteen_bits(folder):
+    class_folders(folder / "data", {"train/good": 12})
+    save(folder / "data" / "train" / "good" / "deep.png", pixels(0, 8, 8).astype(np.uint16) * 257)
+    return folder / "data"
+
+
+def nan_pixels(folder):
+    images = np.zeros((12, 8, 8), np.float32)
+    images[5, 2, 2] = np.nan
+    np.savez(folder / "scans.npz", train_images=images)
+    return folder / "scans.npz"
+
+
+def unfinished_checkpoint(folder):
+    (folder / "checkpoint-6").mkdir()
+    return folder / "checkpoint-6"
+
+
+BAD = {  # the culprit → arguments; a function makes its file or folder
+    "no column 'nope'": ["--label_column", "nope"],
+    "no column 'pixels'": ["--image_column", "pixels"],
+    "row 3 of split 'train'": ["--normal_label", "healthy", "--dataset_name", lambda folder: parquet(folder, ["healthy"] * 3 + [None] * 5)],
+    "torn.png: unreadable image": ["--dataset_name", broken_file],
+    "good/3.png: unreadable image": ["--dataset_name", truncated_file],
+    "normal_label='zebra'": ["--normal_label", "zebra"],
+    "deep.png: 16-bit": ["--dataset_name", sixteen_bits],
+    "array 'train_images', row 5: NaN": ["--dataset_name", nan_pixels],
+    "'--temperatur': did you mean --temperature": ["--temperatur", "0.5"],
+    "'--nothing_like_it'": ["--nothing_like_it"],
+    "--image_size must be at least 4": ["--image_size", "0"],
+    "invalid int value: 'big'": ["--image_size", "big"],
+    "--false_positive_rate must": ["--false_positive_rate", "2"],
+    "--ema_decay must": ["--ema_decay", "2"],
+    "got spin": ["--shift", "spin"],
+    "temperature must": ["--temperature", "-1"],
+    "t range 200…100": ["--t_min", "200", "--t_max", "100", "--dissolver", "diffusion"],
+    "kernel_size must be odd, got 4": ["--dissolver", "gaussian", "--blur_kernel_size", "4"],
+    "--blur_kernel_size belongs": ["--dissolver", "none", "--blur_kernel_size", "3"],
+    "calibration_fraction=1": ["--calibration_fraction", "1"],
+    "eval_split='both'": ["--eval_split", "both"],
+    "num_channels": ["--backbone", resnet],
+    "no-such-backbone": ["--backbone", lambda folder: folder / "no-such-backbone"],
+    "no-such-dissolver": ["--dissolver", lambda folder: folder / "no-such-dissolver"],
+    "no-such-data": ["--dataset_name", lambda folder: folder / "no-such-data"],
+    "checkpoint-6 is not a complete checkpoint": ["--resume_from_checkpoint", unfinished_checkpoint],
+    "--load_best_model_at_end and --save_strategy best would choose": ["--save_strategy", "best"],
+    "t_max 130 is beyond": ["--dissolver", "diffusion", "--dissolver_max_timestep", "100"],
+    "--dissolver_steps": ["--dissolver", "diffusion", "--dissolver_steps", "-3"],
+    "--dissolved_variants": ["--dissolved_variants", "-1"],
+    "one of fp16 and bf16": ["--fp16", "true", "--bf16", "true"],
+    "max_timestep 5000": ["--dissolver", "diffusion", "--dissolver_max_timestep", "5000"],
+}
+
+
+@pytest.mark.parametrize("culprit", BAD)
+def test_bad_input(culprit, tmp_path):
+    argv = [value(tmp_path) if callable(value) else value for value in BAD[culprit]]
+    argv += [] if "--dissolver" in argv else ["--dissolver", "gaussian", "--blur_kernel_size", "3"]
+    common = ["--max_steps", 2, "--report_to", "none", "--disable_tqdm", "true", "--use_cpu", "true", "--dissolver_batch_size", 8]
+    steps = [] if "--dissolver_steps" in argv else ["--dissolver_steps", 2]
+    refused("train_dia.py", ["--output_dir", tmp_path / "run", *common, *steps, *argv], culprit, tmp_path / "run")
+
+
+@pytest.mark.parametrize(
+    ("culprit", "argv"),
+    [
+        ("t range 200…100", ["--t_min", "200", "--t_max", "100"]),
+        ("max_timestep 2000", ["--max_timestep", "2000"]),
+        ("did you mean --block_out_channels", ["--block_out_channel", "8"]),
+        ("resolution 9 cannot be halved", ["--resolution", "9", "--image_size", "16", "--block_out_channels", "8", "8"]),
+    ],
+)
+def test_bad_input_of_train_dissolver(culprit, argv, tmp_path):
+    common = ["--output_dir", tmp_path / "run", "--max_steps", 2, "--report_to", "none", "--disable_tqdm", "true", "--use_cpu", "true"]
+    refused("train_dissolver.py", [*common, *argv], culprit, tmp_path / "run")
+
+
+def unfitted(folder):
+    CSIModel(CSIConfig(image_size=8, backbone_config=SmallResNetConfig(hidden_sizes=[8], depths=[1]))).save_pretrained(folder / "bare")
+    AnomalyImageProcessor.for_images(8, 1).save_pretrained(folder / "bare")
+    return folder / "bare"
+
+
+def empty(folder):
+    (folder / "empty").mkdir()
+    return folder / "empty"
+
+
+@pytest.mark.parametrize(
+    ("culprit", "model"),
+    [
+        ("empty", empty),
+        ("resnet", resnet),
+        ("nowhere", lambda folder: folder / "nowhere"),
+        ("CSIModel is not fitted", unfitted),
+        ("--model", None),
+    ],
+)
+def test_evaluating_what_is_no_detector(culprit, model, tmp_path):
+    argv = [] if model is None else ["--model", model(tmp_path)]
+    refused("evaluate.py", [*argv, "--output", tmp_path / "results.json"], culprit, tmp_path / "results.json")

@@ -1,0 +1,174 @@
+"""train_dia.py, and evaluate.py on what it trains."""
+
+import json
+import subprocess
+import sys
+
+import numpy as np
+import PIL.Image
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import AutoImageProcessor, AutoModel
+
+from hf_anomaly.data import decode_image, load_one_class
+
+from .running import METRICS, SCRIPTS, pixels, results_of, run
+
+
+@pytest.fixture(scope="module")
+def digits(tmp_path_factory, train):
+    return train(tmp_path_factory.mktemp("digits") / "dia")
+
+
+def test_digits_gives_all_that_is_promised(digits):
+    folder, out = digits
+    assert {path.name for path in folder.iterdir() if not path.name.startswith("checkpoint-")} == {
+        "config.json", "model.safetensors", "modeling_hf_anomaly.py", "preprocessor_config.json", "README.md", "eval_results.json", "dissolver",
+    }  # fmt: skip
+    assert {"model_index.json", "unet", "scheduler"} <= {path.name for path in (folder / "dissolver").iterdir()}
+    results = results_of(folder)
+    assert all(0 <= results[name] <= 1 for name in METRICS)
+    assert (results["num_normal"], results["num_anomalous"], results["num_train"], results["num_calibration"]) == (36, 324, 114, 28)
+    assert results["steps"] == 4
+    assert results["seconds"] > 0
+    for name in (*METRICS, "num_normal", "num_anomalous", "seconds"):
+        assert f"{name}: {results[name]}\n" in out
+    assert f"saved: {folder}\n" in out
+    card = (folder / "README.md").read_text()
+    assert f"| AUROC | {results['auroc']:.4f} (95% interval " in card
+    assert "use_cache" not in card + (folder / "config.json").read_text()  # what Trainer puts into every config
+
+
+def test_a_trained_folder_scores_by_itself(digits):
+    folder, _ = digits
+    model, processor = AutoModel.from_pretrained(folder).eval(), AutoImageProcessor.from_pretrained(folder)
+    assert (type(model).__name__, model.config.image_size, model.config.dissolver) == ("DIAModel", 8, "diffusion")
+    assert model.config.dissolver_settings == {"t_min": 30, "t_max": 130}
+    scores = model(**processor(images=[PIL.Image.fromarray(pixels(0, 20, 20))], return_tensors="pt")).scores
+    assert scores.isfinite().all()
+    assert model.calibration.scores.shape == (28,)
+
+
+def test_the_rank_correlation_is_that_of_the_detector_loaded_as_bfloat16(digits):
+    folder, _ = digits
+    results, test = results_of(folder), load_one_class("digits", evaluation_only=True).test
+    rows = [round(i * 359 / 255) for i in range(256)]
+    pixel_values = AutoImageProcessor.from_pretrained(folder)(
+        images=[decode_image(test[row]["image"], "") for row in rows], return_tensors="pt"
+    )["pixel_values"]
+    with torch.no_grad():
+        scores = [AutoModel.from_pretrained(folder, dtype=dtype).eval()(pixel_values).scores for dtype in (torch.float32, torch.bfloat16)]
+    ranks = [values.argsort().argsort().double().numpy() for values in scores]
+    assert results["bfloat16_num_images"] == 256
+    assert results["bfloat16_rank_correlation"] == pytest.approx(np.corrcoef(*ranks)[0, 1], abs=2e-3)
+
+
+def test_evaluate_gives_the_same_results(digits, tmp_path):
+    folder, _ = digits
+    status, out, err = run("evaluate.py", "--model", folder, "--output", tmp_path / "again.json", "--batch_size", 7)
+    assert status == 0, err
+    again, results = json.loads(out), results_of(folder)
+    assert again == json.loads((tmp_path / "again.json").read_text())
+    for name in again.keys() - {"seconds", "split_hash", "division"}:  # the hash of the evaluated rows alone
+        assert again[name] == pytest.approx(results[name]), name
+    assert again["division"] == results["division"] | {"split_hash": again["split_hash"]}
+
+
+def test_a_real_process(digits, tmp_path):
+    """The statuses and streams that a shell sees."""
+    folder, _ = digits
+    command = [sys.executable, str(SCRIPTS / "evaluate.py"), "--model", str(folder), "--dataset_name"]
+    done = subprocess.run([*command, "digits"], capture_output=True, text=True, check=True)
+    assert json.loads(done.stdout)["auroc"] == pytest.approx(results_of(folder)["auroc"])
+    failed = subprocess.run([*command, str(tmp_path / "nowhere")], capture_output=True, text=True, check=False)
+    assert failed.returncode == 2
+    assert failed.stdout == ""
+    assert failed.stderr.splitlines()[-1].startswith(f"error: '{tmp_path / 'nowhere'}' is neither an existing file or folder")
+    assert "Traceback" not in failed.stderr
+
+
+def test_a_run_is_repeatable(digits, train, tmp_path):
+    again, _ = train(tmp_path / "again")
+    first, second = (results_of(folder) for folder in (digits[0], again))
+    assert {**first, "seconds": 0, "command": ""} == {**second, "seconds": 0, "command": ""}
+    tensors = load_file(digits[0] / "model.safetensors")
+    assert all(torch.equal(tensors[name], value) for name, value in load_file(again / "model.safetensors").items())
+
+
+def test_none_gives_csi(train, tmp_path):
+    folder, _ = train(tmp_path / "csi", "--dissolver", "none")
+    assert type(AutoModel.from_pretrained(folder)).__name__ == "CSIModel"
+    assert not (folder / "dissolver").exists()
+    assert "use_cache" not in (folder / "config.json").read_text()
+
+
+@pytest.mark.parametrize(
+    ("dissolver", "more", "settings"),
+    [
+        ("gaussian", ["--blur_kernel_size", 3], {"kernel_size": 3, "resolution": 32, "sigma": 0.8}),
+        ("median", ["--blur_kernel_size", 3, "--dissolved_variants", 0], {"kernel_size": 3, "resolution": 32}),
+        ("median", ["--blur_kernel_size", 5, 3], {"kernel_size": [3, 5], "resolution": 32}),
+        ("resize", ["--dissolving_resolution", 4], {"resolution": 4}),
+        ("identity", [], {}),
+    ],
+)
+def test_heuristic_dissolvers(train, tmp_path, dissolver, more, settings):
+    folder, _ = train(tmp_path / "run", "--dissolver", dissolver, *more)
+    config = json.loads((folder / "config.json").read_text())
+    assert (config["dissolver"], config["dissolver_settings"]) == (dissolver, settings)
+    assert json.loads((folder / "dissolver" / "dissolver_config.json").read_text()) == {"kind": dissolver, **settings}
+    assert results_of(folder)["auroc"] is not None
+
+
+def test_a_dissolver_trained_before(train, digits, tmp_path):
+    folder, _ = train(tmp_path / "run", "--dissolver", digits[0] / "dissolver", "--t_min", 50, "--dissolved_variants", 0)
+    assert AutoModel.from_pretrained(folder).config.dissolver_settings == {"t_min": 50, "t_max": 130}
+
+
+def test_arguments_reach_the_detector(train, tmp_path):
+    argv = ["--dissolver", "gaussian", "--blur_kernel_size", 3, "--shift", "perm", "--temperature", 0.2, "--similarity_design", "b"]
+    argv += [
+        "--crop_scale_min",
+        0.08,
+        "--num_test_views",
+        3,
+        "--test_crop_scale",
+        0.6,
+        "--score_features",
+        "projection",
+        "--score_whitening",
+        "false",
+        "--score_norm",
+        "--loss_divisor",
+        "views",
+        "--false_positive_rate",
+        0.1,
+        "--num_encoders",
+        2,
+    ]
+    folder, _ = train(tmp_path / "run", *argv)
+    config = AutoModel.from_pretrained(folder).config
+    assert config.num_encoders == 2
+    assert (config.shift, config.temperature, config.similarity_design, config.loss_divisor) == ("perm", 0.2, "b", "views")
+    assert (config.crop_scale, config.num_test_views, config.score_norm) == ([0.08, 1.0], 3, True)
+    assert config.test_crop_scale == [0.6, 0.6]
+    assert config.false_positive_rate == 0.1
+
+
+def test_a_pretrained_backbone_is_where_training_starts(train, tmp_path, backbone):
+    folder, _ = train(tmp_path / "run", "--dissolver", "none", "--learning_rate", 1e-9, "--ema_decay", 0, "--backbone", backbone)
+    trained, before = load_file(folder / "model.safetensors"), load_file(backbone / "model.safetensors")
+    for name, value in before.items():
+        if name.endswith("weight"):
+            torch.testing.assert_close(trained[f"backbone.{name}"], value, rtol=1e-4, atol=1e-6)
+
+
+def test_resume_refuses_the_work_of_another_run(train, tmp_path):
+    folder, _ = train(tmp_path / "run", "--dissolver", "none")
+    options = ["--output_dir", folder, "--dissolver", "none", "--max_steps", 4, "--use_cpu", "true", "--disable_tqdm", "true"]
+    before = (folder / "eval_results.json").read_text()
+    status, _, err = run("train_dia.py", *options, "--normal_label", "8", "--resume_from_checkpoint", "true")
+    assert status == 2
+    assert "checkpoint-4 belongs to another run" in err.splitlines()[-1]
+    assert (folder / "eval_results.json").read_text() == before

@@ -1,0 +1,26 @@
+"""train_dissolver.py."""
+
+import json
+import re
+
+import torch
+from safetensors.torch import load_file
+
+
+def test_train_dissolver(train, tmp_path):
+    from diffusers import DDPMPipeline, UNet2DModel
+
+    options = ["--block_out_channels", 8, 8, "--save_steps", 2, "--save_total_limit", 3, "--t_max", 99]
+    folder, out = train(tmp_path / "dissolver", *options, script="train_dissolver.py")
+    assert f"saved: {folder}\n" in out
+    assert re.search(
+        r"on \d+ held-out images:\n  timestep 30, noise \S+, denoising_error \S+, ringing \S+, removed \S+\n(  timestep .*\n){4}", out
+    )
+    assert UNet2DModel.from_pretrained(folder, subfolder="unet").config.sample_size == 8
+    assert DDPMPipeline.from_pretrained(folder).scheduler.config.beta_schedule == "squaredcos_cap_v2"
+    config = json.loads((folder / "dissolver_config.json").read_text())
+    assert (config["t_max"], config["training"]["steps"], config["training"]["num_images"]) == (99, 4, 114)
+
+    resumed, _ = train(tmp_path / "resumed", *options, "--resume_from_checkpoint", folder / "checkpoint-2", script="train_dissolver.py")
+    weights = [load_file(path / "unet" / "diffusion_pytorch_model.safetensors") for path in (folder, resumed)]
+    assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])

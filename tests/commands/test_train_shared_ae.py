@@ -1,0 +1,65 @@
+"""train_shared_ae.py."""
+
+import json
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import AutoModel
+
+from .running import results_of, run
+
+
+def test_train_shared_ae(train, tmp_path):
+    argv = [
+        "--hidden_sizes",
+        4,
+        8,
+        8,
+        "--latent_size",
+        6,
+        "--alpha",
+        2,
+        "--beta",
+        0.5,
+        "--max_adversarial_weight",
+        0.2,
+        "--adversarial_margin",
+        3,
+    ]
+    argv += ["--omega1", 0.25]
+    folder, out = train(tmp_path / "shared-ae", *argv, script="train_shared_ae.py")
+    assert {path.name for path in folder.iterdir() if not path.name.startswith("checkpoint-")} == {
+        "config.json", "model.safetensors", "modeling_hf_anomaly.py", "preprocessor_config.json", "README.md", "eval_results.json",
+    }  # fmt: skip
+    assert f"auroc: {results_of(folder)['auroc']}\n" in out
+    model = AutoModel.from_pretrained(folder)
+    config = model.config
+    assert (type(model).__name__, config.hidden_sizes, config.latent_size) == ("SharedAEModel", [4, 8, 8], 6)
+    assert (config.alpha, config.beta, config.max_adversarial_weight, config.adversarial_margin) == (2, 0.5, 0.2, 3)
+    assert (config.omega1, config.omega2, config.num_reference_images, config.ablation) == (0.25, 0.75, 114, "full")
+    assert "num_reference_images" not in (folder / "README.md").read_text()
+    status, out, err = run("evaluate.py", "--model", folder)
+    assert status == 0, err
+    assert json.loads(out)["auroc"] == pytest.approx(results_of(folder)["auroc"])
+
+
+def test_figures_of_a_run(train, tmp_path):
+    pytest.importorskip("matplotlib", reason="needs the extra `plots`")
+    argv = ["--hidden_sizes", 4, 4, 4, "--latent_size", 4, "--card_figures", "true"]
+    folder, _ = train(tmp_path / "figures", *argv, script="train_shared_ae.py")
+    assert {path.name for path in (folder / "figures").iterdir()} == {"scores.png", "roc.png", "examples.png"}
+    assert (folder / "README.md").read_text().count("](figures/") == 3
+
+
+def test_shared_ae_resumes_and_refuses(train, tmp_path):
+    argv = ["--hidden_sizes", 4, 4, 4, "--save_steps", 2, "--save_total_limit", 2]
+    whole, _ = train(tmp_path / "whole", *argv, script="train_shared_ae.py")
+    resumed, _ = train(tmp_path / "resumed", *argv, "--resume_from_checkpoint", whole / "checkpoint-2", script="train_shared_ae.py")
+    states = [load_file(path / "model.safetensors") for path in (whole, resumed)]
+    assert all(torch.equal(states[0][name], states[1][name]) for name in states[0])
+    for wrong, word in ((["--omega1", 1.5], "omega1"), (["--ablation", "three"], "three"), (["--hidden_sizes", 4], "hidden_sizes")):
+        status, _, err = run("train_shared_ae.py", "--output_dir", tmp_path / "refused", "--use_cpu", "true", *wrong)
+        assert status == 2
+        assert err.splitlines()[-1].startswith("error: ")
+        assert word in err.splitlines()[-1]
