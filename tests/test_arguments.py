@@ -9,7 +9,7 @@ import torch
 
 from hf_anomaly.errors import InputError
 from hf_anomaly.training import AnomalyTrainingArguments, parse_arguments
-from hf_anomaly.training.commands.train_dia import ContrastiveTrainingArguments
+from hf_anomaly.training.commands.train_dia import ContrastiveTrainingArguments, DetectorArguments
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="of CPUs")
@@ -74,6 +74,14 @@ def test_larger_images_take_fewer_steps_by_default(tmp_path, words, image_size, 
     )
     args.fit_image_size(image_size)
     assert args.max_steps == steps
+
+
+@pytest.mark.parametrize(("image_size", "views"), [(28, 10), (64, 10), (128, 5), (224, 4), (512, 4)])
+def test_larger_images_take_fewer_test_time_views_by_default(image_size, views):
+    args, given = DetectorArguments(), DetectorArguments(num_test_views=12)
+    for one in (args, given):
+        one.fit_image_size(image_size)
+    assert (args.num_test_views, given.num_test_views) == (views, 12)
 
 
 @pytest.mark.parametrize(

@@ -102,7 +102,12 @@ class DetectorArguments:
     loss_divisor: str = field(default="anchors", metadata={"help": "anchors, or views as in the authors' code."})
     crop_scale_min: float = field(default=0.54, metadata={"help": "Smallest area of a random crop."})
     test_views: str = field(default="augmentations", metadata={"help": "Fixed views at test time: augmentations or crops."})
-    num_test_views: int = field(default=10, metadata={"help": "How many."})
+    num_test_views: int | None = field(
+        default=None,
+        metadata={
+            "help": "How many. Default: 10 for images of up to 64 pixels, for larger ones fewer in proportion, but 4 at least: each costs time."
+        },
+    )
     test_crop_scale: list[float] = field(
         default_factory=lambda: [0.54, 0.7], metadata={"help": "Areas between which their crops are drawn; the authors have 0.54 alone."}
     )
@@ -125,6 +130,11 @@ class DetectorArguments:
             self.num_encoders = 3 if self.backbone is None else 1
         if self.score_features is None:  # whitening takes the square of their number
             self.score_features = "all" if self.backbone is None else "both"
+
+    def fit_image_size(self, image_size: int) -> None:
+        """Fills in the number of test-time views where none was given."""
+        if self.num_test_views is None:
+            self.num_test_views = min(10, max(4, 10 * LARGEST_DEFAULT_SIZE // image_size))
 
 
 @dataclass
@@ -225,6 +235,7 @@ def main(argv: list[str], program: str) -> None:
     check_push(training_args)
     splits, processor = load_training_images(data_args, training_args.seed)
     training_args.fit_image_size(processor.size["height"])
+    detector_args.fit_image_size(processor.size["height"])
 
     settings = {name: value for name, value in asdict(detector_args).items() if name not in ("backbone", "crop_scale_min", *ONLY_DIA)}
     settings |= {
