@@ -1,10 +1,28 @@
-"""Files that appear whole or not at all, and the bytes that fingerprints are made of."""
+"""Folders of files, files that appear whole or not at all, and the bytes that fingerprints are made of."""
 
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+
+
+def files_below(root: str | os.PathLike, leave_out: Collection[str] = ()) -> Iterator[Path]:
+    """Every file of a folder and those in it, sorted, but for hidden ones and folders named __…. Links are followed, unless to a folder that holds them.
+
+    Args:
+        leave_out: names of folders to leave out, in lower case.
+    """
+    for folder, subfolders, names in os.walk(root, followlinks=True):
+        here = os.path.join(os.path.realpath(folder), "")
+        subfolders[:] = sorted(
+            name
+            for name in subfolders
+            if not name.startswith((".", "__"))
+            and name.lower() not in leave_out
+            and not here.startswith(os.path.join(os.path.realpath(os.path.join(folder, name)), ""))
+        )
+        yield from (Path(folder, name) for name in sorted(names) if not name.startswith("."))
 
 
 @contextmanager

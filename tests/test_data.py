@@ -1,5 +1,7 @@
 import io
 import logging
+import os
+import sys
 
 import datasets
 import numpy as np
@@ -257,6 +259,42 @@ def test_channels_and_size_of_mixed_images(tmp_path):
     PIL.Image.fromarray(pixels(0, (32, 32, 3))).save(tmp_path / "train" / "good" / "colour.png")
     splits = load_one_class(tmp_path)
     assert (splits.num_channels, splits.native_size) == (3, 20)
+
+
+def test_size_of_images_that_all_differ(tmp_path):
+    for i, side in enumerate([9, 60, 45, 70, 52]):
+        PIL.Image.fromarray(pixels(i, (side - 2, side))).save(tmp_path / f"{i}.png")
+    splits = load_one_class(tmp_path)
+    assert (splits.native_size, splits.largest_size) == (52, 70), "not that of the first file"
+
+
+def test_a_folder_linked_into_itself_is_read_once(tmp_path):
+    write(tmp_path, {"normal": 5})
+    (tmp_path / "normal" / "again").symlink_to(tmp_path / "normal", target_is_directory=True)
+    assert len(load_one_class(tmp_path, calibration_fraction=0).train) == 5
+
+
+def test_files_that_are_no_images_are_named(tmp_path, caplog):
+    folder = write(tmp_path, {"x": 3}) / "x"
+    (folder / "notes.heic").write_bytes(b"")
+    with caplog.at_level(logging.INFO, "hf_anomaly"):
+        load_one_class(folder)
+    assert f"{folder}: left out, as no images: .heic (1)" in caplog.messages
+
+
+def test_annotations_beside_images_are_no_digits(tmp_path):
+    folder = write(tmp_path, {"x": 3}) / "x"
+    for i in range(3):
+        (folder / f"{i}.json").write_text('{"shapes": []}')
+    assert len(load_one_class(folder, calibration_fraction=0).train) == 3
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere file names are text")
+def test_a_name_that_is_no_text(tmp_path, refused):
+    folder = write(tmp_path, {"x": 3}) / "x"
+    os.rename(folder / "0.png", os.fsencode(folder) + b"/M\xe4rz.png")
+    with refused("rz.png", "rename it"):
+        load_one_class(folder)
 
 
 def test_anomalies_that_are_left_out_are_counted(tmp_path, caplog):

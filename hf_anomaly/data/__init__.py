@@ -1,6 +1,6 @@
 """Any source of images as one-class splits, and the way from a row to `pixel_values`."""
 
-from .caching import shrink_images
+from .caching import content_digest, shrink_images
 from .formats import Reading, read_image
 from .loading import OneClassSplits, check_images, load_one_class, load_unlabelled
 from .protocols import Division
@@ -17,6 +17,7 @@ __all__ = [
     "Reading",
     "check_images",
     "collate",
+    "content_digest",
     "decode_image",
     "find_recipe",
     "load_one_class",

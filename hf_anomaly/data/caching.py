@@ -14,7 +14,7 @@ import PIL.Image
 
 from ..errors import InputError
 from ..files import canonical_json
-from .transforms import decode_image
+from .transforms import process_images
 
 if TYPE_CHECKING:
     import datasets
@@ -48,8 +48,8 @@ def shrink_images(
     """
 
     def shrink(batch: dict[str, list], _: list[int]) -> dict[str, list]:
-        images = [decode_image(value, f"row {row}", processor.window) for value, row in zip(batch["image"], batch["row"], strict=True)]
-        levels = processor(images=images, do_rescale=False, do_normalize=False, return_tensors="np")["pixel_values"]  # (B, C, H, W) uint8
+        names = [f"row {row}" for row in batch["row"]]
+        levels = process_images(batch["image"], names, processor, "np", do_rescale=False, do_normalize=False)  # of (C, H, W) uint8
         return {"image": [encode_levels(array) for array in levels]}
 
     key = {"processor": processor.to_dict()}
@@ -95,6 +95,23 @@ def map_cached(
         new_fingerprint=fingerprint,
         desc=desc,
     )
+
+
+def content_digest(dataset: datasets.Dataset) -> str:
+    """SHA-256, in hex, over the content of every image of a dataset's column `image`, in order, wherever it lies."""
+    import datasets
+    import pyarrow.compute
+
+    undecoded = dataset.with_format(None).cast_column("image", datasets.Image(decode=False))
+    digest = hashlib.sha256()
+    for batch in undecoded.select_columns("image").with_format("arrow").iter(batch_size=1000):  # Arrow: embedded bytes are not copied
+        for data, path in zip(*(pyarrow.compute.struct_field(batch["image"], name) for name in ("bytes", "path")), strict=True):
+            try:
+                content = data.as_buffer() if data.is_valid else Path(path.as_py()).read_bytes()
+            except OSError as error:
+                raise InputError(f"{path}: no image to be had there ({error.strerror}); restore the file or leave out its row") from error
+            digest.update(hashlib.sha256(content).digest())
+    return digest.hexdigest()
 
 
 def _files_fingerprint(undecoded: datasets.Dataset) -> str:

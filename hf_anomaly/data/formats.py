@@ -132,6 +132,12 @@ def to_eight_bits(image: PIL.Image.Image, window: Window, name: str) -> PIL.Imag
     return PIL.Image.fromarray(apply_window(values, *window))
 
 
+def image_suffixes() -> set[str]:
+    """The suffixes of files that Pillow reads, in lower case."""
+    PIL.Image.init()
+    return {suffix for suffix, kind in PIL.Image.EXTENSION.items() if kind in PIL.Image.OPEN}
+
+
 def is_medical(path: str | os.PathLike[str]) -> bool:
     """Whether it is a DICOM or NIfTI file, by its name."""
     return os.fspath(path).lower().endswith(MEDICAL_SUFFIXES)

@@ -43,7 +43,8 @@ class OneClassSplits:
         test_missing_reason: why `test` cannot give an AUROC (missing, no labels, no anomalies, no normals), one line; None if it can.
         num_channels: 1 if every normal of the source's training split (with `evaluation_only`: every image of `test`) is gray by its header
             (modes 1, L, LA), else 3 (palettes too).
-        native_size: the larger side of the most common (height, width) among those images, in pixels.
+        native_size: the median of the larger sides of those images, in pixels.
+        largest_size: the largest of these sides.
         source: the `dataset_name` asked for.
         normal_label: the class taken as normal; "normal" if there are no labels.
         split_hash: SHA-256, in hex, over the protocol, and (split, source row, label) of every row of the datasets that are there: of `test` alone
@@ -58,6 +59,7 @@ class OneClassSplits:
     test_missing_reason: str | None
     num_channels: int
     native_size: int
+    largest_size: int
     source: str
     normal_label: str
     split_hash: str
@@ -213,7 +215,7 @@ def load_one_class(
         test=test,
         test_missing_reason=reason,
         num_channels=1 if all(mode in GRAY_MODES for mode, _ in described) else 3,
-        native_size=max(Counter(size for _, size in described).most_common(1)[0][0]),
+        **native_sizes(described),
         source=source,
         normal_label=normal_label,
         split_hash=split_hash,
@@ -276,6 +278,12 @@ def check_images(dataset: datasets.Dataset, split_name: str, window: Window = No
         with open_image(value, f"row {row} of split {split_name!r}", window) as image:
             headers.append((image.mode, (image.height, image.width)))
     return headers
+
+
+def native_sizes(headers: list[tuple[str, tuple[int, int]]]) -> dict[str, int]:
+    """`native_size` and `largest_size` of `OneClassSplits`, of what `check_images` gives."""
+    sides = sorted(max(size) for _, size in headers)
+    return {"native_size": sides[len(sides) // 2], "largest_size": sides[-1]}
 
 
 # Columns, labels, splits

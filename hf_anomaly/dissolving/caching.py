@@ -5,7 +5,7 @@ import os
 import torch
 
 from ..data.caching import encode_levels, map_cached
-from ..data.transforms import decode_image
+from ..data.transforms import process_images
 from ..errors import InputError
 from .base import Dissolver, check_integer
 
@@ -60,11 +60,8 @@ def dissolve_dataset(
         timesteps = dissolver.sample_timesteps(len(dataset) * num_variants, "cpu", generator).view(len(dataset), num_variants)
 
     def dissolve(batch: dict[str, list], indices: list[int]) -> dict[str, list]:
-        images = [
-            decode_image(value, f"row {index}", getattr(processor, "window", None))
-            for value, index in zip(batch["image"], indices, strict=True)
-        ]
-        pixel_values = processor(images=images, return_tensors="pt")["pixel_values"].to(dissolver.device)
+        pixel_values = torch.stack(process_images(batch["image"], [f"row {index}" for index in indices], processor, "pt"))
+        pixel_values = pixel_values.to(dissolver.device)
         if pixel_values.shape[1] not in (1, 3):
             raise InputError(f"the processor gives {pixel_values.shape[1]} channels: dissolved images are stored with 1 (gray) or 3 (RGB)")
         variants = [
