@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from hf_anomaly import AnomalyImageProcessor, load_one_class, prepare
-from hf_anomaly.data import Reading, shrink_images
+from hf_anomaly.data import Reading, shrink_images, transforms
 from hf_anomaly.training.runs import shrink_training_images
 
 SCRIPT = Path(__file__).parents[1] / "scripts" / "train_dia.py"
@@ -94,6 +94,29 @@ def test_training_shrinks_larger_images_alone(folder, tmp_path, monkeypatch):
     assert shrunk.train is shrunk.reference
     assert shrunk.split_hash == splits.split_hash
     assert {image.size for image in shrunk.train.cast_column("image", datasets.Image())["image"]} == {(16, 16)}
+
+
+def test_a_few_large_images_among_many_small_ones_are_shrunk(tmp_path, monkeypatch):
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    for i, side in enumerate([16] * 5 + [90]):
+        PIL.Image.fromarray(RNG.integers(0, 256, (side, side), dtype=np.uint8)).save(tmp_path / f"{i}.png")
+    splits = load_one_class(tmp_path, calibration_fraction=0)
+    shrunk = shrink_training_images(splits, AnomalyImageProcessor.for_images(16, 1))
+    assert {image.size for image in shrunk.train.cast_column("image", datasets.Image())["image"]} == {(16, 16)}
+
+
+def test_large_images_are_decoded_a_few_at_a_time(folder, monkeypatch):
+    train, processor = load_one_class(folder, calibration_fraction=0).train, AnomalyImageProcessor.for_images(12, 3)
+    whole, counts = prepare(train, processor)[:]["pixel_values"], []
+
+    def counting(images, **options):
+        counts.append(len(images))
+        return processor(images=images, **options)
+
+    monkeypatch.setattr(transforms, "_MAX_DECODED_PIXELS", 2 * 40 * 40)
+    pieces = prepare(train, counting)[:]["pixel_values"]
+    assert counts == [3, 3]  # of 40 × 30 px
+    assert all(torch.equal(one, other) for one, other in zip(whole, pieces, strict=True))
 
 
 def test_more_than_eight_bits(tmp_path):

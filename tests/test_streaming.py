@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 import torch
 from datasets import ClassLabel, Dataset, Features, Image, IterableDataset, Value
+from safetensors.torch import load_file
 from torch.utils.data import DataLoader
 
 from hf_anomaly import AnomalyImageProcessor, AnomalyTrainer, AnomalyTrainingArguments, SharedAEConfig, SharedAEModel, prepare
@@ -285,6 +286,45 @@ def test_scripts(parquet, tmp_path, script, options):
     status, out, err = run("evaluate.py", "--model", tmp_path / "run", *common)
     assert status == 0, err
     assert json.loads(out)["auroc"] == pytest.approx(results["auroc"])
+
+
+def test_resuming_in_a_later_pass_over_a_stream(parquet, tmp_path):
+    common = (
+        "--dataset_name",
+        parquet,
+        "--streaming",
+        "true",
+        "--stream_head",
+        20,
+        "--image_size",
+        16,
+        "--per_device_train_batch_size",
+        16,
+    )
+    common += (
+        "--hidden_sizes",
+        4,
+        4,
+        4,
+        "--latent_size",
+        4,
+        "--max_steps",
+        9,
+        "--save_steps",
+        3,
+        "--report_to",
+        "none",
+        "--use_cpu",
+        "true",
+    )
+    weights = []
+    for name, resume in (("whole", ()), ("resumed", ("--resume_from_checkpoint", tmp_path / "whole" / "checkpoint-6"))):
+        status, _, err = run("train_shared_ae.py", *common, "--save_total_limit", 9, *resume, "--output_dir", tmp_path / name)
+        assert status == 0, err
+        weights.append(load_file(tmp_path / name / "model.safetensors"))
+    state = json.loads((tmp_path / "whole" / "checkpoint-6" / "trainer_state.json").read_text())
+    assert state["epoch"] > 1, "of passes over the stream"
+    assert all(torch.equal(value, weights[1][name]) for name, value in weights[0].items())
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,6 @@
 """Whole runs, from a dataset's name to a saved folder. The scripts are thin around these functions."""
 
+import errno
 import json
 import logging
 import os
@@ -9,12 +10,14 @@ import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import NoReturn
 
 import torch
 from huggingface_hub.errors import HfHubHTTPError, StrictDataclassError
+from safetensors import SafetensorError
 
 from ..cards import shown_command, write_card
-from ..data import OneClassSplits, load_one_class, prepare, shrink_images, stream_one_class
+from ..data import OneClassSplits, content_digest, load_one_class, prepare, shrink_images, stream_one_class
 from ..data.sources import dataset_label, hub_dataset
 from ..detector import AnomalyDetector
 from ..errors import HubError, InputError, NotFittedError
@@ -31,11 +34,24 @@ logger = logging.getLogger(__name__)
 # Chosen, but without effect on how a detector is trained.
 _ONLY_FOR_SCORING = ("search_chunk_size", "false_positive_rate", "_name_or_path")
 
+# Arguments that a resumed optimizer would not take up, or that change what comes of a run. Steps may be added.
+_OPTIMIZATION = (
+    "learning_rate", "weight_decay", "optim", "lr_scheduler_type", "warmup_steps", "max_grad_norm", "ema_decay", "bf16", "fp16", "images_per_step",
+)  # fmt: skip
+
 # What a training script prints of the results, as far as it is there.
 PRINTED = (
     "auroc", "auroc_interval", "average_precision", "average_precision_interval", "fpr_at_95_tpr", "f1_max", "balanced_accuracy_at_threshold",
     "pixel_auroc", "pixel_average_precision", "aupro", "reason", "num_normal", "num_anomalous", "seconds",
 )  # fmt: skip
+
+_REMEDIES = {  # of what a disk refuses
+    errno.ENOSPC: "make room, or choose another disk for the output and the cache (HF_HOME)",
+    **dict.fromkeys((errno.EACCES, errno.EPERM, errno.EROFS), "choose an output and a cache (HF_HOME) that can be written to"),
+    **dict.fromkeys(
+        (errno.ENOTDIR, errno.EISDIR, errno.EEXIST), "a file lies where a folder is to be, or a folder where a file: choose another output"
+    ),
+}
 
 LARGEST_DEFAULT_SIZE = 64  # px: larger images are shrunk to this unless --image_size says otherwise
 
@@ -48,8 +64,18 @@ def run_script(main: Callable[[], None]) -> None:
         main()
     except (HubError, InputError, NotFittedError, StrictDataclassError, HfHubHTTPError) as error:
         reason = error.__cause__ if isinstance(error, StrictDataclassError) and error.__cause__ else error
-        print(f"error: {' '.join(str(reason).split())}", file=sys.stderr)
-        sys.exit(2)
+        refuse(str(reason))
+    except (OSError, SafetensorError) as error:
+        remedy = _REMEDIES.get(getattr(error, "errno", None)) or ("No space left" in str(error) and _REMEDIES[errno.ENOSPC])
+        if not remedy:
+            raise
+        refuse(f"{error}; {remedy}")
+
+
+def refuse(reason: str) -> NoReturn:
+    """Prints one line, and ends the process with status 2."""
+    print(f"error: {' '.join(reason.split())}", file=sys.stderr)
+    sys.exit(2)
 
 
 def load_splits(data: DataArguments, seed: int = 0, *, evaluation_only: bool = False) -> OneClassSplits:
@@ -87,11 +113,11 @@ def processor_for(splits: OneClassSplits, data: DataArguments) -> AnomalyImagePr
 
 
 def shrink_training_images(splits: OneClassSplits, processor: AnomalyImageProcessor) -> OneClassSplits:
-    """The splits with training images of the processor's size, cached, where they are larger: every epoch would decode and resize them again.
+    """The splits with training images of the processor's size, cached, where one is larger: every epoch would decode and resize it again.
 
     A stream stays as it is. The first process of a machine shrinks, the others wait for it.
     """
-    if num_images(splits.train) is None or splits.native_size <= processor.size["height"]:
+    if num_images(splits.train) is None or splits.largest_size <= processor.size["height"]:
         return splits
     with local_main_process_first():
         train = shrink_images(splits.train, processor)
@@ -177,10 +203,13 @@ def load_detector(name_or_path: str, revision: str | None = None) -> tuple[Anoma
     return model.eval(), processor
 
 
-def describe_run(splits: OneClassSplits, seed: int, **settings) -> dict:
-    """What makes a run this run: its data, seed and settings. A checkpoint of another is not resumed."""
+def describe_run(splits: OneClassSplits, processor: AnomalyImageProcessor, seed: int, **settings) -> dict:
+    """What makes a run this run: its images, seed and settings. A checkpoint of another is not resumed."""
     data = {"dataset": dataset_label(splits.source), "normal_label": splits.normal_label, "split_hash": splits.split_hash}
-    return {**data, "seed": seed, **settings}
+    if num_images(splits.train) is not None:  # of a stream the split's hash is one of contents
+        data["images"] = content_digest(splits.train)
+    seen = {"image_size": processor.size["height"], "num_channels": processor.num_channels, "window": processor.window}
+    return {**data, **seen, "seed": seed, **settings}
 
 
 def settings_of(config) -> dict:
@@ -231,7 +260,13 @@ def train_detector(
         calibration_dataset=None if splits.calibration is None else prepare(splits.calibration, processor),
         eval_dataset=None if splits.test_missing_reason else prepare(splits.test, processor),
         processing_class=processor,
-        run=describe_run(splits, args.seed, config=settings_of(model.config)),
+        run=describe_run(
+            splits,
+            processor,
+            args.seed,
+            config=settings_of(model.config),
+            optimization={name: getattr(args, name) for name in _OPTIMIZATION},
+        ),
     )
     trainer.train(args.resume_from_checkpoint)
     trainer.fit_reference()

@@ -63,13 +63,21 @@ def check_same_run(theirs: dict | None, ours: dict | None, where: str | os.PathL
     """
     if theirs is None or ours is None:
         return
-    ours = json.loads(json.dumps(ours))
+    theirs, ours = (_flat(json.loads(json.dumps(run))) for run in (theirs, ours))
     for name in sorted(theirs.keys() | ours.keys()):
         if theirs.get(name) != ours.get(name):
             raise InputError(
                 f"{where} belongs to another run ({name} was {theirs.get(name)!r}, now {ours.get(name)!r}): "
                 "resume with the same arguments, or take another --output_dir"
             )
+
+
+def _flat(values: dict, prefix: str = "") -> dict:
+    """{"a": {"b": 1}} → {"a.b": 1}"""
+    flat = {}
+    for name, value in values.items():
+        flat |= _flat(value, f"{prefix}{name}.") if isinstance(value, dict) else {prefix + name: value}
+    return flat
 
 
 def hub_name(args) -> str:
@@ -146,6 +154,17 @@ class ReproducibleTrainer(Trainer):
             self.control.should_training_stop = True
         else:
             super()._run_epoch(*args, **kwargs)
+
+    def _init_training_state(self, max_steps, num_update_steps_per_epoch, num_train_epochs, resume_from_checkpoint, trial):
+        passes, batches = super()._init_training_state(
+            max_steps, num_update_steps_per_epoch, num_train_epochs, resume_from_checkpoint, trial
+        )
+        if resume_from_checkpoint is not None and not hasattr(self.train_dataset, "__len__"):
+            # Trainer takes all steps for one pass over a stream, whose length it does not know, but its `epoch` counts passes.
+            state = json.loads(Path(resume_from_checkpoint, "trainer_state.json").read_text())
+            passes = int(state["epoch"])
+            batches = round((state["epoch"] - passes) * state["max_steps"] * self.args.gradient_accumulation_steps)
+        return passes, batches
 
     def log(self, logs, start_time=None):
         if "loss" in logs and self._loss_sums:

@@ -95,6 +95,12 @@ def test_bad_input(culprit, tmp_path):
     refused("train_dia.py", ["--output_dir", tmp_path / "run", *common, *steps, *argv], culprit, tmp_path / "run")
 
 
+def test_an_output_that_is_a_file(tmp_path):
+    (tmp_path / "file").write_text("")
+    argv = ["--output_dir", tmp_path / "file" / "run", "--dissolver", "none", "--max_steps", 1, "--use_cpu", "true", "--report_to", "none"]
+    refused("train_dia.py", argv, "file/run'; a file lies where a folder is to be", tmp_path / "nowhere")
+
+
 @pytest.mark.parametrize(
     ("culprit", "argv"),
     [

@@ -3,12 +3,13 @@
 import json
 import shutil
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
 from transformers import AutoModel, AutoModelForPreTraining
 
-from .running import class_folders, equal, refused, results_of, run, weights
+from .running import class_folders, equal, pixels, refused, results_of, run, save, weights
 
 ADDP = ["--hidden_sizes", 4, 6, "--pretrain_steps", 4, "--pretrain_batch_size", 8]
 
@@ -67,6 +68,16 @@ def test_addp_goes_on_with_the_decoder_alone(addp, train, tmp_path):
     after, before = weights(folder / "pretrained"), weights(addp[0] / "pretrained")
     assert {name.split(".")[0] for name in before if torch.equal(before[name], after[name])} == {"encoder"}
     assert all(torch.equal(before[name], after[name]) for name in before if name.startswith("encoder."))
+
+
+def test_images_of_many_bits_and_any_size_pretrain(train, tmp_path):
+    for i in range(10):
+        save(tmp_path / "deep" / f"{i}.png", pixels(i, 24, 24).astype(np.uint16) * 257)
+    argv = ["--dataset_name", tmp_path / "deep", "--pretrain_dataset_name", tmp_path / "deep", "--image_size", 8]
+    _, err = train(tmp_path / "refused", *ADDP, *argv, script="train_addp.py", status=2)
+    assert "16-bit" in err.splitlines()[-1]
+    folder, _ = train(tmp_path / "run", *ADDP, *argv, "--window", 0, 65535, "--pretrain_only", script="train_addp.py")
+    assert json.loads((folder / "pretrained" / "pretraining.json").read_text())["num_images"] == 10
 
 
 def test_addp_resumes_either_stage(addp, train, tmp_path):

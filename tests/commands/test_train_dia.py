@@ -1,6 +1,7 @@
 """train_dia.py, and evaluate.py on what it trains."""
 
 import json
+import shutil
 import subprocess
 import sys
 
@@ -13,7 +14,7 @@ from transformers import AutoImageProcessor, AutoModel
 
 from hf_anomaly.data import decode_image, load_one_class
 
-from .running import METRICS, SCRIPTS, pixels, results_of, run
+from .running import METRICS, SCRIPTS, class_folders, pixels, results_of, run
 
 
 @pytest.fixture(scope="module")
@@ -164,11 +165,32 @@ def test_a_pretrained_backbone_is_where_training_starts(train, tmp_path, backbon
             torch.testing.assert_close(trained[f"backbone.{name}"], value, rtol=1e-4, atol=1e-6)
 
 
-def test_resume_refuses_the_work_of_another_run(train, tmp_path):
-    folder, _ = train(tmp_path / "run", "--dissolver", "none")
-    options = ["--output_dir", folder, "--dissolver", "none", "--max_steps", 4, "--use_cpu", "true", "--disable_tqdm", "true"]
-    before = (folder / "eval_results.json").read_text()
-    status, _, err = run("train_dia.py", *options, "--normal_label", "8", "--resume_from_checkpoint", "true")
-    assert status == 2
-    assert "checkpoint-4 belongs to another run" in err.splitlines()[-1]
-    assert (folder / "eval_results.json").read_text() == before
+@pytest.mark.parametrize(
+    ("more", "culprit"),
+    [
+        (["--normal_label", 8], "config.normal_label was '0'"),
+        (["--learning_rate", 1e-6], "optimization.learning_rate was 0.001"),
+        (["--temperature", 0.1], "config.temperature was 0.5"),
+        (["--dissolver", "none"], "config.dissolver was 'gaussian'"),
+    ],
+)
+def test_resume_refuses_the_work_of_another_run(train, tmp_path, more, culprit):
+    common = ["--dissolver", "gaussian", "--blur_kernel_size", 3]
+    folder, _ = train(tmp_path / "run", *common)
+    before = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    argv = more if "--dissolver" in more else [*common, *more]
+    _, err = train(folder, *argv, "--resume_from_checkpoint", "true", status=2)
+    assert f"checkpoint-4 belongs to another run ({culprit}" in err.splitlines()[-1]
+    assert {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()} == before, "nothing is lost"
+
+
+def test_resume_refuses_other_images(train, tmp_path):
+    """Of as many files, with the same names, in a folder of the same name."""
+    for name, size in (("screws", 8), ("bolts", 12)):
+        class_folders(tmp_path / name, {"normal": 10}, size)
+    argv = ["--dissolver", "none", "--image_size", 8, "--dataset_name"]
+    folder, _ = train(tmp_path / "run", *argv, tmp_path / "screws" / "normal")
+    shutil.copytree(tmp_path / "screws" / "normal", tmp_path / "moved" / "normal")
+    train(folder, *argv, tmp_path / "moved" / "normal", "--resume_from_checkpoint", "true")
+    _, err = train(folder, *argv, tmp_path / "bolts" / "normal", "--resume_from_checkpoint", "true", status=2)
+    assert "belongs to another run (images was" in err.splitlines()[-1]

@@ -11,12 +11,13 @@ from accelerate import PartialState
 from transformers import set_seed
 
 from ...backbones.pretrained import load_backbone_config
-from ...data import load_unlabelled
+from ...data import content_digest, load_unlabelled, shrink_images
 from ...data.sources import dataset_label
 from ...detectors.addp.configuration_addp import ADDPConfig
 from ...detectors.addp.modeling_addp import ADDPForPreTraining, ADDPModel
 from ...errors import InputError
 from ...image_processing import AnomalyImageProcessor
+from ...ops.distributed import local_main_process_first
 from .. import AnomalyTrainingArguments, DataArguments, check_checkpoint, check_same_run, parse_arguments
 from ..denoising import PRETRAINING_NOTES, denoising_arguments, load_pretraining, pretrain
 from ..runs import (
@@ -132,13 +133,19 @@ def first_stage(model: ADDPForPreTraining, args: PretrainingArguments, data_args
     folder = Path(training_args.output_dir, "pretrained")
     if not any(args.duration.values()):
         PartialState().wait_for_everyone()
-        if training_args.should_save and (args.pretrained is None or Path(args.pretrained).resolve() != folder.resolve()):
+        others = args.pretrained is None or Path(args.pretrained).resolve() != folder.resolve()
+        if training_args.should_save and others and not training_args.resume_from_checkpoint:
             shutil.rmtree(folder, ignore_errors=True)  # an earlier run's
         return ADDPModel.from_pretraining(model)
-    run = describe_run(splits, training_args.seed, config=settings_of(model.config), pretraining=asdict(args))
+    run = describe_run(splits, processor, training_args.seed, config=settings_of(model.config), pretraining=asdict(args))
     for name in ("pretrained", "pretrain_dataset_name"):
         if run["pretraining"][name] is not None:
             run["pretraining"][name] = dataset_label(run["pretraining"][name])
+    images = splits.train
+    if args.pretrain_dataset_name is not None:
+        with local_main_process_first():
+            images = shrink_images(load_unlabelled(args.pretrain_dataset_name, reading=data_args.reading), processor)
+        run["pretraining"]["images"] = content_digest(images)
     if training_args.resume_from_checkpoint and folder.is_dir():
         notes = json.loads((folder / PRETRAINING_NOTES).read_text())
         check_same_run(notes["run"], run, folder)
@@ -153,7 +160,7 @@ def first_stage(model: ADDPForPreTraining, args: PretrainingArguments, data_args
     )
     detector = pretrain(
         model,
-        splits.train if args.pretrain_dataset_name is None else load_unlabelled(args.pretrain_dataset_name),
+        images,
         processor=processor,
         args=arguments,
         resume_from_checkpoint=bool(training_args.resume_from_checkpoint),

@@ -192,7 +192,7 @@ def make_dissolver(args: DissolverArguments, training_args, splits, processor) -
     if args.dissolver != "diffusion":
         return DiffusionDissolver.from_pretrained(args.dissolver, t_min=args.t_min, t_max=args.t_max)
     t_range = {"t_min": 30 if args.t_min is None else args.t_min, "t_max": 130 if args.t_max is None else args.t_max}
-    run = describe_run(splits, training_args.seed, dissolver=asdict(args), image_size=processor.size["height"])
+    run = describe_run(splits, processor, training_args.seed, dissolver=asdict(args))
     if training_args.resume_from_checkpoint and folder.is_dir():
         dissolver = DiffusionDissolver.from_pretrained(folder, **t_range)
         check_same_run((dissolver.training_notes or {}).get("run"), run, folder)
@@ -254,8 +254,9 @@ def main(argv: list[str], program: str) -> None:
 
     dissolver, train_dataset = make_dissolver(dissolver_args, training_args, splits, processor), splits.train
     PartialState().wait_for_everyone()
-    if training_args.should_save and dissolver_args.dissolver != "diffusion":  # that one is saved as soon as it is trained
-        folder = Path(training_args.output_dir, "dissolver")
+    folder = Path(training_args.output_dir, "dissolver")
+    resumed = training_args.resume_from_checkpoint and folder.is_dir()  # saved already; of another run it is not ours to remove
+    if training_args.should_save and dissolver_args.dissolver != "diffusion" and not resumed:  # that one is saved as soon as it is trained
         shutil.rmtree(folder, ignore_errors=True)  # an earlier run's may be of another kind
         if dissolver is not None:
             dissolver.save_pretrained(folder)

@@ -53,7 +53,7 @@ def main(argv: list[str], program: str) -> None:
         t_min=diffusion_args.t_min,
         t_max=diffusion_args.t_max,
         resume_from_checkpoint=training_args.resume_from_checkpoint,
-        run=describe_run(splits, training_args.seed, **asdict(diffusion_args), image_size=processor.size["height"]),
+        run=describe_run(splits, processor, training_args.seed, **asdict(diffusion_args)),
     )
     if training_args.process_index == 0:
         if splits.calibration is not None:  # normal images that the network has not seen
