@@ -8,6 +8,7 @@ import math
 import os
 from collections import Counter
 from collections.abc import Iterable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -271,12 +272,18 @@ def check_images(dataset: datasets.Dataset, split_name: str, window: Window = No
     from datasets.utils import tqdm  # datasets.disable_progress_bars() silences it
 
     rows = dataset["row"][:] if "row" in dataset.column_names else range(len(dataset))
-    headers = []
+    headers, stacks = [], 0
     values = (value for batch in dataset.select_columns("image").iter(batch_size=256) for value in batch["image"])
     progress = tqdm(values, total=len(dataset), desc=f"Checking {split_name}", leave=False, disable=len(dataset) <= 1000)
     for row, value in zip(rows, progress, strict=True):
         with open_image(value, f"row {row} of split {split_name!r}", window) as image:
             headers.append((image.mode, (image.height, image.width)))
+            with suppress(Exception):  # what is broken is named when it is decoded
+                stacks += image.format == "TIFF" and image.n_frames > 1
+    if stacks:
+        logger.warning(
+            "%d images of split %r are TIFF files of several pages, of which only the first is read: cut them up", stacks, split_name
+        )
     return headers
 
 
