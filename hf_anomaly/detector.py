@@ -265,7 +265,8 @@ class AnomalyDetector(PreTrainedModel):
         self.require_fitted()
         if output_anomaly_maps and not self.supports_anomaly_maps:
             raise InputError(f"output_anomaly_maps=True: {self.unsupported_maps_reason}")
-        return self.compute_scores(pixel_values, output_anomaly_maps=output_anomaly_maps, output_embeddings=output_embeddings)
+        with self._own_precision():
+            return self.compute_scores(pixel_values, output_anomaly_maps=output_anomaly_maps, output_embeddings=output_embeddings)
 
     def check_pixel_values(self, pixel_values: torch.Tensor) -> None:
         expected = (self.config.num_channels, self.config.image_size, self.config.image_size)
@@ -298,12 +299,14 @@ class AnomalyDetector(PreTrainedModel):
         collected: dict[str, list[torch.Tensor]] = {}
         for pixel_values, labels in self._eval_batches(dataloader, "Fitting the reference", progress):
             refuse_anomalies(labels, "fit_reference")
-            features = self.reference_features(pixel_values)
+            with self._own_precision():
+                features = self.reference_features(pixel_values)
             for name, value in (gather(features) if gather else features).items():
                 collected.setdefault(name, []).append(value.cpu())
         if not collected:
             raise InputError("fit_reference got no images: it needs the normal training images")
-        self.set_reference({name: torch.cat(values).to(self.device) for name, values in collected.items()})
+        with self._own_precision():
+            self.set_reference({name: torch.cat(values).to(self.device) for name, values in collected.items()})
         self._drop_calibration()
         return self
 
@@ -543,6 +546,12 @@ class AnomalyDetector(PreTrainedModel):
             if self.config.auto_map is not None:
                 write_remote_code(staging)
         drop_outdated_results(self._homes, target)
+
+    def _own_precision(self):
+        """Without autocast, which training in bf16 leaves in `forward`: threshold and results would be those of another model than the one that is saved.
+        A user's own autocast is without effect too; for scores in bfloat16 load the detector with that dtype.
+        """
+        return torch.autocast(self.device.type, enabled=False)
 
     def _outdate_reports(self) -> None:
         for home in self._homes:

@@ -1,5 +1,6 @@
 """What every detector must do. A new detector adds one line to DETECTORS."""
 
+import copy
 import json
 import subprocess
 import sys
@@ -26,6 +27,7 @@ from hf_anomaly import (
     image_metrics,
 )
 from hf_anomaly.calibration import Float32State
+from hf_anomaly.training import AnomalyTrainer, AnomalyTrainingArguments
 
 
 def small_resnet(num_channels=1, **_):
@@ -494,6 +496,33 @@ def test_loading_in_bfloat16_equals_casting(model, tmp_path):
         assert loaded.state_dict()[name].dtype == value.dtype, name
         assert torch.equal(loaded.state_dict()[name], value), name
     assert torch.equal(loaded.score([images(5)], progress=False)[0], model.score([images(5)], progress=False)[0])
+
+
+def test_after_training_in_bf16_it_scores_as_it_will_be_loaded(build, tmp_path):
+    rows = [{"pixel_values": image} for image in images(34)]
+    arguments = {"output_dir": str(tmp_path / "run"), "max_steps": 2, "per_device_train_batch_size": 4, "save_strategy": "no"}
+    args = AnomalyTrainingArguments(**arguments, use_cpu=True, bf16=True, disable_tqdm=True, report_to="none")
+    torch.manual_seed(0)
+    trainer = AnomalyTrainer(build(**SHAPES[0]), args, train_dataset=rows[:14], calibration_dataset=rows[14:])
+    trainer.train()
+    trainer.fit_reference()
+    trainer.calibrate()
+    before = trainer.model.eval()
+    before.save_pretrained(tmp_path / "saved")
+    after = AutoModel.from_pretrained(tmp_path / "saved")
+    x = images(8, seed=2)
+    with torch.no_grad():
+        scores = after(x).scores
+        assert bits(before(x).scores) == bits(scores)
+        with torch.autocast("cpu", torch.bfloat16):
+            assert bits(after(x).scores) == bits(scores)
+            refitted = copy.deepcopy(after).fit_reference([images(34)[:14]], progress=False)
+    assert bits(torch.from_numpy(trainer.predict([{"pixel_values": image} for image in x]).predictions)) == bits(scores)
+    after.fit_reference([images(34)[:14]], progress=False).calibrate([images(34)[14:]], progress=False)
+    for name, value in states(after).items():
+        assert bits(states(before)[name]) == bits(value), name
+        if name.startswith("reference"):
+            assert bits(states(refitted)[name]) == bits(value), name
 
 
 def test_the_processor_and_a_cast_model_go_together(model):
