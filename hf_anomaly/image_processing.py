@@ -1,5 +1,6 @@
 """From any image to `pixel_values`, and from a detector's output back to the image's own size; saved with the model."""
 
+import os
 from collections.abc import Sequence
 
 import numpy as np
@@ -10,7 +11,7 @@ from transformers.image_processing_backends import PilBackend
 from transformers.image_utils import PILImageResampling
 
 from .data.formats import FULL, Window, apply_window, check_depth, check_window, to_eight_bits
-from .data.transforms import upright
+from .data.transforms import decode_image, upright
 from .detector import AnomalyDetectorOutput
 from .errors import InputError
 from .ops.maps import resize_maps
@@ -52,6 +53,38 @@ def to_eight_bit_image(image: "PIL.Image.Image | np.ndarray | torch.Tensor", nam
     elif array.dtype != np.uint8:
         raise InputError(f"{name} has dtype {array.dtype}: give uint8 or floats in [0, 1], or 16-bit integers and the processor a window")
     return PIL.Image.fromarray(array)
+
+
+def read_any_image(image, name: str, window: Window = None, timeout: float = 30.0) -> PIL.Image.Image:
+    """As `to_eight_bit_image`, also of the path or http(s) URL of a file.
+
+    Args:
+        timeout: seconds to wait for a URL.
+
+    Raises:
+        InputError: also a file that is missing, unreadable or cannot be fetched, and what is no image.
+    """
+    if isinstance(image, str) and image.startswith(("http://", "https://")):
+        return decode_image({"bytes": _download(image, timeout)}, image, window)
+    if isinstance(image, (str, os.PathLike)):
+        return decode_image({"path": os.fspath(image)}, name, window)
+    if isinstance(image, PIL.Image.Image):
+        return decode_image(image, getattr(image, "filename", None) or name, window)
+    if hasattr(image, "__array__"):
+        return to_eight_bit_image(image, name, window)
+    raise InputError(f"{name} is a {type(image).__name__}: give a path, a URL, a PIL image or an array")
+
+
+def _download(url: str, timeout: float) -> bytes:
+    from huggingface_hub.utils import httpx  # without the client's token and offline mode: the address may be anybody's
+
+    try:
+        response = httpx.get(url, timeout=timeout, follow_redirects=True)
+        response.raise_for_status()
+    except (httpx.HTTPError, httpx.InvalidURL) as error:
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise InputError(f"{url}: cannot be fetched ({reason[:300]}); check the address and the network") from error
+    return response.content
 
 
 class AnomalyImageProcessor(PilBackend):
@@ -109,10 +142,9 @@ class AnomalyImageProcessor(PilBackend):
         return 3 if self.do_convert_rgb else 1
 
     def _prepare_images_structure(self, images, expected_ndims=3) -> list[PIL.Image.Image]:
-        # transformers' own takes no (H, W) arrays.
-        images = self.fetch_images(images)
-        images = images if isinstance(images, list) or getattr(images, "ndim", 0) == 4 else [images]
-        return [to_eight_bit_image(image, f"images[{i}]", self.window) for i, image in enumerate(images)]
+        # transformers' own takes no (H, W) arrays, and converts files to RGB, which clips 16-bit ones before anything can be said against it.
+        images = images if isinstance(images, list | tuple) or getattr(images, "ndim", 0) == 4 else [images]
+        return [read_any_image(image, f"images[{i}]", self.window) for i, image in enumerate(images)]
 
     def process_image(self, image, *, do_convert_rgb, do_resize, size, resample, **kwargs) -> np.ndarray:
         mode = "RGB" if do_convert_rgb else "L"

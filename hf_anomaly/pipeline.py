@@ -13,11 +13,9 @@ import torch
 from torch.utils.data import DataLoader, Dataset, IterableDataset
 from transformers import Pipeline
 
-from .data.formats import Window
-from .data.transforms import decode_image
 from .detector import AnomalyDetector, AnomalyDetectorOutput
 from .errors import InputError
-from .image_processing import AnomalyImageProcessor, to_eight_bit_image
+from .image_processing import AnomalyImageProcessor, read_any_image
 
 logger = logging.getLogger(__name__)
 
@@ -138,7 +136,7 @@ class AnomalyDetectionPipeline(Pipeline):
         for _, image in images:
             if isinstance(image, InputError):  # its row could not be read
                 raise image
-        decoded = [_decode(image, name, timeout, getattr(self.image_processor, "window", None)) for name, image in images]
+        decoded = [read_any_image(image, name, getattr(self.image_processor, "window", None), timeout) for name, image in images]
         pixel_values = self.image_processor(images=decoded, return_tensors="pt")["pixel_values"]
         return {"pixel_values": pixel_values, "target_sizes": np.array([image.size[::-1] for image in decoded])}
 
@@ -216,30 +214,6 @@ def _images(inputs) -> tuple[Dataset, bool | None]:
     if isinstance(inputs, Iterable):
         return _Stream(inputs), False
     raise InputError(f"a {type(inputs).__name__} is no image: give a path, a URL, a PIL image, an array, or several of them")
-
-
-def _decode(image, name: str, timeout: float, window: Window = None) -> PIL.Image.Image:
-    if isinstance(image, str) and image.startswith(("http://", "https://")):
-        return decode_image({"bytes": _download(image, timeout)}, image, window)
-    if isinstance(image, (str, os.PathLike)):
-        return decode_image({"path": os.fspath(image)}, name, window)
-    if isinstance(image, PIL.Image.Image):
-        return decode_image(image, getattr(image, "filename", None) or name, window)
-    if isinstance(image, (np.ndarray, torch.Tensor)):
-        return to_eight_bit_image(image, name, window)
-    raise InputError(f"{name} is a {type(image).__name__}: give a path, a URL, a PIL image or an array")
-
-
-def _download(url: str, timeout: float) -> bytes:
-    from huggingface_hub.utils import httpx  # without the client's token and offline mode: the address may be anybody's
-
-    try:
-        response = httpx.get(url, timeout=timeout, follow_redirects=True)
-        response.raise_for_status()
-    except (httpx.HTTPError, httpx.InvalidURL) as error:
-        reason = " ".join(str(error).split()) or type(error).__name__
-        raise InputError(f"{url}: cannot be fetched ({reason[:300]}); check the address and the network") from error
-    return response.content
 
 
 def _or_error(action, batch):

@@ -133,6 +133,27 @@ def test_arrays_that_are_no_image(array, words, refused):
         pixels(GRAY, color_image("L"), array)
 
 
+def test_paths_are_read_as_images_are(tmp_path, refused):
+    wide = PIL.Image.fromarray(np.arange(64, dtype=np.uint16).reshape(8, 8) * 1000)
+    wide.save(tmp_path / "wide.png")
+    color_image().save(tmp_path / "rgb.png")
+    windowed = AnomalyImageProcessor.for_images(8, 1, window="full")
+    for path in (tmp_path / "wide.png", str(tmp_path / "wide.png")):
+        assert torch.equal(pixels(windowed, path), pixels(windowed, wide))
+        with refused(path, "--window", "16-bit"):
+            pixels(GRAY, path)
+    assert torch.equal(pixels(RGB, str(tmp_path / "rgb.png"), color_image()), pixels(RGB, color_image(), color_image()))
+    (tmp_path / "broken.png").write_bytes((tmp_path / "rgb.png").read_bytes()[:60])
+    (tmp_path / "text.png").write_text("no image")
+    for name in ("broken.png", "text.png", "missing.png"):
+        with refused(tmp_path / name, "unreadable"):
+            pixels(RGB, str(tmp_path / name))
+    with refused("http://127.0.0.1:9/", "cannot be fetched"):
+        pixels(RGB, "http://127.0.0.1:9/x.png")
+    with refused("images[0]", "list"):
+        pixels(RGB, [color_image()])
+
+
 def test_mixed_sizes_are_resized_whole():
     small, large = PIL.Image.new("L", (5, 3), 51), color_image("L", (40, 20))
     result = pixels(GRAY, small, large)
