@@ -531,12 +531,12 @@ class AnomalyDetector(PreTrainedModel):
 
     # Inner helpers ------------------------------------------------------------------------------------------------------------
 
-    def _save(self, target: Path, *, token, whole: bool = False, **kwargs) -> None:
+    def _save(self, target: Path, *, token, whole: bool = False, variant: str | None = None, **kwargs) -> None:
         """Saves weights, config and companions; `whole`: companions that cannot be had are an error."""
         self.config.hf_anomaly_version = __version__
         self.config.auto_map = auto_map(AutoConfig=type(self.config), AutoModel=type(self))
-        with staged(target) as staging:
-            super().save_pretrained(staging, **kwargs)
+        with staged(target, variant) as staging:
+            super().save_pretrained(staging, variant=variant, **kwargs)
             try:
                 bring_companions(self._homes, target, staging, token)
             except OSError as error:

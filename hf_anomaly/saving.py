@@ -2,6 +2,7 @@
 
 import logging
 import os
+import re
 import shutil
 import tempfile
 from collections.abc import Iterator
@@ -45,8 +46,11 @@ def write_remote_code(folder: str | os.PathLike) -> None:
 
 
 @contextmanager
-def staged(target: str | os.PathLike) -> Iterator[Path]:
+def staged(target: str | os.PathLike, variant: str | None = None) -> Iterator[Path]:
     """A temporary folder inside `target`, whose entries are renamed into it at the end, config.json last; after an error, none.
+
+    Args:
+        variant: of the weights that are saved. Those of others, such as "fp16", stay.
 
     Raises:
         InputError: `target` is a file.
@@ -61,8 +65,10 @@ def staged(target: str | os.PathLike) -> Iterator[Path]:
         names = {path.name for path in staging.iterdir()}
         for name in sorted(names, key=lambda name: name == "config.json"):
             os.replace(staging / name, target / name)
-        for path in target.glob("model*.safetensors*"):  # an earlier save in other shards, which would be loaded instead
-            if path.name not in names:
+        of_variant = re.escape(f".{variant}" if variant else "")
+        weights = re.compile(rf"model{of_variant}(-\d+-of-\d+)?\.safetensors|model\.safetensors\.index{of_variant}\.json")
+        for path in list(target.iterdir()):  # an earlier save in other shards, which would be loaded instead
+            if path.name not in names and weights.fullmatch(path.name):
                 path.unlink()
     finally:
         shutil.rmtree(staging, ignore_errors=True)

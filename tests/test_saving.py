@@ -275,6 +275,16 @@ def test_shards_of_an_earlier_save_are_replaced(folder):
         assert (folder / "model.safetensors.index.json").exists() == bool(settings)
 
 
+def test_variants_of_the_weights_lie_side_by_side(folder):
+    model = AutoModel.from_pretrained(folder)
+    for variant in ("fp16", None):
+        for settings in ({"max_shard_size": "2KB"}, {}):
+            model.save_pretrained(folder, variant=variant, **settings)
+            for each in ("fp16", None):
+                assert torch.equal(AutoModel.from_pretrained(folder, variant=each).reference.bank, model.reference.bank)
+    assert sorted(path.name for path in folder.glob("model*.safetensors*")) == ["model.fp16.safetensors", "model.safetensors"]
+
+
 def test_loaded_tensors_are_aligned_as_torch_aligns_them(folder):
     """A matrix-vector product with weights mapped at another address differs in its last bits."""
     assert all(tensor.data_ptr() % 64 == 0 for tensor in AutoModel.from_pretrained(folder).state_dict().values())
