@@ -22,7 +22,7 @@ from .cards import tag_card, write_card
 from .errors import HubError, InputError, NotFittedError
 from .hub import CommitInfo, hub_errors, push_folder
 from .ops.maps import map_levels
-from .saving import Home, auto_map, bring_companions, drop_outdated_results, staged, write_remote_code
+from .saving import Home, auto_map, bring_companions, delete, outdated_companions, staged, write_remote_code
 from .untrusted import check_backbone_config, check_memory, check_shard_names
 from .version import __version__
 
@@ -460,7 +460,8 @@ class AnomalyDetector(PreTrainedModel):
         """As `PreTrainedModel.save_pretrained`, but whole or not at all, and with the companions of the place that the detector was loaded from.
 
         Files are written to a temporary folder inside `save_directory` and then renamed into place, the config last. Card and results tell of a
-        detector as it was: if this one was fitted or calibrated anew, the results stay away, and what the card says of them is taken out.
+        detector as it was: if this one was fitted or calibrated anew, or the folder holds another one, the results stay away, and what the card says of
+        them is taken out.
 
         Args:
             push_to_hub: then push it; `push_to_hub` gets what else is given, and the folder's name if there is no `repo_id`.
@@ -470,7 +471,7 @@ class AnomalyDetector(PreTrainedModel):
         target = Path(save_directory).absolute()
         hub = {name: kwargs.pop(name) for name in _PUSH_ARGUMENTS if name in kwargs} if push_to_hub else {}
         self._save(target, token=token, state_dict=state_dict, max_shard_size=max_shard_size, variant=variant, **kwargs)
-        self._homes = [Home(os.fspath(target)), *self._homes[-1:]]
+        self._homes = [Home(os.fspath(target)), *(home for home in self._homes if not home.lies_in(target))]
         if push_to_hub:
             self.push_to_hub(hub.pop("repo_id", target.name), token=token, max_shard_size=max_shard_size, **hub)
 
@@ -535,6 +536,7 @@ class AnomalyDetector(PreTrainedModel):
         """Saves weights, config and companions; `whole`: companions that cannot be had are an error."""
         self.config.hf_anomaly_version = __version__
         self.config.auto_map = auto_map(AutoConfig=type(self.config), AutoModel=type(self))
+        outdated = outdated_companions(self._homes, target, self.config)
         with staged(target, variant) as staging:
             super().save_pretrained(staging, variant=variant, **kwargs)
             try:
@@ -545,7 +547,9 @@ class AnomalyDetector(PreTrainedModel):
                 logger.warning("Saved without what lies beside %s on the Hub: %s", self._homes[-1].name, " ".join(str(error).split()))
             if self.config.auto_map is not None:
                 write_remote_code(staging)
-        drop_outdated_results(self._homes, target)
+            outdated -= {path.name for path in staging.iterdir()}
+        for name in outdated:
+            delete(target / name)
 
     def _own_precision(self):
         """Without autocast, which training in bf16 leaves in `forward`: threshold and results would be those of another model than the one that is saved.

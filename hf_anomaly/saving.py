@@ -1,5 +1,6 @@
 """A detector's folder: written whole or not at all, with what belongs to the detector beside its weights, and loadable without importing this package."""
 
+import json
 import logging
 import os
 import re
@@ -10,6 +11,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from fnmatch import fnmatch
 from pathlib import Path
+
+from transformers import PreTrainedConfig
 
 from .cards.merging import outdate_card
 from .errors import InputError
@@ -64,6 +67,8 @@ def staged(target: str | os.PathLike, variant: str | None = None) -> Iterator[Pa
         yield staging
         names = {path.name for path in staging.iterdir()}
         for name in sorted(names, key=lambda name: name == "config.json"):
+            if (target / name).is_dir():  # which os.replace does not replace
+                delete(target / name)
             os.replace(staging / name, target / name)
         of_variant = re.escape(f".{variant}" if variant else "")
         weights = re.compile(rf"model{of_variant}(-\d+-of-\d+)?\.safetensors|model\.safetensors\.index{of_variant}\.json")
@@ -93,6 +98,9 @@ class Home:
     reports_hold: bool = True
     _folder: Path | None = None
 
+    def lies_in(self, target: Path) -> bool:
+        return Path(self.name).is_dir() and Path(self.name, self.subfolder).resolve() == target.resolve()
+
     def folder(self, token: str | bool | None = None) -> Path | None:
         """The local folder with the companions, downloaded if need be; None if there is none any more.
 
@@ -116,22 +124,29 @@ class Home:
         return self._folder
 
 
-def bring_companions(homes: list[Home], target: Path, staging: Path, token: str | bool | None = None) -> None:
-    """Copies to `staging` the companions that are not in `target` yet, each from the first home that has it.
+def holds_another(target: Path, homes: list[Home]) -> bool:
+    """Whether a detector lies in `target` which is not this one, as far as its homes tell."""
+    return (target / "config.json").is_file() and not any(home.lies_in(target) for home in homes)
 
-    Results of a detector that was fitted or calibrated anew do not come, and its card only without them; if `target` is such a home, its card is
-    replaced by one without them.
+
+def bring_companions(homes: list[Home], target: Path, staging: Path, token: str | bool | None = None) -> None:
+    """Copies to `staging` the companions that are not in `target` yet, or there are another detector's, each from the first home that has it.
+
+    Results of a detector that was fitted or calibrated anew do not come, and its card only without them; if `target` is such a home, or another
+    detector's, its card is replaced by one without them.
 
     Raises:
         InputError: a companion is a link that leads out of its folder.
         OSError: a home on the Hub cannot be reached.
     """
-    for home in homes:
+    another = holds_another(target, homes)
+    for home in [*homes, Home(os.fspath(target), reports_hold=False)] if another else homes:
         folder = home.folder(token)
         if folder is None or not folder.is_dir():
             continue
-        in_place = folder.resolve() == target.resolve()
-        wanted = {name for name in COMPANIONS if in_place or not ((target / name).exists() or (staging / name).exists())}
+        in_place = home.lies_in(target)
+        wanted = {name for name in COMPANIONS if in_place or another or not (target / name).exists()}
+        wanted -= {path.name for path in staging.iterdir()}
         for path in contained_files(folder, lambda path, wanted=wanted: path.parts[0] in wanted):
             if path.name == "README.md" and not home.reports_hold:
                 if card := outdate_card((folder / path).read_text(encoding="utf-8")):
@@ -141,11 +156,27 @@ def bring_companions(homes: list[Home], target: Path, staging: Path, token: str 
                 shutil.copyfile(folder / path, staging / path)
 
 
-def drop_outdated_results(homes: list[Home], target: Path) -> None:
-    """Deletes the results that lie in `target`, if it is a home of a detector that was fitted or calibrated anew."""
-    if any(not home.reports_hold and Path(home.name).is_dir() and Path(home.name).resolve() == target.resolve() for home in homes):
-        (target / "eval_results.json").unlink(missing_ok=True)
-        shutil.rmtree(target / "figures", ignore_errors=True)
+def outdated_companions(homes: list[Home], target: Path, config: PreTrainedConfig) -> set[str]:
+    """What in `target` does not belong to the detector that is saved there: results of another one, or of itself before it was fitted or calibrated
+    anew; and the dissolver of another method."""
+    if not holds_another(target, homes):
+        outdated = any(not home.reports_hold and home.lies_in(target) for home in homes)
+        return {"eval_results.json", "figures"} if outdated else set()
+    try:
+        kind = json.loads((target / "config.json").read_text(encoding="utf-8")).get("model_type")
+    except (ValueError, AttributeError):  # it is about to be replaced
+        kind = None
+    # Training saves a dissolver before the detector that goes with it.
+    belongs = kind == config.model_type or getattr(config, "dissolver", None) is not None
+    return {"eval_results.json", "figures"} | (set() if belongs else {"dissolver"})
+
+
+def delete(path: Path) -> None:
+    """Deletes a file, a link or a whole folder, if it is there."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
 
 
 def _is_companion(path: Path) -> bool:

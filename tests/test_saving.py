@@ -10,7 +10,18 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModel
 
-from hf_anomaly import AnomalyImageProcessor, CSIConfig, CSIModel, DiffusionDissolver, GaussianDissolver, SmallResNetConfig
+from hf_anomaly import (
+    AnomalyImageProcessor,
+    CSIConfig,
+    CSIModel,
+    DIAConfig,
+    DIAModel,
+    DiffusionDissolver,
+    GaussianDissolver,
+    SharedAEConfig,
+    SharedAEModel,
+    SmallResNetConfig,
+)
 from hf_anomaly.cards import write_card
 from hf_anomaly.dissolving import build_scheduler, build_unet
 
@@ -140,10 +151,69 @@ def test_what_is_written_after_saving_holds(folder, tmp_path):
     """As a training script does: calibrate, save, evaluate, write the card; what is then saved elsewhere brings that card."""
     model = detector()
     model.save_pretrained(folder)
+    (folder / "eval_results.json").write_text("{}")
     write_card(folder, model, {**MEASURED, "auroc": 0.8765})
     model.save_pretrained(tmp_path / "copy")
     assert "0.8765" in (tmp_path / "copy" / "README.md").read_text()
     assert (tmp_path / "copy" / "eval_results.json").exists()
+
+
+def other_detector():
+    torch.manual_seed(1)
+    return SharedAEModel(SharedAEConfig(image_size=8, hidden_sizes=[4, 4, 4], latent_size=4)).fit_reference([images(4)], progress=False)
+
+
+def test_another_detector_does_not_get_what_was_measured_of_the_one_that_lay_there(folder):
+    write_card(folder, AutoModel.from_pretrained(folder), {**MEASURED, "auroc": 0.8765})
+    model = other_detector()
+    model.save_pretrained(folder)
+    names = {path.name for path in folder.iterdir()}
+    assert names.isdisjoint({"eval_results.json", "figures", "dissolver"})
+    assert "0.8765" not in (folder / "README.md").read_text()
+    (folder / "eval_results.json").write_text("{}")  # now of this one
+    model.save_pretrained(folder)
+    assert (folder / "eval_results.json").exists()
+
+
+def test_what_belongs_to_a_detector_replaces_what_belongs_to_the_one_that_lay_there(folder, tmp_path):
+    target = tmp_path / "other"
+    other_detector().save_pretrained(target)
+    AnomalyImageProcessor.for_images(9, 3).save_pretrained(target)
+    (target / "README.md").write_text("# of the other")
+    (target / "figures").mkdir()
+    for name in ("roc.png", "scores.png"):
+        (target / "figures" / name).write_bytes(b"of the other")
+    AutoModel.from_pretrained(folder).save_pretrained(target)
+    before, after = contents(folder), contents(target)
+    before.pop("config.json"), after.pop("config.json")
+    assert after == before
+
+
+def test_a_dissolver_saved_for_the_detector_stays(folder):
+    """As in training, into a folder of an earlier run of another method."""
+    config = DIAConfig(
+        image_size=8, projection_size=4, backbone_config=SmallResNetConfig(hidden_sizes=[8], depths=[1]), dissolver="gaussian"
+    )
+    DIAModel(config).fit_reference([images(4)], progress=False).save_pretrained(folder)
+    assert (folder / "dissolver" / "dissolver_config.json").exists()
+
+
+def test_every_folder_that_it_was_saved_to_is_its_own(tmp_path):
+    model = detector()
+    for name in "abc":
+        model.save_pretrained(tmp_path / name)
+    (tmp_path / "b" / "eval_results.json").write_text("{}")
+    model.save_pretrained(tmp_path / "b")
+    assert (tmp_path / "b" / "eval_results.json").exists()
+
+
+def test_results_of_a_detector_calibrated_in_place_hold(folder):
+    model = AutoModel.from_pretrained(folder)
+    model.calibrate([images(9, 2)], progress=False)
+    model.save_pretrained(folder)
+    (folder / "eval_results.json").write_text("{}")
+    model.save_pretrained(folder)
+    assert (folder / "eval_results.json").exists()
 
 
 def test_a_folder_that_is_gone_is_not_sought_on_the_hub(folder, tmp_path, monkeypatch):
