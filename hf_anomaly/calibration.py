@@ -309,6 +309,15 @@ class Calibration(Float32State):
         self.scores = ordered
         self.threshold = torch.full_like(self.threshold, threshold)
 
+    def move_to(self, false_positive_rate: float) -> bool:
+        """Puts the threshold where it belongs at this rate. Whether it was elsewhere."""
+        rank = conformal_rank(self.scores.numel(), false_positive_rate)
+        due = self.scores[rank - 1].item() if rank <= self.scores.numel() else math.inf
+        if self.threshold.item() == due:
+            return False
+        self.threshold = torch.full_like(self.threshold, conformal_threshold(self.scores, false_positive_rate))  # which warns of infinity
+        return True
+
     def reset(self) -> None:
         self.scores = self.scores.new_zeros(0)
         self.threshold = torch.zeros_like(self.threshold)

@@ -64,13 +64,15 @@ class AnomalyDetectorConfig(PreTrainedConfig):
         anomaly_map_range: what their anomaly maps say is normal, [low, high], to paint maps with: the median of their pixels, and what at most the share
             `false_positive_rate` of these images exceeds anywhere (or their maximum, where they are too few for that). None before, and without maps.
         calibrated_for: the values of `score_fields` that calibration was made with; None before.
+        fitted_for: the values of `reference_fields` that the reference was made with; None before, and where there are no such fields.
         hf_anomaly_version: the version of this package that wrote the file.
 
     Raises:
         InputError: a keyword that is no field of the configuration, or a value out of range.
     """
 
-    score_fields = ()  # the fields with which a trained detector scores otherwise, so that its calibration no longer holds
+    score_fields = ("image_size",)  # the fields with which a trained detector scores otherwise, so that its calibration no longer holds
+    reference_fields = ()  # those with which its reference would be another
     recorded_fields = (  # what saving, fitting and calibrating fill in: nobody chose it for the training
         "hf_anomaly_version",
         "transformers_version",
@@ -80,6 +82,7 @@ class AnomalyDetectorConfig(PreTrainedConfig):
         "num_calibration_scores",
         "anomaly_map_range",
         "calibrated_for",
+        "fitted_for",
     )
 
     image_size: int = 32
@@ -89,6 +92,7 @@ class AnomalyDetectorConfig(PreTrainedConfig):
     num_calibration_scores: int = 0
     anomaly_map_range: list | tuple | None = None
     calibrated_for: dict | None = None
+    fitted_for: dict | None = None
     hf_anomaly_version: str | None = None
 
     def __post_init__(self, **kwargs):
@@ -110,9 +114,13 @@ class AnomalyDetectorConfig(PreTrainedConfig):
         self.num_calibration_scores = 0
         self.false_positive_rate = self.anomaly_map_range = self.calibrated_for = None
 
-    def scored_by(self) -> dict:
-        """The values of `score_fields`."""
-        return {name: getattr(self, name) for name in self.score_fields}
+    def values_of(self, fields: Iterable[str]) -> dict:
+        return {name: getattr(self, name) for name in fields}
+
+    def changed_since(self, record: dict | None) -> str:
+        """Which fields have other values than when they were recorded, in words; empty if none has, or nothing was recorded."""
+        now = self.values_of(name for name in record or {} if name in self.__dataclass_fields__)
+        return ", ".join(f"{name} was {record[name]!r}, now {value!r}" for name, value in now.items() if value != record[name])
 
     def check(self) -> None:
         """Refuses values out of range. Called at the end of the constructor; subclasses extend it."""
@@ -122,6 +130,9 @@ class AnomalyDetectorConfig(PreTrainedConfig):
             raise InputError(f"num_channels must be 1 (gray) or 3 (RGB), got {self.num_channels}")
         if not 0 <= self.num_calibration_scores <= _MOST_CALIBRATION_SCORES:
             raise InputError(f"num_calibration_scores must be 0 to {_MOST_CALIBRATION_SCORES}, got {self.num_calibration_scores}")
+        rate = self.false_positive_rate
+        if self.num_calibration_scores > 0 if rate is None else not 0 < rate < 1:
+            raise InputError(f"false_positive_rate must lie strictly between 0 and 1, got {rate}")
 
     @classmethod
     def register_for_auto_class(cls, auto_class="AutoConfig"):
@@ -307,12 +318,14 @@ class AnomalyDetector(PreTrainedModel):
             raise InputError("fit_reference got no images: it needs the normal training images")
         with self._own_precision():
             self.set_reference({name: torch.cat(values).to(self.device) for name, values in collected.items()})
+        self.config.fitted_for = self.config.values_of(self.config.reference_fields) or None
         self._drop_calibration()
         return self
 
     def reset_reference(self) -> None:
         """Back to the unfitted state, in which training checkpoints are saved."""
         self.clear_reference()
+        self.config.fitted_for = None
         self._drop_calibration()
 
     def calibrate(
@@ -337,7 +350,7 @@ class AnomalyDetector(PreTrainedModel):
         self.config.num_calibration_scores = scores.numel()
         self.config.false_positive_rate = float(false_positive_rate)
         self.config.anomaly_map_range = None if levels is None else normal_map_range(levels, false_positive_rate)
-        self.config.calibrated_for = self.config.scored_by()
+        self.config.calibrated_for = self.config.values_of(self.config.score_fields)
         return self
 
     def score(
@@ -376,7 +389,8 @@ class AnomalyDetector(PreTrainedModel):
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path, *model_args, output_loading_info=False, **kwargs):
         """As `PreTrainedModel.from_pretrained`, from safetensors only. With other values of `config.score_fields` than the calibration was made for,
-        such as keywords here can give, the calibration is dropped with a warning.
+        such as keywords here can give, the calibration is dropped with a warning; with other values of `config.reference_fields` the reference, too. With
+        another `false_positive_rate` the threshold is that of the new rate.
 
         Raises:
             InputError: the weights lack the reference or the calibration that the config promises, those of a fitted detector lack
@@ -430,14 +444,7 @@ class AnomalyDetector(PreTrainedModel):
             commit = getattr(place["revision"], "resolved", place["revision"])
             home = os.path.abspath(name) if os.path.isdir(name) else os.fspath(name)
             model._homes = [Home(home, commit, where["subfolder"], place["cache_dir"])]
-        before, now = model.config.calibrated_for or {}, model.config.scored_by()
-        if changed := [field for field in before if field in now and before[field] != now[field]]:
-            logger.warning(
-                "%s was calibrated for other scores (%s): its calibration is dropped; calibrate it again",
-                name,
-                ", ".join(f"{field} was {before[field]!r}, now {now[field]!r}" for field in changed),
-            )
-            model._drop_calibration()
+        model._drop_what_does_not_hold(str(name))
         return (model, info) if output_loading_info else model
 
     @staticmethod
@@ -578,6 +585,20 @@ class AnomalyDetector(PreTrainedModel):
                 collected.setdefault(name, []).extend(value.tolist())
         everything = {name: torch.tensor(values) for name, values in collected.items()}
         return everything.get("scores", torch.zeros(0)), everything.get("labels"), everything.get("levels")
+
+    def _drop_what_does_not_hold(self, name: str) -> None:
+        """Of a detector just loaded, with a configuration that need not be the one that it was saved with."""
+        config = self.config
+        made = config.values_of(config.reference_fields)
+        recorded = {field: value for field, value in (config.calibrated_for or {}).items() if field in made} | (config.fitted_for or {})
+        if changes := config.changed_since(recorded):
+            logger.warning("%s was fitted for other features (%s): its reference is dropped; fit and calibrate it again", name, changes)
+            self.reset_reference()
+        elif changes := config.changed_since(config.calibrated_for):
+            logger.warning("%s was calibrated for other scores (%s): its calibration is dropped; calibrate it again", name, changes)
+            self._drop_calibration()
+        if self.calibration.is_calibrated and self.calibration.move_to(config.false_positive_rate):
+            self._outdate_reports()
 
     def _drop_calibration(self) -> None:
         self._outdate_reports()

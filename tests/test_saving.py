@@ -111,6 +111,62 @@ def test_a_config_edited_by_hand_has_no_calibration(folder, caplog):
     assert AutoModel.from_pretrained(folder).calibration.is_calibrated
 
 
+@pytest.mark.parametrize("calibrated", [True, False])
+@pytest.mark.parametrize("changes", [{"image_size": 12}, {"shift": "perm"}, {"score_features": "penultimate"}])
+def test_other_features_have_no_reference(tmp_path, caplog, calibrated, changes):
+    config = CSIConfig(
+        image_size=8, projection_size=8, score_features="projection", backbone_config=SmallResNetConfig(hidden_sizes=[8], depths=[1])
+    )
+    model = CSIModel(config).fit_reference([images(6)], progress=False)
+    if calibrated:
+        model.calibrate([images(19, 1)], progress=False)
+    model.save_pretrained(tmp_path)
+    loaded = AutoModel.from_pretrained(tmp_path, **changes)
+    ((name, value),) = changes.items()
+    assert f"{name} was {getattr(config, name)!r}, now {value!r}): its reference is dropped" in caplog.text
+    assert len(caplog.records) == 1
+    assert not loaded.is_fitted
+    assert not loaded.calibration.is_calibrated
+    assert (loaded.config.fitted_for, loaded.config.calibrated_for) == (None, None)
+    size = loaded.config.image_size
+    assert loaded.fit_reference([torch.rand(6, 1, size, size)], progress=False).config.fitted_for[name] == value
+
+
+def test_without_the_record_a_detector_loads_as_it_did(folder, caplog):
+    before = AutoModel.from_pretrained(folder)
+    edit_config(folder, fitted_for=None, calibrated_for=None)
+    after = AutoModel.from_pretrained(folder, shift="perm")
+    assert torch.equal(after.reference.bank, before.reference.bank)
+    assert torch.equal(after.calibration.scores, before.calibration.scores)
+    assert not caplog.text
+
+
+@pytest.mark.parametrize("rate", [0.3, 0.01])
+def test_another_false_positive_rate_moves_the_threshold(folder, tmp_path, rate):
+    due = AutoModel.from_pretrained(folder).calibration.threshold_at(rate)
+    model = AutoModel.from_pretrained(folder, false_positive_rate=rate)
+    assert model.calibration.threshold.item() == due
+    model.save_pretrained(tmp_path / "copy")
+    assert not (tmp_path / "copy" / "eval_results.json").exists()
+    edit_config(folder, false_positive_rate=rate)
+    assert AutoModel.from_pretrained(folder).calibration.threshold.item() == due
+
+
+@pytest.mark.parametrize("rate", [None, 7.0, 0.0])
+def test_a_config_without_the_rate_of_its_calibration_is_refused(folder, rate, refused):
+    edit_config(folder, false_positive_rate=rate)
+    with refused("false_positive_rate", rate):
+        AutoModel.from_pretrained(folder)
+
+
+def test_an_infinite_threshold_is_told_of_once(folder, caplog):
+    AutoModel.from_pretrained(folder, false_positive_rate=0.01).save_pretrained(folder)
+    assert "needs at least 99" in caplog.text
+    caplog.clear()
+    assert AutoModel.from_pretrained(folder).calibration.threshold.item() == float("inf")
+    assert not caplog.text
+
+
 def test_companions_already_there_are_kept(folder, tmp_path):
     target = tmp_path / "copy"
     target.mkdir()

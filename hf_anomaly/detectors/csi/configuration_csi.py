@@ -56,7 +56,8 @@ class CSIConfig(AnomalyDetectorConfig):
     """
 
     model_type = "csi_anomaly"
-    score_fields = ("shift", "score_features", "score_whitening", "score_cosine", "score_norm", "score_shift_logit")
+    reference_fields = ("image_size", "shift", "score_features", "score_whitening")
+    score_fields = (*reference_fields, "score_cosine", "score_norm", "score_shift_logit")
     recorded_fields = (*AnomalyDetectorConfig.recorded_fields, "bank_size")
     fields_before = {"score_features": "projection", "score_whitening": False}  # what fields mean that a file of an earlier version lacks
     sub_configs_defaults = {"backbone_config": SubConfigSpec(config_class=AutoConfig, model_type="small_resnet", optional=True)}

@@ -36,7 +36,7 @@ class SharedAEConfig(SelfContainedDetectorConfig):
     """
 
     model_type = "shared_ae_anomaly"
-    score_fields = ("omega1", "omega2", "ablation")
+    score_fields = (*SelfContainedDetectorConfig.score_fields, "omega1", "omega2", "ablation")
 
     hidden_sizes: list | tuple = (16, 32, 64)
     latent_size: int = 64
