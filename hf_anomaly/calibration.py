@@ -309,6 +309,18 @@ class Calibration(Float32State):
         self.scores = ordered
         self.threshold = torch.full_like(self.threshold, threshold)
 
+    def check(self, name: str) -> None:
+        """Refuses what `fit` cannot have left.
+
+        Raises:
+            InputError: scores that are not finite or not ascending, or a threshold that is NaN.
+        """
+        scores = self.scores
+        if not torch.isfinite(scores).all() or bool((scores[1:] < scores[:-1]).any()) or bool(self.threshold.isnan()):
+            raise InputError(
+                f"{name}: calibration.scores or calibration.threshold are damaged (NaN, or out of order); calibrate it again and save it"
+            )
+
     def move_to(self, false_positive_rate: float) -> bool:
         """Puts the threshold where it belongs at this rate. Whether it was elsewhere."""
         rank = conformal_rank(self.scores.numel(), false_positive_rate)

@@ -182,6 +182,13 @@ def refuse_anomalies(labels: torch.Tensor | None, where: str) -> None:
         raise InputError(f"{where} takes normal images only, but image {int((labels != 0).nonzero()[0])} of a batch is labelled anomalous")
 
 
+def refuse_not_finite(values: torch.Tensor, what: str) -> None:
+    """Raises InputError where what was computed of a normal image, a row of values (N, …), is not finite."""
+    finite = torch.isfinite(values[:, None]).flatten(1).all(1)
+    if not finite.all():
+        raise InputError(f"normal image {int((~finite).nonzero()[0])} has no finite {what}: train again with a lower learning rate")
+
+
 class AnomalyDetector(PreTrainedModel):
     """Base of all detectors: images in, one loss in training mode, one score an image in eval mode.
 
@@ -262,7 +269,7 @@ class AnomalyDetector(PreTrainedModel):
             output_embeddings: also return `embeddings` (B, d).
 
         Raises:
-            InputError: wrong shape or channels, NaN or infinite pixels, or maps asked of a method that has none.
+            InputError: wrong shape or channels, NaN or infinite pixels, maps asked of a method that has none, or a score that is not finite.
             NotFittedError: eval mode before `fit_reference`.
         """
         return self._forward(pixel_values, epoch, output_anomaly_maps, output_embeddings)
@@ -277,7 +284,14 @@ class AnomalyDetector(PreTrainedModel):
         if output_anomaly_maps and not self.supports_anomaly_maps:
             raise InputError(f"output_anomaly_maps=True: {self.unsupported_maps_reason}")
         with self._own_precision():
-            return self.compute_scores(pixel_values, output_anomaly_maps=output_anomaly_maps, output_embeddings=output_embeddings)
+            output = self.compute_scores(pixel_values, output_anomaly_maps=output_anomaly_maps, output_embeddings=output_embeddings)
+        finite = torch.isfinite(output.scores)
+        if not finite.all():  # NaN lies above no threshold: it would pass for normal
+            rows = ", ".join(map(str, (~finite).nonzero().flatten().tolist()))
+            raise InputError(
+                f"the scores of these images of the batch are not finite: {rows}; in half precision take float32, else train again"
+            )
+        return output
 
     def check_pixel_values(self, pixel_values: torch.Tensor) -> None:
         expected = (self.config.num_channels, self.config.image_size, self.config.image_size)
@@ -305,7 +319,7 @@ class AnomalyDetector(PreTrainedModel):
             progress: show a progress bar.
 
         Raises:
-            InputError: no images, or an image labelled anomalous.
+            InputError: no images, an image labelled anomalous, or one whose features or score are not finite.
         """
         collected: dict[str, list[torch.Tensor]] = {}
         for pixel_values, labels in self._eval_batches(dataloader, "Fitting the reference", progress):
@@ -394,7 +408,7 @@ class AnomalyDetector(PreTrainedModel):
 
         Raises:
             InputError: the weights lack the reference or the calibration that the config promises, those of a fitted detector lack
-                anything at all, or they are damaged, or pickles.
+                anything at all, or they are damaged, or pickles; or the calibration is none.
             HubError: the Hub refused or cannot be reached, and the cache does not have it; one line, with the remedy.
         """
         name = pretrained_model_name_or_path
@@ -597,8 +611,10 @@ class AnomalyDetector(PreTrainedModel):
         elif changes := config.changed_since(config.calibrated_for):
             logger.warning("%s was calibrated for other scores (%s): its calibration is dropped; calibrate it again", name, changes)
             self._drop_calibration()
-        if self.calibration.is_calibrated and self.calibration.move_to(config.false_positive_rate):
-            self._outdate_reports()
+        if self.calibration.is_calibrated:
+            self.calibration.check(name)
+            if self.calibration.move_to(config.false_positive_rate):
+                self._outdate_reports()
 
     def _drop_calibration(self) -> None:
         self._outdate_reports()
@@ -635,10 +651,7 @@ class SelfContainedDetector(AnomalyDetector):
 
     def set_reference(self, features):
         scores = features["scores"]
-        if not torch.isfinite(scores).all():
-            raise InputError(
-                f"normal image {int((~torch.isfinite(scores)).nonzero()[0])} has no finite score: train again with a lower learning rate"
-            )
+        refuse_not_finite(scores, "score")
         self.config.num_reference_images = len(scores)
 
     def clear_reference(self):

@@ -321,6 +321,17 @@ def test_wrong_pixel_values(model, training, refused):
             model(x)
 
 
+def test_a_score_that_is_not_finite_is_no_verdict(model, refused):
+    for parameter in model.parameters():
+        parameter.data.fill_(float("nan"))
+    with refused("not finite: 0, 1, 2;"):
+        model(images(3))
+    with refused("normal image 0", "finite"):
+        model.fit_reference([images(3)], progress=False)
+    with refused("not finite"):
+        model.calibrate([images(3)], progress=False)
+
+
 # Fitting and calibrating ------------------------------------------------------------------------------------------------------
 
 

@@ -354,6 +354,21 @@ def test_a_checkpoint_without_its_reference_is_refused(folder, lost, refused):
         CSIModel.from_pretrained(folder)
 
 
+@pytest.mark.parametrize(
+    ("name", "change"),
+    [
+        ("calibration.scores", lambda scores: scores.flip(0)),
+        ("calibration.scores", lambda scores: torch.full_like(scores, float("nan"))),
+        ("calibration.threshold", lambda threshold: threshold * float("nan")),
+    ],
+)
+def test_a_damaged_calibration_is_refused(folder, name, change, refused):
+    tensors = load_file(folder / "model.safetensors")
+    save_file({**tensors, name: change(tensors[name]).contiguous()}, folder / "model.safetensors", {"format": "pt"})
+    with refused(str(folder), name, "calibrate it again"):
+        AutoModel.from_pretrained(folder)
+
+
 @pytest.mark.parametrize("field", ["bank_size", "num_calibration_scores"])
 def test_a_config_that_contradicts_the_weights_is_refused(folder, field, refused):
     config = json.loads((folder / "config.json").read_text())

@@ -9,7 +9,7 @@ from transformers import initialization as init
 
 from ...backbones.pretrained import build_backbone, load_backbone_weights
 from ...calibration import Float32State
-from ...detector import AnomalyDetector, AnomalyDetectorOutput
+from ...detector import AnomalyDetector, AnomalyDetectorOutput, refuse_not_finite
 from ...ops.contrastive import amplified_nt_xent
 from ...ops.distributed import draw_rows
 from ...ops.knn import max_cosine, min_distance
@@ -209,6 +209,8 @@ class CSIModel(_Encoder, AnomalyDetector):
 
     def set_reference(self, features):
         vectors, logits = features["features"], features["shift_logits"]
+        for values in (vectors, logits):
+            refuse_not_finite(values, "features")
         reference, config = self.reference, self.config
         norms = vectors.norm(dim=-1).mean(0)
         logit_means = logits.mean(0)
