@@ -13,6 +13,7 @@ from transformers.image_utils import SizeDict
 
 from hf_anomaly import AnomalyImageProcessor, CSIConfig, CSIModel
 from hf_anomaly.data import decode_image
+from hf_anomaly.image_processing import to_eight_bit_image
 
 GRAY, RGB = AnomalyImageProcessor.for_images(8, 1), AnomalyImageProcessor.for_images(8, 3)
 
@@ -39,6 +40,23 @@ def test_every_eight_bit_mode(mode):
         assert result.shape == (1, processor.num_channels, 8, 8)
         assert result.dtype == torch.float32
         torch.testing.assert_close(result[0], expected, rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize(("mode", "by_way_of"), [("La", "LA"), ("RGBa", "RGB"), ("LAB", "RGB"), ("PA", "RGB")])
+def test_modes_that_pillow_converts_in_part(mode, by_way_of):
+    image = PIL.Image.new(mode, (8, 8))
+    image = PIL.Image.frombytes(mode, (8, 8), bytes(range(64)) * len(image.getbands()))
+    for processor, target in ((GRAY, "L"), (RGB, "RGB")):
+        assert torch.equal(pixels(processor, image), pixels(processor, image.convert(by_way_of).convert(target)))
+
+
+def test_a_mode_that_pillow_cannot_convert_is_refused(refused, monkeypatch):
+    def convert(image, mode):
+        raise ValueError("conversion not supported")
+
+    monkeypatch.setattr(PIL.Image.Image, "convert", convert)
+    with refused("scan", "'CMYK'", "convert it"):
+        to_eight_bit_image(PIL.Image.new("CMYK", (8, 8)), "scan")
 
 
 def test_transparency_is_dropped():

@@ -14,8 +14,10 @@ import torch
 
 from hf_anomaly import AnomalyImageProcessor, CSIConfig, CSIModel, SharedAEConfig, SharedAEModel, SmallResNetConfig, cli
 from hf_anomaly.data import collate, prepare
+from hf_anomaly.image_processing import to_eight_bit_image
 from hf_anomaly.metrics import bootstrap_intervals
 from hf_anomaly.report import write_report
+from hf_anomaly.report.writing import _picture
 from hf_anomaly.training.localization import evaluate_maps
 
 VOID = {"meta", "img", "br"}
@@ -247,3 +249,9 @@ def test_from_the_command_line(detector, processor, tmp_path, monkeypatch, capsy
             cli.main(["report", "model", *argv])
         assert exit.value.code == 2
         assert words in capsys.readouterr().err.splitlines()[-1]
+
+
+@pytest.mark.parametrize("mode", ["1", "L", "LA", "P", "PA", "RGB", "RGBA", "CMYK", "YCbCr", "HSV", "LAB"])
+def test_pictures_of_every_mode_of_eight_bits(mode):
+    picture = _picture(to_eight_bit_image(PIL.Image.new(mode, (4, 4))))
+    assert PIL.Image.open(io.BytesIO(base64.b64decode(picture.partition(",")[2]))).mode in ("L", "RGB")

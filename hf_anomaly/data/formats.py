@@ -118,13 +118,18 @@ def check_depth(image: PIL.Image.Image, name: str, window: Window = None) -> Non
 
 
 def to_eight_bits(image: PIL.Image.Image, window: Window, name: str) -> PIL.Image.Image:
-    """An image of any mode with 8 bits a channel; those that have them stay as they are. To be checked by `check_depth` before.
+    """An image of any mode with 8 bits a channel: L, or as it is where Pillow converts it to gray and RGB, else RGB. To be checked by `check_depth` before.
 
     Raises:
-        InputError: NaN or infinite values.
+        InputError: NaN or infinite values, or a mode that Pillow cannot convert.
     """
     if image.mode[0] not in "IF":  # 16-bit colour too: decoding has kept the upper 8 bits, which is the full range
-        return image
+        if image.mode in ("1", "L", "LA", "P", "PA", "RGB", "RGBA", "YCbCr"):  # the last has its own gray, Y
+            return image
+        try:
+            return image.convert("LA" if image.mode == "La" else "RGB")
+        except ValueError as error:
+            raise InputError(f"{name}: Pillow cannot convert images of mode {image.mode!r}; convert it to gray or RGB") from error
     values = np.asarray(image)
     _check_finite(values, name)
     if window == FULL:

@@ -191,7 +191,7 @@ def _data_uri(png: bytes) -> str:
 
 def _picture(image: PIL.Image.Image) -> str:
     file = io.BytesIO()
-    image.save(file, format="PNG")
+    (image if image.mode == "L" else image.convert("RGB")).save(file, format="PNG")  # as the detector sees it; PNG knows few other modes
     return _data_uri(file.getvalue())
 
 
