@@ -17,13 +17,20 @@ def fit_whitening(vectors: Tensor, shrinkage: float = 0.3) -> tuple[Tensor, Tens
     Returns:
         μ (K, d) and W (K, d, d), lower triangular, float32; computed in float64.
     """
-    x = vectors.double().transpose(0, 1)
-    center = x.mean(1)
-    x = x - center[:, None]
-    covariance = x.transpose(1, 2) @ x / x.shape[1]
+    # One group at a time: float64 copies of all at once would take several times the vectors' own memory.
+    centers, maps = zip(*(_fit_group(group, shrinkage) for group in vectors.unbind(1)), strict=True)
+    return torch.stack(centers), torch.stack(maps)
+
+
+def _fit_group(vectors: Tensor, shrinkage: float) -> tuple[Tensor, Tensor]:
+    """μ (d,) and W (d, d) of vectors (M, d)."""
+    x = vectors.double()
+    center = x.mean(0)
+    x = x - center
+    covariance = x.T @ x / len(x)
     identity = torch.eye(x.shape[-1], dtype=x.dtype, device=x.device)
-    variance = covariance.diagonal(dim1=1, dim2=2).mean(1).clamp(min=1e-6)  # a single vector has none
-    covariance = (1 - shrinkage) * covariance + shrinkage * variance[:, None, None] * identity
+    variance = covariance.diagonal().mean().clamp(min=1e-6)  # a single vector has none
+    covariance = (1 - shrinkage) * covariance + shrinkage * variance * identity
     root = torch.linalg.cholesky(covariance)
-    whitening = torch.linalg.solve_triangular(root, identity.expand_as(root), upper=False) * x.shape[-1] ** -0.5
+    whitening = torch.linalg.solve_triangular(root, identity, upper=False) * x.shape[-1] ** -0.5
     return center.float(), whitening.float()

@@ -40,3 +40,8 @@ def test_fewer_vectors_than_directions(count):
 def test_equal_vectors():
     _, whitening = fit_whitening(torch.ones(5, 2, 3))
     assert whitening.isfinite().all()
+
+
+def test_memory_of_one_group_at_a_time(peak_bytes):
+    x = vectors(2000, groups=8, width=16)
+    assert peak_bytes(lambda: fit_whitening(x)) < x.nbytes
