@@ -370,6 +370,27 @@ def test_without_calibration_and_maps(run, refused, without_maps, scans):
     assert not Path("maps").exists()
 
 
+def test_links_that_lead_round_and_round(run, detector, tmp_path):
+    (tmp_path / "scans" / "sub").mkdir(parents=True)
+    (tmp_path / "more").mkdir()
+    for name in ("scans/a", "scans/sub/b", "more/c"):
+        PIL.Image.new("L", (16, 16)).save(tmp_path / f"{name}.png")
+    for link, target in (("scans/self", "scans"), ("scans/sub/up", "scans"), ("scans/more", "more"), ("more/back", "scans")):
+        (tmp_path / link).symlink_to(tmp_path / target, target_is_directory=True)
+    for folder in ("scans", tmp_path / "scans"):
+        status, out, err = run("predict", detector, folder)
+        assert status == 0, err
+        assert [Path(row["image"]).name for row in csv.DictReader(out.splitlines())] == ["a.png", "c.png", "b.png"]
+
+
+def test_where_predict_cannot_write_or_compute(refused, detector, scans):
+    Path("table.csv").mkdir()
+    Path("maps").write_text("")
+    refused(["predict", detector, scans, "--output", "table.csv"], "--output table.csv", "folder")
+    refused(["predict", detector, scans, "--save_maps", "maps"], "--save_maps maps", "file")
+    refused(["predict", detector, scans, "--device", "foo"], "--device foo")
+
+
 def test_what_predict_does_not_find(refused, detector, scans):
     refused(["predict", detector, "none.png"], "none.png", "no such file")
     refused(["predict", detector, "none/*.png"], "none/*.png", "matches no file")

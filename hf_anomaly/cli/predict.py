@@ -50,6 +50,10 @@ def parse(argv: list[str]) -> Namespace:
     args = parser.parse(argv)
     if args.output is not None and Path(args.output).suffix not in SUFFIXES:
         raise InputError(f"--output {args.output}: the name must end in {' or '.join(SUFFIXES)}")
+    if args.output is not None and Path(args.output).is_dir():
+        raise InputError(f"--output {args.output}: it is a folder; name a file")
+    if args.save_maps is not None and Path(args.save_maps).is_file():
+        raise InputError(f"--save_maps {args.save_maps}: it is a file; name a folder")
     if args.threshold is not None and args.false_positive_rate is not None:
         raise InputError("--threshold and --false_positive_rate both say what is flagged: give one of them")
     if args.batch_size < 1:
@@ -67,6 +71,7 @@ def run(args: Namespace) -> None:
     from ..visualization import overlay_anomaly_map, write_image
 
     window = parse_window(args.window)
+    _check_device(args.device)
     sources = list(_sources(args))  # before the model: a misspelt path is told at once
     model, processor = load_detector(args.model, args.revision)
     model.require_fitted()
@@ -119,6 +124,16 @@ def run(args: Namespace) -> None:
     print(f"{scored} scored{verdict}{lost}{'' if args.output is None else f': {args.output}'}", file=sys.stderr)
     if skipped:
         sys.exit(1)
+
+
+def _check_device(device: str | None) -> None:
+    import torch
+
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:  # what no device is called, and what torch was not built for
+        reason = " ".join(str(error).split())[:200]
+        raise InputError(f"--device {device}: {reason}; leave it out, or give cpu or cuda") from error
 
 
 # Where the images come from ------------------------------------------------------------------------------------------------------
@@ -191,7 +206,9 @@ def _in_folder(folder: str) -> list[str]:
     suffixes = _image_suffixes()
     paths = []
     for root, subfolders, names in os.walk(folder, followlinks=True):
-        subfolders[:] = sorted(name for name in subfolders if not name.startswith("."))
+        here = Path(root).absolute()
+        above = {os.path.realpath(path) for path in (here, *here.parents)}  # where a link would lead round and round
+        subfolders[:] = sorted(name for name in subfolders if not name.startswith(".") and os.path.realpath(here / name) not in above)
         named = (name for name in sorted(names) if not name.startswith("."))
         paths += (os.path.join(root, name) for name in named if Path(name).suffix.lower() in suffixes or is_medical(name))
     if not paths:
