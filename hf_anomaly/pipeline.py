@@ -3,8 +3,9 @@
 import logging
 import math
 import os
-from collections.abc import Iterable, Iterator, Sequence, Sized
+from collections.abc import Callable, Iterable, Iterator, Sequence, Sized
 from functools import partial
+from itertools import count
 from typing import Any
 
 import numpy as np
@@ -14,7 +15,7 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset
 from transformers import Pipeline
 
 from .detector import AnomalyDetector, AnomalyDetectorOutput
-from .errors import InputError
+from .errors import HubError, InputError
 from .image_processing import AnomalyImageProcessor, read_any_image
 
 logger = logging.getLogger(__name__)
@@ -177,24 +178,34 @@ class _Rows(Dataset):
         return len(self.images)
 
     def __getitem__(self, row: int) -> tuple[str, Any]:
-        name = self.kind.format(row)
-        try:
-            return name, self.images[row]
-        except InputError as error:
-            return name, error
-        except Exception as error:  # datasets decodes an image as it reads the row, and on broken files PIL raises errors of every kind
-            reason = "unknown image format" if isinstance(error, PIL.UnidentifiedImageError) else " ".join(str(error).split())
-            return name, InputError(
-                f"{name}: cannot be read ({reason or type(error).__name__}); remove it or replace it by an intact image"
-            )
+        return _read(self.kind.format(row), lambda: self.images[row])
 
 
 class _Stream(IterableDataset):
+    """As `_Rows`, of images that come one by one."""
+
     def __init__(self, images: Iterable):
         self.images = images
 
-    def __iter__(self):
-        return ((f"image {i}", image) for i, image in enumerate(self.images))
+    def __iter__(self) -> Iterator[tuple[str, Any]]:
+        images, end = iter(self.images), object()
+        for i in count():
+            name, image = _read(f"image {i}", lambda: next(images, end))
+            if image is end:
+                return
+            yield name, image
+
+
+def _read(name: str, read: Callable[[], Any]) -> tuple[str, Any]:
+    try:
+        return name, read()
+    except InputError as error:
+        return name, error
+    except HubError:
+        raise
+    except Exception as error:  # datasets decodes an image as it reads the row, and on broken files PIL raises errors of every kind
+        reason = "unknown image format" if isinstance(error, PIL.UnidentifiedImageError) else " ".join(str(error).split())
+        return name, InputError(f"{name}: cannot be read ({reason or type(error).__name__}); remove it or replace it by an intact image")
 
 
 def _images(inputs) -> tuple[Dataset, bool | None]:

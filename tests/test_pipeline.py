@@ -19,6 +19,7 @@ from hf_anomaly import (
     AnomalyImageProcessor,
     CSIConfig,
     CSIModel,
+    HubError,
     InputError,
     NotFittedError,
     SharedAEConfig,
@@ -214,6 +215,22 @@ def test_errors_name_the_culprit(pipe, images, folder, tmp_path, refused):
         pipe(3)
     with refused("batch_size", "0"):
         pipe(images, batch_size=0)
+
+
+def test_a_stream_names_the_image_that_cannot_be_read(pipe, images, folder, refused):
+    broken = folder / "0.png"
+    encoded = Dataset.from_dict(
+        {"image": [{"bytes": broken.read_bytes()[:n], "path": None} for n in (None, 60)]}, Features({"image": Image()})
+    )
+    with refused("image 1"):
+        list(pipe(row["image"] for row in encoded.to_iterable_dataset()))
+
+    def unreachable():
+        yield images[0]
+        raise HubError("org/name is gone")
+
+    with pytest.raises(HubError, match=r"^org/name is gone$"):
+        list(pipe(unreachable()))
 
 
 def test_urls(pipe, folder, expected, refused):
