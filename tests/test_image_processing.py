@@ -124,6 +124,11 @@ def test_arrays_of_all_layouts():
         assert torch.equal(pixels(processor, array), pixels(processor, image)), array.shape
 
 
+def test_tensors_in_bfloat16():
+    image = torch.rand(8, 8).bfloat16()
+    assert torch.equal(pixels(GRAY, image), pixels(GRAY, image.float()))
+
+
 def test_lists_batches_and_single_images():
     image, array = color_image("L"), np.array(color_image("L"))
     expected = pixels(GRAY, image)
