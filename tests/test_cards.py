@@ -214,6 +214,14 @@ def test_without_a_test_split(folder):
     assert "On the evaluation split" not in body
 
 
+@pytest.mark.parametrize("results", [{}, {"seed": 3}])
+def test_without_known_results(tmp_path, results):
+    write_card(tmp_path, detector(), results)
+    text = (tmp_path / "README.md").read_text()
+    assert "Not recorded" in text
+    assert "Not measured: the detector was not evaluated" in text
+
+
 def test_without_calibration(folder):
     results = {key: value for key, value in RESULTS.items() if not key.endswith("_at_threshold")} | {"num_calibration": 0}
     body, _ = card(folder, results, calibrated=False)

@@ -116,8 +116,8 @@ def write_card(
         InputError: other runs that are not like this one, or a bad licence or dataset id.
     """
     folder = Path(folder)
-    config, known = model.config, results is not None
-    results = results or {"reason": "the detector was not evaluated"}
+    results = {"reason": "the detector was not evaluated"} | (results or {})
+    config, known = model.config, "dataset" in results
     defaults = type(config)(image_size=config.image_size, num_channels=config.num_channels).to_dict()
     hidden = {*config.recorded_fields, "backbone_config"}
     changed = {k: v for k, v in config.to_dict().items() if k not in hidden and not k.startswith("_") and defaults.get(k) != v}
