@@ -269,7 +269,7 @@ class AnomalyDetector(PreTrainedModel):
             output_embeddings: also return `embeddings` (B, d).
 
         Raises:
-            InputError: wrong shape or channels, NaN or infinite pixels, maps asked of a method that has none, or a score that is not finite.
+            InputError: wrong shape or channels, integers, NaN or infinite pixels, maps asked of a method that has none, or a score that is not finite.
             NotFittedError: eval mode before `fit_reference`.
         """
         return self._forward(pixel_values, epoch, output_anomaly_maps, output_embeddings)
@@ -300,6 +300,10 @@ class AnomalyDetector(PreTrainedModel):
                 f"pixel_values must be (batch, {', '.join(map(str, expected))}), got {tuple(pixel_values.shape)}: "
                 "use the processor that was saved with the detector"
             )
+        if not pixel_values.is_floating_point():
+            raise InputError(
+                f"pixel_values are {pixel_values.dtype}: give floats in [−1, 1], as the processor that was saved with the detector does"
+            )
         finite = torch.isfinite(pixel_values).flatten(1).all(1)
         if not finite.all():
             raise InputError(f"pixel_values[{int((~finite).nonzero()[0])}] holds NaN or infinite pixels: leave that image out or repair it")
@@ -319,13 +323,14 @@ class AnomalyDetector(PreTrainedModel):
             progress: show a progress bar.
 
         Raises:
-            InputError: no images, an image labelled anomalous, or one whose features or score are not finite.
+            InputError: no images, pixels that `forward` refuses, an image labelled anomalous, or one whose features or score are not finite.
         """
         collected: dict[str, list[torch.Tensor]] = {}
         for pixel_values, labels in self._eval_batches(dataloader, "Fitting the reference", progress):
             refuse_anomalies(labels, "fit_reference")
+            self.check_pixel_values(pixel_values)
             with self._own_precision():
-                features = self.reference_features(pixel_values)
+                features = self.reference_features(pixel_values.to(self.dtype))
             for name, value in (gather(features) if gather else features).items():
                 collected.setdefault(name, []).append(value.cpu())
         if not collected:
@@ -622,7 +627,7 @@ class AnomalyDetector(PreTrainedModel):
         self.config.forget_calibration()
 
     def _eval_batches(self, dataloader: Iterable, description: str, progress: bool):
-        """Yields (pixel_values on the model's device and dtype, labels or None) in eval mode, and puts the mode back afterwards."""
+        """Yields (pixel_values on the model's device, labels or None) in eval mode, and puts the mode back afterwards."""
         from tqdm.auto import tqdm
 
         was_training = self.training
@@ -631,7 +636,7 @@ class AnomalyDetector(PreTrainedModel):
             for batch in tqdm(dataloader, desc=description, unit="batch", disable=not progress):
                 pixel_values = batch if isinstance(batch, torch.Tensor) else batch["pixel_values"]
                 labels = None if isinstance(batch, torch.Tensor) else batch.get("labels")
-                yield pixel_values.to(device=self.device, dtype=self.dtype), labels
+                yield pixel_values.to(self.device), labels
         finally:
             self.train(was_training)
 

@@ -332,6 +332,21 @@ def test_a_score_that_is_not_finite_is_no_verdict(model, refused):
         model.calibrate([images(3)], progress=False)
 
 
+@torch.no_grad()
+def test_a_batch_of_no_images(model):
+    output = model(images(0), output_anomaly_maps=model.supports_anomaly_maps, output_embeddings=True)
+    assert output.scores.shape == (0,)
+    assert output.embeddings.shape[0] == 0
+
+
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.int64, torch.bool])
+def test_integers_are_no_pixel_values(model, dtype, refused):
+    x = (images(3) > 0).to(dtype)
+    for use in (model, *(lambda x, use=use: use([x], progress=False) for use in (model.fit_reference, model.calibrate, model.score))):
+        with refused(str(dtype), "[−1, 1]"):
+            use(x)
+
+
 # Fitting and calibrating ------------------------------------------------------------------------------------------------------
 
 

@@ -175,7 +175,7 @@ class CSIModel(_Encoder, AnomalyDetector):
         With several encoders, those of one after the other: (B, encoders·K, d) and (B, encoders·K).
         """
         num_views = len(views)
-        chunk = max(1, _MAX_TEST_PIXELS // (num_views * NUM_SHIFTS * pixel_values[0, 0].numel()))
+        chunk = max(1, _MAX_TEST_PIXELS // (num_views * NUM_SHIFTS * pixel_values.shape[-2:].numel()))
         parts = [self._view_features(x, views) for x in pixel_values.split(chunk)]
         return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
 
