@@ -14,13 +14,12 @@ def files_below(root: str | os.PathLike, leave_out: Collection[str] = ()) -> Ite
         leave_out: names of folders to leave out, in lower case.
     """
     for folder, subfolders, names in os.walk(root, followlinks=True):
-        here = os.path.join(os.path.realpath(folder), "")
+        here = Path(folder).absolute()
+        above = {os.path.realpath(path) for path in (here, *here.parents)}  # where a link would lead round and round
         subfolders[:] = sorted(
             name
             for name in subfolders
-            if not name.startswith((".", "__"))
-            and name.lower() not in leave_out
-            and not here.startswith(os.path.join(os.path.realpath(os.path.join(folder, name)), ""))
+            if not name.startswith((".", "__")) and name.lower() not in leave_out and os.path.realpath(here / name) not in above
         )
         yield from (Path(folder, name) for name in sorted(names) if not name.startswith("."))
 

@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from ..errors import InputError
-from ..files import replacing
+from ..files import files_below, replacing
 from .parsing import Parser
 
 SUFFIXES = (".csv", ".jsonl")
@@ -177,6 +177,8 @@ class Rows:
 
 
 def _sources(args: Namespace) -> Iterable[Files | Rows]:
+    from ..data.formats import image_suffixes
+
     for word in args.images:
         if os.path.isdir(word):
             yield Files(_in_folder(word))
@@ -187,30 +189,17 @@ def _sources(args: Namespace) -> Iterable[Files | Rows]:
             if not paths:
                 raise InputError(f"{word!r} matches no file; check the pattern, and quote it")
             yield Files(paths)
-        elif not os.path.exists(word) and Path(word).suffix.lower() in _image_suffixes():
+        elif not os.path.exists(word) and Path(word).suffix.lower() in image_suffixes():
             raise InputError(f"{word}: there is no such file; check the spelling")
         else:
             yield _rows(word, args)
 
 
-def _image_suffixes() -> set[str]:
-    import PIL.Image
-
-    PIL.Image.init()
-    return {suffix for suffix, kind in PIL.Image.EXTENSION.items() if kind in PIL.Image.OPEN}
-
-
 def _in_folder(folder: str) -> list[str]:
-    from ..data.formats import is_medical
+    from ..data.formats import image_suffixes, is_medical
 
-    suffixes = _image_suffixes()
-    paths = []
-    for root, subfolders, names in os.walk(folder, followlinks=True):
-        here = Path(root).absolute()
-        above = {os.path.realpath(path) for path in (here, *here.parents)}  # where a link would lead round and round
-        subfolders[:] = sorted(name for name in subfolders if not name.startswith(".") and os.path.realpath(here / name) not in above)
-        named = (name for name in sorted(names) if not name.startswith("."))
-        paths += (os.path.join(root, name) for name in named if Path(name).suffix.lower() in suffixes or is_medical(name))
+    suffixes = image_suffixes()
+    paths = [str(path) for path in files_below(folder) if path.suffix.lower() in suffixes or is_medical(path)]
     if not paths:
         raise InputError(f"{folder} holds no images; check the path")
     return paths

@@ -73,7 +73,7 @@ def upright(image: PIL.Image.Image) -> PIL.Image.Image:
 
 
 def decode_image(value: dict[str, Any] | PIL.Image.Image | np.ndarray, where: str, window: Window = None) -> PIL.Image.Image:
-    """Decodes one image, upright: the EXIF orientation is applied. The mode (L, RGB, P, …) of 8 bits stays; converting it is the processor's part.
+    """Decodes one image, upright: the EXIF orientation is applied. Modes (L, RGB, P, …) stay as in `to_eight_bits`; converting them is the processor's part.
 
     Args:
         value: `{"bytes", "path"}` as `datasets.Image(decode=False)` gives it; a PIL image; or a uint8 array (H, W), (H, W, 1) or (H, W, 3).
