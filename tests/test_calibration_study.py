@@ -1,26 +1,21 @@
 """The false-alarm rates of many divisions: theory against counting, and whether the study would see a wrong threshold."""
 
 import gzip
-import io
 import json
 import math
-import runpy
 import struct
-import sys
-from contextlib import redirect_stderr, redirect_stdout
 from itertools import combinations
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from commands.running import run
 
 from hf_anomaly import ADDPConfig, ADDPModel, CSIConfig, CSIModel, DIAConfig, DIAModel, SharedAEConfig, SharedAEModel, SmallResNetConfig
 from hf_anomaly.calibration import conformal_rank
 from hf_anomaly.reproduction import calibration_study
 from hf_anomaly.reproduction.calibration_study import divided_rates, expectation, findings
 
-SCRIPT = Path(__file__).parents[1] / "scripts" / "reproduce.py"
 POOL = np.random.default_rng(5).lognormal(size=399).astype(np.float32)
 N, M = 199, 200
 
@@ -120,17 +115,8 @@ def test_from_the_command_line(tmp_path):
             (tmp_path / "fashion-mnist" / f"{prefix}-{name}-ubyte.gz").write_bytes(gzip.compress(content))
 
     def study(*argv):
-        out, err, status, before = io.StringIO(), io.StringIO(), 0, sys.argv
-        options = ["--data_dir", str(tmp_path), "--output_dir", str(tmp_path / "out"), "--budget", "smoke", "--datasets", "fashion_mnist"]
-        sys.argv = [SCRIPT.name, "--table", "calibration", *options, *argv]
-        try:
-            with redirect_stdout(out), redirect_stderr(err):
-                runpy.run_path(str(SCRIPT), run_name="__main__")
-        except SystemExit as exit:
-            status = exit.code or 0
-        finally:
-            sys.argv = before
-        return status, out.getvalue(), err.getvalue()
+        options = ["--data_dir", tmp_path, "--output_dir", tmp_path / "out", "--budget", "smoke", "--datasets", "fashion_mnist"]
+        return run("reproduce.py", "--table", "calibration", *options, *argv)
 
     status, out, err = study("--methods", "shared_ae")
     assert status == 0, err

@@ -2,15 +2,12 @@
 
 import csv
 import gzip
-import io
 import json
 import os
-import runpy
 import shutil
 import struct
 import subprocess
 import sys
-from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import replace
 from pathlib import Path
 
@@ -19,6 +16,7 @@ import numpy as np
 import PIL.Image
 import pytest
 import torch
+from commands.running import run
 from sklearn.metrics import roc_auc_score
 from torch import nn
 
@@ -38,16 +36,7 @@ SCRIPT = Path(__file__).parents[1] / "scripts" / "reproduce.py"
 
 def reproduce(*argv):
     """(exit status, stdout, stderr)"""
-    out, err, status, before = io.StringIO(), io.StringIO(), 0, sys.argv
-    sys.argv = [SCRIPT.name, *map(str, argv)]
-    try:
-        with redirect_stdout(out), redirect_stderr(err):
-            runpy.run_path(str(SCRIPT), run_name="__main__")
-    except SystemExit as exit:
-        status = exit.code or 0
-    finally:
-        sys.argv = before
-    return status, out.getvalue(), err.getvalue()
+    return run("reproduce.py", *argv)
 
 
 def images(labels, shape, seed):

@@ -1,19 +1,15 @@
 """Streams: what is read of them, what is held out, and that nothing is kept."""
 
-import contextlib
 import gc
-import io
 import itertools
 import json
-import runpy
-import sys
 import tracemalloc
-from pathlib import Path
 
 import datasets
 import numpy as np
 import pytest
 import torch
+from commands.running import run
 from datasets import ClassLabel, Dataset, Features, Image, IterableDataset, Value
 from safetensors.torch import load_file
 from torch.utils.data import DataLoader
@@ -22,7 +18,6 @@ from hf_anomaly import AnomalyImageProcessor, AnomalyTrainer, AnomalyTrainingArg
 from hf_anomaly.data import collate, decode_image, stream_one_class
 
 datasets.disable_progress_bars()
-SCRIPTS = Path(__file__).parents[1] / "scripts"
 ENDLESS = 10**9
 FEATURES = Features({"image": Image(), "label": ClassLabel(names=["bad", "good"])})
 
@@ -242,19 +237,6 @@ def test_scoring_keeps_no_tensors(detector):
 
 
 # The scripts
-
-
-def run(script, *argv):
-    out, err, status, before = io.StringIO(), io.StringIO(), 0, sys.argv
-    sys.argv = [script, *map(str, argv)]
-    try:
-        with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
-            runpy.run_path(str(SCRIPTS / script), run_name="__main__")
-    except SystemExit as exit:
-        status = exit.code or 0
-    finally:
-        sys.argv = before
-    return status, out.getvalue(), err.getvalue()
 
 
 @pytest.fixture(scope="module")
