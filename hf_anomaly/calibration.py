@@ -73,8 +73,11 @@ def conformal_threshold(calibration_scores: torch.Tensor, false_positive_rate: f
             f"A false-positive rate of {false_positive_rate:.4g} needs at least {needed} calibration images{where}, have {n}: "
             "the threshold is infinite and nothing will be flagged."
         )
-        return math.inf
-    return calibration_scores[rank - 1].item()
+    return _of_rank(calibration_scores, rank)
+
+
+def _of_rank(calibration_scores: torch.Tensor, rank: int) -> float:
+    return calibration_scores[rank - 1].item() if rank <= calibration_scores.numel() else math.inf
 
 
 def mondrian_thresholds(
@@ -323,9 +326,7 @@ class Calibration(Float32State):
 
     def move_to(self, false_positive_rate: float) -> bool:
         """Puts the threshold where it belongs at this rate. Whether it was elsewhere."""
-        rank = conformal_rank(self.scores.numel(), false_positive_rate)
-        due = self.scores[rank - 1].item() if rank <= self.scores.numel() else math.inf
-        if self.threshold.item() == due:
+        if self.threshold.item() == _of_rank(self.scores, conformal_rank(self.scores.numel(), false_positive_rate)):
             return False
         self.threshold = torch.full_like(self.threshold, conformal_threshold(self.scores, false_positive_rate))  # which warns of infinity
         return True

@@ -97,6 +97,10 @@ def map_cached(
     )
 
 
+def _missing(path: Any, error: OSError) -> InputError:
+    return InputError(f"{path}: no image to be had there ({error.strerror}); restore the file or leave out its row")
+
+
 def content_digest(dataset: datasets.Dataset) -> str:
     """SHA-256, in hex, over the content of every image of a dataset's column `image`, in order, wherever it lies."""
     import datasets
@@ -109,7 +113,7 @@ def content_digest(dataset: datasets.Dataset) -> str:
             try:
                 content = data.as_buffer() if data.is_valid else Path(path.as_py()).read_bytes()
             except OSError as error:
-                raise InputError(f"{path}: no image to be had there ({error.strerror}); restore the file or leave out its row") from error
+                raise _missing(path, error) from error
             digest.update(hashlib.sha256(content).digest())
     return digest.hexdigest()
 
@@ -125,6 +129,6 @@ def _files_fingerprint(undecoded: datasets.Dataset) -> str:
             try:
                 stat = os.stat(path)
             except OSError as error:
-                raise InputError(f"{path}: no image to be had there ({error.strerror}); restore the file or leave out its row") from error
+                raise _missing(path, error) from error
             digest.update(f"{os.path.abspath(path)}\0{stat.st_size}\0{stat.st_mtime_ns}\0".encode())
     return digest.hexdigest()

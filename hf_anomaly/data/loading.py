@@ -10,11 +10,13 @@ from collections import Counter
 from collections.abc import Iterable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from ..errors import InputError
+from .caching import content_digest
 from .formats import Reading, Window
 from .protocols import PROTOCOLS, Division, contaminate, subset
 from .sources import NORMAL_NAMES, by_our_names, label_columns, load_or_refuse, read_source
@@ -66,6 +68,11 @@ class OneClassSplits:
     split_hash: str
     division: Division
     reference: datasets.Dataset | None
+
+    @cached_property
+    def train_digest(self) -> str | None:
+        """`content_digest` of `train`; None of a stream, of which `split_hash` tells the contents."""
+        return content_digest(self.train) if hasattr(self.train, "__len__") else None
 
 
 def load_one_class(
@@ -208,15 +215,13 @@ def load_one_class(
         elif len(normals[eval_split]) == len(test):
             reason = f"{where} holds no anomalies: every image is labelled {normal_label!r}"
 
-    described = headers[needed]
     split_hash = _split_hash(protocol, {"train": train, "calibration": calibration, "test": test})
     return OneClassSplits(
         train=train,
         calibration=calibration,
         test=test,
         test_missing_reason=reason,
-        num_channels=1 if all(mode in GRAY_MODES for mode, _ in described) else 3,
-        **native_sizes(described),
+        **channels_and_sizes(headers[needed]),
         source=source,
         normal_label=normal_label,
         split_hash=split_hash,
@@ -287,10 +292,11 @@ def check_images(dataset: datasets.Dataset, split_name: str, window: Window = No
     return headers
 
 
-def native_sizes(headers: list[tuple[str, tuple[int, int]]]) -> dict[str, int]:
-    """`native_size` and `largest_size` of `OneClassSplits`, of what `check_images` gives."""
+def channels_and_sizes(headers: list[tuple[str, tuple[int, int]]]) -> dict[str, int]:
+    """`num_channels`, `native_size` and `largest_size` of `OneClassSplits`, of what `check_images` gives."""
+    num_channels = 1 if all(mode in GRAY_MODES for mode, _ in headers) else 3
     sides = sorted(max(size) for _, size in headers)
-    return {"native_size": sides[len(sides) // 2], "largest_size": sides[-1]}
+    return {"num_channels": num_channels, "native_size": sides[len(sides) // 2], "largest_size": sides[-1]}
 
 
 # Columns, labels, splits

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..errors import InputError
 from .formats import Reading
-from .loading import GRAY_MODES, OneClassSplits, check_images, class_name, image_column_of, native_sizes
+from .loading import OneClassSplits, channels_and_sizes, check_images, class_name, image_column_of
 from .protocols import Division
 from .sources import NORMAL_NAMES, by_our_names, label_columns, load_or_refuse, read_source, with_bytes
 
@@ -126,8 +126,7 @@ def stream_one_class(
         calibration=calibration if calibration else None,
         test=test,
         test_missing_reason=reason,
-        num_channels=1 if all(mode in GRAY_MODES for mode, _ in headers) else 3,
-        **native_sizes(headers),
+        **channels_and_sizes(headers),
         source=name,
         normal_label=normal_label,
         split_hash=digest.hexdigest(),

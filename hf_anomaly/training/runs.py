@@ -17,7 +17,7 @@ from huggingface_hub.errors import HfHubHTTPError, StrictDataclassError
 from safetensors import SafetensorError
 
 from ..cards import shown_command, write_card
-from ..data import OneClassSplits, content_digest, load_one_class, prepare, shrink_images, stream_one_class
+from ..data import OneClassSplits, load_one_class, prepare, shrink_images, stream_one_class
 from ..data.sources import dataset_label, hub_dataset
 from ..detector import AnomalyDetector
 from ..errors import HubError, InputError, NotFittedError
@@ -205,9 +205,12 @@ def load_detector(name_or_path: str, revision: str | None = None) -> tuple[Anoma
 
 def describe_run(splits: OneClassSplits, processor: AnomalyImageProcessor, seed: int, **settings) -> dict:
     """What makes a run this run: its images, seed and settings. A checkpoint of another is not resumed."""
-    data = {"dataset": dataset_label(splits.source), "normal_label": splits.normal_label, "split_hash": splits.split_hash}
-    if num_images(splits.train) is not None:  # of a stream the split's hash is one of contents
-        data["images"] = content_digest(splits.train)
+    data = {
+        "dataset": dataset_label(splits.source),
+        "normal_label": splits.normal_label,
+        "split_hash": splits.split_hash,
+        "images": splits.train_digest,
+    }
     seen = {"image_size": processor.size["height"], "num_channels": processor.num_channels, "window": processor.window}
     return {**data, **seen, "seed": seed, **settings}
 
