@@ -150,7 +150,7 @@ def apply_views(pixel_values: Tensor, views: Tensor) -> Tensor:
         views: (N, 10), one row an image: `draw_views`, `crops_views`, `identity_views`.
 
     Returns:
-        (N, C, H, W) in [−1, 1], of the dtype of `pixel_values`.
+        (N, C, H, W) in [−1, 1], of the dtype of `pixel_values`; in memory the channels are innermost (channels_last), as convolutions like them.
 
     Raises:
         InputError: shapes that do not fit.
@@ -161,7 +161,7 @@ def apply_views(pixel_values: Tensor, views: Tensor) -> Tensor:
         )
     rows = max(1, _CHUNK_SIZE // pixel_values.shape[1:].numel())
     # Filled piece by piece: joining the pieces would hold everything twice.
-    result = torch.empty_like(pixel_values)
+    result = torch.empty_like(pixel_values, memory_format=torch.channels_last)
     for start in range(0, len(pixel_values), rows):
         piece = slice(start, start + rows)
         result[piece] = _apply(pixel_values[piece], views[piece])
@@ -177,11 +177,12 @@ def apply_shifted_views(pixel_values: Tensor, views: Tensor, shift: Callable[[Te
         shift: of `ops.shifts`: (B, C, H, W) → (K, B, C, H, W).
 
     Returns:
-        (K, N, C, H, W) in [−1, 1], of the dtype of `pixel_values`.
+        (K, N, C, H, W) in [−1, 1], of the dtype of `pixel_values`, with the channels innermost in memory.
     """
     rows = max(1, _CHUNK_SIZE // (len(views) * pixel_values.shape[1:].numel()))
     # Filled piece by piece: joining the pieces would hold everything twice.
-    result = pixel_values.new_empty(len(views), *pixel_values.shape)
+    count, channels, height, width = pixel_values.shape
+    result = pixel_values.new_empty(len(views), count, height, width, channels).movedim(-1, 2)
     for start in range(0, len(pixel_values), rows):
         piece = slice(start, start + rows)
         shifted, parameters = shift(pixel_values[piece]), views[:, piece]

@@ -45,10 +45,10 @@ def test_the_order_in_memory_changes_nothing_but_the_speed(channels):
         torch.testing.assert_close(ours, plain)
 
 
-@pytest.mark.parametrize("stride", [1, 2, 4, 9])
+@pytest.mark.parametrize("stride", [1, 2, 4, 6, 9, 10, 16])
 @pytest.mark.parametrize("channels", [1, 3])
 def test_gradients_of_the_stem(channels, stride):
-    """Of one channel it takes another way through oneDNN."""
+    """Of one channel, and of an even stride, it takes other ways through oneDNN."""
     model = tiny(num_channels=channels, stem_stride=stride, out_features=["stem"]).eval()
     x = torch.randn(4, channels, 36, 36)
 
@@ -80,6 +80,15 @@ def test_gradients_of_narrow_blocks_in_channels_last(width):
     assert len(ours) == 9
     for gradient, expected in zip(ours, exact, strict=True):
         torch.testing.assert_close(gradient, expected.float(), rtol=1e-3, atol=1e-6)
+
+
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize("size", [35, 36, 40])
+@pytest.mark.parametrize("stride", [5, 6, 8, 10, 16])  # margins 2, 2, 2, 3, 4: odd ones are padded to pairs
+def test_the_stem_is_a_convolution(stride, size, memory_format):
+    stem = tiny(num_channels=3, stem_stride=stride).double().stem[0]
+    x = torch.randn(2, 3, size, size, dtype=torch.float64).to(memory_format=memory_format)
+    torch.testing.assert_close(stem(x), nn.Conv2d.forward(stem, x))
 
 
 def test_blocks_add_to_a_shortcut():

@@ -158,7 +158,9 @@ def test_shifted_in_pieces_as_at_once(monkeypatch, size, shift):
     x, views = random_images(5, 3, 6, 6), random_views(4 * 5)
     at_once = apply_views(shift(x).flatten(0, 1), views).unflatten(0, (4, 5))
     monkeypatch.setattr(hf_anomaly.ops.views, "_CHUNK_SIZE", size)
-    torch.testing.assert_close(apply_shifted_views(x, views.unflatten(0, (4, 5)), shift), at_once, rtol=0, atol=1e-6)
+    in_pieces = apply_shifted_views(x, views.unflatten(0, (4, 5)), shift)
+    torch.testing.assert_close(in_pieces, at_once, rtol=0, atol=1e-6)
+    assert all(y.is_contiguous(memory_format=torch.channels_last) for y in (at_once.flatten(0, 1), in_pieces.flatten(0, 1)))
 
 
 def test_half_precision_is_computed_in_float32():
