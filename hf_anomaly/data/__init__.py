@@ -1,6 +1,7 @@
 """Any source of images as one-class splits, and the way from a row to `pixel_values`."""
 
-from .caching import content_digest, shrink_images
+from .caching import shrink_images
+from .content import content_digest
 from .formats import Reading, read_image
 from .loading import OneClassSplits, check_images, load_one_class, load_unlabelled
 from .protocols import Division

@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import PIL.Image
 
-from ..errors import InputError
 from ..files import canonical_json
+from .content import files_fingerprint
 from .transforms import process_images
 
 if TYPE_CHECKING:
@@ -81,7 +81,7 @@ def map_cached(
     import datasets
 
     undecoded = dataset.with_format(None).cast_column("image", datasets.Image(decode=False))
-    content = {"format": _FORMAT, "dataset": dataset._fingerprint, "files": _files_fingerprint(undecoded), **key}
+    content = {"format": _FORMAT, "dataset": dataset._fingerprint, "files": files_fingerprint(undecoded), **key}
     fingerprint = hashlib.sha256(canonical_json(content)).hexdigest()
     folder = Path(datasets.config.HF_DATASETS_CACHE) / "hf_anomaly" if cache_dir is None else Path(cache_dir)
     folder.mkdir(parents=True, exist_ok=True)
@@ -95,40 +95,3 @@ def map_cached(
         new_fingerprint=fingerprint,
         desc=desc,
     )
-
-
-def _missing(path: Any, error: OSError) -> InputError:
-    return InputError(f"{path}: no image to be had there ({error.strerror}); restore the file or leave out its row")
-
-
-def content_digest(dataset: datasets.Dataset) -> str:
-    """SHA-256, in hex, over the content of every image of a dataset's column `image`, in order, wherever it lies."""
-    import datasets
-    import pyarrow.compute
-
-    undecoded = dataset.with_format(None).cast_column("image", datasets.Image(decode=False))
-    digest = hashlib.sha256()
-    for batch in undecoded.select_columns("image").with_format("arrow").iter(batch_size=1000):  # Arrow: embedded bytes are not copied
-        for data, path in zip(*(pyarrow.compute.struct_field(batch["image"], name) for name in ("bytes", "path")), strict=True):
-            try:
-                content = data.as_buffer() if data.is_valid else Path(path.as_py()).read_bytes()
-            except OSError as error:
-                raise _missing(path, error) from error
-            digest.update(hashlib.sha256(content).digest())
-    return digest.hexdigest()
-
-
-def _files_fingerprint(undecoded: datasets.Dataset) -> str:
-    """SHA-256, in hex, over path, size and time of every image file: of images that are not embedded a dataset's own fingerprint covers the path alone."""
-    import pyarrow.compute
-
-    digest = hashlib.sha256()
-    for batch in undecoded.select_columns("image").with_format("arrow").iter(batch_size=1000):  # Arrow: embedded bytes are not copied
-        data, paths = (pyarrow.compute.struct_field(batch["image"], name) for name in ("bytes", "path"))
-        for path in paths.filter(data.is_null()).drop_null().to_pylist():
-            try:
-                stat = os.stat(path)
-            except OSError as error:
-                raise _missing(path, error) from error
-            digest.update(f"{os.path.abspath(path)}\0{stat.st_size}\0{stat.st_mtime_ns}\0".encode())
-    return digest.hexdigest()

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from ..errors import InputError
-from .caching import content_digest
+from .content import content_digest, find_copies
 from .formats import Reading, Window
 from .protocols import PROTOCOLS, Division, contaminate, subset
 from .sources import NORMAL_NAMES, by_our_names, label_columns, load_or_refuse, read_source
@@ -215,6 +215,9 @@ def load_one_class(
         elif len(normals[eval_split]) == len(test):
             reason = f"{where} holds no anomalies: every image is labelled {normal_label!r}"
 
+    if train is not None:
+        _warn_of_copies(train, calibration, "calibration", "the threshold will be too low for new images")
+        _warn_of_copies(train, test, eval_split, "the results will not tell how new images are scored")
     split_hash = _split_hash(protocol, {"train": train, "calibration": calibration, "test": test})
     return OneClassSplits(
         train=train,
@@ -485,6 +488,19 @@ def _hold_out(normals: datasets.Dataset, fraction: float, seed: int, source: str
     size = min(max(round(fraction * len(normals)), 1), len(normals) - 1)
     parts = train_test_split(np.arange(len(normals)), test_size=size, random_state=seed)
     return tuple(normals.select(np.sort(rows)) for rows in parts)
+
+
+def _warn_of_copies(train: datasets.Dataset, others: datasets.Dataset | None, name: str, consequence: str) -> None:
+    if others is not None and (copies := find_copies(others, among=train)):
+        first = others[copies[0]]
+        logger.warning(
+            "%d of %d images of split %r are byte for byte also among the training images, the first %s: %s; leave them out on one side",
+            len(copies),
+            len(others),
+            name,
+            first["image"]["path"] or f"in row {first['row']}",
+            consequence,
+        )
 
 
 def _split_hash(protocol: str, splits: dict[str, datasets.Dataset | None]) -> str:

@@ -1,0 +1,74 @@
+"""What images are, byte for byte: embedded in a dataset, or in files beside it."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from ..errors import InputError
+
+if TYPE_CHECKING:
+    import datasets
+    import pyarrow
+
+
+def content_digest(dataset: datasets.Dataset) -> str:
+    """SHA-256, in hex, over the content of every image of a dataset's column `image`, in order, wherever it lies."""
+    digest = hashlib.sha256()
+    for data, path in _encoded(dataset):
+        digest.update(_digest(data, path))
+    return digest.hexdigest()
+
+
+def find_copies(dataset: datasets.Dataset, among: datasets.Dataset) -> list[int]:
+    """The indices of a dataset's images that are byte for byte the same as some image `among` others. Those of a length of their own are not read."""
+    ours, theirs = ([(_length(*image), *image) for image in _encoded(images)] for images in (dataset, among))
+    shared = {length for length, *_ in ours} & {length for length, *_ in theirs}
+    digests = {_digest(*image) for length, *image in theirs if length in shared}
+    return [index for index, (length, *image) in enumerate(ours) if length in shared and _digest(*image) in digests]
+
+
+def files_fingerprint(dataset: datasets.Dataset) -> str:
+    """SHA-256, in hex, over path, size and time of every image file: of images that are not embedded a dataset's own fingerprint covers the path alone."""
+    digest = hashlib.sha256()
+    for data, path in _encoded(dataset):
+        if data is None and path is not None:
+            stat = _stat(path)
+            digest.update(f"{os.path.abspath(path)}\0{stat.st_size}\0{stat.st_mtime_ns}\0".encode())
+    return digest.hexdigest()
+
+
+def _encoded(dataset: datasets.Dataset) -> Iterator[tuple[pyarrow.Buffer | None, str | None]]:
+    """Bytes and path of every image, of which one may be missing. Embedded bytes are not copied."""
+    import datasets
+    import pyarrow.compute
+
+    undecoded = dataset.with_format(None).cast_column("image", datasets.Image(decode=False))
+    for batch in undecoded.select_columns("image").with_format("arrow").iter(batch_size=1000):
+        data, paths = (pyarrow.compute.struct_field(batch["image"], name) for name in ("bytes", "path"))
+        yield from ((value.as_buffer() if value.is_valid else None, path.as_py()) for value, path in zip(data, paths, strict=True))
+
+
+def _length(data: pyarrow.Buffer | None, path: str | None) -> int:
+    return _stat(path).st_size if data is None else data.size
+
+
+def _digest(data: pyarrow.Buffer | None, path: str | None) -> bytes:
+    try:
+        return hashlib.sha256(Path(path).read_bytes() if data is None else data).digest()
+    except OSError as error:
+        raise _missing(path, error) from error
+
+
+def _stat(path: str) -> os.stat_result:
+    try:
+        return os.stat(path)
+    except OSError as error:
+        raise _missing(path, error) from error
+
+
+def _missing(path: str, error: OSError) -> InputError:
+    return InputError(f"{path}: no image to be had there ({error.strerror}); restore the file or leave out its row")
