@@ -94,7 +94,7 @@ def _check_drift(model: AnomalyDetector, scores: torch.Tensor, flagged: float) -
 
 
 @torch.no_grad()
-def bfloat16_agreement(model: AnomalyDetector, dataset, batch_size: int, num_images: int = 256) -> dict:
+def bfloat16_agreement(model: AnomalyDetector, dataset, batch_size: int, num_images: int = 64) -> dict:
     """How well a fitted detector cast to bfloat16 ranks images as it does in float32.
 
     Args:
