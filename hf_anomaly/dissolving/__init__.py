@@ -5,7 +5,15 @@ DIA, "Dissolving Is Amplifying: Towards Fine-Grained Anomaly Detection" (ECCV 20
 
 from .base import Dissolver
 from .caching import dissolve_dataset
-from .diffusion import DenoisingModel, DiffusionDissolver, build_scheduler, build_unet, default_resolution, network_resolution
+from .diffusion import (
+    DenoisingModel,
+    DiffusionDissolver,
+    build_scheduler,
+    build_unet,
+    default_batch_size,
+    default_resolution,
+    network_resolution,
+)
 from .heuristic import GaussianDissolver, IdentityDissolver, MedianDissolver, ResizeDissolver
 from .quality import DissolvingQuality, dissolving_quality
 
@@ -29,6 +37,7 @@ __all__ = [
     "ResizeDissolver",
     "build_scheduler",
     "build_unet",
+    "default_batch_size",
     "default_resolution",
     "dissolve_dataset",
     "dissolving_quality",

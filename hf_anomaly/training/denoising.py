@@ -12,7 +12,15 @@ from ..cards import write_pretraining_card
 from ..data import prepare
 from ..detectors.addp.configuration_addp import ADDPConfig
 from ..detectors.addp.modeling_addp import ADDPForPreTraining, ADDPModel
-from ..dissolving import DenoisingModel, DiffusionDissolver, build_scheduler, build_unet, default_resolution, network_resolution
+from ..dissolving import (
+    DenoisingModel,
+    DiffusionDissolver,
+    build_scheduler,
+    build_unet,
+    default_batch_size,
+    default_resolution,
+    network_resolution,
+)
 from ..errors import HubError, InputError
 from ..hub import hub_errors
 from ..image_processing import AnomalyImageProcessor
@@ -44,6 +52,7 @@ def train_dissolver(
 
     Args:
         train_dataset: normal images, unprepared.
+        args: where its `per_device_train_batch_size` is None, `default_batch_size` fills it in.
         resolution: the dissolving resolution in pixels; smaller images are padded to the next power of two. Default: `default_resolution`.
         block_out_channels, layers_per_block: as in `build_unet`.
         max_timestep: noise levels t < max_timestep are trained; None: up to twice `t_max`, since dissolving uses no others. The paper takes all 1000.
@@ -53,6 +62,8 @@ def train_dissolver(
     """
     image_size = processor.size["height"]
     resolution = network_resolution(image_size, default_resolution(image_size) if resolution is None else resolution)
+    if args.per_device_train_batch_size is None:
+        args.per_device_train_batch_size = default_batch_size(resolution)
     set_seed(args.seed)
     unet, scheduler = build_unet(resolution, processor.num_channels, block_out_channels, layers_per_block), build_scheduler()
     DiffusionDissolver(unet, scheduler, t_min, t_max)  # refuses a bad range now, not after the training
@@ -161,12 +172,13 @@ def _train_denoiser(model, train_dataset, *, processor, args, resume_from_checkp
 
 
 def denoising_arguments(
-    args: AnomalyTrainingArguments, stage: str, *, learning_rate: float, batch_size: int, steps: int = -1, epochs: float = 0.0
+    args: AnomalyTrainingArguments, stage: str, *, learning_rate: float, batch_size: int | None, steps: int = -1, epochs: float = 0.0
 ) -> DenoisingTrainingArguments:
     """Arguments for a stage before the detector's own training: the run's device, precision, seed and logging, its own schedule and folder.
 
     Args:
         stage: its checkpoints go to the folder <stage>-training of the run.
+        batch_size: None leaves it to `train_dissolver`.
     """
     return DenoisingTrainingArguments(
         output_dir=os.path.join(args.output_dir, f"{stage}-training"),

@@ -3,8 +3,11 @@
 import json
 import re
 
+import pytest
 import torch
 from safetensors.torch import load_file
+
+from .running import run
 
 
 def test_train_dissolver(train, tmp_path):
@@ -24,3 +27,11 @@ def test_train_dissolver(train, tmp_path):
     resumed, _ = train(tmp_path / "resumed", *options, "--resume_from_checkpoint", folder / "checkpoint-2", script="train_dissolver.py")
     weights = [load_file(path / "unet" / "diffusion_pytorch_model.safetensors") for path in (folder, resumed)]
     assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
+
+
+@pytest.mark.parametrize(("resolution", "batch_size"), [(16, 32), (32, 16)])
+def test_larger_images_are_fewer_a_step(tmp_path, resolution, batch_size):
+    options = ["--image_size", 32, "--resolution", resolution, "--block_out_channels", 8, 8, "--max_steps", 1, "--save_strategy", "no"]
+    status, _, err = run("train_dissolver.py", "--output_dir", tmp_path, *options, "--report_to", "none", "--use_cpu", "true")
+    assert status == 0, err
+    assert json.loads((tmp_path / "dissolver_config.json").read_text())["training"]["batch_size"] == batch_size

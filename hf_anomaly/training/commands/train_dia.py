@@ -66,7 +66,9 @@ class DissolverArguments:
         metadata={"help": "Dissolved variants cached for each image, at most as many as training passes over it; 0 dissolves on the fly."},
     )
     dissolver_steps: int = field(default=600, metadata={"help": "Training steps of the diffusion model."})
-    dissolver_batch_size: int = field(default=32, metadata={"help": "Images per step of its training."})
+    dissolver_batch_size: int | None = field(
+        default=None, metadata={"help": "Images per step of its training. Default: 32, for a diffusion model at 32 px or more 16."}
+    )
     dissolver_learning_rate: float = field(default=1e-3, metadata={"help": "Its peak learning rate."})
     dissolver_max_timestep: int | None = field(
         default=None, metadata={"help": "Train it on noise levels below this only. Default: twice t_max; the paper takes 1000."}
@@ -74,7 +76,7 @@ class DissolverArguments:
 
     def __post_init__(self):
         for name, least in (("dissolved_variants", 0), ("dissolver_steps", 1), ("dissolver_batch_size", 1)):
-            if getattr(self, name) < least:
+            if getattr(self, name) is not None and getattr(self, name) < least:
                 raise InputError(f"--{name} must be at least {least}, got {getattr(self, name)}")
 
     def take_timesteps(self, t_min: int, t_max: int) -> None:

@@ -33,10 +33,19 @@ class DiffusionArguments:
     t_max: int | None = field(default=None, metadata={"help": "Largest one. Default: 130, or that of --dataset."})
 
 
+@dataclass
+class DissolverTrainingArguments(DenoisingTrainingArguments):
+    """Its training."""
+
+    per_device_train_batch_size: int | None = field(
+        default=None, metadata={"help": "Images per step and device. Default: 32, for a diffusion model at 32 px or more 16."}
+    )
+
+
 def main(argv: list[str], program: str) -> None:
     """Runs the command line `argv`; `program` is what comes before it, for help and card."""
     diffusion_args, data_args, training_args = parse_arguments(
-        DiffusionArguments, DataArguments, DenoisingTrainingArguments, description=__doc__, program=program, argv=argv
+        DiffusionArguments, DataArguments, DissolverTrainingArguments, description=__doc__, program=program, argv=argv
     )
     lowest, highest = (data_args.recipe or DatasetRecipe).timesteps
     diffusion_args.t_min = lowest if diffusion_args.t_min is None else diffusion_args.t_min
