@@ -6,6 +6,8 @@ from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from .errors import InputError
+
 
 def files_below(root: str | os.PathLike, leave_out: Collection[str] = ()) -> Iterator[Path]:
     """Every file of a folder and those in it, sorted, but for hidden ones and folders named __…. Links are followed, unless to a folder that holds them.
@@ -35,6 +37,21 @@ def replacing(path: str | os.PathLike) -> Iterator[Path]:
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def read_json(path: str | os.PathLike) -> dict:
+    """The object that a JSON file holds.
+
+    Raises:
+        InputError: it holds none.
+    """
+    try:
+        content = json.loads(Path(path).read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise InputError(f"{path} is not valid JSON ({error}): restore or delete it") from error
+    if not isinstance(content, dict):
+        raise InputError(f"{path} must hold a JSON object, got {type(content).__name__}: restore or delete it")
+    return content
 
 
 def canonical_json(value: dict) -> bytes:

@@ -388,7 +388,8 @@ def test_where_predict_cannot_write_or_compute(refused, detector, scans):
     Path("maps").write_text("")
     refused(["predict", detector, scans, "--output", "table.csv"], "--output table.csv", "folder")
     refused(["predict", detector, scans, "--save_maps", "maps"], "--save_maps maps", "file")
-    refused(["predict", detector, scans, "--device", "foo"], "--device foo")
+    for command in (["predict", detector, scans], ["evaluate", detector], ["report", detector]):
+        refused([*command, "--device", "foo"], "--device foo", "cpu or cuda")
 
 
 def test_what_predict_does_not_find(refused, detector, scans):
@@ -458,7 +459,7 @@ def test_info_without_results_and_calibration(run, refused, without_maps):
     refused(["info", "no-model"], "no-model")
 
 
-def test_info_of_a_folder_with_odd_results(run, detector, tmp_path):
+def test_a_folder_with_odd_results(run, refused, detector, tmp_path):
     AutoModel.from_pretrained(detector).save_pretrained("model")
     AnomalyImageProcessor.for_images(16, 1).save_pretrained("model")
     Path("model/eval_results.json").write_text(json.dumps({"auroc": 0.5, "dataset": "x\x1b[2Jy\n", "split_hash": 3, "fpr_at_95_tpr": "?"}))
@@ -466,6 +467,10 @@ def test_info_of_a_folder_with_odd_results(run, detector, tmp_path):
     assert status == 0, err
     assert "AUROC 0.5000" in out
     assert "\x1b" not in out
+
+    Path("model/eval_results.json").write_text("{")
+    for command in (["info", "model"], ["evaluate", "model", "--dataset_name", "digits"], ["card", "model"]):
+        refused(command, "eval_results.json", "not valid JSON")
 
 
 def test_what_is_not_pushed(refused, detector):

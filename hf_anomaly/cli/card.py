@@ -1,10 +1,10 @@
 """`hf-anomaly card FOLDER`"""
 
-import json
 from argparse import Namespace
 from pathlib import Path
 
 from ..errors import InputError
+from ..files import read_json
 from .parsing import Parser
 
 
@@ -41,10 +41,6 @@ def run(args: Namespace) -> None:
 
 def _results(folder: Path) -> dict:
     path = folder / "eval_results.json"
-    try:
-        results = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise InputError(f"{path} cannot be read: {error}; give a folder that training wrote") from error
-    if not isinstance(results, dict):
-        raise InputError(f"{path} holds no results; give a folder that training wrote")
-    return results
+    if not path.is_file():
+        raise InputError(f"{path} is not there: give a folder that training wrote")
+    return read_json(path)

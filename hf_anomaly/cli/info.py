@@ -71,7 +71,7 @@ def describe(model, results: dict) -> dict[str, str]:
 def _results(name: str, revision: str | None) -> dict:
     from transformers.utils.hub import cached_file
 
-    from ..dissolving.base import read_json
+    from ..files import read_json
 
     path = cached_file(
         name,

@@ -52,8 +52,7 @@ def run(argv: list[str]) -> None:
         raise InputError("the page shows images out of the dataset, which --streaming does not keep: leave it out")
     about = {"data_name": dataset_label(data_args.dataset_name), "has_labels": not args.unlabelled}
     if args.unlabelled:
-        model, processor = load_detector(args.model, args.revision)
-        model.to(args.device)
+        model, processor = load_detector(args.model, args.revision, args.device)
         processor.window = data_args.reading.window or processor.window
         reading = replace(data_args.reading, window=processor.window)
         options = {"reading": reading, "image_column": data_args.image_column, "config_name": data_args.dataset_config_name}

@@ -45,8 +45,7 @@ def run_demo(
     gr = import_gradio()
     import torch
 
-    model, processor = load_detector(model_name, revision)
-    model.to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    model, processor = load_detector(model_name, revision, device or ("cuda" if torch.cuda.is_available() else "cpu"))
     name = Path(model_name).resolve().name if Path(model_name).is_dir() else model_name
     demo = build_demo(model, processor, load_dissolver(model_name, revision), name=name)
     try:

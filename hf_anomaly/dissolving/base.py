@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ..cards import write_dissolver_card
 from ..errors import HubError, InputError
-from ..files import canonical_json
+from ..files import canonical_json, read_json
 from ..hub import CommitInfo, hub_errors, push_folder
 
 CONFIG_NAME = "dissolver_config.json"
@@ -238,16 +238,6 @@ def read_config(root: Path) -> dict:
     """`dissolver_config.json`, or nothing if the folder holds a plain DDPMPipeline."""
     path = root / CONFIG_NAME
     return read_json(path) if path.exists() else {}
-
-
-def read_json(path: Path) -> dict:
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise InputError(f"{path} is not valid JSON ({error}): restore or delete it") from error
-    if not isinstance(config, dict):
-        raise InputError(f"{path} must hold a JSON object, got {type(config).__name__}: restore or delete it")
-    return config
 
 
 def locate(folder_or_hub_id: str | os.PathLike, revision: str | None, token: str | bool | None) -> Path:

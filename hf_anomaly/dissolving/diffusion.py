@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ..cards import write_dissolver_card
 from ..errors import InputError
-from ..files import canonical_json
+from ..files import canonical_json, read_json
 from ..ops.distributed import draw_rows
 from ..untrusted import check_plausible, check_shard_names
 from .base import (
@@ -22,7 +22,6 @@ from .base import (
     draw_integers,
     locate,
     read_config,
-    read_json,
     resize,
     working_size,
 )

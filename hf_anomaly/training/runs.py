@@ -181,15 +181,25 @@ def push_result(args, folder: str | os.PathLike | None = None) -> None:
         logger.info("Pushed: %s", push_output(args, folder))
 
 
-def load_detector(name_or_path: str, revision: str | None = None) -> tuple[AnomalyDetector, AnomalyImageProcessor]:
+def load_detector(
+    name_or_path: str, revision: str | None = None, device: str | None = None
+) -> tuple[AnomalyDetector, AnomalyImageProcessor]:
     """A saved detector in eval mode, and its processor.
 
+    Args:
+        device: where the detector goes; None leaves it where it is loaded.
+
     Raises:
-        InputError: there is none, or it is something else.
+        InputError: there is none, it is something else, or there is no such device.
         HubError: the Hub refused or cannot be reached; one line, with the remedy.
     """
     from transformers import AutoImageProcessor, AutoModel
 
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:  # what no device is called, and what torch was not built for
+        reason = " ".join(str(error).split())[:200]
+        raise InputError(f"--device {device}: {reason}; leave it out, or give cpu or cuda") from error
     try:
         with hub_errors(name_or_path, reading=True):
             model = AutoModel.from_pretrained(name_or_path, revision=revision)
@@ -200,7 +210,7 @@ def load_detector(name_or_path: str, revision: str | None = None) -> tuple[Anoma
         raise InputError(f"{name_or_path!r} cannot be loaded as a detector: {' '.join(str(error).split())}") from error
     if not isinstance(model, AnomalyDetector):
         raise InputError(f"{name_or_path!r} holds a {type(model).__name__}, which is no anomaly detector")
-    return model.eval(), processor
+    return model.eval().to(device), processor
 
 
 def describe_run(splits: OneClassSplits, processor: AnomalyImageProcessor, seed: int, **settings) -> dict:

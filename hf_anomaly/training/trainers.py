@@ -19,6 +19,7 @@ from ..cards import write_card
 from ..data import collate
 from ..detector import AnomalyDetector, refuse_anomalies
 from ..errors import HubError, InputError
+from ..files import read_json
 from ..hub import CommitInfo, hub_errors, push_checkpoint, push_folder
 from ..metrics import image_metrics
 from .phases import PhasedOptimizer, only
@@ -187,7 +188,7 @@ class ReproducibleTrainer(Trainer):
             if resume_from_checkpoint is None:
                 logger.info("There is no checkpoint in %s yet: starting from the beginning", folder)
         if resume_from_checkpoint and (description := Path(resume_from_checkpoint, _RUN_FILE)).is_file():
-            check_same_run(json.loads(description.read_text()), self.run, resume_from_checkpoint)
+            check_same_run(read_json(description), self.run, resume_from_checkpoint)
         self._micro_step = (-1, 0)
         self._loss_sums, self._loss_counts = {}, Counter()
         shutil.rmtree(Path(self.args.output_dir, _STAGING), ignore_errors=True)

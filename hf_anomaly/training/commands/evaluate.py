@@ -15,6 +15,7 @@ from torch.utils.data import DataLoader
 from ...data import collate, decode_image
 from ...data.sources import dataset_label
 from ...errors import InputError
+from ...files import read_json
 from ...visualization import overlay_anomaly_map, write_image
 from .. import DataArguments, parse_arguments
 from ..baselines import compare_with_baselines
@@ -57,7 +58,7 @@ class EvaluationArguments:
 def recorded_results(model: str) -> dict:
     """The results beside a saved detector; {} if there are none, and of one on the Hub."""
     path = Path(model, "eval_results.json")
-    return json.loads(path.read_text()) if path.is_file() else {}
+    return read_json(path) if path.is_file() else {}
 
 
 def load_for_evaluation(args, data_args: DataArguments) -> tuple:
@@ -82,8 +83,7 @@ def load_for_evaluation(args, data_args: DataArguments) -> tuple:
         raise InputError(
             f"{args.model} was trained with --seed {recorded}: with {args.seed} it would be tested on images that it was trained on"
         )
-    model, processor = load_detector(args.model, args.revision)
-    model.to(args.device)
+    model, processor = load_detector(args.model, args.revision, args.device)
     trained_on = model.config.normal_label
     data_args.normal_label = data_args.normal_label or trained_on
     if data_args.window is None:

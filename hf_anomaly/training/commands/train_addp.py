@@ -1,6 +1,5 @@
 """Trains ADDP: denoising pretraining, then detector, reference, calibration, evaluation, card."""
 
-import json
 import logging
 import shutil
 import time
@@ -16,6 +15,7 @@ from ...data.sources import dataset_label
 from ...detectors.addp.configuration_addp import ADDPConfig
 from ...detectors.addp.modeling_addp import ADDPForPreTraining, ADDPModel
 from ...errors import InputError
+from ...files import read_json
 from ...image_processing import AnomalyImageProcessor
 from ...ops.distributed import local_main_process_first
 from .. import AnomalyTrainingArguments, DataArguments, check_checkpoint, check_same_run, parse_arguments
@@ -147,8 +147,7 @@ def first_stage(model: ADDPForPreTraining, args: PretrainingArguments, data_args
             images = shrink_images(load_unlabelled(args.pretrain_dataset_name, reading=data_args.reading), processor)
         run["pretraining"]["images"] = content_digest(images)
     if training_args.resume_from_checkpoint and folder.is_dir():
-        notes = json.loads((folder / PRETRAINING_NOTES).read_text())
-        check_same_run(notes["run"], run, folder)
+        check_same_run(read_json(folder / PRETRAINING_NOTES).get("run"), run, folder)
         config = model.config
         return ADDPModel.from_pretraining(load_pretraining(folder, image_size=config.image_size, num_channels=config.num_channels))
     arguments = denoising_arguments(
