@@ -1,8 +1,10 @@
-"""How many CPU threads a training has, and how many steps."""
+"""How many CPU threads a training has, how many steps, and where its result goes."""
 
+import logging
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -10,6 +12,7 @@ import torch
 from hf_anomaly.errors import InputError
 from hf_anomaly.training import AnomalyTrainingArguments, parse_arguments
 from hf_anomaly.training.commands.train_dia import ContrastiveTrainingArguments, DetectorArguments
+from hf_anomaly.training.runs import default_output_dir
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="of CPUs")
@@ -91,3 +94,23 @@ def test_passes_over_the_images(tmp_path, words, passes):
     words = ["--output_dir", str(tmp_path), "--use_cpu", "true", "--per_device_train_batch_size", "32", *words]
     (args,) = parse_arguments(ContrastiveTrainingArguments, description="", argv=words)
     assert args.passes(num_images=200) == passes
+
+
+def test_what_lies_in_the_default_folder_is_not_replaced_without_a_word(monkeypatch, tmp_path, caplog):
+    monkeypatch.chdir(tmp_path)
+
+    def warned(**arguments):
+        caplog.clear()
+        args = AnomalyTrainingArguments(report_to=[], **arguments)
+        with caplog.at_level(logging.WARNING, "hf_anomaly"):
+            default_output_dir(args, "dia-images")
+        return args.output_dir, any("dia-images" in message for message in caplog.messages)
+
+    folder = str(Path("runs", "dia-images"))
+    assert warned() == (folder, False)
+    Path(folder).mkdir(parents=True)
+    assert warned() == (folder, False)
+    Path(folder, "config.json").write_text("{}")
+    assert warned() == (folder, True)
+    assert warned(resume_from_checkpoint="true") == (folder, False)
+    assert warned(output_dir=folder) == (folder, False)  # it was asked for

@@ -132,9 +132,12 @@ def load_training_images(data: DataArguments, seed: int) -> tuple[OneClassSplits
 
 
 def default_output_dir(args, name: str) -> None:
-    """Fills in `--output_dir` where none was given: runs/<name>."""
+    """Fills in `--output_dir` where none was given: runs/<name>. Warns of what lies there, which may be of other images in a folder of the same name."""
     if args.output_dir is None or args.output_dir == "trainer_output":
         args.output_dir = os.path.join("runs", name)
+        finished = any(Path(args.output_dir, file).is_file() for file in ("config.json", "model_index.json"))
+        if finished and not args.resume_from_checkpoint and args.process_index == 0:
+            logger.warning("What an earlier run left in %s will be replaced; give --output_dir to keep both", args.output_dir)
 
 
 def num_images(dataset) -> int | None:
