@@ -45,6 +45,7 @@ _INHERITED_KEYWORDS = {
 }
 
 _LARGEST_IMAGE = 2**14  # px
+_LARGEST_PIXEL = 10  # beyond it are levels of 0 to 255 that were never rescaled
 _MOST_CALIBRATION_SCORES = 10**9
 
 # What `save_pretrained(push_to_hub=True)` hands on.
@@ -269,7 +270,8 @@ class AnomalyDetector(PreTrainedModel):
             output_embeddings: also return `embeddings` (B, d).
 
         Raises:
-            InputError: wrong shape or channels, integers, NaN or infinite pixels, maps asked of a method that has none, or a score that is not finite.
+            InputError: wrong shape or channels, integers, pixels that are NaN, infinite or far from [−1, 1], maps asked of a method that has none, or a
+                score that is not finite.
             NotFittedError: eval mode before `fit_reference`.
         """
         return self._forward(pixel_values, epoch, output_anomaly_maps, output_embeddings)
@@ -304,9 +306,15 @@ class AnomalyDetector(PreTrainedModel):
             raise InputError(
                 f"pixel_values are {pixel_values.dtype}: give floats in [−1, 1], as the processor that was saved with the detector does"
             )
-        finite = torch.isfinite(pixel_values).flatten(1).all(1)
-        if not finite.all():
-            raise InputError(f"pixel_values[{int((~finite).nonzero()[0])}] holds NaN or infinite pixels: leave that image out or repair it")
+        largest = pixel_values.abs().flatten(1).amax(1)
+        within = largest <= _LARGEST_PIXEL  # False for NaN
+        if not within.all():
+            row = int((~within).nonzero()[0])
+            if not largest[row].isfinite():
+                raise InputError(f"pixel_values[{row}] holds NaN or infinite pixels: leave that image out or repair it")
+            raise InputError(
+                f"pixel_values[{row}] reaches ±{largest[row].item():.4g}, far from [−1, 1]: use the processor that was saved with the detector"
+            )
 
     def require_fitted(self) -> None:
         if not self.is_fitted:

@@ -319,6 +319,10 @@ def test_wrong_pixel_values(model, training, refused):
         x[1, 0, 2, 2] = value
         with refused("pixel_values[1]", "NaN"):
             model(x)
+    x = images(3)
+    x[2] = (x[2] + 1) * 127.5
+    with refused("pixel_values[2]", "[−1, 1]", "processor"):
+        model(x)
 
 
 def test_a_score_that_is_not_finite_is_no_verdict(model, refused):
