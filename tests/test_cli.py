@@ -185,7 +185,7 @@ def test_train_evaluate_info(run):
     trained = json.loads(Path("my-detector/eval_results.json").read_text())
     card = Path("my-detector/README.md")
     assert "hf-anomaly train shared_ae --output_dir my-detector" in card.read_text()
-    assert f"(Spearman) of {trained['bfloat16_rank_correlation']:.4f}, measured on 256 of them" in card.read_text()
+    assert f"(Spearman) of {trained['bfloat16_rank_correlation']:.4f}, measured on 64 of them" in card.read_text()
     shutil.copytree("my-detector", "other-seed")
     Path("other-seed/eval_results.json").write_text(json.dumps({**trained, "seed": 1, "auroc": 0.5}))
     card.write_text(card.read_text() + "\nOur own words.\n")
