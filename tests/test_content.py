@@ -31,16 +31,16 @@ def embedded(path):
 
 def test_copies_in_files_and_embedded(files):
     among = images([files[2], embedded(files[0])])
-    assert find_copies(images([files[0], files[1], embedded(files[2])]), among) == [0, 2]
-    assert find_copies(images([files[1]]), among) == []
-    assert find_copies(images([]), among) == find_copies(among, images([])) == []
+    assert find_copies(among, images([files[0], files[1], embedded(files[2])])) == [[0, 2]]
+    assert find_copies(among, images([files[1]]), among) == [[], [0, 1]]
+    assert find_copies(among, images([])) == find_copies(images([]), among) == [[]]
 
 
 def test_images_of_a_length_of_their_own_are_not_read(files, monkeypatch):
     buffer = io.BytesIO()
     PIL.Image.new("L", (9, 9)).save(buffer, "BMP")
     monkeypatch.setattr("hf_anomaly.data.content._digest", lambda *image: pytest.fail("read"))
-    assert find_copies(images(files), images([{"bytes": buffer.getvalue(), "path": None}])) == []
+    assert find_copies(images([{"bytes": buffer.getvalue(), "path": None}]), images(files)) == [[]]
 
 
 def test_the_digest_tells_content_and_order_but_not_where_it_lies(files):

@@ -23,12 +23,12 @@ def content_digest(dataset: datasets.Dataset) -> str:
     return digest.hexdigest()
 
 
-def find_copies(dataset: datasets.Dataset, among: datasets.Dataset) -> list[int]:
-    """The indices of a dataset's images that are byte for byte the same as some image `among` others. Those of a length of their own are not read."""
-    ours, theirs = ([(_length(*image), *image) for image in _encoded(images)] for images in (dataset, among))
-    shared = {length for length, *_ in ours} & {length for length, *_ in theirs}
+def find_copies(among: datasets.Dataset, *others: datasets.Dataset) -> list[list[int]]:
+    """Of each of the others the indices of images that are byte for byte `among` the first's. Images of a length of their own are not read."""
+    theirs, *ours = ([(_length(*image), *image) for image in _encoded(images)] for images in (among, *others))
+    shared = {length for length, *_ in theirs} & {length for images in ours for length, *_ in images}
     digests = {_digest(*image) for length, *image in theirs if length in shared}
-    return [index for index, (length, *image) in enumerate(ours) if length in shared and _digest(*image) in digests]
+    return [[i for i, (length, *image) in enumerate(images) if length in shared and _digest(*image) in digests] for images in ours]
 
 
 def files_fingerprint(dataset: datasets.Dataset) -> str:

@@ -216,8 +216,11 @@ def load_one_class(
             reason = f"{where} holds no anomalies: every image is labelled {normal_label!r}"
 
     if train is not None:
-        _warn_of_copies(train, calibration, "calibration", "the threshold will be too low for new images")
-        _warn_of_copies(train, test, eval_split, "the results will not tell how new images are scored")
+        _warn_of_copies(
+            train,
+            ("calibration", calibration, "the threshold will be too low for new images"),
+            (eval_split, test, "the results will not tell how new images are scored"),
+        )
     split_hash = _split_hash(protocol, {"train": train, "calibration": calibration, "test": test})
     return OneClassSplits(
         train=train,
@@ -490,17 +493,21 @@ def _hold_out(normals: datasets.Dataset, fraction: float, seed: int, source: str
     return tuple(normals.select(np.sort(rows)) for rows in parts)
 
 
-def _warn_of_copies(train: datasets.Dataset, others: datasets.Dataset | None, name: str, consequence: str) -> None:
-    if others is not None and (copies := find_copies(others, among=train)):
-        first = others[copies[0]]
-        logger.warning(
-            "%d of %d images of split %r are byte for byte also among the training images, the first %s: %s; leave them out on one side",
-            len(copies),
-            len(others),
-            name,
-            first["image"]["path"] or f"in row {first['row']}",
-            consequence,
-        )
+def _warn_of_copies(train: datasets.Dataset, *others: tuple[str, datasets.Dataset | None, str]) -> None:
+    """Warns of images of the others (split's name, split, what comes of it) that are among the training images, too."""
+    others = [(name, split, consequence) for name, split, consequence in others if split is not None]
+    found = find_copies(train, *(split for _, split, _ in others))
+    for (name, split, consequence), copies in zip(others, found, strict=True):
+        if copies:
+            first = split[copies[0]]
+            logger.warning(
+                "%d of %d images of split %r are byte for byte also among the training images, the first %s: %s; leave them out on one side",
+                len(copies),
+                len(split),
+                name,
+                first["image"]["path"] or f"in row {first['row']}",
+                consequence,
+            )
 
 
 def _split_hash(protocol: str, splits: dict[str, datasets.Dataset | None]) -> str:

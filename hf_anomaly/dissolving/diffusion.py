@@ -188,7 +188,7 @@ def default_resolution(image_size: int) -> int:
 def default_batch_size(resolution: int) -> int:
     """Images per training step of a diffusion model that works at so many pixels.
 
-    At 32 px half as many as below: each has so many pixels that twice as many lower the error by 1 % at most (model_cards/results/speed.md).
+    At 32 px half as many as below: each has so many pixels that twice as many lower the error by 1 % (model_cards/results/speed.md).
     """
     return 32 if resolution < 32 else 16
 
