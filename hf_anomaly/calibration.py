@@ -99,13 +99,14 @@ def mondrian_thresholds(
         false_positive_rate: α, in (0, 1), for every group.
 
     Returns:
-        (B,) float32; an image is flagged when its score lies strictly above.
+        (B,) float32, or float64 for such calibration scores; an image is flagged when its score lies strictly above.
 
     Raises:
         InputError: as many groups as scores are not there, an image without group, a score that is not finite, or a rate not in (0, 1).
     """
     by_group, members = _scores_by_group(calibration_scores, calibration_groups), _members("groups", groups)
-    thresholds = torch.empty(len(groups), device=calibration_scores.device)
+    dtype = torch.promote_types(calibration_scores.dtype, torch.float32)  # not rounded: a score at the threshold does not lie above it
+    thresholds = torch.empty(len(groups), dtype=dtype, device=calibration_scores.device)
     for group, rows in members.items():
         own = by_group.get(group, calibration_scores[:0])
         thresholds[rows] = conformal_threshold(own, false_positive_rate, where=f" in group {group!r}")
@@ -127,6 +128,8 @@ def mondrian_p_values(
     Raises:
         InputError: as in `mondrian_thresholds`.
     """
+    if len(scores):
+        _check_scores("scores", scores)
     by_group, members = _scores_by_group(calibration_scores, calibration_groups), _members("groups", groups, len(scores))
     p_values = torch.ones(len(scores), device=scores.device)
     for group in members.keys() & by_group.keys():

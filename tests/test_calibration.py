@@ -194,6 +194,8 @@ def test_groups_that_do_not_fit(refused):
         mondrian_thresholds(["a"], torch.zeros(3), ["a", "b"], 0.1)
     with refused("groups has 1 entries for 2 scores"):
         mondrian_p_values(torch.zeros(2), ["a"], torch.zeros(1), ["a"])
+    with refused("scores: number 0"):
+        mondrian_p_values(torch.tensor([math.nan]), ["a"], torch.zeros(1), ["a"])
     with refused("groups: image 1 has no group"):
         mondrian_thresholds(["a", math.nan], torch.zeros(1), ["a"], 0.1)
     with refused("calibration_scores", "number 1", "not finite"):
@@ -307,3 +309,9 @@ def test_martingale_sees_a_change():
     assert path[:200].max() < math.log(20)
     assert path.max() > math.log(1000)
     assert drift_martingale(scores(3000, 1) + 9, scores(20, 2)).isfinite().all()
+
+
+def test_scores_at_the_threshold_of_a_group_are_not_flagged_in_double_precision():
+    scores = torch.tensor([0.7] * 40 + [0.1] * 60, dtype=torch.float64)  # rounded to float32, .7 would lie above itself
+    groups = ["a"] * 100
+    assert not (scores > mondrian_thresholds(groups, scores, groups, 0.05)).any()

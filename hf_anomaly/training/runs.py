@@ -15,6 +15,7 @@ from typing import NoReturn
 import torch
 from huggingface_hub.errors import HfHubHTTPError, StrictDataclassError
 from safetensors import SafetensorError
+from transformers import SchedulerType
 
 from ..cards import shown_command, write_card
 from ..data import OneClassSplits, load_one_class, prepare, shrink_images, stream_one_class
@@ -36,8 +37,10 @@ _ONLY_FOR_SCORING = ("search_chunk_size", "false_positive_rate", "_name_or_path"
 
 # Arguments that a resumed optimizer would not take up, or that change what comes of a run. Steps may be added.
 _OPTIMIZATION = (
-    "learning_rate", "weight_decay", "optim", "lr_scheduler_type", "warmup_steps", "max_grad_norm", "ema_decay", "bf16", "fp16", "images_per_step",
+    "learning_rate", "weight_decay", "optim", "optim_args", "adam_beta1", "adam_beta2", "adam_epsilon", "lr_scheduler_type", "lr_scheduler_kwargs",
+    "warmup_steps", "max_grad_norm", "ema_decay", "bf16", "fp16", "images_per_step", "gradient_accumulation_steps", "data_seed",
 )  # fmt: skip
+_FOLLOWING_RESULTS = (SchedulerType.REDUCE_ON_PLATEAU, SchedulerType.GREEDY)  # schedules that look at the evaluation split
 
 # What a training script prints of the results, as far as it is there.
 PRINTED = (
@@ -172,10 +175,22 @@ def write_json(path: Path, content: dict) -> None:
         temporary.write_text(json.dumps(content, indent=2, sort_keys=True, allow_nan=False) + "\n")
 
 
-def check_push(args) -> None:
-    """Makes the repository that `--push_to_hub` asks for: where that is not allowed, better now than after the training."""
+def check_first(args) -> None:
+    """Before the first stage what would else end the run after it: flags that choose by the results; and makes the repository of `--push_to_hub`."""
+    _refuse_choices(args)
     if args.push_to_hub and args.process_index == 0:
         create_repository(hub_name(args), private=args.hub_private_repo, token=args.hub_token)
+
+
+def _refuse_choices(args) -> None:
+    """Refuses what would choose a detector by the images that its results are reported on."""
+    refused = None
+    if args.load_best_model_at_end or args.save_strategy == "best":
+        refused = "--load_best_model_at_end and --save_strategy best would choose the checkpoint"
+    elif args.lr_scheduler_type in _FOLLOWING_RESULTS:
+        refused = f"--lr_scheduler_type {args.lr_scheduler_type.value} would choose the learning rates"
+    if refused is not None:
+        raise InputError(f"{refused} on the split that the results are reported on")
 
 
 def push_result(args, folder: str | os.PathLike | None = None) -> None:
@@ -241,6 +256,7 @@ def train_detector(
     args: AnomalyTrainingArguments,
     *,
     train_dataset=None,
+    dissolving: dict | None = None,
     started: float,
     command: list[str] | None = None,
     scores_file: Path | None = None,
@@ -250,6 +266,7 @@ def train_detector(
     Args:
         model: a new detector.
         train_dataset: the training images if they have more columns than `splits.train`, such as dissolved ones.
+        dissolving: what these columns hang on, for `describe_run`.
         started: `time.time()` at the start of the run.
         command: the command line, for the card.
         scores_file: where the scores and labels of the test images go, see `write_scores`; None: nowhere.
@@ -260,10 +277,7 @@ def train_detector(
     if args.card_figures and num_images(splits.train) is None:
         raise InputError("--card_figures picks images out of the evaluation split, which --streaming does not keep: leave one of them out")
     fit_batch_size(args, num_images(splits.train))
-    if args.load_best_model_at_end or args.save_strategy == "best":
-        raise InputError(
-            "--load_best_model_at_end and --save_strategy best would choose the checkpoint on the split that the results are reported on"
-        )
+    _refuse_choices(args)
     if splits.test_missing_reason and args.eval_strategy != "no":
         logger.warning("No evaluation during training: %s", splits.test_missing_reason)
         args.eval_strategy = "no"
@@ -282,6 +296,7 @@ def train_detector(
             args.seed,
             config=settings_of(model.config),
             optimization={name: getattr(args, name) for name in _OPTIMIZATION},
+            **({} if dissolving is None else {"dissolving": dissolving}),
         ),
     )
     trainer.train(args.resume_from_checkpoint)

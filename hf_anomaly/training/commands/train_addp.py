@@ -21,7 +21,7 @@ from ...ops.distributed import local_main_process_first
 from .. import AnomalyTrainingArguments, DataArguments, check_checkpoint, check_same_run, parse_arguments
 from ..denoising import PRETRAINING_NOTES, denoising_arguments, load_pretraining, pretrain
 from ..runs import (
-    check_push,
+    check_first,
     default_output_dir,
     describe_run,
     load_training_images,
@@ -187,7 +187,7 @@ def main(argv: list[str], program: str) -> None:
     )
     check_checkpoint(training_args.resume_from_checkpoint)
     default_output_dir(training_args, f"addp-{Path(data_args.dataset_name).stem}")
-    check_push(training_args)
+    check_first(training_args)
     splits, processor = load_training_images(data_args, training_args.seed)
     set_seed(training_args.seed)
     model = make_model(pretraining_args, architecture_args, detector_args, processor)

@@ -22,7 +22,7 @@ from .. import AnomalyTrainingArguments, DataArguments, check_checkpoint, check_
 from ..denoising import denoising_arguments, train_dissolver
 from ..runs import (
     LARGEST_DEFAULT_SIZE,
-    check_push,
+    check_first,
     default_output_dir,
     describe_run,
     load_training_images,
@@ -234,7 +234,7 @@ def main(argv: list[str], program: str) -> None:
         dissolver_args.take_timesteps(*data_args.recipe.timesteps)
     method = "csi" if dissolver_args.dissolver == "none" else "dia"
     default_output_dir(training_args, f"{method}-{Path(data_args.dataset_name).stem}")
-    check_push(training_args)
+    check_first(training_args)
     splits, processor = load_training_images(data_args, training_args.seed)
     training_args.fit_image_size(processor.size["height"])
     detector_args.fit_image_size(processor.size["height"])
@@ -262,7 +262,9 @@ def main(argv: list[str], program: str) -> None:
         shutil.rmtree(folder, ignore_errors=True)  # an earlier run's may be of another kind
         if dissolver is not None:
             dissolver.save_pretrained(folder)
+    dissolving = None
     if dissolver is not None:
+        dissolving = {"fingerprint": dissolver.fingerprint(), "variants": 0}
         dissolver.to(training_args.device)
         model.config.dissolver, model.config.dissolver_settings = dissolver.kind, dissolver.settings()
         model.dissolver = dissolver
@@ -270,12 +272,14 @@ def main(argv: list[str], program: str) -> None:
             num_variants = min(dissolver_args.dissolved_variants, math.ceil(training_args.passes(len(splits.train))))
             with local_main_process_first():
                 train_dataset = dissolve_dataset(splits.train, dissolver, processor, num_variants=num_variants, seed=training_args.seed)
+            dissolving["variants"] = dissolver_args.dissolved_variants
     results = train_detector(
         model,
         processor,
         splits,
         training_args,
         train_dataset=train_dataset,
+        dissolving=dissolving,
         started=started,
         command=[*program.split(), *argv],
     )
