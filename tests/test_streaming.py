@@ -3,6 +3,7 @@
 import gc
 import itertools
 import json
+import shutil
 import tracemalloc
 
 import datasets
@@ -98,8 +99,25 @@ def test_workers_and_shards_see_the_same_images():
     assert sorted(levels.copy().view(np.uint32)[:, 0].tolist()) == sorted(expected)
 
 
+def test_files_are_held_out_by_their_content(tmp_path):
+    """Not by their path: then copies of a calibration image would train, and a moved folder would be divided otherwise."""
+    for i in range(20):
+        for name in (f"{i}.pgm", f"{i}-copy.pgm"):
+            (tmp_path / "here").mkdir(exist_ok=True)
+            (tmp_path / "here" / name).write_bytes(pgm(i))
+    shutil.copytree(tmp_path / "here", tmp_path / "there")
+    here, there = (stream_one_class(tmp_path / folder, head=40, shuffle_buffer=4) for folder in ("here", "there"))
+    assert len(set(numbers(here.calibration))) == 4
+    assert not set(numbers(here.calibration)) & {*numbers(here.train), *numbers(here.reference)}
+    assert sorted(numbers(here.calibration)) == sorted(numbers(there.calibration))
+    assert here.split_hash == there.split_hash
+
+
 def test_a_limit_and_epochs():
     splits = load(Source(), max_train_images=30)
+    assert len(splits.reference) == 16
+    few = load(Source(), max_train_images=5)
+    assert sorted(numbers(few.train)) == sorted(numbers(few.reference))
     first = numbers(splits.train)
     assert len(first) == len(set(first)) == 30
     splits.train.set_epoch(1)

@@ -1,7 +1,7 @@
 """Any source of images as one-class splits, and the way from a row to `pixel_values`."""
 
 from .caching import shrink_images
-from .content import content_digest
+from .content import content_digest, find_copies
 from .formats import Reading, read_image
 from .loading import OneClassSplits, check_images, load_one_class, load_unlabelled
 from .protocols import Division
@@ -20,6 +20,7 @@ __all__ = [
     "collate",
     "content_digest",
     "decode_image",
+    "find_copies",
     "find_recipe",
     "load_one_class",
     "load_unlabelled",

@@ -57,8 +57,17 @@ def _length(data: pyarrow.Buffer | None, path: str | None) -> int:
 
 
 def _digest(data: pyarrow.Buffer | None, path: str | None) -> bytes:
+    return hashlib.sha256(read_image_file(path) if data is None else data).digest()
+
+
+def read_image_file(path: str) -> bytes:
+    """The content of an image file.
+
+    Raises:
+        InputError: there is none.
+    """
     try:
-        return hashlib.sha256(Path(path).read_bytes() if data is None else data).digest()
+        return Path(path).read_bytes()
     except OSError as error:
         raise _missing(path, error) from error
 

@@ -9,6 +9,7 @@ from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
 from ..errors import InputError
+from .content import read_image_file
 from .formats import Reading
 from .loading import OneClassSplits, channels_and_sizes, check_images, class_name, image_column_of
 from .protocols import Division
@@ -49,7 +50,7 @@ def stream_one_class(
         source: what `load_one_class` takes (of which parquet and Hub datasets are read as streams all the way), or split name → stream.
         head: normals read at once; they are kept in memory, encoded. The memory bank is no larger.
         shuffle_buffer: rows among which the next one is drawn in training; they are kept in memory, encoded.
-        max_train_images: only so many of the first normals train.
+        max_train_images: only so many of the first normals train, and are compared with.
         The others are as in `load_one_class`; a split called "calibration" is not used.
 
     Returns:
@@ -105,7 +106,8 @@ def stream_one_class(
         size = min(max(round(calibration_fraction * len(first)), 1), len(first) - 1) if calibration_fraction else 0
         held_out = set(sorted(keys)[:size])
         calibration = _in_memory(row for row, key in zip(first, keys, strict=True) if key in held_out)
-        reference = _in_memory(row for row, key in zip(first, keys, strict=True) if key not in held_out)
+        others = (row for row, key in zip(first, keys, strict=True) if key not in held_out)
+        reference = _in_memory(itertools.islice(others, max_train_images))
         train = streams["train"].filter(
             lambda image, label: label == 0 and content_key(image, seed) not in held_out, input_columns=["image", "label"]
         )
@@ -136,8 +138,8 @@ def stream_one_class(
 
 
 def content_key(image: dict[str, Any], seed: int) -> int:
-    """64 bits of a hash of an encoded image, or of the path where it is not embedded; uniform, and the same wherever and whenever it is read."""
-    content = image["bytes"] if image.get("bytes") is not None else str(image["path"]).encode()
+    """64 bits of a hash of an encoded image, embedded or in a file of its own; uniform, and the same wherever and whenever it is read."""
+    content = image["bytes"] if image.get("bytes") is not None else read_image_file(image["path"]) if image.get("path") else b""
     return int.from_bytes(hashlib.blake2b(content, digest_size=8, salt=seed.to_bytes(8, "little")).digest(), "little")
 
 

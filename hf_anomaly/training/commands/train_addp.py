@@ -10,7 +10,7 @@ from accelerate import PartialState
 from transformers import set_seed
 
 from ...backbones.pretrained import load_backbone_config
-from ...data import content_digest, load_unlabelled, shrink_images
+from ...data import OneClassSplits, content_digest, find_copies, load_unlabelled, shrink_images
 from ...data.sources import dataset_label
 from ...detectors.addp.configuration_addp import ADDPConfig
 from ...detectors.addp.modeling_addp import ADDPForPreTraining, ADDPModel
@@ -48,13 +48,16 @@ class PretrainingArguments:
         default=None, metadata={"help": f"Its steps; 0: none. Default: {DEFAULT_PRETRAIN_STEPS}, or 0 with --pretrained."}
     )
     pretrain_epochs: float | None = field(default=None, metadata={"help": "Its passes over the images, in place of --pretrain_steps."})
-    pretrain_batch_size: int = field(default=32, metadata={"help": "Its images per step."})
+    pretrain_batch_size: int = field(default=32, metadata={"help": "Its images per step and device."})
     pretrain_learning_rate: float = field(default=1e-3, metadata={"help": "Its peak learning rate."})
     pretrain_mode: str = field(
         default="encoder_decoder", metadata={"help": "What it trains: encoder_decoder, or decoder with the encoder frozen."}
     )
     pretrain_dataset_name: str | None = field(
-        default=None, metadata={"help": "Images to denoise, of any class, as --dataset_name. Default: the normal training images."}
+        default=None,
+        metadata={
+            "help": "Images to denoise, of any class, as --dataset_name; those that calibrate or test are left out. Default: the normal training images."
+        },
     )
     pretrain_only: bool = field(default=False, metadata={"help": "End after the first stage."})
     noise: str | None = field(default=None, metadata={"help": "Its noise: gaussian, coarse or simplex."})
@@ -128,6 +131,21 @@ def make_model(pretraining_args, architecture_args, detector_args, processor: An
     return model
 
 
+def without_held_out(images, splits: OneClassSplits):
+    """A `datasets.Dataset` without what is byte for byte an image that calibrates or tests the detector; of a streamed test split nothing is known.
+
+    Raises:
+        InputError: no others are there.
+    """
+    held_out = {row for split in (splits.calibration, splits.test) if hasattr(split, "select") for row in find_copies(split, images)[0]}
+    if not held_out:
+        return images
+    if len(held_out) == len(images):
+        raise InputError("all images of --pretrain_dataset_name are among those that calibrate or test the detector: name others")
+    logger.info("%d of %d images to denoise calibrate or test the detector and are left out", len(held_out), len(images))
+    return images.select([row for row in range(len(images)) if row not in held_out])
+
+
 def first_stage(model: ADDPForPreTraining, args: PretrainingArguments, data_args, training_args, splits, processor) -> ADDPModel:
     """The detector that the second stage begins with, pretrained now if it has to be; what comes of that lies in the run's folder pretrained/."""
     folder = Path(training_args.output_dir, "pretrained")
@@ -143,8 +161,9 @@ def first_stage(model: ADDPForPreTraining, args: PretrainingArguments, data_args
             run["pretraining"][name] = dataset_label(run["pretraining"][name])
     images = splits.train
     if args.pretrain_dataset_name is not None:
+        images = without_held_out(load_unlabelled(args.pretrain_dataset_name, reading=data_args.reading), splits)
         with local_main_process_first():
-            images = shrink_images(load_unlabelled(args.pretrain_dataset_name, reading=data_args.reading), processor)
+            images = shrink_images(images, processor)
         run["pretraining"]["images"] = content_digest(images)
     if training_args.resume_from_checkpoint and folder.is_dir():
         check_same_run(read_json(folder / PRETRAINING_NOTES).get("run"), run, folder)

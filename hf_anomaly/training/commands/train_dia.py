@@ -67,7 +67,8 @@ class DissolverArguments:
     )
     dissolver_steps: int = field(default=600, metadata={"help": "Training steps of the diffusion model."})
     dissolver_batch_size: int | None = field(
-        default=None, metadata={"help": "Images per step of its training. Default: 32, for a diffusion model at 32 px or more 16."}
+        default=None,
+        metadata={"help": "Images per step and device of its training. Default: 32, for a diffusion model at 32 px or more 16."},
     )
     dissolver_learning_rate: float = field(default=1e-3, metadata={"help": "Its peak learning rate."})
     dissolver_max_timestep: int | None = field(
