@@ -22,6 +22,7 @@ from .cards import tag_card, write_card
 from .errors import HubError, InputError, NotFittedError
 from .hub import CommitInfo, hub_errors, push_folder
 from .ops.maps import map_levels
+from .ops.sampling import Sample
 from .saving import Home, auto_map, bring_companions, delete, outdated_companions, staged, write_remote_code
 from .untrusted import check_backbone_config, check_memory, check_shard_names
 from .version import __version__
@@ -233,8 +234,13 @@ class AnomalyDetector(PreTrainedModel):
         """What `fit_reference` collects from a batch of normal images: named tensors with first dimension B, independent of the companions."""
         raise NotImplementedError
 
+    @property
+    def max_reference_images(self) -> int | None:
+        """Of how many images `fit_reference` keeps the features, a random choice among more, so that memory does not grow with them; None: of all."""
+        return None
+
     def set_reference(self, features: dict[str, torch.Tensor]) -> None:
-        """Fills the reference buffers (and the config fields that give their sizes) from the features of all normal images."""
+        """Fills the reference buffers (and the config fields that give their sizes) from the features of normal images, `max_reference_images` at most."""
         raise NotImplementedError
 
     def clear_reference(self) -> None:
@@ -333,18 +339,17 @@ class AnomalyDetector(PreTrainedModel):
         Raises:
             InputError: no images, pixels that `forward` refuses, an image labelled anomalous, or one whose features or score are not finite.
         """
-        collected: dict[str, list[torch.Tensor]] = {}
+        sample = Sample(self.max_reference_images)
         for pixel_values, labels in self._eval_batches(dataloader, "Fitting the reference", progress):
             refuse_anomalies(labels, "fit_reference")
             self.check_pixel_values(pixel_values)
             with self._own_precision():
                 features = self.reference_features(pixel_values.to(self.dtype))
-            for name, value in (gather(features) if gather else features).items():
-                collected.setdefault(name, []).append(value.cpu())
-        if not collected:
+            sample.add({name: value.cpu() for name, value in (gather(features) if gather else features).items()})
+        if not (features := sample.rows()):
             raise InputError("fit_reference got no images: it needs the normal training images")
         with self._own_precision():
-            self.set_reference({name: torch.cat(values).to(self.device) for name, values in collected.items()})
+            self.set_reference({name: values.to(self.device) for name, values in features.items()})
         self.config.fitted_for = self.config.values_of(self.config.reference_fields) or None
         self._drop_calibration()
         return self

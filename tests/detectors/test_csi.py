@@ -163,13 +163,17 @@ def test_all_score_terms_off(refused):
 
 
 @pytest.mark.parametrize("used", [True, False])
-def test_a_logit_that_would_flip_its_sign_is_left_out_aloud(used, caplog):
+def test_a_logit_that_would_flip_its_sign_is_left_out_aloud(used, caplog, tmp_path):
     model = tiny(score_shift_logit=used).eval()
     model.shift_classifier.bias.data = torch.tensor([-9.0, 5.0, 5.0, 5.0])
     model.fit_reference([images(4)], progress=False)
     assert (model.reference.lambda_cls > 0).tolist() == [False, True, True, True]
     assert model.reference.lambda_cls[0] == 0
     assert ("s_cls" in caplog.text) is used
+    model.save_pretrained(tmp_path)
+    caplog.clear()
+    CSIModel.from_pretrained(tmp_path, score_shift_logit=True)
+    assert "s_cls" in caplog.text
 
 
 def test_training_images_score_best():
@@ -205,7 +209,8 @@ def test_max_bank_size():
     assert torch.equal(part.reference.bank, again.reference.bank)
     rows = [next(m for m in range(9) if torch.equal(whole.reference.bank[:, m], part.reference.bank[:, i])) for i in range(4)]
     assert rows == sorted(set(rows)) != [0, 1, 2, 3]  # in order, without repetition, not simply the first
-    assert torch.equal(part.reference.lambda_sim, whole.reference.lambda_sim)  # λ are means over all images
+    only = tiny().eval().fit_reference([images(9)[rows]], progress=False)
+    torch.testing.assert_close(part.reference.lambda_sim, only.reference.lambda_sim)
 
 
 def test_memory_of_the_search_is_a_setting(peak_bytes):

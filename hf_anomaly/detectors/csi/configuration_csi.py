@@ -47,7 +47,7 @@ class CSIConfig(AnomalyDetectorConfig):
             the middle of the two). The authors take 0.54, the smallest that training sees, so that an enlarged normal image looks like none of its views.
         score_cosine, score_norm, score_shift_logit: the terms of Eq. 10 that enter the score: max cos(z, z_m), λ_sim·‖z‖, λ_cls·W_k·f_k, with z the
             `score_features`. Cosine and norm multiply where both are on; the norm needs unwhitened features of one kind.
-        max_bank_size: at most so many training images are kept in the bank, a fixed random choice among more.
+        max_bank_size: at most so many training images are compared with, a fixed random choice among more; whitening and λ are of these, too.
         bank_size: how many are in it; 0 before `fit_reference`.
         search_chunk_size: elements held at once while the bank is searched, beside the bank itself: bounds the memory of scoring; see `max_cosine`.
 

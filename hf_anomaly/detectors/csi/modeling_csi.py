@@ -207,6 +207,10 @@ class CSIModel(_Encoder, AnomalyDetector):
     def reference_features(self, pixel_values):
         return self.view_features(pixel_values, self.fixed_views())
 
+    @property
+    def max_reference_images(self):
+        return self.config.max_bank_size
+
     def set_reference(self, features):
         vectors, logits = features["features"], features["shift_logits"]
         for values in (vectors, logits):
@@ -215,23 +219,27 @@ class CSIModel(_Encoder, AnomalyDetector):
         norms = vectors.norm(dim=-1).mean(0)
         logit_means = logits.mean(0)
         reference.lambda_sim = 1 / norms
-        if config.score_shift_logit and bool((logit_means <= 0).any()):
-            logger.warning(
-                "The mean logit of a shift is not positive on normal images; Eq. 10's s_cls would flip its sign there and is left out."
-            )
-        # A non-positive mean would turn the term's sign around.
+        # A mean that is not positive would turn the term's sign around.
         reference.lambda_cls = torch.where(logit_means > 0, 1 / logit_means, torch.zeros_like(logit_means))
+        self._tell_missing_logits()
         reference.views = self.fixed_views().to(reference.views.device)
         bank = F.normalize(vectors, dim=-1)
         if config.score_whitening:
             reference.center, reference.whitening = fit_whitening(bank)
-        if len(bank) > config.max_bank_size:
-            keep = torch.randperm(len(bank), generator=torch.Generator().manual_seed(0))[: config.max_bank_size].sort().values
-            bank = bank[keep.to(bank.device)]
-        if config.score_whitening:
             bank = self._whiten(bank)
         reference.bank = bank.transpose(0, 1).contiguous()
         config.bank_size = len(bank)
+
+    def _tell_missing_logits(self):
+        if self.config.score_shift_logit and bool((self.reference.lambda_cls == 0).any()):
+            logger.warning(
+                "The mean logit of a shift is not positive on normal images; Eq. 10's s_cls would flip its sign there and is left out."
+            )
+
+    def _drop_what_does_not_hold(self, name):
+        super()._drop_what_does_not_hold(name)
+        if self.is_fitted:  # the term may have been off when the reference was made
+            self._tell_missing_logits()
 
     def _whiten(self, directions):
         """W_k(u_k − μ_k) of u (B, K, d), vectors of length 1."""
