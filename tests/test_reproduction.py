@@ -328,6 +328,21 @@ def test_shards_take_the_dissolvers_they_need(data_dir, tmp_path):
                 assert any(other.endswith(f"/dissolver/{line[-5:]}") for other in shard[: shard.index(line)])
 
 
+def test_shards_that_need_the_same_dissolver_leave_each_others_alone(data_dir, tmp_path):
+    """The faster one's may be in use when the slower one is done."""
+    table = find_table("dia/1")
+    first, second = (
+        Selection(tmp_path, ("pneumonia_mnist",), ("dia", "csi"), (0,), "smoke", shard, str(data_dir)) for shard in ("1/2", "2/2")
+    )
+    (cell,) = [cell for cell in second.cells(table) if cell.method == "dissolver"]
+    running.run_cell(cell, first, ["x"])
+    before = (first.folder(cell) / "unet" / "config.json").stat()
+    assert first.result(cell) is not None
+    running.run_cell(cell, second, ["x"])
+    assert (first.folder(cell) / "unet" / "config.json").stat() == before
+    assert not (tmp_path / "work").exists()
+
+
 def test_smoke_run(first):
     folder, out, err = first
     assert {path.name for path in folder.iterdir()} == {"cells", "shared_ae-1.md", "shared_ae-1.csv"}

@@ -70,7 +70,7 @@ DISSOLVER_LENGTHS = {
 }  # fmt: skip
 
 
-# The tables are of the paper's methods, not of the recipe that grew from them.
+# The tables are of the paper's methods, not of the recipe that grew from them: of Eq. 10 the cosine of the projections.
 AS_PRINTED = {"score_features": "projection", "score_whitening": False}
 
 
@@ -190,7 +190,7 @@ class Contrastive(Method):
 
     def settings(self, cell) -> dict:
         dissolving = None if self.dissolving is None else self.dissolving.settings(cell)
-        more = {"dissolving": dissolving, "detector": self.detector, "batch_factor": self.batch_factor}
+        more = {"dissolving": dissolving, "detector": {**AS_PRINTED, **self.detector}, "batch_factor": self.batch_factor}
         return _as_json({**asdict(DETECTOR_LENGTHS[cell.budget]), **more})
 
     def run(self, cell, data: CellData, folder: Path, command: list[str], required: list[Path]) -> dict:

@@ -205,7 +205,8 @@ def run_cell(cell: Cell, selection: Selection, command: list[str]) -> None:
         InputError: there is no AUROC to be had, or anything that ends the training; names the cell.
     """
     process, method, recipe = PartialState(), METHODS[cell.method], RECIPES[cell.dataset]
-    folder = Path(selection.output_dir, "work", "-".join(cell.name.parts))
+    shard = selection.shard.replace("/", "-of-")  # others that need the same cell may be at work on it
+    folder = Path(selection.output_dir, "work", "-".join([*cell.name.parts, shard]))
     try:
         with quiet():
             data = load_data(cell, selection)
@@ -219,7 +220,7 @@ def run_cell(cell: Cell, selection: Selection, command: list[str]) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         if (folder / SCORES_FILE).is_file():  # before the result, without which the cell is not finished
             os.replace(folder / SCORES_FILE, selection.scores_file(cell))
-        if method.keeps_folder:
+        if method.keeps_folder and selection.result(cell) is None:  # else another shard was faster, and may be reading what it left
             kept = selection.folder(cell)
             shutil.rmtree(kept, ignore_errors=True)
             kept.parent.mkdir(parents=True, exist_ok=True)
