@@ -14,6 +14,8 @@ from transformers import AutoModel
 
 from hf_anomaly import (
     DETECTORS,
+    ADDPConfig,
+    ADDPForPreTraining,
     AnomalyImageProcessor,
     CSIConfig,
     CSIModel,
@@ -25,7 +27,7 @@ from hf_anomaly import (
     SharedAEConfig,
     SmallResNetConfig,
 )
-from hf_anomaly.cards import shown_command, write_card, write_figures
+from hf_anomaly.cards import shown_command, write_card, write_figures, write_pretraining_card
 from hf_anomaly.cards.merging import split_card
 from hf_anomaly.dissolving import build_scheduler, build_unet
 
@@ -187,6 +189,22 @@ def test_what_a_person_wrote_stays(folder):
     assert "My words." in body
     assert "| AUROC | 0.5000 |" in body
     assert "0.8765" not in body
+
+
+def test_a_first_stage_that_is_written_again_is_told_anew(tmp_path):
+    def body(steps, noise):
+        model = ADDPForPreTraining(ADDPConfig(image_size=8, hidden_sizes=[4, 4], noise=noise))
+        notes = {"num_images": 9, "steps": steps, "batch_size": 4, "seed": 0}
+        write_pretraining_card(tmp_path, model, notes, dataset="scans")
+        return (tmp_path / "README.md").read_text()
+
+    assert "200 steps" in body(200, "gaussian")
+    (tmp_path / "README.md").write_text((tmp_path / "README.md").read_text() + "\nMy words.\n")
+    again = body(5000, "simplex")
+    assert "5000 steps" in again
+    assert "simplex noise" in again
+    assert "My words." in again
+    assert "200 steps" not in again
 
 
 def test_bfloat16_is_told_where_it_was_measured(folder):

@@ -9,6 +9,7 @@ from ...backbones.pretrained import check_channels
 from ...detector import SelfContainedDetectorConfig
 from ...errors import InputError
 
+_MOST_SIZES = 16  # each halves the image, and costs time before the weights are looked at
 _MIN_SIZE = 8  # px: below, the coarsest map of the default is one pixel of mere padding
 
 
@@ -79,8 +80,8 @@ class ADDPConfig(SelfContainedDetectorConfig):
             check_channels(self.backbone_config, self.num_channels)
         elif self.backbone_config is not None:
             raise InputError(f"encoder {self.encoder!r} has no backbone: leave backbone_config out, or set encoder to 'backbone'")
-        if len(self.hidden_sizes) < 2 or not all(isinstance(width, int) and width > 0 for width in self.hidden_sizes):
-            raise InputError(f"hidden_sizes must be two or more positive integers, got {self.hidden_sizes}")
+        if not 2 <= len(self.hidden_sizes) <= _MOST_SIZES or not all(isinstance(width, int) and width > 0 for width in self.hidden_sizes):
+            raise InputError(f"hidden_sizes must be 2 to {_MOST_SIZES} positive integers, got {str(self.hidden_sizes)[:100]}")
         if self.latent_size < 1:
             raise InputError(f"latent_size must be at least 1, got {self.latent_size}")
         if self.skip_connections and self.encoder == "segnet":
