@@ -106,3 +106,16 @@ def test_normal_images_unlike_those_of_calibration_are_warned_of(shift, directio
         assert f"score {direction} than those that calibrated" in caplog.text
         assert "where 5 % were asked for" in caplog.text
         assert f"{100 * results['false_positive_rate_at_threshold']:.1f} % of them are flagged" in caplog.text
+
+
+def test_rates_at_the_threshold(detector):
+    """One of four normal images lies above it, and two of three anomalies."""
+    model = CSIModel.from_pretrained(detector)
+    model.calibration.fit(torch.arange(1.0, 20.0), 0.5)
+    scores, labels = torch.tensor([1.0, 2, 3, 30, 40, 50, 4]), torch.tensor([0, 0, 0, 0, 1, 1, 1])
+    splits, processor = load_one_class("digits"), AnomalyImageProcessor.for_images(8, 1)
+    results = evaluate_detector(model, processor, splits, lambda dataset: (scores, labels), batch_size=4)
+    assert (results["num_normal"], results["num_anomalous"]) == (4, 3)
+    assert results["false_positive_rate_at_threshold"] == pytest.approx(1 / 4)
+    assert results["true_positive_rate_at_threshold"] == pytest.approx(2 / 3)
+    assert results["balanced_accuracy_at_threshold"] == pytest.approx((3 / 4 + 2 / 3) / 2)

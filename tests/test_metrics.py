@@ -142,6 +142,18 @@ def test_intervals_are_those_of_a_loop(monkeypatch):
         assert intervals[name][0] < image_metrics(scores, labels)[name] < intervals[name][1]
 
 
+@pytest.mark.parametrize("confidence", [0.6, 0.9])
+def test_intervals_hold_that_share_of_other_draws(confidence):
+    scores, labels = tied_scores(4, 60)
+    intervals = bootstrap_intervals(scores, labels, confidence=confidence, resamples=4000)
+    distinct, level = np.unique(-scores, return_inverse=True)
+    rng = np.random.default_rng(7)
+    counts = [functional._resampled(level[labels == label], len(distinct), 4000, rng) for label in (0, 1)]
+    for values, (low, high) in zip(functional._metrics_of_counts(*counts), intervals.values(), strict=True):
+        assert np.mean(values < low) == pytest.approx((1 - confidence) / 2, abs=0.02)
+        assert np.mean(values > high) == pytest.approx((1 - confidence) / 2, abs=0.02)
+
+
 def test_intervals_cover_the_true_value():
     """Of 200 test sets about 95 % have the true AUROC, Φ(1/√2) = .760, in the interval; percentiles fall a little short."""
     rng, labels = np.random.default_rng(6), np.repeat([0, 1], [60, 40])
