@@ -14,6 +14,7 @@ import torch
 from torch.utils.data import DataLoader, Dataset, IterableDataset
 from transformers import Pipeline
 
+from .data.transforms import process_decoded
 from .detector import AnomalyDetector, AnomalyDetectorOutput
 from .errors import HubError, InputError
 from .image_processing import AnomalyImageProcessor, read_any_image
@@ -137,9 +138,16 @@ class AnomalyDetectionPipeline(Pipeline):
         for _, image in images:
             if isinstance(image, InputError):  # its row could not be read
                 raise image
-        decoded = [read_any_image(image, name, getattr(self.image_processor, "window", None), timeout) for name, image in images]
-        pixel_values = self.image_processor(images=decoded, return_tensors="pt")["pixel_values"]
-        return {"pixel_values": pixel_values, "target_sizes": np.array([image.size[::-1] for image in decoded])}
+        window, sizes = getattr(self.image_processor, "window", None), []
+
+        def decoded() -> Iterator[PIL.Image.Image]:
+            for name, image in images:
+                image = read_any_image(image, name, window, timeout)
+                sizes.append(image.size[::-1])
+                yield image
+
+        pixel_values = torch.stack(process_decoded(decoded(), self.image_processor, "pt"))
+        return {"pixel_values": pixel_values, "target_sizes": np.array(sizes)}
 
     def _forward(self, model_inputs: dict, output_anomaly_maps: bool = False) -> dict:
         output = self.model(model_inputs["pixel_values"], output_anomaly_maps=output_anomaly_maps)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -93,26 +93,40 @@ def decode_image(value: dict[str, Any] | PIL.Image.Image | np.ndarray, where: st
         raise _unreadable(value, where, error) from error
 
 
-def process_images(values: Sequence[Any], names: Sequence[str], processor: Callable[..., Any], return_tensors: str, **options: Any) -> list:
-    """What an image processor makes of encoded images, decoded a few at a time: of large ones a batch would take gigabytes.
+def pieces(images: Iterable[PIL.Image.Image], most: int | None = None) -> Iterator[list[PIL.Image.Image]]:
+    """Decoded images, a few at a time: of large ones a batch would take gigabytes.
 
     Args:
-        values, names: `decode_image`'s.
-        processor, return_tensors, options: `processor(images=[PIL, …], return_tensors=…, …)["pixel_values"]`; its `window`, if it has one, is that of
-            images of more than 8 bits.
+        most: of small ones, so many at once; None: any number.
+    """
+    held, pixels = [], 0
+    for image in images:
+        held.append(image)
+        pixels += image.width * image.height
+        if pixels >= _MAX_DECODED_PIXELS or len(held) == most:
+            yield held
+            held, pixels = [], 0
+    if held:
+        yield held
+
+
+def process_decoded(images: Iterable[PIL.Image.Image], processor: Callable[..., Any], return_tensors: str, **options: Any) -> list:
+    """What an image processor makes of images: `processor(images=[PIL, …], return_tensors=…, …)["pixel_values"]`, a few at a time."""
+    return [x for piece in pieces(images) for x in processor(images=piece, return_tensors=return_tensors, **options)["pixel_values"]]
+
+
+def process_images(values: Sequence[Any], names: Sequence[str], processor: Callable[..., Any], return_tensors: str, **options: Any) -> list:
+    """As `process_decoded`, of encoded images.
+
+    Args:
+        values, names: `decode_image`'s; its `window` is the processor's, if it has one.
 
     Raises:
         InputError: as `decode_image`.
     """
     window = getattr(processor, "window", None)
-    processed, held, pixels = [], [], 0
-    for i, (value, name) in enumerate(zip(values, names, strict=True), 1):
-        held.append(decode_image(value, name, window))
-        pixels += held[-1].width * held[-1].height
-        if pixels >= _MAX_DECODED_PIXELS or i == len(values):
-            processed.extend(processor(images=held, return_tensors=return_tensors, **options)["pixel_values"])
-            held, pixels = [], 0
-    return processed
+    images = (decode_image(value, name, window) for value, name in zip(values, names, strict=True))
+    return process_decoded(images, processor, return_tensors, **options)
 
 
 class PixelTransform:

@@ -6,6 +6,7 @@ import numpy as np
 import torch
 
 from ..data import decode_image
+from ..data.transforms import pieces
 from ..detector import AnomalyDetector
 from ..metrics import PixelMetrics
 
@@ -33,18 +34,25 @@ def evaluate_maps(model: AnomalyDetector, processor, dataset, batch_size: int) -
     usual = model.config.anomaly_map_range
     metrics, num_without, num_masks = PixelMetrics(center=usual[0] if usual else 0.0), 0, 0
     model.eval()
-    for batch in dataset.iter(batch_size=batch_size):
-        known = [i for i, mask in enumerate(batch["mask"]) if mask is not None or batch["label"][i] == 0]
-        num_without += len(batch["mask"]) - len(known)
-        if not known:
-            continue
-        images = [decode_image(batch["image"][i], f"row {batch['row'][i]}", processor.window) for i in known]
-        masks = [_mask(batch["mask"][i], image, f"mask of row {batch['row'][i]}") for i, image in zip(known, images, strict=True)]
-        num_masks += sum(batch["mask"][i] is not None for i in known)
+    masks = []  # of the images that are held
+
+    def known():
+        nonlocal num_without, num_masks
+        for row in dataset:
+            if row["mask"] is None and row["label"] != 0:
+                num_without += 1
+                continue
+            image = decode_image(row["image"], f"row {row['row']}", processor.window)
+            masks.append(_mask(row["mask"], image, f"mask of row {row['row']}"))
+            num_masks += row["mask"] is not None
+            yield image
+
+    for images in pieces(known(), batch_size):
         pixel_values = processor(images=images, return_tensors="pt")["pixel_values"].to(model.device)
         outputs = model(pixel_values, output_anomaly_maps=True)
         for result, mask in zip(processor.post_process_anomaly_detection(outputs, [mask.shape for mask in masks]), masks, strict=True):
             metrics.update(result["anomaly_map"], mask)
+        masks.clear()
     if num_masks and num_without:
         logger.warning("%d anomalous images have no mask: the pixel-level metrics leave them out", num_without)
     return metrics.compute() if num_masks else {}
