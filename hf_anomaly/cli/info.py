@@ -40,9 +40,7 @@ def describe(model, results: dict) -> dict[str, str]:
         "parameters": f"{parameters:,}, in {str(model.dtype).removeprefix('torch.')}",
         "anomaly maps": "yes" if model.supports_anomaly_maps else f"no: {model.unsupported_maps_reason}",
         "normal": config.normal_label or "unknown",
-        "trained on": f"{results['dataset']}, {results.get('num_train', '?')} images"
-        if "dataset" in results
-        else "unknown: no eval_results.json",
+        "trained on": f"{results['dataset']}, {_number_of(results)} images" if "dataset" in results else "unknown: no eval_results.json",
     }
     if getattr(config, "dissolver", None):
         facts["dissolver"] = f"{config.dissolver} {json.dumps(config.dissolver_settings or {})}"
@@ -81,3 +79,8 @@ def _results(name: str, revision: str | None) -> dict:
         _raise_exceptions_for_connection_errors=False,
     )
     return {} if path is None else read_json(Path(path))
+
+
+def _number_of(results: dict) -> str:
+    number = results.get("num_train", "?")
+    return "a stream of" if number is None else str(number)

@@ -60,6 +60,8 @@ class ReproducibleArguments(TrainingArguments):
             self.max_steps = self.default_max_steps
         if not 0 <= self.ema_decay < 1:
             raise InputError(f"--ema_decay must be in [0, 1), got {self.ema_decay}")
+        if self.gradient_checkpointing:
+            raise InputError("--gradient_checkpointing is not supported: a lower --per_device_train_batch_size takes less memory, too")
         if isinstance(self.resume_from_checkpoint, str) and self.resume_from_checkpoint.lower() in ("true", "false"):
             self.resume_from_checkpoint = self.resume_from_checkpoint.lower() == "true"
         if self.data_seed is None:  # else the images' order hangs on the global random state too

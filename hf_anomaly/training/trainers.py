@@ -162,7 +162,7 @@ class ReproducibleTrainer(Trainer):
         )
         if resume_from_checkpoint is not None and not hasattr(self.train_dataset, "__len__"):
             # Trainer takes all steps for one pass over a stream, whose length it does not know, but its `epoch` counts passes.
-            state = json.loads(Path(resume_from_checkpoint, "trainer_state.json").read_text())
+            state = read_json(Path(resume_from_checkpoint, "trainer_state.json"))
             passes = int(state["epoch"])
             batches = round((state["epoch"] - passes) * state["max_steps"] * self.args.gradient_accumulation_steps)
         return passes, batches

@@ -79,6 +79,7 @@ BAD = {  # the culprit → arguments; a function makes its file or folder
     "checkpoint-6 is not a complete checkpoint": ["--resume_from_checkpoint", unfinished_checkpoint],
     "--load_best_model_at_end and --save_strategy best would choose": ["--save_strategy", "best"],
     "--lr_scheduler_type reduce_lr_on_plateau would choose": ["--lr_scheduler_type", "reduce_lr_on_plateau", "--eval_strategy", "epoch"],
+    "--gradient_checkpointing is not supported": ["--gradient_checkpointing", "true"],
     "t_max 130 is beyond": ["--dissolver", "diffusion", "--dissolver_max_timestep", "100"],
     "--dissolver_steps": ["--dissolver", "diffusion", "--dissolver_steps", "-3"],
     "--dissolved_variants": ["--dissolved_variants", "-1"],
