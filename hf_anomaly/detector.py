@@ -104,6 +104,9 @@ class AnomalyDetectorConfig(PreTrainedConfig):
                 close = difflib.get_close_matches(name, known, n=1)
                 hint = f"did you mean {close[0]!r}?" if close else f"its fields are in the docstring of {type(self).__name__}"
                 raise InputError(f"{type(self).__name__} has no field {name!r}: {hint}")
+        attention = kwargs.get("attn_implementation")
+        if attention is not None and (not isinstance(attention, str) or "/" in attention):
+            raise InputError(f"attn_implementation {attention!r}: code of a repository is never run; take the entry out of config.json")
         if self.hf_anomaly_version is None:
             self.hf_anomaly_version = __version__
         if (backbone_config := getattr(self, "backbone_config", None)) is not None:
