@@ -71,7 +71,7 @@ def conformal_threshold(calibration_scores: torch.Tensor, false_positive_rate: f
         needed = math.ceil(round(1 / false_positive_rate, 9)) - 1
         logger.warning(
             f"A false-positive rate of {false_positive_rate:.4g} needs at least {needed} calibration images{where}, have {n}: "
-            "the threshold is infinite and nothing will be flagged."
+            f"the threshold is infinite and nothing will be flagged. Hold out more images, or ask for a rate of at least {1 / (n + 1):.3g}."
         )
     return _of_rank(calibration_scores, rank)
 

@@ -110,8 +110,18 @@ class AnomalyDetectionPipeline(Pipeline):
     def _threshold(self, threshold: float | None = None, false_positive_rate: float | None = None) -> float | None:
         if threshold is not None:
             return float(threshold)
-        if self.model.calibration.is_calibrated:
-            return self.model.calibration.threshold_at(false_positive_rate)
+        if (calibration := self.model.calibration).is_calibrated:
+            value = calibration.threshold_at(false_positive_rate)
+            if false_positive_rate is None and math.isinf(value):  # of a rate that is asked for, `threshold_at` tells
+                n, rate = calibration.scores.numel(), self.model.config.false_positive_rate
+                logger.warning(
+                    "The detector's threshold is infinite, so that nothing is flagged: %d calibration images are too few for its rate of %g. Give a "
+                    "threshold or a false_positive_rate of at least %.3g, or calibrate it with more images.",
+                    n,
+                    rate,
+                    1 / (n + 1),
+                )
+            return value
         if not self._warned:
             logger.warning(
                 "The detector is not calibrated: its scores rank images, but p_value, threshold and label are None. Call "

@@ -312,6 +312,56 @@ def test_datasets(run, refused, detector):
     assert [float(row["score"]) for row in rows] == pytest.approx(scores.tolist(), rel=1e-5)
 
 
+def test_a_parquet_file_as_pandas_writes_it(run, detector, scans):
+    """Its images are structures of bytes and path, of which nothing says that they are images."""
+    pandas = pytest.importorskip("pandas")
+    content = [{"bytes": (scans / name).read_bytes(), "path": None} for name in ("a.png", "b.png")]
+    pandas.DataFrame({"image": content, "label": [0, 1]}).to_parquet("scans.parquet")
+    status, out, err = run("predict", detector, "scans.parquet")
+    assert status == 0, err
+    scores = [float(row["score"]) for row in csv.DictReader(out.splitlines())]
+    assert scores == pytest.approx(scores_of(detector, [scans / "a.png", scans / "b.png"]).tolist(), rel=1e-5)
+
+
+def test_what_of_a_folder_is_scored(run, refused, detector, scans):
+    refused(["predict", detector, scans, "--split", "test"], "--split is of datasets")
+    (scans / "ground_truth").mkdir()
+    shutil.copy(scans / "a.png", scans / "ground_truth" / "a_mask.png")
+    assert "ground_truth" not in run("predict", detector, scans)[1]
+
+
+def test_pages_that_are_not_scored_are_told_of(run, detector, tmp_path, caplog):
+    pages = [PIL.Image.new("L", (16, 16), level) for level in (10, 200)]
+    pages[0].save("scan.tif", save_all=True, append_images=pages[1:])
+    assert run("predict", detector, "scan.tif")[0] == 0
+    assert "scan.tif has 2 pages, of which only the first is scored" in caplog.text
+
+
+def test_a_threshold_that_flags_nothing_is_told_of(run, detector, scans, caplog):
+    model = AutoModel.from_pretrained(detector)
+    model.calibration.fit(model.calibration.scores[:4], 0.05)
+    model.config.num_calibration_scores = 4
+    model.save_pretrained("few")
+    caplog.clear()
+    assert run("predict", "few", scans)[0] == 0
+    assert "4 calibration images are too few for its rate of 0.05" in caplog.text
+    assert "false_positive_rate of at least 0.2" in caplog.text
+
+
+def test_who_reads_the_table_may_stop(detector, scans):
+    command = [sys.executable, "-m", "hf_anomaly.cli", "predict", str(detector), *[str(scans / "a.png")] * 20_000]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    assert process.stdout.readline() == "image,score,p_value,label,threshold\n"
+    process.stdout.close()
+    err = process.stderr.read()
+    assert "Traceback" not in err
+    assert process.wait() == 141
+
+
+def test_names_that_cannot_be(refused, detector, scans):
+    refused(["predict", detector, scans, "--output", "x" * 300 + ".csv"], "File name too long")
+
+
 def test_a_broken_image_ends_it(refused, detector, with_broken):
     Path("scores.csv").write_text("an earlier table")
     refused(["predict", detector, *with_broken, "--output", "scores.csv"], with_broken[1], "unreadable")

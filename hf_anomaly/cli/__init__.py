@@ -56,7 +56,7 @@ def _run(name: str, argv: list[str]) -> None:
     command = import_module(f".{name}", __name__)
     try:
         arguments = command.parse(argv)  # before torch is imported: --help and a misspelt option are answered at once
-    except InputError as error:
+    except (InputError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
     import_module("..registry", __name__)

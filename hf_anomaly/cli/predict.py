@@ -3,6 +3,7 @@
 import csv
 import glob
 import json
+import logging
 import math
 import os
 import sys
@@ -16,8 +17,11 @@ from ..errors import InputError
 from ..files import files_below, replacing
 from .parsing import Parser
 
+logger = logging.getLogger(__name__)
+
 SUFFIXES = (".csv", ".jsonl")
 DATASET_FILES = (".npz", ".parquet")
+OF_DATASETS = ("split", "image_column", "dataset_config_name", "dataset_revision")  # options that say nothing of files
 
 
 def parse(argv: list[str]) -> Namespace:
@@ -72,6 +76,9 @@ def run(args: Namespace) -> None:
 
     window = parse_window(args.window)
     sources = list(_sources(args))  # before the model: a misspelt path is told at once
+    given = next((name for name in OF_DATASETS if getattr(args, name) is not None), None)
+    if given is not None and not any(isinstance(source, Rows) for source in sources):
+        raise InputError(f"--{given} is of datasets, and of folders all images are scored: leave it out, or name a folder in the folder")
     model, processor = load_detector(args.model, args.revision, args.device)
     model.require_fitted()
     processor.window = window or processor.window
@@ -135,9 +142,20 @@ class Files:
         self.paths, self.count = paths, len(paths)
 
     def __iter__(self) -> Iterator[tuple[str, Callable]]:
-        from ..data import decode_image
+        return ((path, lambda window, path=path: _read_file(path, window)) for path in self.paths)
 
-        return ((path, lambda window, path=path: decode_image({"path": path}, path, window)) for path in self.paths)
+
+def _read_file(path: str, window):
+    import PIL.Image
+
+    from ..data import decode_image
+
+    image = decode_image({"path": path}, path, window)
+    if Path(path).suffix.lower() in (".tif", ".tiff"):
+        with PIL.Image.open(path) as file:
+            if getattr(file, "n_frames", 1) > 1:
+                logger.warning("%s has %d pages, of which only the first is scored: cut it up", path, file.n_frames)
+    return image
 
 
 class Rows:
@@ -186,9 +204,10 @@ def _sources(args: Namespace) -> Iterable[Files | Rows]:
 
 def _in_folder(folder: str) -> list[str]:
     from ..data.formats import image_suffixes, is_medical
+    from ..data.sources import MASK_FOLDERS
 
     suffixes = image_suffixes()
-    paths = [str(path) for path in files_below(folder) if path.suffix.lower() in suffixes or is_medical(path)]
+    paths = [str(path) for path in files_below(folder, MASK_FOLDERS) if path.suffix.lower() in suffixes or is_medical(path)]
     if not paths:
         raise InputError(f"{folder} holds no images; check the path")
     return paths
@@ -197,6 +216,7 @@ def _in_folder(folder: str) -> list[str]:
 def _rows(source: str, args: Namespace) -> Rows:
     import datasets
 
+    from ..data.loading import image_column_of
     from ..data.sources import load_or_refuse, read_source
 
     splits = read_source(source, None, args.dataset_config_name, args.dataset_revision, streaming=True)
@@ -208,21 +228,28 @@ def _rows(source: str, args: Namespace) -> Rows:
     dataset = splits[split]
     columns = dataset.column_names or list(next(iter(dataset), {}))  # a stream of rows without a schema tells them only so
     features = dataset.features or {}
-    column = args.image_column or next((name for name, feature in features.items() if isinstance(feature, datasets.Image)), None)
-    if column is None or column not in columns:
-        what = "column of images" if column is None else f"column {column!r}"
+    column = args.image_column or (image_column_of(dataset) if features else "image")
+    if column not in columns:
+        what = f"column {column!r}" if args.image_column else "column of images"
         raise InputError(f"split {split!r} of {source!r} has no {what}; its columns: {', '.join(columns)}; give --image_column")
     if isinstance(dataset, datasets.Dataset):
         count = len(dataset)
     else:
         known = (dataset.info.splits or {}).get(split)
         count = known.num_examples if known else None
-        if column in features and not isinstance(features[column], datasets.Image) and features[column] != datasets.Value("binary"):
+        if column in features and not _may_hold_images(features[column]):
             raise InputError(f"column {column!r} of {source!r} holds no images but {features[column]}; give another --image_column")
         dataset = dataset.decode(False) if features else dataset
     images = dataset.select_columns([column])
     images = load_or_refuse(f"column {column!r} of {source!r} as images", images.cast_column, column, datasets.Image(decode=False))
     return Rows(images, source, split, column, count)
+
+
+def _may_hold_images(feature) -> bool:
+    import datasets
+
+    encoded = isinstance(feature, dict) and "bytes" in feature  # as pandas writes them
+    return encoded or isinstance(feature, datasets.Image) or feature == datasets.Value("binary")
 
 
 # Where the table goes ------------------------------------------------------------------------------------------------------------

@@ -8,6 +8,7 @@ import shutil
 import sys
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import NoReturn
@@ -49,6 +50,8 @@ PRINTED = (
 )  # fmt: skip
 
 _REMEDIES = {  # of what a disk refuses
+    errno.ENOENT: "check the name",
+    errno.ENAMETOOLONG: "choose a shorter name",
     errno.ENOSPC: "make room, or choose another disk for the output and the cache (HF_HOME)",
     **dict.fromkeys((errno.EACCES, errno.EPERM, errno.EROFS), "choose an output and a cache (HF_HOME) that can be written to"),
     **dict.fromkeys(
@@ -68,6 +71,10 @@ def run_script(main: Callable[[], None]) -> None:
     except (HubError, InputError, NotFittedError, StrictDataclassError, HfHubHTTPError) as error:
         reason = error.__cause__ if isinstance(error, StrictDataclassError) and error.__cause__ else error
         refuse(str(reason))
+    except BrokenPipeError:  # who reads the output has seen enough
+        with suppress(OSError):
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # else the interpreter complains at its end
+        sys.exit(141)  # as a shell tells it
     except (OSError, SafetensorError) as error:
         remedy = _REMEDIES.get(getattr(error, "errno", None)) or ("No space left" in str(error) and _REMEDIES[errno.ENOSPC])
         if not remedy:
