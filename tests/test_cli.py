@@ -438,8 +438,11 @@ def test_where_predict_cannot_write_or_compute(refused, detector, scans):
     Path("maps").write_text("")
     refused(["predict", detector, scans, "--output", "table.csv"], "--output table.csv", "folder")
     refused(["predict", detector, scans, "--save_maps", "maps"], "--save_maps maps", "file")
-    for command in (["predict", detector, scans], ["evaluate", detector], ["report", detector]):
+    on_digits = ("--dataset_name", "digits")
+    for command in (["predict", detector, scans], ["evaluate", detector, *on_digits], ["report", detector, *on_digits]):
         refused([*command, "--device", "foo"], "--device foo", "cpu or cuda")
+    for command in ("evaluate", "report"):
+        refused([command, detector], "--dataset_name is missing")
 
 
 def test_what_predict_does_not_find(refused, detector, scans):

@@ -506,7 +506,7 @@ def test_decode_image_errors(tmp_path):
     for value, message in [
         ({"bytes": data[: len(data) // 2], "path": "a.png"}, r"^row 3 \(a\.png\): unreadable image"),
         ({"bytes": None, "path": str(tmp_path / "cut.png")}, r"cut\.png: unreadable image"),
-        ({"bytes": None, "path": str(tmp_path / "none.png")}, r"none\.png: unreadable image \(No such file"),
+        ({"bytes": None, "path": str(tmp_path / "none.png")}, r"none\.png: unreadable image \(No such file.*restore"),
         (None, "^row 3: the image is missing"),
         (PIL.Image.new("I;16", (8, 8)), "^row 3: 16-bit"),
         (np.zeros((8, 8), np.float32), "^row 3: an array must be uint8"),
@@ -571,3 +571,9 @@ def test_load_unlabelled(tmp_path, refused):
         load_unlabelled(tmp_path / "scans.npz")
     with refused("no-such-data"):
         load_unlabelled(str(tmp_path / "no-such-data.npz"))
+
+
+def test_an_image_that_is_too_large_to_open(tmp_path):
+    PIL.Image.new("1", (14_000, 14_000)).save(tmp_path / "line-scan.png")
+    with pytest.raises(InputError, match=r"line-scan\.png: .*shrink it or cut it up"):
+        decode_image({"path": str(tmp_path / "line-scan.png")}, "")

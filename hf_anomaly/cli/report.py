@@ -28,7 +28,7 @@ def run(argv: list[str]) -> None:
     from ..data.sources import dataset_label
     from ..errors import InputError
     from ..report import write_report
-    from ..training import DataArguments, parse_arguments
+    from ..training import EvaluationDataArguments, parse_arguments
     from ..training.commands.evaluate import load_for_evaluation
     from ..training.runs import load_detector
 
@@ -47,7 +47,7 @@ def run(argv: list[str]) -> None:
         batch_size: int = field(default=64, metadata={"help": "Images scored at once."})
         device: str = field(default="cuda" if torch.cuda.is_available() else "cpu", metadata={"help": "Device to score on."})
 
-    args, data_args = parse_arguments(ReportArguments, DataArguments, description=HELP, program="hf-anomaly report", argv=argv)
+    args, data_args = parse_arguments(ReportArguments, EvaluationDataArguments, description=HELP, program="hf-anomaly report", argv=argv)
     if data_args.streaming:
         raise InputError("the page shows images out of the dataset, which --streaming does not keep: leave it out")
     about = {"data_name": dataset_label(data_args.dataset_name), "has_labels": not args.unlabelled}

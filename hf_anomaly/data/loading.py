@@ -375,7 +375,8 @@ def _normal_class(
         if normal_label is not None:
             columns = ", ".join(next(iter(splits.values())).column_names)
             raise InputError(
-                f"normal_label={normal_label!r}, but {source!r} has no labels (columns: {columns}); give label_column or drop it"
+                f"{source!r} has no labels (columns: {columns}) that would tell which images are {normal_label!r}: give label_column, or sort the images "
+                "into folders named by their class"
             )
         return "normal"
     if normal_label is None and source == "digits":

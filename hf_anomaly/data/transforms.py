@@ -34,7 +34,12 @@ def _name(value: Any, where: str) -> str:
 def _unreadable(value: Any, where: str, error: Exception) -> InputError:
     # PIL's own text for an unknown format names a memory address.
     reason = "unknown image format" if isinstance(error, PIL.UnidentifiedImageError) else getattr(error, "strerror", None) or str(error)
-    return InputError(f"{_name(value, where)}: unreadable image ({' '.join(reason.split())}); remove it or replace it by an intact one")
+    remedy = "remove it or replace it by an intact one"
+    if isinstance(error, FileNotFoundError):
+        remedy = "restore the file, or leave it out of the list that names it"
+    elif isinstance(error, PIL.Image.DecompressionBombError):
+        remedy = "it is too large: shrink it or cut it up"
+    return InputError(f"{_name(value, where)}: unreadable image ({' '.join(reason.split())}); {remedy}")
 
 
 def open_image(value: dict[str, Any] | PIL.Image.Image | np.ndarray, where: str, window: Window = None) -> PIL.Image.Image:

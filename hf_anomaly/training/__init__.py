@@ -1,6 +1,6 @@
 """Training with `transformers.Trainer`: arguments, trainers, and the whole run from a dataset to a saved detector."""
 
-from .arguments import AnomalyTrainingArguments, DataArguments, DenoisingTrainingArguments, parse_arguments
+from .arguments import AnomalyTrainingArguments, DataArguments, DenoisingTrainingArguments, EvaluationDataArguments, parse_arguments
 from .trainers import AnomalyTrainer, DenoisingTrainer, ReproducibleTrainer, check_checkpoint, check_same_run
 
 __all__ = [
@@ -9,6 +9,7 @@ __all__ = [
     "DataArguments",
     "DenoisingTrainer",
     "DenoisingTrainingArguments",
+    "EvaluationDataArguments",
     "ReproducibleTrainer",
     "check_checkpoint",
     "check_same_run",

@@ -220,6 +220,21 @@ class DataArguments:
         return None if self.dataset is None else find_recipe(self.dataset)
 
 
+@dataclass
+class EvaluationDataArguments(DataArguments):
+    """Where the images come from."""
+
+    dataset_name: str | None = field(
+        default=None,
+        metadata={"help": "A Hub id, a folder of images or of MNIST's files, a .parquet file, a MedMNIST-style .npz file, or 'digits'."},
+    )
+
+    def __post_init__(self):
+        if self.dataset_name is None and self.dataset is None:
+            raise InputError("--dataset_name is missing: name the images that the detector is to judge")
+        super().__post_init__()
+
+
 def parse_arguments(*classes: type, description: str, argv: list[str] | None = None, program: str | None = None) -> tuple:
     """Parses the command line into dataclasses, one of each class, and lets a training use all cores under `accelerate launch`.
 

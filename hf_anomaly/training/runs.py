@@ -118,6 +118,8 @@ def processor_for(splits: OneClassSplits, data: DataArguments) -> AnomalyImagePr
     """A processor for the size and channels that the data arguments give; by default the images' own, of at most 64 pixels."""
     if data.image_size is not None and data.image_size < 4:
         raise InputError(f"--image_size must be at least 4 pixels, got {data.image_size}")
+    if data.num_channels not in (None, 1, 3):
+        raise InputError(f"--num_channels must be 1 (gray) or 3 (RGB), got {data.num_channels}")
     image_size = min(splits.native_size, LARGEST_DEFAULT_SIZE) if data.image_size is None else data.image_size
     return AnomalyImageProcessor.for_images(image_size, data.num_channels or splits.num_channels, data.reading.window)
 

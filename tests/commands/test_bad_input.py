@@ -74,6 +74,8 @@ BAD = {  # the culprit → arguments; a function makes its file or folder
     "eval_split='both'": ["--eval_split", "both"],
     "num_channels": ["--backbone", resnet],
     "no-such-backbone": ["--backbone", lambda folder: folder / "no-such-backbone"],
+    "--dissolver medain: did you mean median?": ["--dissolver", "medain"],
+    "--num_channels must be 1": ["--num_channels", "2"],
     "no-such-dissolver": ["--dissolver", lambda folder: folder / "no-such-dissolver"],
     "no-such-data": ["--dataset_name", lambda folder: folder / "no-such-data"],
     "checkpoint-6 is not a complete checkpoint": ["--resume_from_checkpoint", unfinished_checkpoint],
@@ -140,4 +142,10 @@ def empty(folder):
 )
 def test_evaluating_what_is_no_detector(culprit, model, tmp_path):
     argv = [] if model is None else ["--model", model(tmp_path)]
-    refused("evaluate.py", [*argv, "--output", tmp_path / "results.json"], culprit, tmp_path / "results.json")
+    refused("evaluate.py", [*argv, "--dataset_name", "digits", "--output", tmp_path / "results.json"], culprit, tmp_path / "results.json")
+
+
+def test_evaluating_on_nothing(tmp_path):
+    refused(
+        "evaluate.py", ["--model", "any", "--output", tmp_path / "results.json"], "--dataset_name is missing", tmp_path / "results.json"
+    )

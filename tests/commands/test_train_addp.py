@@ -32,7 +32,7 @@ def test_train_addp(addp):
     assert (type(model).__name__, config.encoder, config.hidden_sizes, config.latent_size) == ("ADDPModel", "unet", [4, 6], 3)
     assert (config.noise, config.noise_level, config.noise_resolution, config.map_filter_size) == ("simplex", 0.3, 2, 3)
     assert config.num_reference_images == 114
-    status, out, err = run("evaluate.py", "--model", folder)
+    status, out, err = run("evaluate.py", "--model", folder, "--dataset_name", "digits")
     assert status == 0, err
     assert json.loads(out)["auroc"] == pytest.approx(results_of(folder)["auroc"])
 

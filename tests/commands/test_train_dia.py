@@ -67,7 +67,8 @@ def test_the_rank_correlation_is_that_of_the_detector_loaded_as_bfloat16(digits)
 
 def test_evaluate_gives_the_same_results(digits, tmp_path):
     folder, _ = digits
-    status, out, err = run("evaluate.py", "--model", folder, "--output", tmp_path / "again.json", "--batch_size", 7)
+    argv = ["--model", folder, "--dataset_name", "digits", "--output", tmp_path / "again.json", "--batch_size", 7]
+    status, out, err = run("evaluate.py", *argv)
     assert status == 0, err
     again, results = json.loads(out), results_of(folder)
     assert again == json.loads((tmp_path / "again.json").read_text())

@@ -39,7 +39,7 @@ def test_train_shared_ae(train, tmp_path):
     assert (config.alpha, config.beta, config.max_adversarial_weight, config.adversarial_margin) == (2, 0.5, 0.2, 3)
     assert (config.omega1, config.omega2, config.num_reference_images, config.ablation) == (0.25, 0.75, 114, "full")
     assert "num_reference_images" not in (folder / "README.md").read_text()
-    status, out, err = run("evaluate.py", "--model", folder)
+    status, out, err = run("evaluate.py", "--model", folder, "--dataset_name", "digits")
     assert status == 0, err
     assert json.loads(out)["auroc"] == pytest.approx(results_of(folder)["auroc"])
 

@@ -17,7 +17,7 @@ from ...data.sources import dataset_label
 from ...errors import InputError
 from ...files import read_json
 from ...visualization import overlay_anomaly_map, write_image
-from .. import DataArguments, parse_arguments
+from .. import DataArguments, EvaluationDataArguments, parse_arguments
 from ..baselines import compare_with_baselines
 from ..evaluation import evaluate_detector
 from ..runs import load_detector, load_splits, write_json
@@ -153,7 +153,7 @@ def load_for_baselines(args, data_args: DataArguments):
 def main(argv: list[str], program: str) -> None:
     """Runs the command line `argv`; `program` is what comes before it, for help and card."""
     started = time.time()
-    args, data_args = parse_arguments(EvaluationArguments, DataArguments, description=__doc__, program=program, argv=argv)
+    args, data_args = parse_arguments(EvaluationArguments, EvaluationDataArguments, description=__doc__, program=program, argv=argv)
     model, processor, splits = load_for_evaluation(args, data_args)
     if args.save_maps is not None:
         check_maps(model, args.model)

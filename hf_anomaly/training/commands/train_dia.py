@@ -1,5 +1,6 @@
 """Trains DIA (or CSI, with --dissolver none): dissolver, detector, reference, calibration, evaluation, card."""
 
+import difflib
 import logging
 import math
 import shutil
@@ -193,6 +194,11 @@ def make_dissolver(args: DissolverArguments, training_args, splits, processor) -
     if args.dissolver == "identity":
         return DISSOLVERS["identity"]()
     if args.dissolver != "diffusion":
+        close = difflib.get_close_matches(args.dissolver, [*DISSOLVERS, "none"], n=1)
+        if close and not Path(args.dissolver).exists():
+            raise InputError(
+                f"--dissolver {args.dissolver}: did you mean {close[0]}? A folder is written ./{args.dissolver}, a Hub id org/name"
+            )
         return DiffusionDissolver.from_pretrained(args.dissolver, t_min=args.t_min, t_max=args.t_max)
     t_range = {"t_min": 30 if args.t_min is None else args.t_min, "t_max": 130 if args.t_max is None else args.t_max}
     run = describe_run(splits, processor, training_args.seed, dissolver=asdict(args))
