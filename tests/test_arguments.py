@@ -1,5 +1,6 @@
 """How many CPU threads a training has, how many steps, and where its result goes."""
 
+import errno
 import logging
 import os
 import subprocess
@@ -12,7 +13,7 @@ import torch
 from hf_anomaly.errors import InputError
 from hf_anomaly.training import AnomalyTrainingArguments, parse_arguments
 from hf_anomaly.training.commands.train_dia import ContrastiveTrainingArguments, DetectorArguments
-from hf_anomaly.training.runs import default_output_dir
+from hf_anomaly.training.runs import choose_output_dir
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="of CPUs")
@@ -96,15 +97,15 @@ def test_passes_over_the_images(tmp_path, words, passes):
     assert args.passes(num_images=200) == passes
 
 
-def test_what_lies_in_the_default_folder_is_not_replaced_without_a_word(monkeypatch, tmp_path, caplog):
+def test_what_lies_in_the_folder_is_not_replaced_without_a_word(monkeypatch, tmp_path, caplog):
     monkeypatch.chdir(tmp_path)
 
     def warned(**arguments):
         caplog.clear()
         args = AnomalyTrainingArguments(report_to=[], **arguments)
         with caplog.at_level(logging.WARNING, "hf_anomaly"):
-            default_output_dir(args, "dia-images")
-        return args.output_dir, any("dia-images" in message for message in caplog.messages)
+            choose_output_dir(args, "dia-images")
+        return args.output_dir, "dia-images will be replaced" in caplog.text
 
     folder = str(Path("runs", "dia-images"))
     assert warned() == (folder, False)
@@ -113,4 +114,13 @@ def test_what_lies_in_the_default_folder_is_not_replaced_without_a_word(monkeypa
     Path(folder, "config.json").write_text("{}")
     assert warned() == (folder, True)
     assert warned(resume_from_checkpoint="true") == (folder, False)
-    assert warned(output_dir=folder) == (folder, False)  # it was asked for
+    assert warned(output_dir=folder) == (folder, True)
+
+
+def test_a_folder_that_cannot_be_written_to_is_refused_at_once(tmp_path, monkeypatch):
+    def refuse(dir):
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(dir))
+
+    monkeypatch.setattr("tempfile.TemporaryFile", refuse)  # a superuser may write anywhere
+    with pytest.raises(PermissionError):
+        choose_output_dir(AnomalyTrainingArguments(report_to=[], output_dir=str(tmp_path)), "dia-images")

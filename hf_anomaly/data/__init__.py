@@ -3,7 +3,7 @@
 from .caching import shrink_images
 from .content import content_digest, find_copies
 from .formats import Reading, read_image
-from .loading import OneClassSplits, check_images, load_one_class, load_unlabelled
+from .loading import OneClassSplits, check_images, check_pixels, load_one_class, load_unlabelled
 from .protocols import Division
 from .recipes import RECIPES, DatasetRecipe, find_recipe
 from .streaming import stream_one_class
@@ -17,6 +17,7 @@ __all__ = [
     "RECIPES",
     "Reading",
     "check_images",
+    "check_pixels",
     "collate",
     "content_digest",
     "decode_image",

@@ -20,7 +20,7 @@ from .content import content_digest, find_copies
 from .formats import Reading, Window
 from .protocols import PROTOCOLS, Division, contaminate, subset
 from .sources import NORMAL_NAMES, by_our_names, label_columns, load_or_refuse, read_source
-from .transforms import open_image
+from .transforms import decode_image, open_image
 
 if TYPE_CHECKING:
     import datasets
@@ -296,6 +296,27 @@ def check_images(dataset: datasets.Dataset, split_name: str, window: Window = No
             "%d images of split %r are TIFF files of several pages, of which only the first is read: cut them up", stacks, split_name
         )
     return headers
+
+
+def check_pixels(dataset: datasets.Dataset, split_name: str, window: Window = None) -> None:
+    """Decodes every image, and mask if there are any: a damaged one is better found before a training than after it.
+
+    Args:
+        dataset, split_name, window: as in `check_images`.
+
+    Raises:
+        InputError: an image or mask cannot be decoded; names its path, or its row.
+    """
+    from datasets.utils import tqdm
+
+    rows = dataset["row"][:] if "row" in dataset.column_names else range(len(dataset))
+    images = dataset.select_columns([name for name in ("image", "mask") if name in dataset.column_names])
+    progress = tqdm(images, total=len(dataset), desc=f"Reading {split_name}", leave=False, disable=len(dataset) <= 1000)
+    for row, values in zip(rows, progress, strict=True):
+        where = f"row {row} of split {split_name!r}"
+        decode_image(values["image"], where, window)
+        if values.get("mask") is not None:
+            decode_image(values["mask"], f"mask of {where}")
 
 
 def channels_and_sizes(headers: list[tuple[str, tuple[int, int]]]) -> dict[str, int]:

@@ -6,6 +6,7 @@ import logging
 import os
 import shutil
 import sys
+import tempfile
 import time
 from collections.abc import Callable
 from contextlib import suppress
@@ -14,12 +15,13 @@ from pathlib import Path
 from typing import NoReturn
 
 import torch
+from accelerate import PartialState
 from huggingface_hub.errors import HfHubHTTPError, StrictDataclassError
 from safetensors import SafetensorError
 from transformers import SchedulerType
 
 from ..cards import shown_command, write_card
-from ..data import OneClassSplits, load_one_class, prepare, shrink_images, stream_one_class
+from ..data import OneClassSplits, check_pixels, load_one_class, prepare, shrink_images, stream_one_class
 from ..data.sources import dataset_label, hub_dataset
 from ..detector import AnomalyDetector
 from ..errors import HubError, InputError, NotFittedError
@@ -137,19 +139,37 @@ def shrink_training_images(splits: OneClassSplits, processor: AnomalyImageProces
 
 
 def load_training_images(data: DataArguments, seed: int) -> tuple[OneClassSplits, AnomalyImageProcessor]:
-    """What a training command begins with: the splits that the data arguments name, and a processor for them."""
+    """What a training command begins with: the splits that the data arguments name, and a processor for them.
+
+    What comes after the training is decoded now, so that a damaged image does not end the run then; streams are not.
+    """
     splits = load_splits(data, seed)
     processor = processor_for(splits, data)
+    if PartialState().is_local_main_process:
+        for name, split in (("calibration", splits.calibration), (data.eval_split, splits.test)):
+            if num_images(split) is not None:
+                check_pixels(split, name, processor.window)
     return shrink_training_images(splits, processor), processor
 
 
-def default_output_dir(args, name: str) -> None:
-    """Fills in `--output_dir` where none was given: runs/<name>. Warns of what lies there, which may be of other images in a folder of the same name."""
-    if args.output_dir is None or args.output_dir == "trainer_output":
+def choose_output_dir(args, name: str) -> None:
+    """Fills in `--output_dir` where none was given: runs/<name>. Warns of what lies there, and tries whether it can be written to.
+
+    Raises:
+        OSError: it cannot.
+    """
+    is_given = args.output_dir not in (None, "trainer_output")
+    if not is_given:
         args.output_dir = os.path.join("runs", name)
-        finished = any(Path(args.output_dir, file).is_file() for file in ("config.json", "model_index.json"))
-        if finished and not args.resume_from_checkpoint and args.process_index == 0:
-            logger.warning("What an earlier run left in %s will be replaced; give --output_dir to keep both", args.output_dir)
+    folder = Path(args.output_dir)
+    if args.process_index != 0 or not folder.is_dir():
+        return
+    with tempfile.TemporaryFile(dir=folder):
+        pass
+    finished = any((folder / file).is_file() for file in ("config.json", "model_index.json"))
+    if finished and not args.resume_from_checkpoint:
+        hint = "" if is_given else "; give --output_dir to keep both"  # which may be of other images in a folder of the same name
+        logger.warning("What an earlier run left in %s will be replaced%s", folder, hint)
 
 
 def num_images(dataset) -> int | None:
@@ -314,8 +334,9 @@ def train_detector(
         trainer.calibrate()
     folder = Path(args.output_dir)
     if trainer.is_world_process_zero():  # before the evaluation, which a broken test image may end
-        for outdated in ("README.md", "eval_results.json"):
-            (folder / outdated).unlink(missing_ok=True)
+        (folder / "eval_results.json").unlink(missing_ok=True)
+        if not args.resume_from_checkpoint:  # else what a person wrote in the card stays
+            (folder / "README.md").unlink(missing_ok=True)
         shutil.rmtree(folder / "figures", ignore_errors=True)
         model.save_pretrained(folder)
         processor.save_pretrained(folder)

@@ -32,6 +32,12 @@ def truncated_file(folder):
     return folder / "data"
 
 
+def truncated_test_file(folder):
+    path = class_folders(folder / "data", {"train/good": 12, "test/good": 3, "test/hole": 3}, size=64) / "test" / "hole" / "1.png"
+    path.write_bytes(path.read_bytes()[:-2000])
+    return folder / "data"
+
+
 def sixteen_bits(folder):
     class_folders(folder / "data", {"train/good": 12})
     save(folder / "data" / "train" / "good" / "deep.png", pixels(0, 8, 8).astype(np.uint16) * 257)
@@ -56,6 +62,7 @@ BAD = {  # the culprit → arguments; a function makes its file or folder
     "row 3 of split 'train'": ["--normal_label", "healthy", "--dataset_name", lambda folder: parquet(folder, ["healthy"] * 3 + [None] * 5)],
     "torn.png: unreadable image": ["--dataset_name", broken_file],
     "good/3.png: unreadable image": ["--dataset_name", truncated_file],
+    "hole/1.png: unreadable image": ["--dataset_name", truncated_test_file],
     "normal_label='zebra'": ["--normal_label", "zebra"],
     "deep.png: 16-bit": ["--dataset_name", sixteen_bits],
     "array 'train_images', row 5: NaN": ["--dataset_name", nan_pixels],

@@ -52,6 +52,19 @@ def test_figures_of_a_run(train, tmp_path):
     assert (folder / "README.md").read_text().count("](figures/") == 3
 
 
+def test_what_a_person_wrote_stays_when_a_run_goes_on(train, tmp_path):
+    argv = ["--hidden_sizes", 4, 4, 4, "--save_steps", 2]
+    folder, _ = train(tmp_path / "run", *argv, script="train_shared_ae.py")
+    card = folder / "README.md"
+    card.write_text(card.read_text().replace("<!-- hf-anomaly: limits -->", "My words.\n\n<!-- hf-anomaly: limits -->"))
+    train(folder, *argv, "--max_steps", 6, "--resume_from_checkpoint", "true", script="train_shared_ae.py")
+    assert results_of(folder)["steps"] == 6
+    assert "My words." in card.read_text()
+    assert f"| AUROC | {results_of(folder)['auroc']:.4f}" in card.read_text()
+    train(folder, *argv, script="train_shared_ae.py")
+    assert "My words." not in card.read_text(), "another run has another card"
+
+
 def test_shared_ae_resumes_and_refuses(train, tmp_path):
     argv = ["--hidden_sizes", 4, 4, 4, "--save_steps", 2, "--save_total_limit", 2]
     whole, _ = train(tmp_path / "whole", *argv, script="train_shared_ae.py")

@@ -22,7 +22,7 @@ from .. import AnomalyTrainingArguments, DataArguments, check_checkpoint, check_
 from ..denoising import PRETRAINING_NOTES, denoising_arguments, load_pretraining, pretrain
 from ..runs import (
     check_first,
-    default_output_dir,
+    choose_output_dir,
     describe_run,
     load_training_images,
     print_results,
@@ -205,7 +205,7 @@ def main(argv: list[str], program: str) -> None:
         argv=argv,
     )
     check_checkpoint(training_args.resume_from_checkpoint)
-    default_output_dir(training_args, f"addp-{Path(data_args.dataset_name).stem}")
+    choose_output_dir(training_args, f"addp-{Path(data_args.dataset_name).stem}")
     check_first(training_args)
     splits, processor = load_training_images(data_args, training_args.seed)
     set_seed(training_args.seed)

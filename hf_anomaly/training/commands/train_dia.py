@@ -24,7 +24,7 @@ from ..denoising import denoising_arguments, train_dissolver
 from ..runs import (
     LARGEST_DEFAULT_SIZE,
     check_first,
-    default_output_dir,
+    choose_output_dir,
     describe_run,
     load_training_images,
     print_results,
@@ -240,7 +240,7 @@ def main(argv: list[str], program: str) -> None:
     if data_args.recipe is not None:
         dissolver_args.take_timesteps(*data_args.recipe.timesteps)
     method = "csi" if dissolver_args.dissolver == "none" else "dia"
-    default_output_dir(training_args, f"{method}-{Path(data_args.dataset_name).stem}")
+    choose_output_dir(training_args, f"{method}-{Path(data_args.dataset_name).stem}")
     check_first(training_args)
     splits, processor = load_training_images(data_args, training_args.seed)
     training_args.fit_image_size(processor.size["height"])

@@ -8,7 +8,7 @@ from ...data.recipes import DatasetRecipe
 from ...dissolving import dissolving_quality
 from .. import DataArguments, DenoisingTrainingArguments, parse_arguments
 from ..denoising import train_dissolver
-from ..runs import default_output_dir, describe_run, load_training_images
+from ..runs import choose_output_dir, describe_run, load_training_images
 
 MEASURED_IMAGES = 128  # held-out images on which the result is measured
 
@@ -50,7 +50,7 @@ def main(argv: list[str], program: str) -> None:
     lowest, highest = (data_args.recipe or DatasetRecipe).timesteps
     diffusion_args.t_min = lowest if diffusion_args.t_min is None else diffusion_args.t_min
     diffusion_args.t_max = highest if diffusion_args.t_max is None else diffusion_args.t_max
-    default_output_dir(training_args, f"dissolver-{Path(data_args.dataset_name).stem}")
+    choose_output_dir(training_args, f"dissolver-{Path(data_args.dataset_name).stem}")
     splits, processor = load_training_images(data_args, training_args.seed)
     dissolver = train_dissolver(
         splits.train,

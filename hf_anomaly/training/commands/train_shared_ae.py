@@ -9,7 +9,7 @@ from transformers import set_seed
 from ...detectors.shared_ae.configuration_shared_ae import SharedAEConfig
 from ...detectors.shared_ae.modeling_shared_ae import SharedAEModel
 from .. import AnomalyTrainingArguments, DataArguments, check_checkpoint, parse_arguments
-from ..runs import default_output_dir, load_training_images, print_results, train_detector
+from ..runs import choose_output_dir, load_training_images, print_results, train_detector
 
 
 @dataclass
@@ -37,7 +37,7 @@ def main(argv: list[str], program: str) -> None:
         DetectorArguments, DataArguments, AnomalyTrainingArguments, description=__doc__, program=program, argv=argv
     )
     check_checkpoint(training_args.resume_from_checkpoint)
-    default_output_dir(training_args, f"shared-ae-{Path(data_args.dataset_name).stem}")
+    choose_output_dir(training_args, f"shared-ae-{Path(data_args.dataset_name).stem}")
     splits, processor = load_training_images(data_args, training_args.seed)
     set_seed(training_args.seed)
     settings = asdict(detector_args) | {"adversarial_margin": detector_args.adversarial_margin or None, "omega2": 1 - detector_args.omega1}
