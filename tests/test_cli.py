@@ -443,6 +443,8 @@ def test_where_predict_cannot_write_or_compute(refused, detector, scans):
         refused([*command, "--device", "foo"], "--device foo", "cpu or cuda")
     for command in ("evaluate", "report"):
         refused([command, detector], "--dataset_name is missing")
+        refused([command, detector, *on_digits, "--output", "table.csv"], "--output table.csv", "folder")
+    refused(["evaluate", detector, *on_digits, "--save_maps", "maps"], "--save_maps maps", "file")
 
 
 def test_what_predict_does_not_find(refused, detector, scans):

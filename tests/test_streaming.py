@@ -173,6 +173,14 @@ def test_an_unreadable_image_is_named(refused):
         list(prepare(splits.train, AnomalyImageProcessor.for_images(8, 1)))
 
 
+@pytest.mark.parametrize("missing", [3, 40])
+def test_a_missing_image_is_told_of(refused, missing):
+    rows = ({"image": {"bytes": pgm(i), "path": None} if i != missing else None} for i in range(60))
+    stream = IterableDataset.from_generator(lambda rows=list(rows): iter(rows), features=Features({"image": Image()}))
+    with refused("no image in column 'image'"):
+        list(stream_one_class({"train": stream}, head=20).train)
+
+
 def test_files_of_their_own_are_fetched():
     """As streamed image folders of the Hub name them, but memory:// instead of hf://."""
     import fsspec

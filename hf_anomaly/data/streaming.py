@@ -194,6 +194,8 @@ def _labelled(
         split = split.filter(lambda value: class_name(value, feature) in classes, input_columns=[column])
 
     def label(row: dict[str, Any]) -> dict[str, Any]:
+        if row[image_column] is None:
+            raise InputError(f"a row of the stream has no image in column {image_column!r}; remove it")
         if column is None:
             return {"image": with_bytes(row[image_column], name), "label": 0}
         found = class_name(row[column], feature)
