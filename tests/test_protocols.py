@@ -137,7 +137,7 @@ def test_sources_that_cannot_be_pooled(tmp_path, refused):
 
 def test_evaluate_asks_for_the_seed_of_drawn_test_images(monkeypatch, capsys):
     script = Path(__file__).parents[1] / "scripts" / "evaluate.py"
-    monkeypatch.setattr(sys, "argv", [script.name, "--model", "none", "--protocol", "balanced"])
+    monkeypatch.setattr(sys, "argv", [script.name, "--model", "none", "--dataset_name", "digits", "--protocol", "balanced"])
     with pytest.raises(SystemExit) as exit:
         runpy.run_path(str(script), run_name="__main__")
     assert exit.value.code == 2

@@ -151,7 +151,7 @@ def test_what_goes_wrong_is_told_in_one_line_with_the_remedy(hub, stored):
         refused(error, lambda: CSIModel.from_pretrained(repo_id, revision=revision), repo_id, *words)
         refused(error, lambda: load_detector(repo_id, revision), repo_id, *words)
         refused(error, lambda: Dissolver.from_pretrained(repo_id, revision=revision), repo_id, *words)
-        for argv in (["info", repo_id], ["predict", repo_id, "a.png"], ["evaluate", repo_id]):
+        for argv in (["info", repo_id], ["predict", repo_id, "a.png"], ["evaluate", repo_id, "--dataset_name", "digits"]):
             refused(HubError, lambda: command(*argv, *option), repo_id, *words)
         if revision is None:
             refused(error, lambda: load_pretraining(repo_id, image_size=8, num_channels=1), repo_id, *words)

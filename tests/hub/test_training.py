@@ -155,7 +155,7 @@ def test_a_first_stage_alone_is_pushed_and_gone_on_with(hub):
     assert hub.state.files("org/denoiser", "main").keys() == PRETRAINED
     card = hub.state.files("org/denoiser", "main")["README.md"].decode()
     assert "# org/denoiser" in card
-    assert "1437 images of `digits`" in card
+    assert "1409 images of `digits`" in card
     hub.run(
         SCRIPT
         + """
