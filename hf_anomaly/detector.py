@@ -24,7 +24,7 @@ from .hub import CommitInfo, hub_errors, push_folder
 from .ops.maps import map_levels
 from .ops.sampling import Sample
 from .saving import Home, auto_map, bring_companions, delete, outdated_companions, staged, write_remote_code
-from .untrusted import check_backbone_config, check_memory, check_shard_names
+from .untrusted import check_attention, check_backbone_config, check_memory, check_shard_names
 from .version import __version__
 
 logger = logging.getLogger(__name__)
@@ -104,9 +104,7 @@ class AnomalyDetectorConfig(PreTrainedConfig):
                 close = difflib.get_close_matches(name, known, n=1)
                 hint = f"did you mean {close[0]!r}?" if close else f"its fields are in the docstring of {type(self).__name__}"
                 raise InputError(f"{type(self).__name__} has no field {name!r}: {hint}")
-        attention = kwargs.get("attn_implementation")
-        if attention is not None and (not isinstance(attention, str) or "/" in attention):
-            raise InputError(f"attn_implementation {attention!r}: code of a repository is never run; take the entry out of config.json")
+        check_attention(kwargs.get("attn_implementation"))
         if self.hf_anomaly_version is None:
             self.hf_anomaly_version = __version__
         if (backbone_config := getattr(self, "backbone_config", None)) is not None:

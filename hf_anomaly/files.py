@@ -39,6 +39,17 @@ def replacing(path: str | os.PathLike) -> Iterator[Path]:
         temporary.unlink(missing_ok=True)
 
 
+def check_output(flag: str, path: str | os.PathLike | None, *, folder: bool = False) -> None:
+    """Refuses a path to write to, if one was given, where a folder lies in place of a file, or with `folder` a file in place of a folder.
+
+    Raises:
+        InputError: names the flag.
+    """
+    if path is not None and (Path(path).is_file() if folder else Path(path).is_dir()):
+        there, wanted = ("file", "folder") if folder else ("folder", "file")
+        raise InputError(f"{flag} {path}: it is a {there}; name a {wanted}")
+
+
 def read_json(path: str | os.PathLike) -> dict:
     """The object that a JSON file holds.
 

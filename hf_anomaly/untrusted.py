@@ -54,6 +54,16 @@ def check_backbone_config(backbone_config: dict) -> None:
     check_plausible(backbone_config, "backbone_config")
 
 
+def check_attention(implementation: str | None) -> None:
+    """Refuses a config's `attn_implementation` that names a repository, whose code transformers would fetch and run.
+
+    Raises:
+        InputError: also for what is no name.
+    """
+    if implementation is not None and (not isinstance(implementation, str) or "/" in implementation):
+        raise InputError(f"attn_implementation {implementation!r}: code of a repository is never run; take the entry out of config.json")
+
+
 def check_shard_names(index: str | os.PathLike) -> None:
     """Refuses the index of a sharded checkpoint (`*.safetensors.index.json`) that names files outside its folder, or pickles.
 

@@ -14,7 +14,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from ..errors import InputError
-from ..files import files_below, replacing
+from ..files import check_output, files_below, replacing
 from .parsing import Parser
 
 logger = logging.getLogger(__name__)
@@ -54,10 +54,8 @@ def parse(argv: list[str]) -> Namespace:
     args = parser.parse(argv)
     if args.output is not None and Path(args.output).suffix not in SUFFIXES:
         raise InputError(f"--output {args.output}: the name must end in {' or '.join(SUFFIXES)}")
-    if args.output is not None and Path(args.output).is_dir():
-        raise InputError(f"--output {args.output}: it is a folder; name a file")
-    if args.save_maps is not None and Path(args.save_maps).is_file():
-        raise InputError(f"--save_maps {args.save_maps}: it is a file; name a folder")
+    check_output("--output", args.output)
+    check_output("--save_maps", args.save_maps, folder=True)
     if args.threshold is not None and args.false_positive_rate is not None:
         raise InputError("--threshold and --false_positive_rate both say what is flagged: give one of them")
     if args.batch_size < 1:
@@ -146,15 +144,14 @@ class Files:
 
 
 def _read_file(path: str, window):
-    import PIL.Image
-
     from ..data import decode_image
+    from ..data.transforms import num_pages, open_image
 
     image = decode_image({"path": path}, path, window)
     if Path(path).suffix.lower() in (".tif", ".tiff"):
-        with PIL.Image.open(path) as file:
-            if getattr(file, "n_frames", 1) > 1:
-                logger.warning("%s has %d pages, of which only the first is scored: cut it up", path, file.n_frames)
+        with open_image({"path": path}, path, window) as file:
+            if (count := num_pages(file)) > 1:
+                logger.warning("%s has %d pages, of which only the first is scored: cut it up", path, count)
     return image
 
 

@@ -21,13 +21,13 @@ def parse(argv: list[str]) -> list[str]:
 
 def run(argv: list[str]) -> None:
     from dataclasses import dataclass, field, replace
-    from pathlib import Path
 
     import torch
 
     from ..data import load_unlabelled
     from ..data.sources import dataset_label
     from ..errors import InputError
+    from ..files import check_output
     from ..report import write_report
     from ..training import EvaluationDataArguments, parse_arguments
     from ..training.commands.evaluate import load_for_evaluation
@@ -51,8 +51,7 @@ def run(argv: list[str]) -> None:
     args, data_args = parse_arguments(ReportArguments, EvaluationDataArguments, description=HELP, program="hf-anomaly report", argv=argv)
     if data_args.streaming:
         raise InputError("the page shows images out of the dataset, which --streaming does not keep: leave it out")
-    if Path(args.output).is_dir():
-        raise InputError(f"--output {args.output}: it is a folder; name a file")
+    check_output("--output", args.output)
     about = {"data_name": dataset_label(data_args.dataset_name), "has_labels": not args.unlabelled}
     if args.unlabelled:
         model, processor = load_detector(args.model, args.revision, args.device)

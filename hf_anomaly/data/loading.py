@@ -7,8 +7,7 @@ import logging
 import math
 import os
 from collections import Counter
-from collections.abc import Iterable, Mapping
-from contextlib import suppress
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
@@ -20,7 +19,7 @@ from .content import content_digest, find_copies
 from .formats import Reading, Window
 from .protocols import PROTOCOLS, Division, contaminate, subset
 from .sources import NORMAL_NAMES, by_our_names, label_columns, load_or_refuse, read_source
-from .transforms import decode_image, open_image
+from .transforms import decode_image, num_pages, open_image
 
 if TYPE_CHECKING:
     import datasets
@@ -280,17 +279,11 @@ def check_images(dataset: datasets.Dataset, split_name: str, window: Window = No
     Raises:
         InputError: an image is missing, unreadable, or has more than 8 bits a channel and no window; names its path, or its row.
     """
-    from datasets.utils import tqdm  # datasets.disable_progress_bars() silences it
-
-    rows = dataset["row"][:] if "row" in dataset.column_names else range(len(dataset))
     headers, stacks = [], 0
-    values = (value for batch in dataset.select_columns("image").iter(batch_size=256) for value in batch["image"])
-    progress = tqdm(values, total=len(dataset), desc=f"Checking {split_name}", leave=False, disable=len(dataset) <= 1000)
-    for row, value in zip(rows, progress, strict=True):
-        with open_image(value, f"row {row} of split {split_name!r}", window) as image:
+    for where, value in _named_rows(dataset, split_name, ["image"], "Checking"):
+        with open_image(value["image"], where, window) as image:
             headers.append((image.mode, (image.height, image.width)))
-            with suppress(Exception):  # what is broken is named when it is decoded
-                stacks += image.format == "TIFF" and image.n_frames > 1
+            stacks += num_pages(image) > 1
     if stacks:
         logger.warning(
             "%d images of split %r are TIFF files of several pages, of which only the first is read: cut them up", stacks, split_name
@@ -307,16 +300,23 @@ def check_pixels(dataset: datasets.Dataset, split_name: str, window: Window = No
     Raises:
         InputError: an image or mask cannot be decoded; names its path, or its row.
     """
-    from datasets.utils import tqdm
+    columns = [name for name in ("image", "mask") if name in dataset.column_names]
+    for where, value in _named_rows(dataset, split_name, columns, "Reading"):
+        decode_image(value["image"], where, window)
+        if value.get("mask") is not None:
+            decode_image(value["mask"], f"mask of {where}")
+
+
+def _named_rows(dataset: datasets.Dataset, split_name: str, columns: list[str], what: str) -> Iterator[tuple[str, dict[str, Any]]]:
+    """What an error calls a row, and its columns; with a bar of what is done if there are many."""
+    from datasets.utils import tqdm  # datasets.disable_progress_bars() silences it
 
     rows = dataset["row"][:] if "row" in dataset.column_names else range(len(dataset))
-    images = dataset.select_columns([name for name in ("image", "mask") if name in dataset.column_names])
-    progress = tqdm(images, total=len(dataset), desc=f"Reading {split_name}", leave=False, disable=len(dataset) <= 1000)
-    for row, values in zip(rows, progress, strict=True):
-        where = f"row {row} of split {split_name!r}"
-        decode_image(values["image"], where, window)
-        if values.get("mask") is not None:
-            decode_image(values["mask"], f"mask of {where}")
+    batches = dataset.select_columns(columns).iter(batch_size=256)
+    values = (dict(zip(columns, value, strict=True)) for batch in batches for value in zip(*(batch[name] for name in columns), strict=True))
+    progress = tqdm(values, total=len(dataset), desc=f"{what} {split_name}", leave=False, disable=len(dataset) <= 1000)
+    for row, value in zip(rows, progress, strict=True):
+        yield f"row {row} of split {split_name!r}", value
 
 
 def channels_and_sizes(headers: list[tuple[str, tuple[int, int]]]) -> dict[str, int]:

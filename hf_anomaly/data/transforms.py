@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -70,6 +71,14 @@ def open_image(value: dict[str, Any] | PIL.Image.Image | np.ndarray, where: str,
         raise InputError(f"{where}: the image is missing; remove the row")
     check_depth(image, _name(value, where), window)
     return image
+
+
+def num_pages(image: PIL.Image.Image) -> int:
+    """Of an opened TIFF file; 1 of any other image, and where what follows the first page is broken."""
+    with suppress(Exception):  # as in open_image
+        if image.format == "TIFF":
+            return image.n_frames
+    return 1
 
 
 def upright(image: PIL.Image.Image) -> PIL.Image.Image:

@@ -15,7 +15,7 @@ from torch.utils.data import DataLoader
 from ...data import collate, decode_image
 from ...data.sources import dataset_label
 from ...errors import InputError
-from ...files import read_json
+from ...files import check_output, read_json
 from ...visualization import overlay_anomaly_map, write_image
 from .. import DataArguments, EvaluationDataArguments, parse_arguments
 from ..baselines import compare_with_baselines
@@ -154,10 +154,8 @@ def main(argv: list[str], program: str) -> None:
     """Runs the command line `argv`; `program` is what comes before it, for help and card."""
     started = time.time()
     args, data_args = parse_arguments(EvaluationArguments, EvaluationDataArguments, description=__doc__, program=program, argv=argv)
-    if args.output is not None and Path(args.output).is_dir():
-        raise InputError(f"--output {args.output}: it is a folder; name a file")
-    if args.save_maps is not None and Path(args.save_maps).is_file():
-        raise InputError(f"--save_maps {args.save_maps}: it is a file; name a folder")
+    check_output("--output", args.output)
+    check_output("--save_maps", args.save_maps, folder=True)
     model, processor, splits = load_for_evaluation(args, data_args)
     if args.save_maps is not None:
         check_maps(model, args.model)

@@ -161,8 +161,8 @@ def first_stage(model: ADDPForPreTraining, args: PretrainingArguments, data_args
             run["pretraining"][name] = dataset_label(run["pretraining"][name])
     images = splits.train
     if args.pretrain_dataset_name is not None:
-        images = without_held_out(load_unlabelled(args.pretrain_dataset_name, reading=data_args.reading), splits)
         with local_main_process_first():
+            images = without_held_out(load_unlabelled(args.pretrain_dataset_name, reading=data_args.reading), splits)
             images = shrink_images(images, processor)
         run["pretraining"]["images"] = content_digest(images)
     if training_args.resume_from_checkpoint and folder.is_dir():

@@ -269,17 +269,16 @@ def main(argv: list[str], program: str) -> None:
         shutil.rmtree(folder, ignore_errors=True)  # an earlier run's may be of another kind
         if dissolver is not None:
             dissolver.save_pretrained(folder)
-    dissolving = None
+    dissolving, variants = None, 0 if data_args.streaming else dissolver_args.dissolved_variants  # of a stream there is nothing to keep
     if dissolver is not None:
-        dissolving = {"fingerprint": dissolver.fingerprint(), "variants": 0}
+        dissolving = {"fingerprint": dissolver.fingerprint(), "variants": variants}
         dissolver.to(training_args.device)
         model.config.dissolver, model.config.dissolver_settings = dissolver.kind, dissolver.settings()
         model.dissolver = dissolver
-        if dissolver_args.dissolved_variants > 0 and not data_args.streaming:  # of a stream there is nothing to keep
-            num_variants = min(dissolver_args.dissolved_variants, math.ceil(training_args.passes(len(splits.train))))
+        if variants > 0:
+            num_variants = min(variants, math.ceil(training_args.passes(len(splits.train))))
             with local_main_process_first():
                 train_dataset = dissolve_dataset(splits.train, dissolver, processor, num_variants=num_variants, seed=training_args.seed)
-            dissolving["variants"] = dissolver_args.dissolved_variants
     results = train_detector(
         model,
         processor,
