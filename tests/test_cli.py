@@ -337,6 +337,14 @@ def test_pages_that_are_not_scored_are_told_of(run, detector, tmp_path, caplog):
     assert "scan.tif has 2 pages, of which only the first is scored" in caplog.text
 
 
+def test_broken_later_pages_do_not_end_it(run, detector, tmp_path):
+    pages = [PIL.Image.new("L", (16, 16), level) for level in (10, 100, 200)]
+    pages[0].save("scan.tif", save_all=True, append_images=pages[1:])
+    Path("scan.tif").write_bytes(Path("scan.tif").read_bytes()[:-450])  # in the directory of the second page
+    status, _, err = run("predict", detector, "scan.tif")
+    assert status == 0, err
+
+
 def test_a_threshold_that_flags_nothing_is_told_of(run, detector, scans, caplog):
     model = AutoModel.from_pretrained(detector)
     model.calibration.fit(model.calibration.scores[:4], 0.05)
