@@ -48,7 +48,9 @@ class ReproducibleArguments(TrainingArguments):
 
     cpu_threads: int | None = field(
         default=None,
-        metadata={"help": "CPU threads of a process. Default: all cores under `accelerate launch` without a GPU, else those torch takes."},
+        metadata={
+            "help": "CPU threads of a process. Default: under `accelerate launch` without a GPU all cores that the process may use, else torch's."
+        },
     )
 
     default_max_steps = 400
@@ -271,6 +273,8 @@ def _use_idle_cores(args: ReproducibleArguments) -> None:
     """`accelerate launch` gives a process one CPU thread unless told otherwise: on a laptop, one of its cores."""
     launched = "ACCELERATE_MIXED_PRECISION" in os.environ  # set by `accelerate launch`, and by nothing else
     if args.cpu_threads is None and launched and args.device.type == "cpu" and args.world_size == 1 and torch.get_num_threads() == 1:
-        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+        import joblib
+
+        cores = joblib.cpu_count()  # of those that affinity and a container's quota leave to this process
         logger.info("Training in %d CPU threads; --cpu_threads says otherwise", cores)
         torch.set_num_threads(cores)
