@@ -125,6 +125,12 @@ class AnomalyDetectorConfig(PreTrainedConfig):
         now = self.values_of(name for name in record or {} if name in self.__dataclass_fields__)
         return ", ".join(f"{name} was {record[name]!r}, now {value!r}" for name, value in now.items() if value != record[name])
 
+    @property
+    def reference_changes(self) -> str:
+        """As `changed_since` the reference was made."""
+        recorded = {name: value for name, value in (self.calibrated_for or {}).items() if name in self.reference_fields}
+        return self.changed_since(recorded | (self.fitted_for or {}))
+
     def check(self) -> None:
         """Refuses values out of range. Called at the end of the constructor; subclasses extend it."""
         if not 1 <= self.image_size <= _LARGEST_IMAGE:
@@ -136,6 +142,18 @@ class AnomalyDetectorConfig(PreTrainedConfig):
         rate = self.false_positive_rate
         if self.num_calibration_scores > 0 if rate is None else not 0 < rate < 1:
             raise InputError(f"false_positive_rate must lie strictly between 0 and 1, got {rate}")
+
+    @classmethod
+    def from_dict(cls, config_dict, **kwargs):
+        """As `PreTrainedConfig.from_dict`, but keywords that are fields go through the checks, too: transformers sets them afterwards."""
+        given = {
+            name: kwargs.pop(name) for name in cls.__dataclass_fields__.keys() - PreTrainedConfig.__dataclass_fields__ if name in kwargs
+        }
+        for name, value in given.items():
+            before = config_dict.get(name)  # of a configuration in the configuration some fields may be given
+            if isinstance(before, dict) and isinstance(value, dict) and value.get("model_type") in (None, before.get("model_type")):
+                given[name] = {**before, **value}
+        return super().from_dict({**config_dict, **given}, **kwargs)
 
     @classmethod
     def register_for_auto_class(cls, auto_class="AutoConfig"):
@@ -445,9 +463,18 @@ class AnomalyDetector(PreTrainedModel):
         if (index := find(f"model.safetensors.index{variant}.json")) is not None:
             check_shard_names(index)
         kwargs["use_safetensors"] = True
+        other_sizes_pass = kwargs.pop("ignore_mismatched_sizes", False)
         try:
             with hub_errors(str(name), reading=True):
+                kwargs["ignore_mismatched_sizes"] = True  # of a reference that will be dropped; others are refused below
                 model, info = super().from_pretrained(name, *model_args, output_loading_info=True, **kwargs)
+            misfits = {
+                f"{key} has {tuple(saved)}, not {tuple(expected)}"
+                for key, saved, expected in info["mismatched_keys"]
+                if not (key.startswith("reference.") and model.config.reference_changes)
+            }
+            if misfits and not other_sizes_pass:
+                raise RuntimeError("; ".join(sorted(misfits)))
         except (SafetensorError, RuntimeError) as error:
             reason = " ".join(str(error).split())
             raise InputError(
@@ -622,9 +649,7 @@ class AnomalyDetector(PreTrainedModel):
     def _drop_what_does_not_hold(self, name: str) -> None:
         """Of a detector just loaded, with a configuration that need not be the one that it was saved with."""
         config = self.config
-        made = config.values_of(config.reference_fields)
-        recorded = {field: value for field, value in (config.calibrated_for or {}).items() if field in made} | (config.fitted_for or {})
-        if changes := config.changed_since(recorded):
+        if changes := config.reference_changes:
             logger.warning("%s was fitted for other features (%s): its reference is dropped; fit and calibrate it again", name, changes)
             self.reset_reference()
         elif changes := config.changed_since(config.calibrated_for):

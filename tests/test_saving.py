@@ -112,7 +112,13 @@ def test_a_config_edited_by_hand_has_no_calibration(folder, caplog):
 
 
 @pytest.mark.parametrize("calibrated", [True, False])
-@pytest.mark.parametrize("changes", [{"image_size": 12}, {"shift": "perm"}, {"score_features": "penultimate"}])
+@pytest.mark.parametrize(
+    "changes",
+    [
+        *({"image_size": 12}, {"shift": "perm"}, {"score_features": "penultimate"}, {"score_features": "both"}, {"score_whitening": False}),
+        *({"test_views": "crops"}, {"num_test_views": 4}, {"test_crop_scale": [0.5, 0.9]}, {"flip_probability": 0.1}),
+    ],
+)
 def test_other_features_have_no_reference(tmp_path, caplog, calibrated, changes):
     config = CSIConfig(
         image_size=8, projection_size=8, score_features="projection", backbone_config=SmallResNetConfig(hidden_sizes=[8], depths=[1])
@@ -124,12 +130,29 @@ def test_other_features_have_no_reference(tmp_path, caplog, calibrated, changes)
     loaded = AutoModel.from_pretrained(tmp_path, **changes)
     ((name, value),) = changes.items()
     assert f"{name} was {getattr(config, name)!r}, now {value!r}): its reference is dropped" in caplog.text
-    assert len(caplog.records) == 1
+    assert len([record for record in caplog.records if record.name.startswith("hf_anomaly")]) == 1
     assert not loaded.is_fitted
     assert not loaded.calibration.is_calibrated
     assert (loaded.config.fitted_for, loaded.config.calibrated_for) == (None, None)
     size = loaded.config.image_size
     assert loaded.fit_reference([torch.rand(6, 1, size, size)], progress=False).config.fitted_for[name] == value
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"score_cosine": False}, ("score_cosine", "all off")),
+        ({"score_norm": True}, ("score_norm", "score_whitening")),
+        ({"max_bank_size": 3}, ("max_bank_size (3)", "got 6")),
+        ({"backbone_config": {"hidden_sizes": [16]}}, ("do not fit config.json", "backbone", "(16,")),
+    ],
+)
+def test_what_is_given_at_loading_is_checked(tmp_path, refused, changes, words):
+    model = CSIModel(CSIConfig(image_size=8, backbone_config=SmallResNetConfig(hidden_sizes=[8], depths=[1])))
+    model.fit_reference([images(6)], progress=False).save_pretrained(tmp_path)
+    with refused(*words):
+        AutoModel.from_pretrained(tmp_path, **changes)
+    assert AutoModel.from_pretrained(tmp_path, test_crop_scale=0.9).config.test_crop_scale == [0.9, 0.9]
 
 
 def test_without_the_record_a_detector_loads_as_it_did(folder, caplog):

@@ -272,3 +272,10 @@ def test_the_map_peaks_where_a_square_was_planted():
     rows, columns = smooth.flatten(1).argmax(1) // (size - 2), smooth.flatten(1).argmax(1) % (size - 2)
     assert ((rows - corners).abs() <= 1).all()
     assert ((columns - 9).abs() <= 1).all()
+
+
+def test_weights_of_scores_given_at_loading_add_up(tmp_path, refused):
+    detector().fit_reference([pixels()], progress=False).save_pretrained(tmp_path)
+    with refused("omega1", "add up to 1"):
+        SharedAEModel.from_pretrained(tmp_path, omega1=0.9)
+    assert SharedAEModel.from_pretrained(tmp_path, omega1=0.9, omega2=0.1).config.omega1 == 0.9

@@ -56,7 +56,10 @@ class CSIConfig(AnomalyDetectorConfig):
     """
 
     model_type = "csi_anomaly"
-    reference_fields = ("image_size", "shift", "score_features", "score_whitening")
+    reference_fields = (
+        *("image_size", "shift", "score_features", "score_whitening", "test_views", "num_test_views", "test_crop_scale"),
+        *("color_jitter", "jitter_probability", "gray_probability", "flip_probability"),  # which the test-time views have, too
+    )
     score_fields = (*reference_fields, "score_cosine", "score_norm", "score_shift_logit")
     recorded_fields = (*AnomalyDetectorConfig.recorded_fields, "bank_size")
     fields_before = {"score_features": "projection", "score_whitening": False}  # what fields mean that a file of an earlier version lacks
