@@ -193,6 +193,8 @@ def test_evaluate_metric_keeps_double_precision(tmp_path):
     assert metric.compute(predictions=[1.0, np.nextafter(1.0, 2.0)], references=[0, 1])["auroc"] == 1.0
     with pytest.raises(InputError, match=r"^scores: row 1 .*nan"):
         metric.compute(predictions=[0.5, float("nan")], references=[0, 1])
+    with pytest.raises(InputError, match=r"^labels: row 1 .*0\.7"):  # not cut down to 0
+        metric.compute(predictions=[0.1, 0.2, 0.3], references=[0, 0.7, 1])
 
 
 def run_python(program, **environment):

@@ -225,6 +225,7 @@ def test_one_class_has_no_values(value):
         (np.zeros((2, 4, 4)), np.zeros((1, 4, 4)), ["maps", "2 of", "1 of"]),
         (np.zeros((2, 3, 4, 4)), np.zeros((2, 4, 4)), ["maps", "(2, 3, 4, 4)"]),
         (np.zeros((2, 4, 4)), np.full((2, 4, 4), "a"), ["masks", "<U1"]),
+        (np.zeros((2, 1, 1)), np.array([[[1.0]], [[np.nan]]]), ["masks", "image 1", "NaN"]),
     ],
 )
 def test_what_cannot_be_added(maps, masks, words, refused):

@@ -23,8 +23,8 @@ class ImageAnomalyMetrics(evaluate.Metric):
             "and balanced accuracy at a threshold.",
             citation="",
             inputs_description="predictions: anomaly scores, higher = more anomalous. references: labels, 0 = normal, 1 = anomalous.",
-            # float64: float32 would tie scores that differ.
-            features=datasets.Features({"predictions": datasets.Value("float64"), "references": datasets.Value("int32")}),
+            # float64: float32 would tie scores that differ, and integers would round labels that are none.
+            features=datasets.Features({"predictions": datasets.Value("float64"), "references": datasets.Value("float64")}),
             reference_urls=["https://scikit-learn.org/stable/modules/model_evaluation.html"],
         )
 

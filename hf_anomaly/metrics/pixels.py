@@ -50,7 +50,7 @@ class PixelMetrics:
             masks: the same, 0 = normal, above 0 = anomalous. Other batches may have another size.
 
         Raises:
-            InputError: other shapes, or a map with a value that is not finite; nothing is added then.
+            InputError: other shapes, a map with a value that is not finite, or a mask with NaN; nothing is added then.
         """
         maps, masks = _images("maps", maps), _images("masks", masks)
         if maps.shape != masks.shape:
@@ -63,6 +63,8 @@ class PixelMetrics:
             raise InputError(
                 f"maps: image {np.argmin(finite)} of the batch (counted from 0) holds NaN or infinite values; look at its model"
             )
+        if (unknown := np.isnan(masks).any(axis=(1, 2))).any():
+            raise InputError(f"masks: image {np.argmax(unknown)} of the batch (counted from 0) holds NaN; 0 is normal, above 0 anomalous")
         masks = masks > 0
         bins = self._bins(maps)
         np.add.at(self._pixels, bins.ravel(), 1)
