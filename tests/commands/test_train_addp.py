@@ -37,6 +37,13 @@ def test_train_addp(addp):
     assert json.loads(out)["auroc"] == pytest.approx(results_of(folder)["auroc"])
 
 
+def test_zero_is_a_value(train, tmp_path):
+    train(tmp_path / "run", *ADDP, "--noise_level", 0, "--max_steps", 1, script="train_addp.py")
+    assert AutoModel.from_pretrained(tmp_path / "run").config.noise_level == 0
+    _, err = train(tmp_path / "other", *ADDP, "--latent_size", 0, script="train_addp.py", status=2)
+    assert "latent_size" in err.splitlines()[-1]
+
+
 def test_the_first_stage_of_addp_stands_alone(addp, train, tmp_path):
     folder = addp[0] / "pretrained"
     assert {path.name for path in folder.iterdir()} == {

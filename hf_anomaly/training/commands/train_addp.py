@@ -102,7 +102,7 @@ class DetectorArguments:
 
 def given(args) -> dict:
     """The flags that were given; the others have the configuration's defaults."""
-    return {name: value for name, value in asdict(args).items() if value not in (None, False)}
+    return {name: value for name, value in asdict(args).items() if value is not None and value is not False}
 
 
 def make_model(pretraining_args, architecture_args, detector_args, processor: AnomalyImageProcessor) -> ADDPForPreTraining:
