@@ -64,12 +64,11 @@ def dissolve_dataset(
         pixel_values = pixel_values.to(dissolver.device)
         if pixel_values.shape[1] not in (1, 3):
             raise InputError(f"the processor gives {pixel_values.shape[1]} channels: dissolved images are stored with 1 (gray) or 3 (RGB)")
-        variants = [
-            dissolver(pixel_values, None if timesteps is None else timesteps[indices, variant].to(dissolver.device))
-            for variant in range(num_variants)
-        ]
-        levels = torch.stack(variants, dim=1).float().add(1).mul(127.5).round().to(torch.uint8)  # (B, V, C, H, W)
-        return {"dissolved_images": [[encode_levels(array) for array in row] for row in levels.cpu().numpy()]}
+        levels = torch.empty(len(indices), num_variants, *pixel_values.shape[1:], dtype=torch.uint8)
+        for variant in range(num_variants):
+            dissolved = dissolver(pixel_values, None if timesteps is None else timesteps[indices, variant].to(dissolver.device))
+            levels[:, variant] = dissolved.float().add(1).mul(127.5).round()
+        return {"dissolved_images": [[encode_levels(array) for array in row] for row in levels.numpy()]}
 
     key = {
         "dissolver": dissolver.fingerprint(),

@@ -3,6 +3,8 @@
 import torch
 import torch.nn.functional as F
 
+_WINDOW_PIXELS = 2**24  # of all windows that are held at once, of at least one image's
+
 
 def resize_maps(maps: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
     """Stretches maps to another height and width, as the image processor stretched the image.
@@ -35,5 +37,7 @@ def median_filter(maps: torch.Tensor, size: int) -> torch.Tensor:
     """
     if size == 1:
         return maps
-    windows = F.unfold(F.pad(maps, (size // 2,) * 4, mode="replicate"), size)  # (B, size², H·W)
-    return windows.median(dim=1).values.view_as(maps)
+    padded = F.pad(maps, (size // 2,) * 4, mode="replicate")
+    images = max(1, _WINDOW_PIXELS // (size**2 * maps.shape[-2:].numel()))  # at once
+    windows = (F.unfold(part, size) for part in padded.split(images))  # (b, size², H·W)
+    return torch.cat([part.median(dim=1).values for part in windows]).view_as(maps)

@@ -4,11 +4,14 @@ import numpy as np
 import pytest
 import torch
 
+from hf_anomaly.ops import maps as maps_module
 from hf_anomaly.ops.maps import median_filter
 
 
+@pytest.mark.parametrize("at_once", [1, 2**24])
 @pytest.mark.parametrize("size", [1, 3, 5])
-def test_median_filter(size):
+def test_median_filter(size, at_once, monkeypatch):
+    monkeypatch.setattr(maps_module, "_WINDOW_PIXELS", at_once)
     maps = torch.rand(2, 1, 6, 9, generator=torch.Generator().manual_seed(0))
     filtered = median_filter(maps, size).numpy()
     reach = size // 2
