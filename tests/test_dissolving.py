@@ -148,6 +148,15 @@ def test_range_and_dtype(diffusion):
     assert diffusion(extreme.bfloat16()).dtype == torch.bfloat16
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_is_resized(dtype):
+    x = smooth_images(2, 48)
+    dissolver = ResizeDissolver(8)
+    dissolved = dissolver(x.to(dtype))
+    assert dissolved.dtype == dtype
+    torch.testing.assert_close(dissolved.float(), dissolver(x), atol=0.02, rtol=0)
+
+
 def test_network_in_training_is_left_alone():
     unet = tiny_unet()
     dissolver = DiffusionDissolver(unet, build_scheduler())

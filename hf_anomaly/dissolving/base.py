@@ -211,7 +211,10 @@ def working_size(height: int, width: int, resolution: int | None) -> tuple[int, 
 
 
 def resize(x: Tensor, size: tuple[int, int]) -> Tensor:
-    return x if tuple(x.shape[-2:]) == size else F.interpolate(x, size, mode="bilinear", antialias=True, align_corners=False)
+    if tuple(x.shape[-2:]) == size:
+        return x
+    wide = x.to(torch.promote_types(x.dtype, torch.float32))  # CPUs do not interpolate half precision
+    return F.interpolate(wide, size, mode="bilinear", antialias=True, align_corners=False).to(x.dtype)
 
 
 def check_pixel_values(pixel_values: Tensor) -> None:
