@@ -184,6 +184,25 @@ def test_the_model_ends_with_the_average_of_the_weights(make, decay):
     assert moved == (decay > 0)
 
 
+def test_an_interrupted_training_leaves_no_average(make):
+    class Interrupt(TrainerCallback):
+        def on_step_end(self, args, state, control, **kwargs):
+            if state.global_step == 3:
+                raise KeyboardInterrupt
+
+    clean = make(max_steps=5)
+    clean.train()
+    trainer = make(max_steps=5, callbacks=[Interrupt()])
+    initial = weights(trainer)
+    with pytest.raises(KeyboardInterrupt):
+        trainer.train()
+    trainer.remove_callback(Interrupt)
+    trainer.model.load_state_dict(initial)
+    trainer.optimizer = trainer.lr_scheduler = None
+    trainer.train()
+    assert_same(weights(trainer), weights(clean))
+
+
 def test_named_losses_are_logged(make):
     trainer = make(max_steps=4, logging_steps=2)
     trainer.train()

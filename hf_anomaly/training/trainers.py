@@ -191,6 +191,7 @@ class ReproducibleTrainer(Trainer):
             check_same_run(read_json(description), self.run, resume_from_checkpoint)
         self._micro_step = (-1, 0)
         self._loss_sums, self._loss_counts = {}, Counter()
+        self._average = None  # of a training that was interrupted
         shutil.rmtree(Path(self.args.output_dir, _STAGING), ignore_errors=True)
         if hasattr(self.train_dataset, "__len__") and self.args.dataloader_drop_last:
             batch = self.args.train_batch_size * self.args.world_size

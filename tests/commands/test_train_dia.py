@@ -174,6 +174,7 @@ def test_a_pretrained_backbone_is_where_training_starts(train, tmp_path, backbon
         (["--data_seed", 5], "optimization.data_seed was 42"),
         (["--gradient_accumulation_steps", 2], "optimization.gradient_accumulation_steps was 1"),
         (["--adam_beta1", 0.5], "optimization.adam_beta1 was 0.9"),
+        (["--dataloader_drop_last", "false"], "optimization.dataloader_drop_last was True"),
         (["--dissolved_variants", 3], "dissolving.variants was"),
         (["--temperature", 0.1], "config.temperature was 0.5"),
         (["--dissolver", "none"], "config.dissolver was 'gaussian'"),
