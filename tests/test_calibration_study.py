@@ -138,6 +138,9 @@ def test_from_the_command_line(tmp_path):
         "not run         calibration/smoke-fashion_mnist-csi-seed0.json",
         "finished        calibration/smoke-fashion_mnist-shared_ae-seed0.json",
     ]
+    scores.write_text(json.dumps({**record, "settings": {**record["settings"], "held_out": 0.3}}))
+    assert "not run         calibration/smoke-fashion_mnist-shared_ae-seed0.json" in study("--methods", "shared_ae", "--dry_run")[1]
+    scores.write_text(json.dumps(record))
     status, out, err = study("--methods", "csi", "shared_ae", "--shard", "2/2")  # the other shard's detector has not been trained
     assert status == 0, err
     assert "SharedAE" in out

@@ -572,3 +572,16 @@ def test_two_processes(data_dir, tmp_path):
     assert [path.parent.name for path in cells] == ["contrast", "dia", "dissolver"]
     assert [json.loads(path.read_text())["processes"] for path in cells] == [2, 2, 2]
     assert not (tmp_path / "work").exists()
+
+
+def test_a_result_hangs_on_the_detectors_configuration(tmp_path):
+    """Tables are of the papers' methods, whatever the defaults become: what the paper prints is fixed, and what is not fixed is another result."""
+    selection = Selection(tmp_path, ("pneumonia_mnist",), ("dia",), (0,), "laptop")
+    (cell,) = [cell for cell in selection.cells(find_table("dia/1")) if cell.method == "dia"]
+    settings = METHODS["dia"].settings(cell)["detector"]
+    assert (settings["score_features"], settings["score_whitening"], settings["test_crop_scale"]) == ("projection", False, [0.54, 0.54])
+    assert settings["num_test_views"] == 10
+    full, one = (METHODS[name].settings(cell)["detector"] for name in ("shared_ae", "shared_ae_one"))
+    assert (full["ablation"], one["ablation"]) == ("full", "one")
+    assert METHODS["addp_random"].settings(cell)["detector"]["noise_level"] == 0.4
+    json.dumps([METHODS[name].settings(cell) for name in ("dia", "shared_ae", "addp_random", "csi")])

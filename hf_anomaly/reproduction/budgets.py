@@ -1,16 +1,20 @@
 """How much is spent on a table's cells, and what the cells of one division of a dataset share."""
 
+import json
 from abc import ABC, abstractmethod
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 
 import numpy as np
+from transformers import PreTrainedConfig
 
 from ..data import OneClassSplits
+from ..detector import AnomalyDetectorConfig
 from ..image_processing import AnomalyImageProcessor
 from ..training import AnomalyTrainingArguments
 from ..training.baselines import pixel_matrix
+from ..training.runs import settings_of
 
 SCORES_FILE = "scores.npz"  # of the test images, in the folder that a method works in
 
@@ -73,6 +77,12 @@ class Training:
         if self.max_steps is not None:
             args.max_steps = min(args.max_steps, self.max_steps)
         return args
+
+
+def detector_settings(config: AnomalyDetectorConfig) -> dict:
+    """What a configuration says of its detector, as JSON holds it, but for the images' shape and the encoder; for `Method.settings`."""
+    apart = {*PreTrainedConfig.__dataclass_fields__, "image_size", "num_channels", "backbone_config"}
+    return json.loads(json.dumps({name: value for name, value in settings_of(config).items() if name not in apart}))
 
 
 @dataclass(frozen=True)

@@ -25,7 +25,7 @@ from ..cards.card import shown_command
 from ..data import OneClassSplits, collate, load_one_class, prepare
 from ..data.recipes import RECIPES
 from ..data.sources import dataset_label
-from ..detector import AnomalyDetector
+from ..detector import AnomalyDetector, AnomalyDetectorConfig
 from ..detectors.addp.configuration_addp import ADDPConfig
 from ..detectors.addp.modeling_addp import ADDPForPreTraining
 from ..detectors.csi.configuration_csi import CSIConfig
@@ -41,7 +41,7 @@ from ..image_processing import AnomalyImageProcessor
 from ..training import AnomalyTrainingArguments
 from ..training.denoising import denoising_arguments, pretrain
 from ..training.runs import train_detector, write_json
-from .budgets import Training
+from .budgets import Training, detector_settings
 from .running import ABSENT, FINISHED, PENDING, part_of, quiet
 
 TABLE = "calibration"  # its id, for scripts/reproduce.py
@@ -67,11 +67,11 @@ def _addp(shape, splits, processor, args) -> AnomalyDetector:
     return pretrain(ADDPForPreTraining(ADDPConfig(**shape)), splits.train, processor=processor, args=stage)
 
 
-DETECTORS: dict[str, tuple[str, Builder]] = {
-    "csi": ("CSI", lambda shape, *_: CSIModel(CSIConfig(**shape))),
-    "dia": ("DIA, Gaussian blur", _dia),
-    "shared_ae": ("SharedAE", lambda shape, *_: SharedAEModel(SharedAEConfig(**shape))),
-    "addp": ("ADDP", _addp),
+DETECTORS: dict[str, tuple[str, Builder, type[AnomalyDetectorConfig]]] = {
+    "csi": ("CSI", lambda shape, *_: CSIModel(CSIConfig(**shape)), CSIConfig),
+    "dia": ("DIA, Gaussian blur", _dia, DIAConfig),
+    "shared_ae": ("SharedAE", lambda shape, *_: SharedAEModel(SharedAEConfig(**shape)), SharedAEConfig),
+    "addp": ("ADDP", _addp, ADDPConfig),
 }
 
 
@@ -216,7 +216,7 @@ class CalibrationStudy:
         missing = {dataset: self._is_missing(dataset) for dataset in self.datasets}
         lines = [f"{TABLE}: false-alarm rates on held-out normal images; {len(pairs)} detectors"]
         for pair in pairs:
-            status = FINISHED if self.scores_file(*pair).is_file() else ABSENT if missing[pair[0]] else PENDING
+            status = FINISHED if self.finished(*pair) is not None else ABSENT if missing[pair[0]] else PENDING
             lines.append(f"{status:15} {self.scores_file(*pair).relative_to(self.output_dir)}")
         return "\n".join(lines)
 
@@ -227,6 +227,33 @@ class CalibrationStudy:
             return True
         return False
 
+    def settings(self, detector: str) -> dict:
+        """What scores hang on besides the names in their file's."""
+        return {
+            "training": vars(self._training()),
+            "held_out": HELD_OUT,
+            "max_train_images": MAX_TRAIN,
+            "detector": detector_settings(DETECTORS[detector][2]()),
+        }
+
+    def _training(self) -> Training:
+        return Training(epochs=1, min_steps=STEPS[self.budget], max_steps=STEPS[self.budget], batch_size=32)
+
+    def finished(self, dataset: str, detector: str) -> dict | None:
+        """What an earlier run left, see `scores`; None if it left nothing, or was of other settings.
+
+        Raises:
+            InputError: the file is no JSON.
+        """
+        path = self.scores_file(dataset, detector)
+        if not path.is_file():
+            return None
+        try:
+            record = json.loads(path.read_text())
+            return record if record.get("settings") == self.settings(detector) else None
+        except (ValueError, AttributeError) as error:
+            raise InputError(f"{path} is damaged: remove it, then it is made again") from error
+
     def scores(self, dataset: str, detector: str, command: list[str]) -> dict:
         """Scores of normal images from a detector that is trained for them, or those of an earlier run.
 
@@ -234,12 +261,9 @@ class CalibrationStudy:
             `held_out`, of the training split's normal images that were not trained on, and `test`, of the test split's, or [] if there is none;
             `train`, `steps`, `split_hash` and what else tells how they were made.
         """
+        if (record := self.finished(dataset, detector)) is not None:
+            return record
         path = self.scores_file(dataset, detector)
-        if path.is_file():
-            try:
-                return json.loads(path.read_text())
-            except ValueError as error:
-                raise InputError(f"{path} is damaged: remove it, then it is made again") from error
         recipe = RECIPES[dataset]
         source, started = recipe.locate(self.data_dir), time.time()
         with tempfile.TemporaryDirectory() as folder, quiet():
@@ -249,8 +273,7 @@ class CalibrationStudy:
             processor = AnomalyImageProcessor.for_images(recipe.image_size, splits.num_channels)
             shape = {"image_size": recipe.image_size, "num_channels": splits.num_channels}
             set_seed(self.seed)
-            training = Training(epochs=1, min_steps=STEPS[self.budget], max_steps=STEPS[self.budget], batch_size=32)
-            args = training.arguments(len(splits.train), self.seed, Path(folder))
+            args = self._training().arguments(len(splits.train), self.seed, Path(folder))
             model = DETECTORS[detector][1](shape, splits, processor, args)
             unmeasured = replace(splits, test=None, test_missing_reason="only normal images are looked at")
             results = train_detector(model, processor, unmeasured, args, started=started)
@@ -263,6 +286,7 @@ class CalibrationStudy:
             "test": test,
             "train": len(splits.train),
             "steps": results["steps"],
+            "settings": self.settings(detector),
             "seed": self.seed,
             "split_hash": splits.split_hash,
             "dataset": dataset_label(source),
@@ -288,10 +312,10 @@ class CalibrationStudy:
         own = part_of(pairs, self.shard)
         for dataset, _ in own:
             RECIPES[dataset].locate(self.data_dir)  # before anything is trained
-        for pair in tqdm([pair for pair in own if not self.scores_file(*pair).is_file()], desc=TABLE, unit="detector"):
+        for pair in tqdm([pair for pair in own if self.finished(*pair) is None], desc=TABLE, unit="detector"):
             self.scores(*pair, command)
         PartialState().wait_for_everyone()
-        records = {pair: self.scores(*pair, command) for pair in pairs if pair in own or self.scores_file(*pair).is_file()}
+        records = {pair: self.scores(*pair, command) for pair in pairs if pair in own or self.finished(*pair) is not None}
         # Each detector has draws of its own: with the same ones, scores without ties would give all of them the same rates.
         measured = {
             (dataset, detector): divided_rates(

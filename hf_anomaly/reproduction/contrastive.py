@@ -19,7 +19,7 @@ from ..dissolving import DISSOLVERS, DiffusionDissolver, dissolve_dataset
 from ..ops.distributed import local_main_process_first
 from ..training.denoising import denoising_arguments, train_dissolver
 from ..training.runs import train_detector
-from .budgets import SCORES_FILE, CellData, Method, Training
+from .budgets import SCORES_FILE, CellData, Method, Training, detector_settings
 
 STEP_RANGES = tuple((low, low + 100) for low in range(30, 530, 100))  # of Table 2
 
@@ -70,8 +70,8 @@ DISSOLVER_LENGTHS = {
 }  # fmt: skip
 
 
-# The tables are of the paper's methods, not of the recipe that grew from them: of Eq. 10 the cosine of the projections.
-AS_PRINTED = {"score_features": "projection", "score_whitening": False}
+# The tables are of the paper's methods, not of the recipe that grew from them: of Eq. 10 the cosine of the projections, in crops as the authors have them.
+AS_PRINTED = {"score_features": "projection", "score_whitening": False, "test_crop_scale": 0.54}
 
 
 @dataclass(frozen=True)
@@ -190,8 +190,11 @@ class Contrastive(Method):
 
     def settings(self, cell) -> dict:
         dissolving = None if self.dissolving is None else self.dissolving.settings(cell)
-        more = {"dissolving": dissolving, "detector": {**AS_PRINTED, **self.detector}, "batch_factor": self.batch_factor}
+        more = {"dissolving": dissolving, "detector": detector_settings(self._config()), "batch_factor": self.batch_factor}
         return _as_json({**asdict(DETECTOR_LENGTHS[cell.budget]), **more})
+
+    def _config(self, **shape) -> CSIConfig:
+        return (CSIConfig if self.dissolving is None else DIAConfig)(**shape, **AS_PRINTED, **self.detector)
 
     def run(self, cell, data: CellData, folder: Path, command: list[str], required: list[Path]) -> dict:
         """Trains and evaluates; see `train_detector`."""
@@ -200,7 +203,7 @@ class Contrastive(Method):
         args = training.arguments(len(splits.train), cell.seed, folder)
         set_seed(cell.seed)
         shape = {"image_size": data.processor.size["height"], "num_channels": data.processor.num_channels}
-        config = (CSIConfig if self.dissolving is None else DIAConfig)(**shape, **AS_PRINTED, **self.detector)
+        config = self._config(**shape)
         if length.backbone:
             stride = config.backbone_config.stem_stride
             config.backbone_config = SmallResNetConfig(num_channels=shape["num_channels"], stem_stride=stride, **length.backbone)

@@ -13,7 +13,7 @@ from accelerate import PartialState
 from transformers import set_seed
 
 from ..data import OneClassSplits, load_unlabelled
-from ..detector import AnomalyDetector
+from ..detector import AnomalyDetector, AnomalyDetectorConfig
 from ..detectors.addp.configuration_addp import ADDPConfig
 from ..detectors.addp.modeling_addp import ADDPForPreTraining, ADDPModel
 from ..detectors.shared_ae.configuration_shared_ae import SharedAEConfig
@@ -25,7 +25,7 @@ from ..training import AnomalyTrainingArguments
 from ..training.denoising import denoising_arguments, pretrain
 from ..training.evaluation import write_scores
 from ..training.runs import train_detector
-from .budgets import SCORES_FILE, CellData, Method, Training
+from .budgets import SCORES_FILE, CellData, Method, Training, detector_settings
 from .contrastive import CONTRASTIVE_METHODS
 
 Builder = Callable[[Any, OneClassSplits, AnomalyImageProcessor, AnomalyTrainingArguments], AnomalyDetector]
@@ -38,18 +38,20 @@ class Trained(Method):
     Attributes:
         build: (cell, splits, processor, arguments) → the detector to train. None: not implemented.
         lengths: budget → how long.
+        config: the detector's configuration.
     """
 
     title: str
     build: Builder | None
     lengths: dict[str, Training]
+    config: AnomalyDetectorConfig | None = None
 
     @property
     def is_implemented(self) -> bool:
         return self.build is not None
 
     def settings(self, cell) -> dict:
-        return vars(self.lengths[cell.budget])
+        return {**vars(self.lengths[cell.budget]), **({} if self.config is None else {"detector": detector_settings(self.config)})}
 
     def run(self, cell, data: CellData, folder: Path, command: list[str], required: list[Path]) -> dict:
         """Trains and evaluates; see `train_detector`. `folder` holds the detector then."""
@@ -154,15 +156,19 @@ NOT_IMPLEMENTED = {
     "mean_shift": "Mean-shift",
 }
 METHODS: dict[str, Method] = {
-    "shared_ae": Trained("SharedAE", shared_ae, SHARED_AE_LENGTHS),
-    "shared_ae_one": Trained("one EDE", partial(shared_ae, ablation="one"), SHARED_AE_LENGTHS),
-    "shared_ae_two": Trained("two EDEs", partial(shared_ae, ablation="two"), SHARED_AE_LENGTHS),
+    "shared_ae": Trained("SharedAE", shared_ae, SHARED_AE_LENGTHS, SharedAEConfig()),
+    "shared_ae_one": Trained("one EDE", partial(shared_ae, ablation="one"), SHARED_AE_LENGTHS, SharedAEConfig(ablation="one")),
+    "shared_ae_two": Trained("two EDEs", partial(shared_ae, ablation="two"), SHARED_AE_LENGTHS, SharedAEConfig(ablation="two")),
     "autoencoder": Trained("autoencoder alone", None, SHARED_AE_LENGTHS),
-    "addp_random": Trained("random init", addp, ADDP_LENGTHS),
-    "addp_random_longer": Trained("random init, the steps of both stages", addp, {name: two.twice() for name, two in ADDP_LENGTHS.items()}),
-    "addp_encoder_decoder": Trained("encoder + decoder pretrained", partial(addp, mode="encoder_decoder"), ADDP_LENGTHS),
-    "addp_digits": Trained("encoder of digits, random decoder", partial(addp, from_digits=True), ADDP_LENGTHS),
-    "addp_decoder": Trained("encoder of digits, decoder pretrained", partial(addp, from_digits=True, mode="decoder"), ADDP_LENGTHS),
+    "addp_random": Trained("random init", addp, ADDP_LENGTHS, ADDPConfig()),
+    "addp_random_longer": Trained(
+        "random init, the steps of both stages", addp, {name: two.twice() for name, two in ADDP_LENGTHS.items()}, ADDPConfig()
+    ),
+    "addp_encoder_decoder": Trained("encoder + decoder pretrained", partial(addp, mode="encoder_decoder"), ADDP_LENGTHS, ADDPConfig()),
+    "addp_digits": Trained("encoder of digits, random decoder", partial(addp, from_digits=True), ADDP_LENGTHS, ADDPConfig()),
+    "addp_decoder": Trained(
+        "encoder of digits, decoder pretrained", partial(addp, from_digits=True, mode="decoder"), ADDP_LENGTHS, ADDPConfig()
+    ),
     **CONTRASTIVE_METHODS,
     **{name: Trained(title, None, {}) for name, title in NOT_IMPLEMENTED.items()},
     **{name: Baseline(_BASELINE_TITLES[name], score) for name, score in baselines.BASELINES.items()},
