@@ -7,6 +7,7 @@ from pathlib import Path
 
 from safetensors import SafetensorError
 from transformers import AutoConfig, set_seed
+from transformers.utils.hub import cached_file
 
 from ..cards import write_pretraining_card
 from ..data import prepare
@@ -22,6 +23,7 @@ from ..dissolving import (
     network_resolution,
 )
 from ..errors import HubError, InputError
+from ..files import read_json
 from ..hub import hub_errors
 from ..image_processing import AnomalyImageProcessor
 from .arguments import AnomalyTrainingArguments, DenoisingTrainingArguments
@@ -152,6 +154,15 @@ def load_pretraining(name_or_path: str | os.PathLike, *, image_size: int, num_ch
         if isinstance(error, HubError | InputError):
             raise
         raise InputError(f"{str(name_or_path)!r} cannot be loaded as pretrained weights: {' '.join(str(error).split())}") from error
+
+
+def pretraining_run(name_or_path: str | os.PathLike) -> dict:
+    """On which division of which dataset what `load_pretraining` loads was trained, for `warn_of_other_division`; empty if that is not known."""
+    for file in (PRETRAINING_NOTES, "eval_results.json"):
+        if (path := cached_file(name_or_path, file, _raise_exceptions_for_missing_entries=False)) is not None:
+            content = read_json(Path(path))
+            return (content.get("run") or {}) if file == PRETRAINING_NOTES else content
+    return {}
 
 
 def _train_denoiser(model, train_dataset, *, processor, args, resume_from_checkpoint, run) -> tuple[DenoisingTrainer, dict]:

@@ -273,6 +273,24 @@ def describe_run(splits: OneClassSplits, processor: AnomalyImageProcessor, seed:
     return {**data, **seen, "seed": seed, **settings}
 
 
+def warn_of_other_division(trained: dict, splits: OneClassSplits, name: str) -> None:
+    """Warns where images that calibrate or test now may have trained what is gone on with: of the same dataset, divided otherwise.
+
+    Args:
+        trained: `dataset`, `split_hash` and, if known, `seed`, as `describe_run` gives them; empty if nothing is known.
+        name: what was trained.
+    """
+    if trained.get("dataset") == dataset_label(splits.source) and trained.get("split_hash") != splits.split_hash:
+        seed = "" if trained.get("seed") is None else f" with seed {trained['seed']}"
+        logger.warning(
+            "%s was trained%s on another division of %s: images that calibrate or test now may be among its own, and would look more normal than new ones; "
+            "give the same --seed and limits, or train it anew",
+            name,
+            seed,
+            dataset_label(splits.source),
+        )
+
+
 def settings_of(config) -> dict:
     """What a configuration says of how its model is trained, for `describe_run`."""
     hidden = {*config.recorded_fields, *_ONLY_FOR_SCORING}

@@ -64,6 +64,15 @@ def test_the_first_stage_of_addp_stands_alone(addp, train, tmp_path):
     assert not equal(before, {name: value for name, value in weights(addp[0]).items() if name in before})
 
 
+@pytest.mark.parametrize("trained_before", ["", "pretrained"])
+def test_a_first_stage_of_another_division_is_told(addp, train, tmp_path, caplog, trained_before):
+    argv = ["--pretrained", addp[0] / trained_before]
+    train(tmp_path / "same", *argv, script="train_addp.py")
+    assert "another division" not in caplog.text
+    train(tmp_path / "other", *argv, "--seed", 7, script="train_addp.py")
+    assert "on another division of digits" in caplog.text
+
+
 def test_addp_goes_on_with_the_decoder_alone(addp, train, tmp_path):
     data = class_folders(tmp_path / "others", {"train/cats": 8, "train/dogs": 9})
     argv = ["--pretrained", addp[0] / "pretrained", "--pretrain_mode", "decoder", "--pretrain_epochs", 2, "--pretrain_batch_size", 8]

@@ -128,6 +128,15 @@ def test_a_dissolver_trained_before(train, digits, tmp_path):
     assert AutoModel.from_pretrained(folder).config.dissolver_settings == {"t_min": 50, "t_max": 130}
 
 
+def test_a_dissolver_of_another_division_is_told(train, digits, tmp_path, caplog):
+    """Images that calibrate here trained it."""
+    argv = ["--dissolver", digits[0] / "dissolver", "--dissolved_variants", 0]
+    train(tmp_path / "same", *argv)
+    assert "another division" not in caplog.text
+    train(tmp_path / "other", *argv, "--seed", 7)
+    assert "was trained with seed 42 on another division of digits" in caplog.text
+
+
 def test_arguments_reach_the_detector(train, tmp_path):
     argv = ["--dissolver", "gaussian", "--blur_kernel_size", 3, "--shift", "perm", "--temperature", 0.2, "--similarity_design", "b"]
     argv += [

@@ -19,7 +19,7 @@ from ...files import read_json
 from ...image_processing import AnomalyImageProcessor
 from ...ops.distributed import local_main_process_first
 from .. import AnomalyTrainingArguments, DataArguments, check_checkpoint, check_same_run, parse_arguments
-from ..denoising import PRETRAINING_NOTES, denoising_arguments, load_pretraining, pretrain
+from ..denoising import PRETRAINING_NOTES, denoising_arguments, load_pretraining, pretrain, pretraining_run
 from ..runs import (
     check_first,
     choose_output_dir,
@@ -29,6 +29,7 @@ from ..runs import (
     push_result,
     settings_of,
     train_detector,
+    warn_of_other_division,
 )
 from ..trainers import hub_name
 
@@ -210,6 +211,8 @@ def main(argv: list[str], program: str) -> None:
     splits, processor = load_training_images(data_args, training_args.seed)
     set_seed(training_args.seed)
     model = make_model(pretraining_args, architecture_args, detector_args, processor)
+    if pretraining_args.pretrained is not None:
+        warn_of_other_division(pretraining_run(pretraining_args.pretrained), splits, pretraining_args.pretrained)
     detector = first_stage(model, pretraining_args, data_args, training_args, splits, processor)
     if pretraining_args.pretrain_only:
         folder = Path(training_args.output_dir, "pretrained")

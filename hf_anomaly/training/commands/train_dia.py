@@ -29,6 +29,7 @@ from ..runs import (
     load_training_images,
     print_results,
     train_detector,
+    warn_of_other_division,
 )
 
 logger = logging.getLogger(__name__)
@@ -199,7 +200,9 @@ def make_dissolver(args: DissolverArguments, training_args, splits, processor) -
             raise InputError(
                 f"--dissolver {args.dissolver}: did you mean {close[0]}? A folder is written ./{args.dissolver}, a Hub id org/name"
             )
-        return DiffusionDissolver.from_pretrained(args.dissolver, t_min=args.t_min, t_max=args.t_max)
+        dissolver = DiffusionDissolver.from_pretrained(args.dissolver, t_min=args.t_min, t_max=args.t_max)
+        warn_of_other_division((dissolver.training_notes or {}).get("run") or {}, splits, args.dissolver)
+        return dissolver
     t_range = {"t_min": 30 if args.t_min is None else args.t_min, "t_max": 130 if args.t_max is None else args.t_max}
     run = describe_run(splits, processor, training_args.seed, dissolver=asdict(args))
     if training_args.resume_from_checkpoint and folder.is_dir():
