@@ -193,6 +193,11 @@ def test_train_evaluate_info(run):
     assert (status, out) == (0, "written: my-detector/README.md\n"), err
     for words in ("license: mit", "| 1 | 0.5000 |", "| 42 |", "| mean ± std |", 'from_pretrained("org/ours")', "Our own words."):
         assert words in card.read_text()
+    config = json.loads(Path("other-seed/config.json").read_text())
+    Path("other-seed/config.json").write_text(json.dumps({**config, "omega1": 0.9, "omega2": 0.1}))
+    status, _, err = run("card", "my-detector", "--runs", "other-seed")
+    assert status == 2
+    assert "other-seed is another training than my-detector, omega1 differs" in err
     status, out, err = run("evaluate", "my-detector", "--dataset_name", "digits")
     assert status == 0, err
     assert json.loads(out)["auroc"] == pytest.approx(trained["auroc"])

@@ -23,8 +23,11 @@ def parse(argv: list[str]) -> Namespace:
 
 
 def run(args: Namespace) -> None:
+    from transformers import AutoConfig
+
     from ..cards import write_card
-    from ..training.runs import load_detector
+    from ..training.runs import load_detector, settings_of
+    from ..training.trainers import first_difference
 
     folder = Path(args.folder)
     if not (folder / "config.json").is_file():
@@ -35,6 +38,11 @@ def run(args: Namespace) -> None:
     if args.runs and results is None:
         raise InputError(f"{folder} holds no eval_results.json, which the results of --runs would stand beside")
     others = [_results(Path(run)) for run in args.runs]
+    for run in args.runs:
+        if not Path(run, "config.json").is_file():
+            raise InputError(f"{run} holds no detector: give a folder that training wrote")
+        if (name := first_difference(settings_of(AutoConfig.from_pretrained(run)), settings_of(model.config))) is not None:
+            raise InputError(f"{run} is another training than {folder}, {name} differs: --runs takes runs that differ in the seed alone")
     write_card(folder, model, results, other_runs=others, repo_id=args.repo, license=args.license, dataset_id=args.dataset_id)
     print(f"written: {folder / 'README.md'}")
 

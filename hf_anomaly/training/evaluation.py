@@ -64,7 +64,7 @@ def evaluate_detector(model: AnomalyDetector, processor, splits: OneClassSplits,
     if model.calibration.is_calibrated:
         flagged = model.is_anomalous(scores.to(model.device)).cpu()
         for name, label in (("false_positive_rate", 0), ("true_positive_rate", 1)):
-            rate = flagged[labels == label].float().mean().item()
+            rate = flagged[labels == label].double().mean().item()
             results[f"{name}_at_threshold"] = rate if (labels == label).any() else None
         threshold = model.calibration.threshold.item()
         results["balanced_accuracy_at_threshold"] = balanced_accuracy(scores.numpy(), labels.numpy(), threshold)

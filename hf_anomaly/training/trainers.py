@@ -62,15 +62,17 @@ def check_same_run(theirs: dict | None, ours: dict | None, where: str | os.PathL
     Raises:
         InputError: they differ; names the first field that does.
     """
-    if theirs is None or ours is None:
-        return
-    theirs, ours = (_flat(json.loads(json.dumps(run))) for run in (theirs, ours))
-    for name in sorted(theirs.keys() | ours.keys()):
-        if theirs.get(name) != ours.get(name):
-            raise InputError(
-                f"{where} belongs to another run ({name} was {theirs.get(name)!r}, now {ours.get(name)!r}): "
-                "resume with the same arguments, or take another --output_dir"
-            )
+    if theirs is not None and ours is not None and (name := first_difference(theirs, ours)) is not None:
+        was, now = (_flat(run).get(name) for run in (theirs, ours))
+        raise InputError(
+            f"{where} belongs to another run ({name} was {was!r}, now {now!r}): resume with the same arguments, or take another --output_dir"
+        )
+
+
+def first_difference(first: dict, second: dict) -> str | None:
+    """The first field, in the order of names, of which two runs have other JSON values: "a.b" is `b` in `a`. None if there is none."""
+    first, second = (_flat(json.loads(json.dumps(run))) for run in (first, second))
+    return next((name for name in sorted(first.keys() | second.keys()) if first.get(name) != second.get(name)), None)
 
 
 def _flat(values: dict, prefix: str = "") -> dict:
