@@ -96,7 +96,8 @@ def _remedy(causes: list[BaseException], remedies: dict[int | type, str]) -> str
                 return remedies[kind]
     status, cause = next(((_status(cause), cause) for cause in causes if _status(cause)), (None, causes[-1]))
     if status is None:
-        return f"{constants.ENDPOINT} cannot be reached ({_one_line(cause)}): check the network and that no *_OFFLINE variable is set"
+        here = "there is no such folder here, and " if remedies is _READING else ""
+        return f"{here}{constants.ENDPOINT} cannot be reached ({_one_line(cause)}): check the network and that no *_OFFLINE variable is set"
     if status >= 500:
         return f"the Hub is out of order ({status}): try again later"
     return remedies.get(status, f"the Hub refused ({_one_line(cause)})")

@@ -471,7 +471,7 @@ def test_other_files_and_an_unreachable_hub(tmp_path, monkeypatch):
     one_line(error)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     monkeypatch.setattr("datasets.config.HF_HUB_OFFLINE", True)
-    with pytest.raises(HubError, match=r"someone/no-such-dataset: .* cannot be reached") as error:
+    with pytest.raises(HubError, match=r"someone/no-such-dataset: there is no such folder here, and .* cannot be reached") as error:
         load_one_class("someone/no-such-dataset")
     one_line(error)
 
