@@ -179,6 +179,26 @@ def test_imagefolder_metadata(tmp_path):
     assert rows(splits.train) == [1, 3]
 
 
+@pytest.mark.parametrize("folder", [".", "images", "train"])
+def test_metadata_without_a_column_called_label(tmp_path, refused, caplog, folder):
+    write(tmp_path, {f"x/{folder}": 4})
+    (tmp_path / "x" / folder / "metadata.csv").write_text("file_name,diagnosis\n" + "".join(f"{i}.png,{i % 2}\n" for i in range(4)))
+    load_one_class(tmp_path / "x")
+    assert "no label column among image, diagnosis" in caplog.text
+    with refused("no column 'diagnose'", "image, diagnosis"):
+        load_one_class(tmp_path / "x", label_column="diagnose")
+    with refused("columns: image, diagnosis", "give label_column"):
+        load_one_class(tmp_path / "x", normal_label=1)
+
+
+def test_class_folders_come_before_metadata_without_labels(tmp_path, caplog):
+    write(tmp_path, {"good": 4, "bad": 2})
+    (tmp_path / "good" / "metadata.csv").write_text("file_name,age\n" + "".join(f"{i}.png,7\n" for i in range(4)))
+    (tmp_path / "bad" / "metadata.csv").write_text("file_name,age\n" + "".join(f"{i}.png,7\n" for i in range(2)))
+    assert len(load_one_class(tmp_path, calibration_fraction=0).train) == 4
+    assert "not a column of its metadata (age)" in caplog.text
+
+
 def test_parquet_file_and_folder(tmp_path):
     (tmp_path / "folder").mkdir()
     save_parquet(tmp_path / "folder" / "train-00000-of-00001.parquet")

@@ -398,10 +398,12 @@ def _read_folder(root: Path, label_column: str | None, reading: Reading) -> dict
     files = list(files_below(root, MASK_FOLDERS))
     suffixes = image_suffixes()
     images = [file for file in files if file.suffix.lower() in suffixes or is_medical(file)]
+    tables, further = {}, []
     if any(file.name in METADATA_FILES for file in files):
-        splits = dict(load_or_refuse(f"{root}", datasets.load_dataset, "imagefolder", data_dir=str(root)))
-        if any(label_columns(split, label_column) for split in splits.values()):
-            return splits
+        tables = dict(load_or_refuse(f"{root}", datasets.load_dataset, "imagefolder", data_dir=str(root)))
+        further = [name for name in next(iter(tables.values())).column_names if name != "image"]
+        if further and (label_column is not None or any(label_columns(split, None) for split in tables.values())):
+            return tables
     elif any(file.suffix == ".parquet" for file in files) and not images:
         return dict(load_or_refuse(f"{root}", datasets.load_dataset, "parquet", data_dir=str(root)))
     if not images:
@@ -417,6 +419,12 @@ def _read_folder(root: Path, label_column: str | None, reading: Reading) -> dict
         if paths:
             listed[split] = (folder, paths, [path.parts[0] if len(path.parts) > 1 else None for path in paths])
     classes = {label for _, _, labels in listed.values() for label in labels if label is not None}
+    if further:
+        if len(classes) < 2 and not any(label.lower() in NORMAL_NAMES for label in classes):
+            return tables
+        logger.warning(
+            "%s: its folders are the classes, not a column of its metadata (%s); else give label_column", root, ", ".join(further)
+        )
     for folder, paths, labels in listed.values():
         if None in labels and any(labels):
             raise InputError(f"{folder / paths[labels.index(None)]} lies beside class folders; move it into one of them")
