@@ -209,6 +209,8 @@ def test_dicom_window(tmp_path, refused):
     assert np.array_equal(read_image(exact), slow_window(HOUNSFIELD - 1024.0, -160, 240))
     several = write_dicom(tmp_path / "several.dcm", HOUNSFIELD, intercept=-1024, window=([40, 300], [400, 2000]))
     assert np.array_equal(read_image(several), np.clip(np.rint(((HOUNSFIELD - 1024.0 - 39.5) / 399 + 0.5) * 255), 0, 255))
+    threshold = write_dicom(tmp_path / "threshold.dcm", HOUNSFIELD, intercept=-1024, window=(40, 1))
+    assert np.array_equal(read_image(threshold), np.where(HOUNSFIELD - 1024.0 > 39.5, 255, 0))
     for bare in (
         write_dicom(tmp_path / "bare.dcm", HOUNSFIELD),
         write_dicom(tmp_path / "curve.dcm", HOUNSFIELD, window=(40, 400), function="SIGMOID"),

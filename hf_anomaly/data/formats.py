@@ -263,7 +263,7 @@ def _dicom_window(path: Path, header: pydicom.Dataset, window: Window) -> tuple[
     # The first of several. PS3.3 C.11.2.1.2: LINEAR maps c − 0.5 − (w − 1)/2 … c − 0.5 + (w − 1)/2, LINEAR_EXACT c − w/2 … c + w/2.
     center, width = (float(np.atleast_1d(value)[0]) for value in (center, width))
     if function != "LINEAR_EXACT":
-        center, width = center - 0.5, max(width - 1, np.finfo(np.float32).eps)  # width 1 is a threshold
+        center, width = center - 0.5, max(width - 1, 1e-6)  # width 1 is a threshold
     return center - width / 2, center + width / 2
 
 
