@@ -211,6 +211,22 @@ def test_parquet_file_and_folder(tmp_path):
     assert splits.test is None
 
 
+def test_masks_are_not_taken_for_the_images(tmp_path, refused):
+    def save(*names):
+        columns = {name: [png(pixels(i + 10 * number)) for i in range(4)] for number, name in enumerate(names)}
+        Dataset.from_dict(columns | {"label": [0] * 4}, Features(dict.fromkeys(names, Image()) | {"label": Value("int64")})).to_parquet(
+            tmp_path / "x.parquet"
+        )
+        return tmp_path / "x.parquet"
+
+    for names in (("mask", "image"), ("annotation", "image"), ("mask", "scan")):
+        train = load_one_class(save(*names), calibration_fraction=0).train
+        assert np.array_equal(np.asarray(decode_image(train[0]["image"], "")), pixels(10)), names
+    with refused("annotation, scan", "image_column"):
+        load_one_class(save("mask", "annotation", "scan"))
+    assert len(load_one_class(save("annotation", "scan"), image_column="scan").train) == 3
+
+
 @pytest.mark.parametrize(
     ("values", "feature", "normal_label", "expected"),
     [

@@ -110,7 +110,7 @@ def load_one_class(
         normal_label: name or index of the normal class; everything else is an anomaly. By default the class called normal, good or healthy,
             or the only class of the training split, or "0" of digits. A training split without labels is all normal.
         classes: source's class → what it counts as: several may become one. Images of classes that are not listed are left out.
-        image_column: by default the first `Image` column.
+        image_column: by default `image`, or the only `Image` column other than `mask`.
         label_column: by default `label`, `labels`, or the only `ClassLabel` column.
         calibration_fraction: share of the training normals, in [0, 1), to hold out, unless the source has a split called "calibration".
         eval_split: "test" or "validation" (in the source also val, valid, dev): what becomes `test`.
@@ -330,11 +330,17 @@ def channels_and_sizes(headers: list[tuple[str, tuple[int, int]]]) -> dict[str, 
 
 
 def image_column_of(split: datasets.Dataset | datasets.IterableDataset) -> str:
-    """The first `Image` column, else "image"."""
+    """The column "image", else the only `Image` column other than "mask".
+
+    Raises:
+        InputError: there are several.
+    """
     import datasets
 
-    images = [name for name, feature in split.features.items() if isinstance(feature, datasets.Image)]
-    return images[0] if images else "image"
+    images = [name for name, feature in split.features.items() if isinstance(feature, datasets.Image) and name != "mask"]
+    if len(images) > 1 and "image" not in images:
+        raise InputError(f"several columns hold images: {', '.join(images)}; say which are scored with image_column")
+    return images[0] if len(images) == 1 else "image"
 
 
 def _label_column(source: str, splits: dict[str, datasets.Dataset], label_column: str | None) -> str | None:
