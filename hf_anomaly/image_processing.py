@@ -10,7 +10,7 @@ from transformers import BatchFeature
 from transformers.image_processing_backends import PilBackend
 from transformers.image_utils import PILImageResampling
 
-from .data.formats import FULL, Window, apply_window, check_depth, check_window, to_eight_bits
+from .data.formats import FULL, Window, apply_window, check_depth, check_window, load_pixels, to_eight_bits
 from .data.transforms import decode_image, upright
 from .detector import AnomalyDetectorOutput
 from .errors import InputError
@@ -31,6 +31,7 @@ def to_eight_bit_image(image: "PIL.Image.Image | np.ndarray | torch.Tensor", nam
     """
     if isinstance(image, PIL.Image.Image):
         check_depth(image, name, window)
+        load_pixels(image)
         return to_eight_bits(upright(image), window, name)
     if isinstance(image, torch.Tensor):
         image = image.detach().cpu()

@@ -13,6 +13,7 @@ from hf_anomaly import AnomalyImageProcessor, InputError, SharedAEConfig, Shared
 from hf_anomaly.cli import main
 from hf_anomaly.data import Reading, decode_image, load_one_class, prepare, read_image, stream_one_class
 from hf_anomaly.data.formats import apply_window, parse_window, read_slices
+from hf_anomaly.image_processing import to_eight_bit_image
 from hf_anomaly.training import DataArguments, parse_arguments
 from hf_anomaly.training.runs import load_splits, processor_for
 
@@ -87,6 +88,24 @@ def test_16_bit_images_are_turned_upright(tmp_path):
     processor = AnomalyImageProcessor.for_images(8, 1, window=(5000, 40000))
     pixels = processor(images=[PIL.Image.open(tmp_path / "x.png")], return_tensors="pt")["pixel_values"]
     torch.testing.assert_close(pixels[0, 0], torch.tensor(expected) / 127.5 - 1)
+
+
+@pytest.mark.parametrize("orientation", [5, 6, 7, 8])
+@pytest.mark.parametrize("dtype", [np.uint8, np.uint16])
+def test_uncompressed_tiffs_are_turned_upright(tmp_path, orientation, dtype):
+    array = np.arange(8 * 16).reshape(8, 16).astype(dtype) * (np.iinfo(dtype).max // 127)
+    path = tmp_path / "x.tif"
+    PIL.Image.fromarray(array).save(path, tiffinfo={274: orientation})
+    turned = {5: array.T, 6: np.rot90(array, -1), 7: np.rot90(array, 2).T, 8: np.rot90(array)}[orientation]
+    expected = slow_window(turned, 0, np.iinfo(dtype).max)
+    for image in (
+        decode_image({"path": str(path)}, "", "full"),
+        decode_image({"bytes": path.read_bytes()}, "", "full"),
+        decode_image(PIL.Image.open(path), "", "full"),
+        to_eight_bit_image(PIL.Image.open(path), window="full"),
+    ):
+        assert np.array_equal(image, expected)
+    assert np.array_equal(np.asarray(read_image(path, "full")), expected)
 
 
 def test_float_tiff(tmp_path, refused):

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 import PIL.Image
+import PIL.ImageFile
 
 from ..errors import InputError
 
@@ -91,6 +92,17 @@ def apply_window(values: np.ndarray, low: float, high: float) -> np.ndarray:
     return np.rint((np.clip(values.astype(np.float64), low, high) - low) * 255 / (high - low)).astype(np.uint8)
 
 
+def load_pixels(image: PIL.Image.Image) -> None:
+    """Decodes an opened image; does nothing to any other. Pillow would map an uncompressed file by its name, and scrambles a TIFF that EXIF turns by 90°."""
+    if not isinstance(image, PIL.ImageFile.ImageFile):
+        return
+    name, image.filename = image.filename, ""
+    try:
+        image.load()
+    finally:
+        image.filename = name
+
+
 def wide_mode(image: PIL.Image.Image) -> str | None:
     """The mode of an image of more than 8 bits a channel; None of others. PIL drops the lower bits of 16-bit colour while decoding, so look before."""
     # ";16B", ";16L", ";16N" in a file's raw mode are 16-bit channels; BMP's "BGR;16" is 16 bits a pixel.
@@ -162,7 +174,7 @@ def read_image(path: str | os.PathLike[str], window: Window = None) -> PIL.Image
     try:
         image = PIL.Image.open(path)
         check_depth(image, str(path), window)
-        image.load()
+        load_pixels(image)
     except OSError as error:
         raise InputError(f"{path}: unreadable image ({' '.join(str(error).split())}); replace it by an intact one") from error
     return to_eight_bits(image, window, str(path))

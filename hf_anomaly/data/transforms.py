@@ -15,7 +15,7 @@ import PIL.ImageOps
 import torch
 
 from ..errors import InputError
-from .formats import Window, check_depth, is_medical, read_image, to_eight_bits
+from .formats import Window, check_depth, is_medical, load_pixels, read_image, to_eight_bits
 
 if TYPE_CHECKING:
     import datasets
@@ -99,7 +99,7 @@ def decode_image(value: dict[str, Any] | PIL.Image.Image | np.ndarray, where: st
     """
     image = open_image(value, where, window)
     try:
-        image.load()
+        load_pixels(image)
         return to_eight_bits(upright(image), window, _name(value, where))
     except InputError:
         raise
