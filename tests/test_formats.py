@@ -90,6 +90,20 @@ def test_16_bit_images_are_turned_upright(tmp_path):
     torch.testing.assert_close(pixels[0, 0], torch.tensor(expected) / 127.5 - 1)
 
 
+@pytest.mark.parametrize("largest", [4095, 65535])
+def test_16_bit_pgm_and_ppm(tmp_path, refused, largest):
+    values = np.arange(64).reshape(8, 8) * 60
+    for name, magic, array in (("x.pgm", b"P5", values), ("x.ppm", b"P6", np.stack([values] * 3, -1))):
+        path = tmp_path / name
+        path.write_bytes(b"%s 8 8 %d\n" % (magic, largest) + array.astype(">u2").tobytes())
+        with refused(name, "--window full"):
+            read_image(path)
+        for image in (read_image(path, "full"), decode_image({"path": str(path)}, "", "full")):
+            assert np.abs(np.asarray(image, int) - np.rint(array * 255 / largest)).max() <= 1, "on the scale of the largest value"
+    with refused("x.ppm", "16-bit colour"):
+        read_image(tmp_path / "x.ppm", (0, 4000))
+
+
 @pytest.mark.parametrize("orientation", [5, 6, 7, 8])
 @pytest.mark.parametrize("dtype", [np.uint8, np.uint16])
 def test_uncompressed_tiffs_are_turned_upright(tmp_path, orientation, dtype):

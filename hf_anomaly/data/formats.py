@@ -111,6 +111,8 @@ def wide_mode(image: PIL.Image.Image) -> str | None:
     for tile in getattr(image, "tile", ()):
         if raw := re.search(r"\w+;16[BLN]", str(tile[3])):
             return raw.group()
+        if image.format == "PPM" and isinstance(tile[3], tuple) and tile[3][1] > 255:  # ("RGB", largest value)
+            return f"{tile[3][0]};16"
     return None
 
 
@@ -145,7 +147,8 @@ def to_eight_bits(image: PIL.Image.Image, window: Window, name: str) -> PIL.Imag
     values = np.asarray(image)
     _check_finite(values, name)
     if window == FULL:
-        window = (0, 65535) if image.mode.startswith("I;16") else _own_range(values)
+        is_16_bit = image.mode.startswith("I;16") or (image.mode == "I" and image.format == "PPM")  # Pillow scales a PGM to 65535
+        window = (0, 65535) if is_16_bit else _own_range(values)
     return PIL.Image.fromarray(apply_window(values, *window))
 
 
