@@ -12,6 +12,7 @@ from datasets import ClassLabel, Dataset, Features, Image, List, Value
 from torch.utils.data import DataLoader
 
 from hf_anomaly.data import PixelTransform, check_images, collate, decode_image, load_one_class, load_unlabelled, prepare
+from hf_anomaly.data.transforms import decode_mask
 from hf_anomaly.errors import HubError, InputError
 
 datasets.disable_progress_bars()
@@ -534,6 +535,25 @@ def test_decode_image_turns_it_upright(tmp_path):
 def test_decode_image_takes_8_bit_modes(mode):
     expected = {"CMYK": "RGB", "LAB": "RGB", "La": "LA"}.get(mode, mode)  # of which Pillow makes gray and RGB
     assert decode_image(PIL.Image.new(mode, (8, 8)), "x").mode == expected
+
+
+@pytest.mark.parametrize("mode", ["1", "L", "LA", "P", "PA", "RGB", "RGBA", "CMYK", "I;16", "I", "F"])
+def test_decode_mask_takes_every_mode(tmp_path, mode):
+    marked = pixels(0, (8, 16)) > 200
+    if mode in ("1", "L", "I;16", "I", "F"):
+        image = PIL.Image.fromarray(marked if mode == "1" else marked.astype({"L": "u1", "I;16": "u2", "I": "i4", "F": "f4"}[mode]))
+    elif mode in ("P", "PA"):
+        image = PIL.Image.fromarray(marked.astype(np.uint8))
+        image.putpalette([0, 0, 0, 0, 0, 3])
+        image = image.convert(mode)
+    else:
+        image = PIL.Image.fromarray(marked.astype(np.uint8) * (255 if mode == "CMYK" else 3))
+        blue = PIL.Image.merge("RGB", [PIL.Image.new("L", image.size)] * 2 + [image])
+        image = image.convert(mode) if mode == "LA" else blue.convert(mode)
+    assert image.mode == mode
+    path = tmp_path / "mask.tif"
+    image.save(path, tiffinfo={274: 6})
+    assert np.array_equal(decode_mask({"path": str(path), "bytes": None}, "mask of row 3"), np.rot90(marked, -1))
 
 
 def test_decode_image_errors(tmp_path):

@@ -12,6 +12,8 @@ import torch.nn.functional as F
 from sklearn.metrics import average_precision_score, balanced_accuracy_score, roc_auc_score
 
 from hf_anomaly import AnomalyImageProcessor, CSIConfig, CSIModel, SharedAEConfig, SharedAEModel, SmallResNetConfig, load_one_class
+from hf_anomaly.data import check_pixels
+from hf_anomaly.data.transforms import decode_mask
 from hf_anomaly.metrics import bootstrap_intervals
 from hf_anomaly.training.evaluation import evaluate_detector
 from hf_anomaly.training.localization import evaluate_maps
@@ -94,6 +96,14 @@ def test_an_anomaly_without_a_mask_is_left_out(detector, processor, splits, capl
 def test_a_stream_serves_as_well(detector, processor, splits):
     stream = splits.test.to_iterable_dataset()
     assert evaluate_maps(detector, processor, stream, batch_size=4) == evaluate_maps(detector, processor, splits.test, batch_size=4)
+
+
+def test_masks_of_16_bits(detector, processor, splits):
+    values = [None if mask is None else decode_mask(mask, "").astype(np.uint16) for mask in splits.test["mask"]]
+    wide = encoded([None if mask is None else PIL.Image.fromarray(mask) for mask in values])
+    test = splits.test.remove_columns("mask").add_column("mask", wide, feature=datasets.Image(decode=False))
+    check_pixels(test, "test")
+    assert evaluate_maps(detector, processor, test, batch_size=4) == evaluate_maps(detector, processor, splits.test, batch_size=4)
 
 
 def test_an_unreadable_mask_is_named(detector, processor, splits, refused):

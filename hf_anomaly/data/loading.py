@@ -19,7 +19,7 @@ from .content import content_digest, find_copies
 from .formats import Reading, Window
 from .protocols import PROTOCOLS, Division, contaminate, subset
 from .sources import NORMAL_NAMES, by_our_names, label_columns, load_or_refuse, read_source
-from .transforms import decode_image, num_pages, open_image
+from .transforms import decode_image, decode_mask, num_pages, open_image
 
 if TYPE_CHECKING:
     import datasets
@@ -304,7 +304,7 @@ def check_pixels(dataset: datasets.Dataset, split_name: str, window: Window = No
     for where, value in _named_rows(dataset, split_name, columns, "Reading"):
         decode_image(value["image"], where, window)
         if value.get("mask") is not None:
-            decode_image(value["mask"], f"mask of {where}")
+            decode_mask(value["mask"], f"mask of {where}")
 
 
 def _named_rows(dataset: datasets.Dataset, split_name: str, columns: list[str], what: str) -> Iterator[tuple[str, dict[str, Any]]]:

@@ -15,7 +15,7 @@ import PIL.ImageOps
 import torch
 
 from ..errors import InputError
-from .formats import Window, check_depth, is_medical, load_pixels, read_image, to_eight_bits
+from .formats import FULL, Window, check_depth, is_medical, load_pixels, read_image, to_eight_bits
 
 if TYPE_CHECKING:
     import datasets
@@ -105,6 +105,27 @@ def decode_image(value: dict[str, Any] | PIL.Image.Image | np.ndarray, where: st
         raise
     except Exception as error:  # as in open_image
         raise _unreadable(value, where, error) from error
+
+
+def decode_mask(value: dict[str, Any] | PIL.Image.Image | np.ndarray, where: str) -> np.ndarray:
+    """(H, W) bool, upright: True where a mask of any depth is above 0: its values, a palette's indices, or any channel of colour.
+
+    Args:
+        value, where: as in `decode_image`.
+
+    Raises:
+        InputError: missing, unreadable or truncated mask.
+    """
+    image = open_image(value, where, FULL)
+    try:
+        load_pixels(image)
+        image = upright(image)
+        if image.mode in ("LA", "La", "PA"):
+            image = image.getchannel(0)
+        marked = np.asarray(image if len(image.getbands()) == 1 else image.convert("RGB")) > 0
+    except Exception as error:  # as in open_image
+        raise _unreadable(value, where, error) from error
+    return marked if marked.ndim == 2 else marked.any(axis=2)
 
 
 def pieces(images: Iterable[PIL.Image.Image], most: int | None = None) -> Iterator[list[PIL.Image.Image]]:

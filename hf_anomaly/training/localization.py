@@ -6,7 +6,7 @@ import numpy as np
 import torch
 
 from ..data import decode_image
-from ..data.transforms import pieces
+from ..data.transforms import decode_mask, pieces
 from ..detector import AnomalyDetector
 from ..metrics import PixelMetrics
 
@@ -59,5 +59,5 @@ def evaluate_maps(model: AnomalyDetector, processor, dataset, batch_size: int) -
 
 
 def _mask(value, image, where: str) -> np.ndarray:
-    """(H, W), above 0 where the anomaly is; of an image without a mask all 0, at its size."""
-    return np.zeros(image.size[::-1], np.uint8) if value is None else np.asarray(decode_image(value, where).convert("L"))
+    """(H, W) bool, True where the anomaly is; of an image without a mask nowhere, at its size."""
+    return np.zeros(image.size[::-1], bool) if value is None else decode_mask(value, where)
