@@ -2,6 +2,7 @@ import io
 import logging
 import os
 import sys
+from pathlib import Path
 
 import datasets
 import numpy as np
@@ -132,7 +133,8 @@ def test_mask_folders_hold_no_images(tmp_path):
             "test/scratched": 1,
             "ground_truth/broken": 2,
             "test/ground_truth": 4,
-            "test/masks": 1,
+            "test/scratched/masks": 1,
+            "masks": 1,
         },
     )
     splits = load_one_class(tmp_path)
@@ -142,6 +144,27 @@ def test_mask_folders_hold_no_images(tmp_path):
     features = Features({"image": Image(decode=False), "label": ClassLabel(names=["normal", "anomaly"]), "row": Value("int64")})
     assert splits.train.features == splits.calibration.features == splits.test.features == features
     assert set(splits.train["label"][:] + splits.calibration["label"][:]) == {0}
+
+
+def test_a_class_called_masks(tmp_path, caplog):
+    write(tmp_path / "faces", {"train/without": 3, "test/without": 1, "test/masks": 2})
+    splits = load_one_class(tmp_path / "faces")
+    assert splits.test["label"][:] == [1, 1, 0]
+    assert "'masks' is read as a class; if it marks pixels, call it ground_truth" in caplog.text
+    write(tmp_path / "polyps", {"images": 3, "masks": 3})
+    assert len(load_one_class(tmp_path / "polyps", calibration_fraction=0).train) == 3
+
+
+@pytest.mark.parametrize("folder", [".", "anomaly"])
+def test_images_in_no_split_are_counted(tmp_path, caplog, folder):
+    write(tmp_path / "x", {"train": 3, "test/good": 1, "test/bad": 1, "masks": 1})
+    load_one_class(tmp_path / "x")
+    assert "left out" not in caplog.text
+    (tmp_path / "x" / folder).mkdir(exist_ok=True)
+    for i in range(2):
+        PIL.Image.fromarray(pixels(i)).save(tmp_path / "x" / folder / f"{i}.png")
+    load_one_class(tmp_path / "x")
+    assert f"2 images are left out, as they lie in no split's folder, the first {Path(folder, '0.png')}" in caplog.text
 
 
 def test_only_class_of_train_is_normal(tmp_path):

@@ -201,10 +201,11 @@ def _sources(args: Namespace) -> Iterable[Files | Rows]:
 
 def _in_folder(folder: str) -> list[str]:
     from ..data.formats import image_suffixes, is_medical
-    from ..data.sources import MASK_FOLDERS
+    from ..data.sources import MASK_FOLDERS, without_masks
 
     suffixes = image_suffixes()
-    paths = [str(path) for path in files_below(folder, MASK_FOLDERS) if path.suffix.lower() in suffixes or is_medical(path)]
+    images = [path for path in files_below(folder, MASK_FOLDERS) if path.suffix.lower() in suffixes or is_medical(path)]
+    paths = [str(Path(folder, path)) for path in without_masks([image.relative_to(folder) for image in images])]
     if not paths:
         raise InputError(f"{folder} holds no images; check the path")
     return paths

@@ -34,7 +34,7 @@ SPLIT_NAMES = {  # ours -> the names under which a source may have it, compared 
     "test": ("test", "testing"),
 }
 NORMAL_NAMES = ("normal", "good", "healthy")
-MASK_FOLDERS = ("ground_truth", "groundtruth", "masks")  # pixel annotation: no images to score
+MASK_FOLDERS = ("ground_truth", "groundtruth")  # pixel annotation: no images to score; see `without_masks`, too
 MASK_FILE = "ground_truth/{folder}/{name}_mask.png"  # where MVTec AD has the mask of test/{folder}/{name}.png
 METADATA_FILES = ("metadata.csv", "metadata.jsonl", "metadata.parquet")  # where imagefolder finds further columns
 ARROW_BYTES = 2**30  # in one array of files: its offsets are 32-bit
@@ -386,6 +386,16 @@ def _mask(root: Path, folder: Path, path: Path) -> Path | None:
     return mask if mask.is_file() else None
 
 
+def without_masks(paths: list[Path]) -> list[Path]:
+    """Of the images in a folder, relative to it, all but those that mark pixels, in a folder `masks`.
+
+    Beside class folders alone, not beside images, a folder `images` or folders of splits, `masks` is a class: faces with and without.
+    """
+    first = {path.parts[0].lower(): path for path in paths}
+    is_class = all(len(path.parts) > 1 for path in paths) and "images" not in first and not by_our_names(first)
+    return [path for path in paths if "masks" not in map(str.lower, path.parts[is_class:-1])]
+
+
 ORIGINALS = (_read_idx_folder, _read_mnist_json, _read_cifar, _read_aptos, _read_coil)  # downloads that are no plain folders of images
 
 
@@ -415,10 +425,17 @@ def _read_folder(root: Path, label_column: str | None, reading: Reading) -> dict
     named = by_our_names(folders)
     listed = {}
     for split, folder in (named or {"train": root}).items():
-        paths = [path.relative_to(folder) for path in images if path.is_relative_to(folder)]
+        paths = without_masks([path.relative_to(folder) for path in images if path.is_relative_to(folder)])
         if paths:
             listed[split] = (folder, paths, [path.parts[0] if len(path.parts) > 1 else None for path in paths])
     classes = {label for _, _, labels in listed.values() for label in labels if label is not None}
+    if any(label.lower() == "masks" for label in classes):
+        logger.warning("%s: the folder 'masks' is read as a class; if it marks pixels, call it ground_truth", root)
+    inside = [folder.name for folder in named.values()]
+    outside = [path for path in without_masks([image.relative_to(root) for image in images]) if inside and path.parts[0] not in inside]
+    if outside:
+        what = "%s: %d images are left out, as they lie in no split's folder, the first %s; the splits: %s"
+        logger.warning(what, root, len(outside), outside[0], ", ".join(inside))
     if further:
         if len(classes) < 2 and not any(label.lower() in NORMAL_NAMES for label in classes):
             return tables
