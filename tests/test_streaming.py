@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 from commands.running import run
-from datasets import ClassLabel, Dataset, Features, Image, IterableDataset, Value
+from datasets import ClassLabel, Dataset, Features, Image, IterableDataset, List, Value
 from safetensors.torch import load_file
 from torch.utils.data import DataLoader
 
@@ -191,6 +191,67 @@ def test_files_of_their_own_are_fetched():
     rows = [{"image": {"bytes": None, "path": f"memory://images/{i}.pgm"}, "label": 1} for i in range(6)]
     splits = stream_one_class({"train": IterableDataset.from_generator(lambda: iter(rows), features=FEATURES)}, head=3)
     assert sorted(numbers(splits.train) + numbers(splits.calibration)) == list(range(6))
+
+
+def stream(*rows, **features):
+    """Of images by their number, and what else the rows have."""
+    rows = [{"image": {"bytes": pgm(i), "path": None}} | others for i, others in rows]
+    return IterableDataset.from_generator(lambda: iter(rows), features=Features({"image": Image(), **features}))
+
+
+@pytest.mark.parametrize("features", [{}, {"label": FEATURES["label"]}])
+def test_a_test_split_without_labels_is_told_of_before_training(refused, features):
+    rows = [(i, dict.fromkeys(features)) for i in range(9)]
+    splits = {"train": Source(90).stream(), "test": stream(*rows, **features)}
+    loaded = stream_one_class(splits, head=10)
+    assert (loaded.test, loaded.test_missing_reason) == (None, "split 'test' of 'a stream' has no labels")
+    assert len(list(loaded.train)) == 58
+    with refused("split 'test' of 'a stream' has no labels", "label_column"):
+        stream_one_class(splits, head=10, evaluation_only=True)
+
+
+def test_labels_that_are_none(refused):
+    some = stream(*((i, {"label": None if i == 4 else 0}) for i in range(9)), label=FEATURES["label"])
+    with refused("row 4", "no label in column 'label'"):
+        stream_one_class({"train": Source(90).stream(), "test": some}, head=10)
+    lists = stream(*((i, {"label": [0]}) for i in range(9)), label=List(Value("int64")))
+    with refused("column 'label'", "List", "label_column"):
+        stream_one_class({"train": lists})
+
+
+def test_a_training_split_without_a_label_column(caplog):
+    splits = {"train": stream(*((i, {}) for i in range(1, 9, 3))), "test": Source(9).stream()}
+    assert len(list(stream_one_class(splits, normal_label="good").train)) == 2
+    assert {row["label"] for row in stream_one_class(splits, normal_label="good", evaluation_only=True).test} == {0, 1}
+    unnamed = stream(*((i, {"sick": i % 2}) for i in range(9)), sick=Value("int64"))
+    stream_one_class({"train": unnamed})
+    assert "no label column among image, sick" in caplog.text
+
+
+@pytest.mark.parametrize("asked", [0, "0", False, "False"])
+def test_a_boolean_class(asked):
+    booleans = stream(*((i, {"label": i % 3 > 0}) for i in range(9)), label=Value("bool"))
+    assert sorted(numbers(stream_one_class({"train": booleans}, normal_label=asked, calibration_fraction=0).train)) == [0, 3, 6]
+
+
+def test_copies_in_the_head(refused):
+    with refused("the first 10 normals", "copies of one image", "calibration_fraction=0"):
+        stream_one_class({"train": stream(*((7, {}) for _ in range(10)))})
+    for counts, held_out in (((5, 5), 5), ((17, 1, 1, 1), 3), ((4, 16), 4), ((2, 2, 2, 4), 2)):
+        for seed in range(5):
+            copies = stream(*((i, {}) for i, count in enumerate(counts) for _ in range(count)))
+            splits = stream_one_class({"train": copies}, seed=seed)
+            train, calibration = numbers(splits.train), numbers(splits.calibration)
+            assert (len(calibration), len(train)) == (held_out, sum(counts) - held_out)
+            assert not set(train) & set(calibration)
+
+
+def test_what_decides_which_images_train_has_a_digest():
+    options = {"calibration_fraction": 0.4}, {"max_train_images": 5}, {"shuffle_buffer": 9}, {"seed": 1}, {}
+    digests = [load(Source(90), **changed).train_digest for changed in options]
+    assert len({*digests, None}) == 6
+    assert load(Source(90)).train_digest == digests[-1]
+    assert stream_one_class({"test": Source(9).stream()}, evaluation_only=True).train_digest is None
 
 
 @pytest.fixture(scope="module")

@@ -53,6 +53,7 @@ class OneClassSplits:
             with `evaluation_only`.
         division: how it came about, for results and cards.
         reference: the normals that a detector compares with; `train` itself, unless that is a stream.
+        stream_digest: SHA-256, in hex, over what decides which images of a stream train, and in what order; None if `train` is none.
     """
 
     train: datasets.Dataset | None
@@ -67,11 +68,12 @@ class OneClassSplits:
     split_hash: str
     division: Division
     reference: datasets.Dataset | None
+    stream_digest: str | None = None
 
     @cached_property
     def train_digest(self) -> str | None:
-        """`content_digest` of `train`; None of a stream, of which `split_hash` tells the contents."""
-        return content_digest(self.train) if hasattr(self.train, "__len__") else None
+        """`content_digest` of `train`; of a stream, of whose contents `split_hash` tells, its `stream_digest`."""
+        return content_digest(self.train) if hasattr(self.train, "__len__") else self.stream_digest
 
 
 def load_one_class(
@@ -161,7 +163,7 @@ def load_one_class(
         raise InputError(f"{source!r} has no split {needed!r}; its splits: {', '.join(raw)}; {remedy}")
     splits = {name: splits[name] for name in ("train", "calibration", eval_split) if name in splits}
 
-    label_column = _label_column(source, splits, label_column)
+    label_column = label_column_of(source, splits, label_column)
     what = {name: f"split {name!r} of {source!r}" if protocol == "official" else f"all splits of {source!r} together" for name in splits}
     labels = {name: _labels(split, label_column, what[name]) for name, split in splits.items()}
     rows = {name: np.arange(len(split)) for name, split in splits.items()}
@@ -343,13 +345,23 @@ def image_column_of(split: datasets.Dataset | datasets.IterableDataset) -> str:
     return images[0] if len(images) == 1 else "image"
 
 
-def _label_column(source: str, splits: dict[str, datasets.Dataset], label_column: str | None) -> str | None:
+def label_column_of(source: str, splits: Mapping[str, datasets.Dataset | datasets.IterableDataset], label_column: str | None) -> str | None:
+    """The column of labels, of whichever split has one; None, with a warning, if there is none.
+
+    Raises:
+        InputError: there is no column of the name that is asked for, or it holds no labels.
+    """
+    import datasets
+
     found = [column for split in splits.values() for column in label_columns(split, label_column)]
     columns = next(iter(splits.values())).column_names
     if not found and label_column is not None:
         raise InputError(f"{source!r} has no column {label_column!r}; its columns: {', '.join(columns)}")
     if not found and len(columns) > 1:
         logger.warning("%s has no label column among %s: every image counts as normal; else give label_column", source, ", ".join(columns))
+    features = [split.features[column] for split in splits.values() for column in found[:1] if column in split.column_names]
+    if kinds := [type(feature).__name__ for feature in features if not isinstance(feature, datasets.ClassLabel | datasets.Value)]:
+        raise InputError(f"column {found[0]!r} of {source!r} holds {kinds[0]}, not one label an image; give another label_column")
     return found[0] if found else None
 
 
@@ -366,16 +378,17 @@ def class_name(value: Any, feature: Any) -> str | None:
     return str(int(value)) if isinstance(value, float) and value.is_integer() else str(value)
 
 
+def class_asked_for(asked: int | str, feature: Any) -> str | None:
+    """The name of a class that is asked for by it, or by its index, or its value in a column of numbers or booleans; None if no class has the index."""
+    is_index = isinstance(asked, int) or asked.isdecimal()
+    return class_name(int(asked), feature) if is_index and "string" not in feature.dtype else str(asked)
+
+
 def _labels(split: datasets.Dataset, column: str | None, where: str) -> list[str] | None:
     """The class name of every row; None if the split has no labels at all."""
-    import datasets
-
     if column not in split.column_names:
         return None
-    feature = split.features[column]
-    if not isinstance(feature, datasets.ClassLabel | datasets.Value):
-        raise InputError(f"column {column!r} of {where} holds {type(feature).__name__}, not one label an image; give another label_column")
-    names = [class_name(value, feature) for value in split[column][:]]
+    names = [class_name(value, split.features[column]) for value in split[column][:]]
     if all(name is None for name in names):
         return None
     if None in names:
@@ -417,8 +430,7 @@ def _normal_class(
     if normal_label in seen:
         return normal_label
     feature = next(split.features[column] for name, split in splits.items() if labels[name])
-    is_index = isinstance(normal_label, int) or normal_label.isdecimal()
-    name = class_name(int(normal_label), feature) if is_index else normal_label
+    name = class_asked_for(normal_label, feature)
     if name not in seen:
         raise InputError(f"normal_label={normal_label!r} is no label of {source!r}; {_counts(labels, *labels)}")
     return name

@@ -5,20 +5,21 @@ from __future__ import annotations
 import hashlib
 import itertools
 import os
+from collections import Counter
 from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
 from ..errors import InputError
 from .content import read_image_file
 from .formats import Reading
-from .loading import OneClassSplits, channels_and_sizes, check_images, class_name, image_column_of
+from .loading import OneClassSplits, channels_and_sizes, check_images, class_asked_for, class_name, image_column_of, label_column_of
 from .protocols import Division
-from .sources import NORMAL_NAMES, by_our_names, label_columns, load_or_refuse, read_source, with_bytes
+from .sources import NORMAL_NAMES, by_our_names, load_or_refuse, read_source, with_bytes
 
 if TYPE_CHECKING:
     import datasets
 
-LOOKED_AT = 100  # rows read for a normal one of the head, before it is given up
+LOOKED_AT = 100  # rows read for a normal one of the head, or for a label, before it is given up
 
 
 def stream_one_class(
@@ -78,18 +79,19 @@ def stream_one_class(
     if needed not in splits:
         raise InputError(f"{name!r} has no split {needed!r}; its splits: {', '.join(raw)}")
     splits = {ours: _stream(split) for ours, split in splits.items() if ours in ("train", eval_split)}
-    column = next(iter(label_columns(splits[needed], label_column)), None)
-    if column is None and label_column is not None:
-        raise InputError(f"{name!r} has no column {label_column!r}; its columns: {', '.join(splits[needed].features)}")
+    column = label_column_of(name, splits, label_column)
+    columns = {ours: column if column in split.features else None for ours, split in splits.items()}
+    if columns.get(eval_split) is not None and not _has_labels(name, splits[eval_split], column):
+        columns[eval_split] = None
     image_column = image_column or image_column_of(splits[needed])
     normal_label = "normal" if column is None else _normal_class(name, splits, column, classes, normal_label)
     streams = {
-        ours: _labelled(name, split, image_column, column, classes, normal_label)
+        ours: _labelled(name, split, image_column, columns[ours], classes, normal_label)
         for ours, split in splits.items()
         if not (evaluation_only and ours == "train")
     }
 
-    train = calibration = reference = None
+    train = calibration = reference = train_digest = None
     if evaluation_only:
         first = list(streams[eval_split].take(head))
     else:
@@ -103,8 +105,9 @@ def stream_one_class(
         raise InputError(f"split {eval_split!r} of {name!r} is empty")
     keys = [content_key(row["image"], seed) for row in first]
     if not evaluation_only:
-        size = min(max(round(calibration_fraction * len(first)), 1), len(first) - 1) if calibration_fraction else 0
-        held_out = set(sorted(keys)[:size])
+        held_out = _held_out(name, keys, calibration_fraction) if calibration_fraction else set()
+        decisive = repr((sorted(held_out), max_train_images, shuffle_buffer))
+        train_digest = hashlib.sha256(decisive.encode()).hexdigest()
         calibration = _in_memory(row for row, key in zip(first, keys, strict=True) if key in held_out)
         others = (row for row, key in zip(first, keys, strict=True) if key not in held_out)
         reference = _in_memory(itertools.islice(others, max_train_images))
@@ -117,7 +120,7 @@ def stream_one_class(
     test, reason = streams.get(eval_split), None
     if test is None:
         reason = f"{name!r} has no split {eval_split!r}; its splits: {', '.join(raw)}"
-    elif column is None:
+    elif columns[eval_split] is None:
         test, reason = None, f"split {eval_split!r} of {name!r} has no labels"
         if evaluation_only:
             raise InputError(f"{reason} to evaluate against; give label_column or a labelled source")
@@ -134,6 +137,7 @@ def stream_one_class(
         split_hash=digest.hexdigest(),
         division=Division(recipe, "stream", seed, normal_label, counted, 0.0, max_train_images, digest.hexdigest()),
         reference=reference,
+        stream_digest=train_digest,
     )
 
 
@@ -141,6 +145,26 @@ def content_key(image: dict[str, Any], seed: int) -> int:
     """64 bits of a hash of an encoded image, embedded or in a file of its own; uniform, and the same wherever and whenever it is read."""
     content = image["bytes"] if image.get("bytes") is not None else read_image_file(image["path"]) if image.get("path") else b""
     return int.from_bytes(hashlib.blake2b(content, digest_size=8, salt=seed.to_bytes(8, "little")).digest(), "little")
+
+
+def _held_out(name: str, keys: list[int], fraction: float) -> set[int]:
+    """The contents that calibrate, the first of them by their key: so many that they make up the share of the images, or as near as copies let it be.
+
+    Raises:
+        InputError: all images are the same, so that none would be left to train on.
+    """
+    counts = Counter(keys)
+    if len(counts) == 1:
+        raise InputError(
+            f"the first {len(keys)} normals of {name!r} are copies of one image, which cannot train and calibrate; take a larger head, or "
+            "calibration_fraction=0"
+        )
+    wanted, held_out, size = max(round(fraction * len(keys)), 1), set(), 0
+    for key in sorted(counts):
+        if len(held_out) < len(counts) - 1 and abs(size + counts[key] - wanted) < abs(size - wanted):
+            held_out.add(key)
+            size += counts[key]
+    return held_out or {min(sorted(counts), key=counts.get)}
 
 
 def _stream(split: datasets.Dataset | datasets.IterableDataset) -> datasets.IterableDataset:
@@ -158,7 +182,7 @@ def _normal_class(
     """The name of the normal class: as asked for, or found among the names that the source declares, or else in its first 100 rows."""
     import datasets
 
-    split = splits.get("train") or next(iter(splits.values()))
+    split = next(split for split in splits.values() if column in split.features)
     feature = split.features[column]
     seen = (
         feature.names
@@ -171,12 +195,25 @@ def _normal_class(
         if len(named) != 1 and len(counted) != 1:
             raise InputError(f"which class of {name!r} is normal? Give normal_label; classes found: {', '.join(map(repr, counted[:20]))}")
         return (named or counted)[0]
-    if isinstance(feature, datasets.ClassLabel) and asked not in counted:
-        index = int(asked) if isinstance(asked, int) or asked.isdecimal() else -1
-        if classes is not None or class_name(index, feature) is None:
-            raise InputError(f"normal_label={asked!r} is no label of {name!r}; its labels: {', '.join(map(repr, counted[:20]))}")
-        return class_name(index, feature)
-    return str(asked)
+    found = asked if asked in counted else str(asked) if classes is not None else class_asked_for(asked, feature)
+    if isinstance(feature, datasets.ClassLabel) and found not in counted:
+        raise InputError(f"normal_label={asked!r} is no label of {name!r}; its labels: {', '.join(map(repr, counted[:20]))}")
+    return found
+
+
+def _has_labels(name: str, split: datasets.IterableDataset, column: str) -> bool:
+    """Whether the first rows have labels.
+
+    Raises:
+        InputError: only some have.
+    """
+    names = [class_name(row[column], split.features[column]) for row in split.select_columns([column]).take(LOOKED_AT)]
+    are_labelled = any(name is not None for name in names)
+    if are_labelled and None in names:
+        raise InputError(
+            f"row {names.index(None)} of the split of {name!r} to evaluate on has no label in column {column!r}; label or remove it"
+        )
+    return are_labelled
 
 
 def _labelled(
