@@ -91,6 +91,13 @@ def test_digits():
     assert "has no split 'validation'" in load_one_class("digits", eval_split="validation").test_missing_reason
 
 
+def test_a_folder_called_digits(tmp_path, monkeypatch, caplog):
+    monkeypatch.chdir(write(tmp_path, {"digits": 3}))
+    assert len(load_one_class("digits").test) == 360
+    assert "give ./digits" in caplog.text
+    assert len(load_one_class("./digits", calibration_fraction=0).train) == 3
+
+
 @pytest.mark.parametrize("column", [False, True])
 @pytest.mark.parametrize("shape", [(8, 8), (8, 8, 1), (8, 6, 3)])
 def test_npz(tmp_path, shape, column):

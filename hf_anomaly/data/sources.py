@@ -78,6 +78,8 @@ def read_source(
         files = {"data_dir": str(path)} if path.is_dir() else {"data_files": {"train": str(path)}}
         return dict(load_or_refuse(source, datasets.load_dataset, "parquet", streaming=True, **files))
     if source == "digits":
+        if path.exists():
+            logger.warning("'digits' are scikit-learn's, not what is called so in this folder; to read that, give ./digits")
         return _read_digits()
     if local and path.is_dir():
         return _read_folder(path, label_column, reading)
