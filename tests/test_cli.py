@@ -333,6 +333,9 @@ def test_what_of_a_folder_is_scored(run, refused, detector, scans):
     (scans / "ground_truth").mkdir()
     shutil.copy(scans / "a.png", scans / "ground_truth" / "a_mask.png")
     assert "ground_truth" not in run("predict", detector, scans)[1]
+    for folder in ("faces/with", "faces/masks"):
+        shutil.copytree(scans, folder, ignore=shutil.ignore_patterns("ground_truth"))
+    assert "masks" in run("predict", detector, "faces")[1], "a class"
 
 
 def test_pages_that_are_not_scored_are_told_of(run, detector, tmp_path, caplog):

@@ -394,6 +394,9 @@ def test_resuming_in_a_later_pass_over_a_stream(parquet, tmp_path):
     state = json.loads((tmp_path / "whole" / "checkpoint-6" / "trainer_state.json").read_text())
     assert state["epoch"] > 1, "of passes over the stream"
     assert all(torch.equal(value, weights[1][name]) for name, value in weights[0].items())
+    status, _, err = run("train_shared_ae.py", *common, *resume, "--output_dir", tmp_path / "other", "--shuffle_buffer", 5)
+    assert status == 2
+    assert "belongs to another run (images was" in err
 
 
 @pytest.mark.parametrize(
