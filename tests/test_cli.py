@@ -197,7 +197,7 @@ def test_train_evaluate_info(run):
     Path("other-seed/config.json").write_text(json.dumps({**config, "omega1": 0.9, "omega2": 0.1}))
     status, _, err = run("card", "my-detector", "--runs", "other-seed")
     assert status == 2
-    assert "other-seed is another training than my-detector, omega1 differs" in err
+    assert "other-seed is another training than my-detector (omega1 is 0.9, not 0.5)" in err
     status, out, err = run("evaluate", "my-detector", "--dataset_name", "digits")
     assert status == 0, err
     assert json.loads(out)["auroc"] == pytest.approx(trained["auroc"])

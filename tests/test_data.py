@@ -624,6 +624,8 @@ def test_dissolved_images_stay_levels(shape, channels):
     dataset = Dataset.from_dict(columns, Features({"image": Image(), "dissolved_images": List(Image())}))
     prepared = prepare(dataset, processor)
     batch = collate([prepared[i] for i in range(3)])
+    with pytest.raises(InputError, match=r"image, label.*prepare\(dataset, processor\)"):
+        collate([{"image": None, "label": 0}])
     assert set(batch) == {"pixel_values", "dissolved_pixel_values"}  # no labels, none invented
     dissolved = batch["dissolved_pixel_values"]
     assert dissolved.shape == (3, 2, channels, 8, 8)

@@ -41,8 +41,12 @@ def run(args: Namespace) -> None:
     for run in args.runs:
         if not Path(run, "config.json").is_file():
             raise InputError(f"{run} holds no detector: give a folder that training wrote")
-        if (name := first_difference(settings_of(AutoConfig.from_pretrained(run)), settings_of(model.config))) is not None:
-            raise InputError(f"{run} is another training than {folder}, {name} differs: --runs takes runs that differ in the seed alone")
+        different = first_difference(settings_of(AutoConfig.from_pretrained(run)), settings_of(model.config))
+        if different is not None:
+            name, theirs, ours = different
+            raise InputError(
+                f"{run} is another training than {folder} ({name} is {theirs!r}, not {ours!r}): --runs takes runs that differ in the seed alone"
+            )
     write_card(folder, model, results, other_runs=others, repo_id=args.repo, license=args.license, dataset_id=args.dataset_id)
     print(f"written: {folder / 'README.md'}")
 

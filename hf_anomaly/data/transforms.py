@@ -255,7 +255,12 @@ def collate(features: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
 
     Args:
         features: rows as a dataset with a `PixelTransform` gives them, all with the same keys and shapes.
+
+    Raises:
+        InputError: they have no `pixel_values`.
     """
+    if "pixel_values" not in features[0]:
+        raise InputError(f"rows of a dataset have {', '.join(features[0])}, but no pixel_values: pass prepare(dataset, processor)")
     batch: dict[str, torch.Tensor] = {}
     for key in features[0]:
         values = [row[key] for row in features]

@@ -7,6 +7,7 @@ import shutil
 from collections import Counter
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -62,17 +63,18 @@ def check_same_run(theirs: dict | None, ours: dict | None, where: str | os.PathL
     Raises:
         InputError: they differ; names the first field that does.
     """
-    if theirs is not None and ours is not None and (name := first_difference(theirs, ours)) is not None:
-        was, now = (_flat(run).get(name) for run in (theirs, ours))
+    if theirs is not None and ours is not None and (different := first_difference(theirs, ours)) is not None:
+        name, was, now = different
         raise InputError(
             f"{where} belongs to another run ({name} was {was!r}, now {now!r}): resume with the same arguments, or take another --output_dir"
         )
 
 
-def first_difference(first: dict, second: dict) -> str | None:
-    """The first field, in the order of names, of which two runs have other JSON values: "a.b" is `b` in `a`. None if there is none."""
+def first_difference(first: dict, second: dict) -> tuple[str, Any, Any] | None:
+    """The first field, in the order of names, of which two runs have other JSON values, and these; "a.b" is `b` in `a`. None if there is none."""
     first, second = (_flat(json.loads(json.dumps(run))) for run in (first, second))
-    return next((name for name in sorted(first.keys() | second.keys()) if first.get(name) != second.get(name)), None)
+    pairs = ((name, first.get(name), second.get(name)) for name in sorted(first.keys() | second.keys()))
+    return next((pair for pair in pairs if pair[1] != pair[2]), None)
 
 
 def _flat(values: dict, prefix: str = "") -> dict:
