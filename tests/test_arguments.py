@@ -61,6 +61,12 @@ def test_threads_below_one_are_refused(tmp_path):
         parse_arguments(AnomalyTrainingArguments, description="", argv=["--output_dir", str(tmp_path), "--cpu_threads", "0"])
 
 
+@pytest.mark.parametrize("words", [["--license", "MIT"], ["--dataset_id", "my images"]])
+def test_what_the_card_would_refuse_is_refused_before_the_training(tmp_path, refused, words):
+    with refused(repr(words[1])):
+        parse_arguments(AnomalyTrainingArguments, description="", argv=["--output_dir", str(tmp_path), *words])
+
+
 @pytest.mark.parametrize(
     ("words", "image_size", "steps"),
     [

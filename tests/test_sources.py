@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from hf_anomaly.data import decode_image, load_one_class
-from hf_anomaly.data.sources import _from_arrays
+from hf_anomaly.data.sources import _from_arrays, dataset_label, hub_dataset
 
 datasets.disable_progress_bars()
 
@@ -117,3 +117,12 @@ def test_arrays_in_several_chunks(monkeypatch, shape):
     assert np.array_equal(arrays(dataset), expected)
     assert dataset["label"][:] == list(range(11))
     assert len(_from_arrays(expected[:0], None)) == 0
+
+
+def test_a_folder_in_the_home_is_no_dataset_of_the_hub(tmp_path, monkeypatch):
+    """Which a shell leaves as it is in `--dataset_name=~/scans`."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("USERPROFILE", str(tmp_path))
+    (tmp_path / "scans").mkdir()
+    assert (hub_dataset("~/scans"), dataset_label("~/scans")) == (None, "scans")
+    assert (hub_dataset("org/scans"), dataset_label("org/scans")) == ("org/scans", "org/scans")

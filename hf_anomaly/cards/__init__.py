@@ -1,6 +1,6 @@
 """The model card: filled from the run, and merged with what a person wrote."""
 
-from .card import shown_command, write_card, write_dissolver_card, write_pretraining_card
+from .card import check_dataset_id, check_licence, shown_command, write_card, write_dissolver_card, write_pretraining_card
 from .figures import write_figures
 from .merging import METRICS, TASK_NAME, address_card, merge_cards, outdate_card, tag_card
 
@@ -8,6 +8,8 @@ __all__ = [
     "METRICS",
     "TASK_NAME",
     "address_card",
+    "check_dataset_id",
+    "check_licence",
     "merge_cards",
     "outdate_card",
     "shown_command",

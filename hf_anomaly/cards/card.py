@@ -43,6 +43,26 @@ def shown_command(words: list[str]) -> str:
     return shlex.join(shown)
 
 
+def check_licence(license: str | None) -> None:
+    """Refuses what is no licence, if one is given.
+
+    Raises:
+        InputError: names it.
+    """
+    if license is not None and not re.fullmatch(r"[a-z0-9][a-z0-9.+-]*", license):
+        raise InputError(f"{license!r} is no licence as the Hub spells them, such as apache-2.0, cc-by-4.0 or other")
+
+
+def check_dataset_id(dataset_id: str | None) -> None:
+    """Refuses what is no id of a dataset on the Hub, if one is given.
+
+    Raises:
+        InputError: names it.
+    """
+    if dataset_id is not None and not re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)?", dataset_id):
+        raise InputError(f"{dataset_id!r} is no id of a Hub dataset, which is organisation/name")
+
+
 class DetectorCardData(ModelCardData):
     """The YAML at the head of a detector's card.
 
@@ -60,12 +80,10 @@ class DetectorCardData(ModelCardData):
     def __init__(
         self, model_type: str, name: str, results: dict | None = None, *, license: str | None = None, dataset_id: str | None = None
     ):
-        if license is not None and not re.fullmatch(r"[a-z0-9][a-z0-9.+-]*", license):
-            raise InputError(f"{license!r} is no licence as the Hub spells them, such as apache-2.0, cc-by-4.0 or other")
+        check_licence(license)
         results = results or {}
         dataset_id = dataset_id or results.get("dataset_id")
-        if dataset_id is not None and not re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)?", dataset_id):
-            raise InputError(f"{dataset_id!r} is no id of a Hub dataset, which is organisation/name")
+        check_dataset_id(dataset_id)
         dataset = plain(Path(results.get("dataset") or "").name)
         measured = {key: results[key] for key in METRICS if results.get(key) is not None}
         super().__init__(

@@ -484,9 +484,10 @@ def label_columns(split: datasets.Dataset | datasets.IterableDataset, label_colu
 
 def dataset_label(source: str) -> str:
     """A dataset's name for others to read: of a local path only the last part."""
-    return Path(source).resolve().name if Path(source).exists() else source
+    path = Path(source).expanduser()
+    return path.resolve().name if path.exists() else source
 
 
 def hub_dataset(source: str) -> str | None:
     """A source's id on the Hub, if that is where it came from."""
-    return None if source == "digits" or Path(source).exists() else source
+    return None if source == "digits" or Path(source).expanduser().exists() else source

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 import torch
 from transformers import HfArgumentParser, TrainingArguments
 
+from ..cards import check_dataset_id, check_licence
 from ..data.formats import Reading, parse_window
 from ..data.recipes import DatasetRecipe, find_recipe
 from ..errors import InputError
@@ -104,6 +105,8 @@ class AnomalyTrainingArguments(ReproducibleArguments):
     def __post_init__(self):
         if not 0 < self.false_positive_rate < 1:
             raise InputError(f"--false_positive_rate must lie strictly between 0 and 1, got {self.false_positive_rate}")
+        check_licence(self.license)  # the card, which is written last, would refuse them
+        check_dataset_id(self.dataset_id)
         super().__post_init__()
 
 
