@@ -493,6 +493,8 @@ def test_refuses_bad_settings(diffusion, refused):
         DiffusionDissolver(UNet2DModel(**config | {"num_class_embeds": 2}), scheduler)
     with refused("sample_size"):
         DiffusionDissolver(UNet2DModel(**config | {"sample_size": None}), scheduler)
+    with refused("sample_size", "8192"):  # to which any image would be padded
+        DiffusionDissolver(UNet2DModel(**config | {"sample_size": 8192}), scheduler)
     with refused("3 input channels", "2 output channels"):
         DiffusionDissolver(UNet2DModel(**config | {"in_channels": 3, "out_channels": 2}), scheduler)
     with refused("kernel_size", 4):

@@ -26,6 +26,8 @@ from .base import (
     working_size,
 )
 
+LARGEST_SAMPLE = 1024  # px; every image is padded to the sample size, and a downloaded config may name any, as no weights depend on it
+
 
 class DiffusionDissolver(Dissolver):
     """One reverse step of a diffusion model from the clean image, taken as x_t, and no noise added (DIA, Eq. 4):
@@ -345,10 +347,12 @@ def _prediction_type(scheduler) -> str:
 
 def _sample_size(unet) -> int:
     size = unet.config.sample_size
-    sides = {size} if isinstance(size, int) else set(size or ())
-    if len(sides) != 1:
+    side, *others = size if isinstance(size, list | tuple) and size else [size]
+    if not isinstance(side, int) or any(other != side for other in others):
         raise InputError(f"the UNet's sample_size must be one number of pixels, got {size}: set it in its config.json")
-    return sides.pop()
+    if not 1 <= side <= LARGEST_SAMPLE:
+        raise InputError(f"the UNet's sample_size must be in 1…{LARGEST_SAMPLE} pixels, got {side}: set it in its config.json")
+    return side
 
 
 def _check_networks(root: Path) -> None:
