@@ -12,7 +12,7 @@ from transformers.image_utils import PILImageResampling
 
 from .data.formats import FULL, Window, apply_window, check_depth, check_window, load_pixels, to_eight_bits
 from .data.transforms import decode_image, upright
-from .detector import AnomalyDetectorOutput
+from .detector import AnomalyDetectorConfig, AnomalyDetectorOutput
 from .errors import InputError
 from .ops.maps import resize_maps
 from .saving import auto_map, write_remote_code
@@ -125,6 +125,24 @@ class AnomalyImageProcessor(PilBackend):
             image_mean=[0.5] * num_channels,
             image_std=[0.5] * num_channels,
         )
+
+    def check_fits(self, config: AnomalyDetectorConfig) -> None:
+        """Refuses to make other images than a detector with this configuration takes: a downloaded processor may ask for any amount of memory.
+
+        Raises:
+            InputError: another size or number of channels, or a step that changes the size.
+        """
+        wanted = config.image_size
+        size = self.size or {"height": None, "width": None}
+        if (size["height"], size["width"]) != (wanted, wanted) or self.num_channels != config.num_channels:
+            makes = f"{size['height']}×{size['width']} pixels and {self.num_channels} channels"
+            needs = f"{wanted}×{wanted} pixels and {config.num_channels} channels"
+            raise InputError(
+                f"the image processor makes images of {makes}, but the detector takes {needs}: correct preprocessor_config.json"
+            )
+        for step in ("do_center_crop", "do_pad"):
+            if getattr(self, step, None):
+                raise InputError(f"the image processor has {step}, which changes the images' size: correct preprocessor_config.json")
 
     def to_dict(self) -> dict:
         content = super().to_dict()

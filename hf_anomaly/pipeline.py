@@ -36,7 +36,7 @@ class AnomalyDetectionPipeline(Pipeline):
         threshold, false_positive_rate, output_anomaly_maps, timeout: defaults for the calls, see there.
 
     Raises:
-        InputError: the model is no detector, or the processor none of this package.
+        InputError: the model is no detector, or the processor none of this package, or it makes other images than the model takes.
     """
 
     _load_image_processor = True
@@ -51,6 +51,7 @@ class AnomalyDetectionPipeline(Pipeline):
         image_processor = image_processor or AnomalyImageProcessor.for_images(model.config.image_size, model.config.num_channels)
         if not isinstance(image_processor, AnomalyImageProcessor):
             raise InputError(f"pipeline({TASK!r}) needs an AnomalyImageProcessor, not a {type(image_processor).__name__}")
+        image_processor.check_fits(model.config)
         self._warned = False
         super().__init__(model=model.eval(), image_processor=image_processor, **kwargs)
 

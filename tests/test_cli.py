@@ -114,6 +114,25 @@ def scores_of(folder, paths):
         return model(processor(images=[PIL.Image.open(path) for path in paths], return_tensors="pt")["pixel_values"]).scores
 
 
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"size": {"height": 30000, "width": 30000}}, ("30000×30000", "16×16", "preprocessor_config.json")),
+        ({"size": None}, ("preprocessor_config.json",)),
+        ({"do_convert_rgb": True}, ("3 channels", "preprocessor_config.json")),
+        ({"do_pad": True, "pad_size": {"height": 30000, "width": 30000}}, ("do_pad", "preprocessor_config.json")),
+        ({"do_center_crop": True, "crop_size": 30000}, ("do_center_crop", "preprocessor_config.json")),
+        ({"window": [0, "x"]}, ("window=[0, 'x']",)),
+        ({"image_processor_type": "ViTImageProcessor"}, ("ViTImageProcessor", "AnomalyImageProcessor")),
+    ],
+)
+def test_a_processor_that_does_not_fit_the_detector(refused, detector, scans, change, words):
+    shutil.copytree(detector, "model")
+    path = Path("model/preprocessor_config.json")
+    path.write_text(json.dumps(json.loads(path.read_text()) | change))
+    refused(["predict", "model", scans], *words)
+
+
 # The program itself ---------------------------------------------------------------------------------------------------------------
 
 
@@ -511,8 +530,8 @@ def test_dissolve(run, refused, scans, detector, tmp_path):
 
 
 def test_a_blur_beside_a_detector(run, refused, scans, detector):
+    shutil.copytree(detector, "model")
     GaussianDissolver(3).save_pretrained("model/dissolver")
-    AnomalyImageProcessor.for_images(16, 1).save_pretrained("model")
     status, _, err = run("dissolve", "model", scans / "a.png")
     assert status == 0, err
     assert PIL.Image.open("dissolved.png").size == (2 * 132 + 4, 20 + 132 + 4)  # 16 pixels, as the detector sees it, 8 times

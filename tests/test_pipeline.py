@@ -255,6 +255,8 @@ def test_other_models_and_processors(model, refused):
         AnomalyDetectionPipeline(backbone)
     with refused("AnomalyImageProcessor", "object"):
         AnomalyDetectionPipeline(model, object())
+    with refused("24×24", "16×16"):
+        AnomalyDetectionPipeline(model, AnomalyImageProcessor.for_images(24, 1))
     torch.manual_seed(0)
     csi = CSIModel(CSIConfig(image_size=8, backbone_config=SmallResNetConfig(hidden_sizes=[8], depths=[1])))
     csi.train().fit_reference([torch.rand(4, 1, 8, 8) * 2 - 1], progress=False)

@@ -63,11 +63,12 @@ def _timesteps(dissolver, asked: list[int] | None) -> list[int | None]:
 
 def _processor(name: str):
     """That of the detector beside the dissolver; None if it is alone."""
-    from transformers import AutoImageProcessor
     from transformers.utils.hub import cached_file
 
+    from ..training.runs import load_detector
+
     there = cached_file(name, "preprocessor_config.json", _raise_exceptions_for_missing_entries=False) is not None
-    return AutoImageProcessor.from_pretrained(name) if there else None
+    return load_detector(name)[1] if there else None
 
 
 def _own_size(image, dissolver):

@@ -67,7 +67,12 @@ def check_window(window: Window | Sequence[float]) -> None:
     """
     if window is None or window == FULL:
         return
-    if isinstance(window, str) or len(window) != 2 or not all(map(math.isfinite, window)) or not window[0] < window[1]:
+    try:
+        low, high = window
+        fits = math.isfinite(low) and math.isfinite(high) and low < high
+    except (TypeError, ValueError, OverflowError):  # a downloaded config may hold anything
+        fits = False
+    if not fits:
         raise InputError(f"window={window!r} is neither two numbers, the lower first, nor {FULL!r}")
 
 

@@ -258,6 +258,11 @@ def load_detector(
         raise InputError(f"{name_or_path!r} cannot be loaded as a detector: {' '.join(str(error).split())}") from error
     if not isinstance(model, AnomalyDetector):
         raise InputError(f"{name_or_path!r} holds a {type(model).__name__}, which is no anomaly detector")
+    if not isinstance(processor, AnomalyImageProcessor):
+        raise InputError(
+            f"{name_or_path!r} has a {type(processor).__name__} in place of an AnomalyImageProcessor: save or download it again"
+        )
+    processor.check_fits(model.config)
     return model.eval().to(device), processor
 
 
