@@ -1,7 +1,9 @@
 """`hf-anomaly` as a user runs it: within this process, but for what importing decides."""
 
 import csv
+import io
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -395,6 +397,33 @@ def test_who_reads_the_table_may_stop(detector, scans):
 
 def test_names_that_cannot_be(refused, detector, scans):
     refused(["predict", detector, scans, "--output", "x" * 300 + ".csv"], "File name too long")
+
+
+def test_names_that_are_not_utf_8_are_refused_first(refused, detector, scans):
+    name = os.fsdecode(b"\xff.png")
+    try:
+        shutil.copy(scans / "a.png", name)
+    except OSError:
+        pytest.skip("this file system has no such names")
+    refused(["predict", detector, scans, ".", "--output", "scores.csv"], r"'\udcff.png'", "not UTF-8; rename it")
+
+
+def test_names_that_the_terminal_cannot_show(run, detector, scans, monkeypatch):
+    shutil.copy(scans / "a.png", "肺.png")
+    terminal = io.TextIOWrapper(io.BytesIO(), encoding="cp1252")
+    monkeypatch.setattr(sys, "stdout", terminal)
+    assert run("predict", detector, "肺.png")[0] == 0
+    terminal.flush()
+    assert rb"\u80ba.png," in terminal.buffer.getvalue()
+
+
+def test_overlays_of_images_with_long_names(run, detector, scans):
+    shutil.copy(scans / "a.png", "肺" * 82 + ".png")
+    status, out, err = run("predict", detector, ".", "--save_maps", "maps")
+    assert status == 0, err
+    (overlay,) = Path("maps").iterdir()
+    assert overlay.name == "000000_" + "肺" * 66 + ".png"
+    assert f",{overlay.name}\n" in out
 
 
 def test_a_broken_image_ends_it(refused, detector, with_broken):

@@ -21,6 +21,7 @@ logger = logging.getLogger(__name__)
 
 SUFFIXES = (".csv", ".jsonl")
 DATASET_FILES = (".npz", ".parquet")
+LONGEST_STEM = 200  # bytes of an image's name in that of its overlay: a file's name may have 255
 OF_DATASETS = ("split", "image_column", "dataset_config_name", "dataset_revision")  # options that say nothing of files
 
 
@@ -115,7 +116,8 @@ def run(args: Namespace) -> None:
             name, image = decoded.popleft()
             row = {"image": name, **{column: result[column] for column in columns[1:5]}}
             if args.save_maps is not None:
-                row["overlay"] = f"{scored:06d}_{Path(name).stem}.png"
+                stem = Path(name).stem.encode()[:LONGEST_STEM].decode(errors="ignore")
+                row["overlay"] = f"{scored:06d}_{stem}.png"
                 overlay = overlay_anomaly_map(image, result["anomaly_map"], value_range=model.config.anomaly_map_range)
                 write_image(overlay, Path(args.save_maps, row["overlay"]))
             write(row)
@@ -137,6 +139,11 @@ class Files:
     """Image files: pairs (name, how to read it with a window)."""
 
     def __init__(self, paths: list[str]):
+        for path in paths:
+            try:
+                path.encode()
+            except UnicodeEncodeError as error:  # the table could not hold it
+                raise InputError(f"{path!a}: the file's name is not UTF-8; rename it") from error
         self.paths, self.count = paths, len(paths)
 
     def __iter__(self) -> Iterator[tuple[str, Callable]]:

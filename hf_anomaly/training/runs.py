@@ -69,6 +69,8 @@ def run_script(main: Callable[[], None]) -> None:
     """Runs a script's main function; what the user can mend is printed as one line, with exit status 2."""
     logging.basicConfig(format="%(levelname)s: %(message)s", level=logging.WARNING)
     logging.getLogger("hf_anomaly").setLevel(logging.INFO)
+    if hasattr(sys.stdout, "reconfigure"):  # a name that the terminal's encoding does not have shall not end a run
+        sys.stdout.reconfigure(errors="backslashreplace")
     try:
         main()
     except (HubError, InputError, NotFittedError, StrictDataclassError, HfHubHTTPError) as error:
