@@ -10,7 +10,7 @@ from transformers import BatchFeature
 from transformers.image_processing_backends import PilBackend
 from transformers.image_utils import PILImageResampling
 
-from .data.formats import FULL, Window, apply_window, check_depth, check_window, load_pixels, to_eight_bits
+from .data.formats import FULL, Reading, Window, apply_window, check_depth, check_window, load_pixels, to_eight_bits
 from .data.transforms import decode_image, upright
 from .detector import AnomalyDetectorConfig, AnomalyDetectorOutput
 from .errors import InputError
@@ -95,7 +95,8 @@ class AnomalyImageProcessor(PilBackend):
     """Images of any mode and size → `pixel_values` (B, C, H, W) float32 in [−1, 1].
 
     Gray when `do_convert_rgb` is False, RGB otherwise; transparency is dropped. The whole image is resized to `size`, without keeping its aspect.
-    `window`, (low, high) or "full", is what becomes black and white of images of more than 8 bits; None refuses them. See `data.formats.Reading`.
+    `window`, (low, high) or "full", is what becomes black and white of images of more than 8 bits; None refuses them. `slice_axis` and `central_slices`
+    tell how volumes were sliced that the detector was trained on, for whoever reads such files; None: as by default. See `data.formats.Reading`.
     Build it with `AnomalyImageProcessor.for_images(image_size, num_channels)`.
     """
 
@@ -109,17 +110,23 @@ class AnomalyImageProcessor(PilBackend):
     do_rescale = True
     do_normalize = True
     window: Window = None
+    slice_axis: int | None = None
+    central_slices: int | None = None
 
-    def __init__(self, *, window: Window = None, **kwargs):
+    def __init__(self, *, window: Window = None, slice_axis: int | None = None, central_slices: int | None = None, **kwargs):
         super().__init__(**kwargs)
         check_window(window)
         self.window = window if window is None or isinstance(window, str) else [float(value) for value in window]
+        self.slice_axis, self.central_slices = slice_axis, central_slices
+        self.reading  # noqa: B018, refuses other values
 
     @classmethod
-    def for_images(cls, image_size: int, num_channels: int, window: Window = None) -> "AnomalyImageProcessor":
-        """The processor that goes with a detector of this size and number of channels; `window` for images of more than 8 bits."""
+    def for_images(cls, image_size: int, num_channels: int, window: Window = None, **slicing: int | None) -> "AnomalyImageProcessor":
+        """The processor that goes with a detector of this size and number of channels; `window` for images of more than 8 bits, `slice_axis` and
+        `central_slices` of volumes."""
         return cls(
             window=window,
+            **slicing,
             size={"height": image_size, "width": image_size},
             do_convert_rgb=num_channels == 3,
             image_mean=[0.5] * num_channels,
@@ -158,6 +165,12 @@ class AnomalyImageProcessor(PilBackend):
     @classmethod
     def register_for_auto_class(cls, auto_class="AutoImageProcessor"):
         """Nothing: a saved processor refers to the package, whose code is not copied beside it."""
+
+    @property
+    def reading(self) -> Reading:
+        """How files of more than 8 bits and volumes are read."""
+        window = tuple(self.window) if isinstance(self.window, list) else self.window
+        return Reading(window, 2 if self.slice_axis is None else self.slice_axis, self.central_slices)
 
     @property
     def num_channels(self) -> int:

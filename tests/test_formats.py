@@ -349,6 +349,46 @@ def test_folder_of_volumes(tmp_path, refused):
         load_one_class(tmp_path, reading=Reading("full"))
 
 
+def test_volumes_are_sliced_as_in_the_training(tmp_path, capsys):
+    for folder in ("train/healthy", "test/healthy", "test/tumour"):
+        for i in range(2):
+            write_nifti(tmp_path / "data" / folder / f"{i}.nii.gz", VOLUME + i)
+    words = ["--dataset_name", str(tmp_path / "data")]
+    (data,) = parse_arguments(
+        DataArguments,
+        description="",
+        argv=[*words, "--window", "-160", "240", "--slice_axis", "0", "--central_slices", "2", "--image_size", "8"],
+    )
+    splits = load_splits(data)
+    processor = processor_for(splits, data)
+    torch.manual_seed(0)
+    model = SharedAEModel(SharedAEConfig(image_size=8, num_channels=1, hidden_sizes=[8, 8, 8], latent_size=8))
+    model.fit_reference([torch.stack([row["pixel_values"] for row in prepare(splits.train, processor)])], progress=False)
+    model.save_pretrained(tmp_path / "model")
+    processor.save_pretrained(tmp_path / "model")
+
+    main(["evaluate", str(tmp_path / "model"), *words, "--normal_label", "healthy"])
+    results = json.loads(capsys.readouterr().out)
+    assert (results["num_normal"], results["num_anomalous"]) == (4, 4)
+    main(["evaluate", str(tmp_path / "model"), *words, "--normal_label", "healthy", "--central_slices", "1"])
+    assert json.loads(capsys.readouterr().out)["num_normal"] == 2
+
+    volume = tmp_path / "data" / "test" / "tumour" / "0.nii.gz"
+    for source in (volume, volume.parent):
+        main(["predict", str(tmp_path / "model"), str(source)])
+        rows = [line.split(",") for line in capsys.readouterr().out.splitlines()[1:]]
+        assert [row[0] for row in rows[:2]] == [f"{volume}/0000", f"{volume}/0001"]
+    assert len(rows) == 4
+    pixels = processor(images=read_slices(volume, Reading((-160, 240), 0, 2)), return_tensors="pt")["pixel_values"]
+    assert [float(row[1]) for row in rows[:2]] == pytest.approx(model.eval()(pixels).scores.tolist(), rel=1e-5)
+
+
+def test_a_processor_that_slices_nothing(refused):
+    for slicing in ({"slice_axis": 5}, {"central_slices": "x"}, {"central_slices": 0}):
+        with refused(next(iter(slicing))):
+            AnomalyImageProcessor.for_images(8, 1, **slicing)
+
+
 @pytest.mark.parametrize(("name", "library"), [("x.dcm", "pydicom"), ("x.nii.gz", "nibabel")])
 def test_without_the_libraries(tmp_path, monkeypatch, refused, name, library):
     import sys

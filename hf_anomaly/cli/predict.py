@@ -1,5 +1,7 @@
 """`hf-anomaly predict MODEL IMAGES`"""
 
+from __future__ import annotations
+
 import csv
 import glob
 import json
@@ -11,11 +13,18 @@ from argparse import Namespace
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from ..errors import InputError
 from ..files import check_output, files_below, replacing
 from .parsing import Parser
+
+if TYPE_CHECKING:
+    import PIL.Image
+
+    from ..data.formats import Reading
 
 logger = logging.getLogger(__name__)
 
@@ -35,7 +44,8 @@ def parse(argv: list[str]) -> Namespace:
     parser.add_argument(
         "images",
         nargs="+",
-        help="image files, folders, patterns such as 'scans/*.png', a Hub dataset (scored while it is downloaded), .npz or .parquet file",
+        help="image files, volumes (slice by slice), folders, patterns such as 'scans/*.png', a Hub dataset (scored while it is downloaded), .npz or "
+        ".parquet file",
     )
     parser.option("output", "the table to write, .csv or .jsonl (default: printed as CSV)")
     parser.option("save_maps", "folder for a PNG of each image with its anomaly map over it")
@@ -91,14 +101,15 @@ def run(args: Namespace) -> None:
     def images() -> Iterator:
         for name, read in (pair for source in sources for pair in source):
             try:
-                image = read(processor.window)
+                found = read(processor.reading)
             except InputError as error:
                 if args.on_error == "stop":
                     raise
                 skipped.append(str(error))
                 continue
-            decoded.append((name, image))
-            yield image
+            for number, image in enumerate(found):
+                decoded.append((name if len(found) == 1 else f"{name}/{number:04d}", image))
+                yield image
 
     results = pipe(
         images(),
@@ -136,30 +147,35 @@ def run(args: Namespace) -> None:
 
 
 class Files:
-    """Image files: pairs (name, how to read it with a window)."""
+    """Image files: pairs (name, how its image, or the slices of a volume, are read)."""
 
     def __init__(self, paths: list[str]):
+        from ..data.formats import is_medical
+
         for path in paths:
             try:
                 path.encode()
             except UnicodeEncodeError as error:  # the table could not hold it
                 raise InputError(f"{path!a}: the file's name is not UTF-8; rename it") from error
-        self.paths, self.count = paths, len(paths)
+        self.paths, self.count = paths, None if any(map(is_medical, paths)) else len(paths)
 
     def __iter__(self) -> Iterator[tuple[str, Callable]]:
-        return ((path, lambda window, path=path: _read_file(path, window)) for path in self.paths)
+        return ((path, partial(_read_file, path)) for path in self.paths)
 
 
-def _read_file(path: str, window):
+def _read_file(path: str, reading: Reading) -> list[PIL.Image.Image]:
     from ..data import decode_image
+    from ..data.formats import is_medical, read_slices
     from ..data.transforms import num_pages, open_image
 
-    image = decode_image({"path": path}, path, window)
+    if is_medical(path):
+        return read_slices(path, reading)
+    image = decode_image({"path": path}, path, reading.window)
     if Path(path).suffix.lower() in (".tif", ".tiff"):
-        with open_image({"path": path}, path, window) as file:
+        with open_image({"path": path}, path, reading.window) as file:
             if (count := num_pages(file)) > 1:
                 logger.warning("%s has %d pages, of which only the first is scored: cut it up", path, count)
-    return image
+    return [image]
 
 
 class Rows:
@@ -183,7 +199,7 @@ class Rows:
                 name = f"row {i} of split {self.split!r}"
                 yield (
                     f"{self.split}/{i}",
-                    lambda window, value=row[self.column], name=name: decode_image(with_bytes(value, self.source), name, window),
+                    lambda reading, value=row[self.column], name=name: [decode_image(with_bytes(value, self.source), name, reading.window)],
                 )
 
 

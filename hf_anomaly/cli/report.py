@@ -20,7 +20,7 @@ def parse(argv: list[str]) -> list[str]:
 
 
 def run(argv: list[str]) -> None:
-    from dataclasses import dataclass, field, replace
+    from dataclasses import dataclass, field
 
     import torch
 
@@ -55,9 +55,8 @@ def run(argv: list[str]) -> None:
     about = {"data_name": dataset_label(data_args.dataset_name), "has_labels": not args.unlabelled}
     if args.unlabelled:
         model, processor = load_detector(args.model, args.revision, args.device)
-        processor.window = data_args.reading.window or processor.window
-        reading = replace(data_args.reading, window=processor.window)
-        options = {"reading": reading, "image_column": data_args.image_column, "config_name": data_args.dataset_config_name}
+        data_args.read_as(processor)
+        options = {"reading": data_args.reading, "image_column": data_args.image_column, "config_name": data_args.dataset_config_name}
         dataset = load_unlabelled(data_args.dataset_name, revision=data_args.dataset_revision, **options)
     else:
         model, processor, splits = load_for_evaluation(args, data_args)

@@ -49,7 +49,7 @@ class Reading:
         check_window(self.window)
         if self.slice_axis not in (0, 1, 2):
             raise InputError(f"slice_axis={self.slice_axis} is none of 0 (sagittal), 1 (coronal), 2 (axial)")
-        if self.central_slices is not None and self.central_slices < 1:
+        if self.central_slices is not None and not (isinstance(self.central_slices, int) and self.central_slices >= 1):
             raise InputError(f"central_slices must be at least 1, got {self.central_slices}")
 
     def chosen(self, num_slices: int) -> range:
@@ -177,7 +177,7 @@ def read_image(path: str | os.PathLike[str], window: Window = None) -> PIL.Image
     if is_medical(path):
         slices = read_slices(path, Reading(window))
         if len(slices) != 1:
-            raise InputError(f"{path} holds {len(slices)} slices, not one image: give a folder of such files, or cut it up")
+            raise InputError(f"{path} holds {len(slices)} slices, not one image: `hf-anomaly predict` scores them all; else cut it up")
         return slices[0]
     try:
         image = PIL.Image.open(path)

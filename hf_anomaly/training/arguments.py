@@ -4,7 +4,7 @@ import difflib
 import logging
 import os
 import sys
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from transformers import HfArgumentParser, TrainingArguments
@@ -13,6 +13,7 @@ from ..cards import check_dataset_id, check_licence
 from ..data.formats import Reading, parse_window
 from ..data.recipes import DatasetRecipe, find_recipe
 from ..errors import InputError
+from ..image_processing import AnomalyImageProcessor
 
 logger = logging.getLogger(__name__)
 
@@ -175,10 +176,15 @@ class DataArguments:
             "full, the whole range. Default: the window in a DICOM file's header; other such images are refused.",
         },
     )
-    slice_axis: int = field(default=2, metadata={"help": "NIfTI volumes are sliced along it: 0 sagittal, 1 coronal, 2 axial."})
+    slice_axis: int | None = field(
+        default=None,
+        metadata={"help": "NIfTI volumes are sliced along it: 0 sagittal, 1 coronal, 2 axial. Default: 2, or as in the training."},
+    )
     central_slices: int | None = field(
         default=None,
-        metadata={"help": "So many slices around the middle of a NIfTI volume or a DICOM file of several frames. Default: all."},
+        metadata={
+            "help": "So many slices around the middle of a NIfTI volume or a DICOM file of several frames. Default: all, or as in the training."
+        },
     )
     streaming: bool = field(
         default=False,
@@ -197,7 +203,7 @@ class DataArguments:
 
     def __post_init__(self):
         self._take_recipe()
-        self.reading = Reading(parse_window(self.window), self.slice_axis, self.central_slices)
+        self.reading = Reading(parse_window(self.window), 2 if self.slice_axis is None else self.slice_axis, self.central_slices)
         if self.streaming and (self.protocol != "official" or self.contamination):
             raise InputError(f"--streaming knows the source's own splits alone, not --protocol {self.protocol} or --contamination")
 
@@ -238,6 +244,12 @@ class EvaluationDataArguments(DataArguments):
         if self.dataset_name is None and self.dataset is None:
             raise InputError("--dataset_name is missing: name the images that the detector is to judge")
         super().__post_init__()
+
+    def read_as(self, processor: AnomalyImageProcessor) -> None:
+        """What no flag says of windows and slices is as in the detector's training; the processor takes the window."""
+        given = {"window": self.reading.window, "slice_axis": self.slice_axis, "central_slices": self.central_slices}
+        self.reading = replace(processor.reading, **{name: value for name, value in given.items() if value is not None})
+        processor.window = self.reading.window
 
 
 def parse_arguments(*classes: type, description: str, argv: list[str] | None = None, program: str | None = None) -> tuple:

@@ -126,7 +126,8 @@ def processor_for(splits: OneClassSplits, data: DataArguments) -> AnomalyImagePr
     if data.num_channels not in (None, 1, 3):
         raise InputError(f"--num_channels must be 1 (gray) or 3 (RGB), got {data.num_channels}")
     image_size = min(splits.native_size, LARGEST_DEFAULT_SIZE) if data.image_size is None else data.image_size
-    return AnomalyImageProcessor.for_images(image_size, data.num_channels or splits.num_channels, data.reading.window)
+    slicing = {"slice_axis": data.slice_axis, "central_slices": data.central_slices}
+    return AnomalyImageProcessor.for_images(image_size, data.num_channels or splits.num_channels, data.reading.window, **slicing)
 
 
 def shrink_training_images(splits: OneClassSplits, processor: AnomalyImageProcessor) -> OneClassSplits:

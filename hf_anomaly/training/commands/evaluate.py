@@ -6,7 +6,7 @@ The split hash covers the evaluated rows alone: no training data is needed, but 
 import json
 import logging
 import time
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -61,12 +61,12 @@ def recorded_results(model: str) -> dict:
     return read_json(path) if path.is_file() else {}
 
 
-def load_for_evaluation(args, data_args: DataArguments) -> tuple:
+def load_for_evaluation(args, data_args: EvaluationDataArguments) -> tuple:
     """What `args.model` and the data arguments name: the detector, its processor, and the splits with `test` alone.
 
     Args:
         args: with `model`, `revision`, `seed` and `device`; the seed is by default the one recorded beside the model.
-        data_args: the normal class is by default the one that the detector was trained on.
+        data_args: normal class, window and slices are by default those that the detector was trained on.
 
     Raises:
         InputError: what `load_detector` and `load_one_class` refuse, or a seed that does not say which images the detector was not trained on.
@@ -86,10 +86,7 @@ def load_for_evaluation(args, data_args: DataArguments) -> tuple:
     model, processor = load_detector(args.model, args.revision, args.device)
     trained_on = model.config.normal_label
     data_args.normal_label = data_args.normal_label or trained_on
-    if data_args.window is None:
-        data_args.reading = replace(data_args.reading, window=processor.window)
-    else:
-        processor.window = data_args.reading.window
+    data_args.read_as(processor)
     splits = load_splits(data_args, args.seed or 0, evaluation_only=True)
     protocol = (results.get("division") or {}).get("protocol")
     same_test = protocol in (None, splits.division.protocol) or {protocol, splits.division.protocol} <= {"official", "stream"}
