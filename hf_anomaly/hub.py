@@ -20,7 +20,7 @@ from huggingface_hub.errors import (
     RevisionNotFoundError,
 )
 
-from .cards.merging import address_card, merge_cards
+from .cards.merging import address_card, merge_cards, read_card
 from .errors import HubError, InputError
 from .untrusted import contained_files
 
@@ -209,10 +209,10 @@ def _commit(api, repo_id, folder, files, message, description, revision, create_
     there = {sibling.rfilename for sibling in head.siblings}
     contents: dict[str, Path | bytes] = {path.as_posix(): folder / path for path in files}
     if "README.md" in contents and repo_type == "model":
-        card = address_card(contents["README.md"].read_text(encoding="utf-8"), repo_id)
+        card = address_card(read_card(contents["README.md"]), repo_id)
         if "README.md" in there:
             path = api.hf_hub_download(repo_id, "README.md", revision=head.sha)
-            card = merge_cards(card, Path(path).read_text(encoding="utf-8"))
+            card = merge_cards(card, read_card(path, f"README.md of {repo_id}"))
         contents["README.md"] = card.encode()
     gone = {name for name in there - contents.keys() if any(fnmatch(name, pattern) for pattern in _REPLACED)}
     return api.create_commit(

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from transformers import PreTrainedConfig
 
-from .cards.merging import outdate_card
+from .cards.merging import outdate_card, read_card
 from .errors import InputError
 from .untrusted import contained_files
 
@@ -149,7 +149,7 @@ def bring_companions(homes: list[Home], target: Path, staging: Path, token: str 
         wanted -= {path.name for path in staging.iterdir()}
         for path in contained_files(folder, lambda path, wanted=wanted: path.parts[0] in wanted):
             if path.name == "README.md" and not home.reports_hold:
-                if card := outdate_card((folder / path).read_text(encoding="utf-8")):
+                if card := outdate_card(read_card(folder / path)):
                     (staging / path).write_text(card, encoding="utf-8")
             elif not in_place and (home.reports_hold or path.parts[0] not in _REPORTS) and _is_companion(path):
                 (staging / path).parent.mkdir(parents=True, exist_ok=True)

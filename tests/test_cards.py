@@ -28,7 +28,7 @@ from hf_anomaly import (
     SmallResNetConfig,
 )
 from hf_anomaly.cards import shown_command, write_card, write_figures, write_pretraining_card
-from hf_anomaly.cards.merging import split_card
+from hf_anomaly.cards.merging import merge_cards, split_card
 from hf_anomaly.dissolving import build_scheduler, build_unet
 
 MEASURED = {"auroc": 0.87654321, "average_precision": 0.7654321, "fpr_at_95_tpr": 0.4321}
@@ -189,6 +189,52 @@ def test_what_a_person_wrote_stays(folder):
     assert "My words." in body
     assert "| AUROC | 0.5000 |" in body
     assert "0.8765" not in body
+
+
+def generated(folder, **facts):
+    folder.mkdir(exist_ok=True)
+    (folder / "README.md").unlink(missing_ok=True)
+    write_card(folder, detector(), RESULTS, **facts)
+    return (folder / "README.md").read_text()
+
+
+def test_what_a_program_wrote_in_the_yaml_gives_way_and_a_persons_stays(folder, caplog):
+    def merged(ours, theirs):
+        data, _ = split_card(merge_cards(ours, theirs))
+        return data.get("license"), data.get("datasets")
+
+    old, new = ({"license": name, "dataset_id": f"org/{name}"} for name in ("mit", "other"))
+    assert merged(generated(folder, **new), generated(folder, **old)) == ("other", ["org/other"])
+    assert merged(generated(folder), generated(folder, **old)) == ("mit", ["org/mit"])
+    twice = merge_cards(generated(folder), generated(folder, **old))  # still known as a program's
+    assert merged(generated(folder, **new), twice) == ("other", ["org/other"])
+    assert not caplog.records
+    by_hand = generated(folder, **old).replace("license: mit", "license: cc0-1.0", 1)
+    assert merged(generated(folder, **new), by_hand) == ("cc0-1.0", ["org/other"])
+    assert "license cc0-1.0, which somebody wrote there: it is kept in place of other" in caplog.text
+
+
+def test_a_person_needs_to_write_nothing_to_be_heard(folder):
+    ours = generated(folder)
+    block = re.search(r"<!-- hf-anomaly: settings -->.*?<!-- /hf-anomaly: settings -->\n", ours, re.DOTALL)[0]
+    theirs = ours.replace(block, "").replace("# dia-chest", "# Chests")
+    assert merge_cards(ours, theirs).replace("\n", "") == theirs.replace("\n", "")
+    of_another_kind = re.sub("<!-- hf-anomaly: results -->.*", "", theirs, flags=re.DOTALL).replace("dia_anomaly", "dissolver")
+    assert "# Chests" in merge_cards(ours, of_another_kind)
+    assert "| AUROC | 0.8765 |" in merge_cards(ours, of_another_kind)  # its card never had results
+
+
+def test_cards_of_other_editors(folder, refused):
+    path = folder / "README.md"
+    path.write_text(generated(folder).replace("# dia-chest", "# Meine Brustkörbe"), encoding="utf-8-sig")
+    write_card(folder, detector(), RESULTS)
+    text = path.read_text(encoding="utf-8")
+    assert text.startswith("---\n")
+    assert text.count("library_name") == 1
+    assert "# Meine Brustkörbe" in text
+    path.write_text(text, encoding="latin-1", errors="replace")
+    with refused(path, "save it as UTF-8"):
+        write_card(folder, detector(), RESULTS)
 
 
 def test_a_first_stage_that_is_written_again_is_told_anew(tmp_path):

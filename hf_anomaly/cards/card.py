@@ -5,7 +5,7 @@ import os
 import re
 import shlex
 import statistics
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
@@ -15,7 +15,7 @@ from ..errors import InputError
 from ..files import replacing
 from ..version import __version__
 from .figures import FIGURES, FOLDER
-from .merging import METRICS, TASK_NAME, join_card, merge_cards, split_card
+from .merging import METRICS, NOTED, TASK_NAME, merge_cards, read_card
 
 TEMPLATE = Path(__file__).with_name("template.md")
 DISSOLVER_TEMPLATE = Path(__file__).with_name("dissolver.md")
@@ -86,6 +86,7 @@ class DetectorCardData(ModelCardData):
         check_dataset_id(dataset_id)
         dataset = plain(Path(results.get("dataset") or "").name)
         measured = {key: results[key] for key in METRICS if results.get(key) is not None}
+        noted = {name: value for name, value in (("license", license), ("datasets", dataset_id and [dataset_id])) if value}
         super().__init__(
             license=license,
             library_name="hf-anomaly",
@@ -94,6 +95,7 @@ class DetectorCardData(ModelCardData):
             datasets=[dataset_id] if dataset_id else None,
             metrics=[METRICS[key][0] for key in measured] or None,
             model_name=plain(name),
+            **({NOTED: noted} if noted else {}),
             eval_results=[
                 EvalResult(
                     task_type="image-classification",
@@ -167,7 +169,7 @@ def write_card(
         citation=model.citation,
         version=__version__,
     )
-    _save(card, folder, {"license": license, "datasets": [dataset_id] if dataset_id else None})
+    _save(card, folder, [name for name, value in (("license", license), ("datasets", dataset_id)) if value])
 
 
 def _with_interval(results: dict, key: str) -> str:
@@ -283,12 +285,9 @@ def write_dissolver_card(
     _save(card, Path(folder))
 
 
-def _save(card: ModelCard, folder: Path, given: dict | None = None) -> None:
+def _save(card: ModelCard, folder: Path, given: Collection[str] = ()) -> None:
     """Writes a card with what a person wrote in the one that is there, but for the fields of the YAML that are `given`."""
     path = folder / "README.md"
-    text = card.content
-    if path.is_file():
-        data, body = split_card(merge_cards(text, path.read_text(encoding="utf-8")))
-        text = join_card(data | {name: value for name, value in (given or {}).items() if value is not None}, body)
+    text = merge_cards(card.content, read_card(path), given) if path.is_file() else card.content
     with replacing(path) as temporary:
         temporary.write_text(text, encoding="utf-8")

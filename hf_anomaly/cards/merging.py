@@ -4,19 +4,27 @@
     …
     <!-- /hf-anomaly: results -->
 
-In the YAML the program's are the results of the task `TASK_NAME`, their metrics and the tag of the model type; the rest is the person's.
+In the YAML the program's are the results of the task `TASK_NAME`, their metrics, the tag of the model type, and licence and data sets as long as they are
+what it noted in the entry `hf_anomaly`; the rest is the person's.
 """
 
 import json
 import logging
+import os
 import re
+from collections.abc import Collection
+from pathlib import Path
 
 import yaml
 from huggingface_hub.utils import yaml_dump
 
+from ..errors import InputError
+
 logger = logging.getLogger(__name__)
 
 TASK_NAME = "Image anomaly detection"
+NOTED = "hf_anomaly"  # the YAML's entry with what a program wrote of `FIELDS`, to be told from what a person did
+FIELDS = ("license", "datasets")
 METRICS = {  # key in eval_results.json → metric id and name
     "auroc": ("roc_auc", "AUROC"),
     "average_precision": ("average_precision", "Average precision"),
@@ -34,6 +42,21 @@ OUTDATED = (
 _BLOCK = re.compile(r"^<!-- hf-anomaly: (\w+) -->\n(.*?)^<!-- /hf-anomaly: \1 -->$", re.DOTALL | re.MULTILINE)
 _FRONT_MATTER = re.compile(r"\s*^---[ \t]*\n(.*?)^---[ \t]*$\n?", re.DOTALL | re.MULTILINE)
 _ADDRESS = re.compile(r'(?<=from_pretrained\()"(?:[^"\\\n]|\\.)*"')
+
+
+def read_card(path: str | os.PathLike, name: str | None = None) -> str:
+    """A card's text, also if an editor put a byte order mark before it.
+
+    Args:
+        name: how an error calls the file; by default its path.
+
+    Raises:
+        InputError: it is not UTF-8.
+    """
+    try:
+        return Path(path).read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise InputError(f"{name or path} is not UTF-8: save it as UTF-8") from error
 
 
 def split_card(text: str) -> tuple[dict, str]:
@@ -54,21 +77,28 @@ def join_card(data: dict, body: str) -> str:
     return front + body.strip() + "\n"
 
 
-def merge_cards(ours: str, theirs: str) -> str:
+def merge_cards(ours: str, theirs: str, given: Collection[str] | None = None) -> str:
     """A new generated card, with all that a person wrote in the card that it replaces.
 
     A block that the person deleted stays away. Text of a person in `ours` gives way to such text in `theirs`.
+
+    Args:
+        given: which of `FIELDS` were asked for and come from `ours`, the others from `theirs`; None: as that is not known, all that are in `ours` but
+            those that a person wrote in `theirs`.
     """
     (our_data, our_body), (their_data, their_body) = split_card(ours), split_card(theirs)
-    data = _merge_data(our_data, their_data)
-    if not _own_text(their_body):
+    data = _merge_data(our_data, their_data, given)
+    if not _BLOCK.search(their_body) and not _own_text(their_body):
         return join_card(data, our_body)
     if _own_text(our_body) and _own_text(our_body) != _own_text(their_body):
         logger.warning("The card that is replaced has text of its own, which is kept instead of that in the new card")
     blocks = {match[1]: match[0] for match in _BLOCK.finditer(our_body)}
-    if _BLOCK.search(their_body):
-        return join_card(data, _BLOCK.sub(lambda match: blocks.get(match[1], ""), their_body))
-    return join_card(data, "\n\n".join([their_body.strip(), *blocks.values()]))
+    their_blocks = {match[1] for match in _BLOCK.finditer(their_body)}
+    body = _BLOCK.sub(lambda match: blocks.get(match[1], ""), their_body)
+    # In a card of the same kind a block that is not there was deleted; in another it never was.
+    same = their_blocks and _kind(our_data) == _kind(their_data)
+    missing = [] if same else [block for name, block in blocks.items() if name not in their_blocks]
+    return join_card(data, "\n\n".join([body.strip(), *missing]))
 
 
 def outdate_card(text: str) -> str | None:
@@ -92,13 +122,26 @@ def tag_card(text: str, tags: list[str]) -> str:
     return join_card(data | {"tags": list(dict.fromkeys([*_list(data.get("tags")), *tags]))}, body)
 
 
+def _kind(data: dict) -> set:
+    """The tags that tell apart cards of dissolvers, of pretrained weights, and of each method's detectors."""
+    return {tag for tag in _list(data.get("tags")) if tag in ("denoising", "dissolver") or str(tag).endswith("_anomaly")}
+
+
 def _own_text(body: str) -> str:
     """What a person wrote, beyond the blocks and the title."""
     return re.sub(r"^# .*\n?", "", _BLOCK.sub("", body).strip(), count=1).strip()
 
 
-def _merge_data(ours: dict, theirs: dict) -> dict:
+def _merge_data(ours: dict, theirs: dict, given: Collection[str] | None) -> dict:
     kept = _without_results(theirs)
+    our_notes, their_notes = _notes(ours), _notes(theirs)
+    for name in FIELDS:
+        if ours.get(name) and (theirs.get(name) == their_notes.get(name) if given is None else name in given):
+            kept.pop(name, None)
+        elif given is None and ours.get(name) and theirs.get(name) not in (None, ours[name]):
+            logger.warning(
+                "The card that is replaced has %s %s, which somebody wrote there: it is kept in place of %s", name, theirs[name], ours[name]
+            )
     tags = _list(ours.get("tags"))
     kept["tags"] = [tag for tag in _list(theirs.get("tags")) if tag in tags or not str(tag).endswith("_anomaly")]
     merged = {**ours, **kept}
@@ -107,8 +150,16 @@ def _merge_data(ours: dict, theirs: dict) -> dict:
     entries = [*_list(kept.get("model-index")), *_list(ours.get("model-index"))]
     if entries:
         merged["model-index"] = [{**entries[-1], "results": [result for entry in entries for result in entry["results"]]}]
+    merged[NOTED] = {
+        name: merged[name] for name in FIELDS if merged.get(name) and merged[name] in (our_notes.get(name), their_notes.get(name))
+    }
     order = dict.fromkeys([*theirs, *merged])  # theirs, so that a card with nothing new stays as it is
-    return {name: merged[name] for name in order if merged.get(name) not in (None, [])}
+    return {name: merged[name] for name in order if merged.get(name) not in (None, [], {})}
+
+
+def _notes(data: dict) -> dict:
+    notes = data.get(NOTED)
+    return notes if isinstance(notes, dict) else {}
 
 
 def _without_results(data: dict) -> dict:
