@@ -4,7 +4,8 @@ import difflib
 import logging
 import os
 import sys
-from dataclasses import dataclass, field, replace
+from collections.abc import Iterable
+from dataclasses import dataclass, field, fields, replace
 
 import torch
 from transformers import HfArgumentParser, TrainingArguments
@@ -123,6 +124,11 @@ class DenoisingTrainingArguments(ReproducibleArguments):
     default_max_steps = 600
 
 
+def given_fields(args) -> set[str]:
+    """The flags of a dataclass that were given, as far as their values tell: those that are not the defaults."""
+    return {field.name for field in fields(args) if getattr(args, field.name) != field.default}
+
+
 @dataclass
 class DataArguments:
     """Where the images come from."""
@@ -202,10 +208,23 @@ class DataArguments:
     )
 
     def __post_init__(self):
+        self.given = given_fields(self)
+        if not self.streaming:
+            self.refuse_given(("stream_head", "shuffle_buffer"), "is of --streaming alone")
         self._take_recipe()
         self.reading = Reading(parse_window(self.window), 2 if self.slice_axis is None else self.slice_axis, self.central_slices)
         if self.streaming and (self.protocol != "official" or self.contamination):
             raise InputError(f"--streaming knows the source's own splits alone, not --protocol {self.protocol} or --contamination")
+
+    def refuse_given(self, names: Iterable[str], why: str) -> None:
+        """Refuses these flags if they were given, as nothing would come of them.
+
+        Raises:
+            InputError: names the flag.
+        """
+        for name in names:
+            if name in self.given:
+                raise InputError(f"--{name} {why}: leave it out")
 
     def _take_recipe(self):
         if self.dataset is None:
@@ -244,6 +263,11 @@ class EvaluationDataArguments(DataArguments):
         if self.dataset_name is None and self.dataset is None:
             raise InputError("--dataset_name is missing: name the images that the detector is to judge")
         super().__post_init__()
+        self.refuse_given(("image_size", "num_channels"), "is the detector's own")
+
+    def refuse_training_flags(self, why: str) -> None:
+        """Refuses flags that say which images train, where none are taken."""
+        self.refuse_given(("max_train_images", "contamination", "calibration_fraction"), why)
 
     def read_as(self, processor: AnomalyImageProcessor) -> None:
         """What no flag says of windows and slices is as in the detector's training; the processor takes the window."""

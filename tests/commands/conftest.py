@@ -35,7 +35,10 @@ def train(backbone):
             "true",
         ]
         if script == "train_dia.py":
-            options += ["--dissolver_steps", 4, "--dissolved_variants", 2, "--dissolver_batch_size", 8, "--dissolver_max_timestep", 300]
+            dissolver = argv[argv.index("--dissolver") + 1] if "--dissolver" in argv else "diffusion"
+            options += [] if dissolver == "none" else ["--dissolved_variants", 2]
+            if dissolver == "diffusion":
+                options += ["--dissolver_steps", 4, "--dissolver_batch_size", 8, "--dissolver_max_timestep", 300]
             options += [] if "--backbone" in argv or any("colour" in str(value) for value in argv) else ["--backbone", backbone]
         found, out, err = run(script, "--output_dir", folder, *options, *argv)
         assert found == status, err

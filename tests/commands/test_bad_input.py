@@ -76,7 +76,13 @@ BAD = {  # the culprit → arguments; a function makes its file or folder
     "temperature must": ["--temperature", "-1"],
     "t range 200…100": ["--t_min", "200", "--t_max", "100", "--dissolver", "diffusion"],
     "kernel_size must be odd, got 4": ["--dissolver", "gaussian", "--blur_kernel_size", "4"],
-    "--blur_kernel_size belongs": ["--dissolver", "none", "--blur_kernel_size", "3"],
+    "--blur_kernel_size is of no use to --dissolver none": ["--dissolver", "none", "--blur_kernel_size", "3"],
+    "--blur_kernel_size is of no use to --dissolver diffusion": ["--dissolver", "diffusion", "--blur_kernel_size", "3"],
+    "--dissolver_learning_rate is of no use to --dissolver gaussian": ["--dissolver", "gaussian", "--dissolver_learning_rate", "3"],
+    "--t_max is of no use to --dissolver median": ["--dissolver", "median", "--t_max", "3"],
+    "--dissolver_steps is of no use to --dissolver": ["--dissolver", lambda folder: folder / "trained-before", "--dissolver_steps", "3"],
+    "--stream_head is of --streaming alone": ["--stream_head", "5"],
+    "--shuffle_buffer is of --streaming alone": ["--shuffle_buffer", "5"],
     "calibration_fraction=1": ["--calibration_fraction", "1"],
     "eval_split='both'": ["--eval_split", "both"],
     "num_channels": ["--backbone", resnet],
@@ -101,9 +107,10 @@ BAD = {  # the culprit → arguments; a function makes its file or folder
 def test_bad_input(culprit, tmp_path):
     argv = [value(tmp_path) if callable(value) else value for value in BAD[culprit]]
     argv += [] if "--dissolver" in argv else ["--dissolver", "gaussian", "--blur_kernel_size", "3"]
-    common = ["--max_steps", 2, "--report_to", "none", "--disable_tqdm", "true", "--use_cpu", "true", "--dissolver_batch_size", 8]
-    steps = [] if "--dissolver_steps" in argv else ["--dissolver_steps", 2]
-    refused("train_dia.py", ["--output_dir", tmp_path / "run", *common, *steps, *argv], culprit, tmp_path / "run")
+    common = ["--max_steps", 2, "--report_to", "none", "--disable_tqdm", "true", "--use_cpu", "true"]
+    if "diffusion" in argv:
+        common += ["--dissolver_batch_size", 8, "--dissolver_steps", 2]
+    refused("train_dia.py", ["--output_dir", tmp_path / "run", *common, *argv], culprit, tmp_path / "run")
 
 
 def test_an_output_that_is_a_file(tmp_path):
@@ -150,6 +157,20 @@ def empty(folder):
 def test_evaluating_what_is_no_detector(culprit, model, tmp_path):
     argv = [] if model is None else ["--model", model(tmp_path)]
     refused("evaluate.py", [*argv, "--dataset_name", "digits", "--output", tmp_path / "results.json"], culprit, tmp_path / "results.json")
+
+
+@pytest.mark.parametrize(
+    ("argv", "culprit"),
+    [
+        (["--image_size", "9"], "--image_size is the detector's own"),
+        (["--num_channels", "3"], "--num_channels is the detector's own"),
+        (["--max_train_images", "9"], "--max_train_images is of the training images"),
+        (["--contamination", "0.1"], "--contamination is of the training images"),
+        (["--batch_size", "0"], "--batch_size must be at least 1"),
+    ],
+)
+def test_evaluating_with_flags_of_no_use(tmp_path, argv, culprit):
+    refused("evaluate.py", ["--model", "any", "--dataset_name", "digits", *argv], culprit, tmp_path / "nowhere")
 
 
 def test_evaluating_on_nothing(tmp_path):

@@ -153,6 +153,10 @@ def main(argv: list[str], program: str) -> None:
     args, data_args = parse_arguments(EvaluationArguments, EvaluationDataArguments, description=__doc__, program=program, argv=argv)
     check_output("--output", args.output)
     check_output("--save_maps", args.save_maps, folder=True)
+    if args.batch_size < 1:
+        raise InputError(f"--batch_size must be at least 1, got {args.batch_size}")
+    if not args.baselines:
+        data_args.refuse_training_flags("is of the training images, which --baselines alone takes")
     model, processor, splits = load_for_evaluation(args, data_args)
     if args.save_maps is not None:
         check_maps(model, args.model)

@@ -20,6 +20,7 @@ from ...dissolving import DISSOLVERS, DiffusionDissolver, Dissolver, dissolve_da
 from ...errors import InputError
 from ...ops.distributed import local_main_process_first
 from .. import AnomalyTrainingArguments, DataArguments, check_checkpoint, check_same_run, parse_arguments
+from ..arguments import given_fields
 from ..denoising import denoising_arguments, train_dissolver
 from ..runs import (
     LARGEST_DEFAULT_SIZE,
@@ -35,6 +36,15 @@ from ..runs import (
 logger = logging.getLogger(__name__)
 
 ONLY_DIA = ("similarity_design",)  # detector arguments that CSI has no use for
+_TRAINED = ("dissolver_steps", "dissolver_batch_size", "dissolver_learning_rate", "dissolver_max_timestep")
+USES = {  # dissolver -> the arguments that it has a use for; of "" one that was trained before
+    "diffusion": ("t_min", "t_max", "dissolving_resolution", "dissolved_variants", *_TRAINED),
+    **dict.fromkeys(("gaussian", "median"), ("blur_kernel_size", "dissolving_resolution", "dissolved_variants")),
+    "resize": ("dissolving_resolution", "dissolved_variants"),
+    "identity": ("dissolved_variants",),
+    "none": (),
+    "": ("t_min", "t_max", "dissolved_variants"),
+}
 
 
 @dataclass
@@ -81,6 +91,9 @@ class DissolverArguments:
         for name, least in (("dissolved_variants", 0), ("dissolver_steps", 1), ("dissolver_batch_size", 1)):
             if getattr(self, name) is not None and getattr(self, name) < least:
                 raise InputError(f"--{name} must be at least {least}, got {getattr(self, name)}")
+        uses = USES.get(self.dissolver, USES[""])
+        if useless := sorted(given_fields(self).difference(uses, ["dissolver"])):
+            raise InputError(f"--{useless[0]} is of no use to --dissolver {self.dissolver}: leave it out")
 
     def take_timesteps(self, t_min: int, t_max: int) -> None:
         """Fills in the range of timesteps where none was given."""
@@ -186,8 +199,6 @@ def make_dissolver(args: DissolverArguments, training_args, splits, processor) -
     resolution = {} if args.dissolving_resolution is None else {"resolution": args.dissolving_resolution}
     if args.dissolver in ("gaussian", "median"):
         return DISSOLVERS[args.dissolver](**kernel, **resolution)
-    if kernel:
-        raise InputError(f"--blur_kernel_size belongs to the gaussian and median dissolvers, not to {args.dissolver!r}")
     if args.dissolver == "none":
         return None
     if args.dissolver == "resize":
