@@ -244,7 +244,23 @@ def test_from_the_command_line(detector, processor, tmp_path, monkeypatch, capsy
     assert re.search(r"Split hash[0-9a-f]{64}", re.sub(r"\s", "", page.text).replace("Splithash", "Split hash"))
     cli.main(["report", "model", "--dataset_name", "data/test/bad", "--unlabelled", "true", "--output", "other.html"])
     assert "4, unlabelled" in Page(tmp_path / "other.html").text
-    for argv, words in ((["--dataset_name", "nowhere"], "nowhere"), (["--dataset_name", "data", "--streaming", "true"], "--streaming")):
+    for split, count in (("train", 3), ("valid", 2)):
+        for i in range(count):
+            path = tmp_path / "data" / split / "good" / f"{i}.png"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            image(i).save(path)
+    for options, count in (([], 8), (["--eval_split", "validation"], 2)):  # not those that it was trained on
+        cli.main(["report", "model", "--dataset_name", "data", "--unlabelled", "true", "--output", "other.html", *options])
+        assert f"{count}, unlabelled" in Page(tmp_path / "other.html").text
+    for argv, words in (
+        (["--dataset_name", "nowhere"], "nowhere"),
+        (["--dataset_name", "data", "--streaming", "true"], "--streaming"),
+        (["--dataset_name", "data", "--unlabelled", "true", "--label_column", "label"], "--label_column"),
+        (["--dataset_name", "data", "--unlabelled", "true", "--protocol", "balanced"], "--protocol"),
+        (["--dataset_name", "data", "--unlabelled", "true", "--normal_label", "good"], "--normal_label"),
+        (["--dataset_name", "data", "--max_train_images", "3"], "--max_train_images"),
+        (["--dataset_name", "data", "--batch_size", "0"], "--batch_size must be at least 1"),
+    ):
         with pytest.raises(SystemExit) as exit:
             cli.main(["report", "model", *argv])
         assert exit.value.code == 2

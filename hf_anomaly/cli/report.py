@@ -52,11 +52,17 @@ def run(argv: list[str]) -> None:
     if data_args.streaming:
         raise InputError("the page shows images out of the dataset, which --streaming does not keep: leave it out")
     check_output("--output", args.output)
+    if args.batch_size < 1:
+        raise InputError(f"--batch_size must be at least 1, got {args.batch_size}")
+    data_args.refuse_training_flags("is of the training images, which the page does not show")
+    if args.unlabelled:
+        data_args.refuse_given(("protocol", "label_column", "normal_label"), "says who is normal, which --unlabelled takes for unknown")
     about = {"data_name": dataset_label(data_args.dataset_name), "has_labels": not args.unlabelled}
     if args.unlabelled:
         model, processor = load_detector(args.model, args.revision, args.device)
         data_args.read_as(processor)
         options = {"reading": data_args.reading, "image_column": data_args.image_column, "config_name": data_args.dataset_config_name}
+        options["split"] = data_args.eval_split
         dataset = load_unlabelled(data_args.dataset_name, revision=data_args.dataset_revision, **options)
     else:
         model, processor, splits = load_for_evaluation(args, data_args)

@@ -246,24 +246,25 @@ def load_unlabelled(
     config_name: str | None = None,
     revision: str | None = None,
     reading: Reading = Reading(),  # noqa: B008, it is frozen
+    split: str = "train",
 ) -> datasets.Dataset:
     """All images of a source's training split, or of its only split, whatever their class, with the columns of `OneClassSplits`; every label is 0.
 
     Args:
+        split: another one to take in place of the training split.
         dataset_name, image_column, config_name, revision, reading: as in `load_one_class`.
 
     Raises:
-        InputError: nothing readable under that name, no such column, no training split among several, or an unreadable image.
+        InputError: nothing readable under that name, no such column, no such split among several, or an unreadable image.
         HubError: as `load_one_class`.
     """
     source = os.fspath(dataset_name)
     raw = read_source(source, None, config_name, revision, reading=reading)
-    splits = by_our_names(raw)
-    split = splits.get("train") or (next(iter(raw.values())) if len(raw) == 1 else None)
-    if split is None:
-        raise InputError(f"{source!r} has no split 'train'; its splits: {', '.join(raw)}; rename the one that holds the training images")
-    images = _one_class(split, image_column or image_column_of(split), None, "normal", "train", np.arange(len(split)))
-    check_images(images, "train", reading.window)
+    rows = by_our_names(raw).get(split) or (next(iter(raw.values())) if len(raw) == 1 else None)
+    if rows is None:
+        raise InputError(f"{source!r} has no split {split!r}; its splits: {', '.join(raw)}; rename the one that is meant")
+    images = _one_class(rows, image_column or image_column_of(rows), None, "normal", split, np.arange(len(rows)))
+    check_images(images, split, reading.window)
     return images
 
 
