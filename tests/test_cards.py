@@ -421,6 +421,17 @@ def test_the_command_is_shown_without_tokens_and_local_paths(folder):
     assert "--dataset_name lungs" in shown
 
 
+def test_of_local_paths_the_command_shows_the_last_name(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "org" / "here").mkdir(parents=True)
+    words = ["accelerate", "launch", "scripts/train_dia.py", "--dataset_name", "../ward3/patients_doe/scans", "--output_dir=runs/doe/x"]
+    words += ["--dissolver", "org/here", "--backbone", "org/on-the-hub", "--data_dir", "~/doe/data", "--temperature", ".5", "--x", "."]
+    assert shown_command(words) == (
+        "accelerate launch scripts/train_dia.py --dataset_name scans --output_dir=x --dissolver here --backbone org/on-the-hub --data_dir data "
+        f"--temperature .5 --x {tmp_path.name}"
+    )
+
+
 @pytest.mark.parametrize(
     ("config", "words"),
     [

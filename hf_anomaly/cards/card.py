@@ -29,18 +29,24 @@ def plain(text: object) -> str:
 
 def shown_command(words: list[str]) -> str:
     """A command line that can be published: without tokens, and of local paths only the last part."""
-    shown, secret = [], False
+    shown, secret, in_flags = [], False, False
     for word in words:
+        in_flags = in_flags or word.startswith("--")  # before them is the program itself
         flag, equals, value = word.partition("=") if word.startswith("--") else ("", "", word)
         if secret:
             value = "…"
         secret = word.startswith("--") and flag.endswith("token") and not equals
         if flag.endswith("token") and equals:
             value = "…"
-        if Path(value).is_absolute():
-            value = Path(value).name
+        if os.path.isabs(value) or (in_flags and _is_local(value)):
+            value = os.path.basename(os.path.abspath(os.path.expanduser(value)))
         shown.append(f"{flag}{equals}{value}")
     return shlex.join(shown)
+
+
+def _is_local(value: str) -> bool:
+    """Whether a flag's value is a path here, and not the id of a repository."""
+    return value.startswith(("./", "../", "~")) or value.count("/") > 1 or os.path.exists(value)
 
 
 def check_licence(license: str | None) -> None:
