@@ -72,4 +72,9 @@ def test_python_blocks_run(tmp_path):
 
 
 def test_ci_runs_the_test_command_of_the_readme():
-    assert re.search(r"^pip install .*pytest", README, re.MULTILINE)
+    script = (ROOT / ".ci" / "run").read_text()
+    pattern = re.search(r"^command=\$\(grep -m 1 '(.*)' README\.md\)$", script, re.MULTILINE)[1]
+    assert re.search(r'^eval "\$command"$', script, re.MULTILINE)
+    command = next(line for line in README.splitlines() if re.search(pattern, line))
+    assert command in "".join(blocks("bash"))
+    assert re.search(r"&& (python -m )?pytest( |$)", command)
