@@ -110,7 +110,7 @@ def test_what_lies_in_the_folder_is_not_replaced_without_a_word(monkeypatch, tmp
         caplog.clear()
         args = AnomalyTrainingArguments(report_to=[], **arguments)
         with caplog.at_level(logging.WARNING, "hf_anomaly"):
-            choose_output_dir(args, "dia-images")
+            choose_output_dir(args, "dia", "images.npz")
         return args.output_dir, "dia-images will be replaced" in caplog.text
 
     folder = str(Path("runs", "dia-images"))
@@ -129,4 +129,13 @@ def test_a_folder_that_cannot_be_written_to_is_refused_at_once(tmp_path, monkeyp
 
     monkeypatch.setattr("tempfile.TemporaryFile", refuse)  # a superuser may write anywhere
     with pytest.raises(PermissionError):
-        choose_output_dir(AnomalyTrainingArguments(report_to=[], output_dir=str(tmp_path)), "dia-images")
+        choose_output_dir(AnomalyTrainingArguments(report_to=[], output_dir=str(tmp_path)), "dia", "images")
+
+
+@pytest.mark.parametrize("name", [".", "../scans", "org/scans", "~/scans.npz"])
+def test_a_run_is_named_after_its_images(monkeypatch, tmp_path, name):
+    (tmp_path / "scans").mkdir()
+    monkeypatch.chdir(tmp_path / "scans")
+    args = AnomalyTrainingArguments(report_to=[])
+    choose_output_dir(args, "dia", name)
+    assert args.output_dir == str(Path("runs", "dia-scans"))

@@ -156,15 +156,16 @@ def load_training_images(data: DataArguments, seed: int) -> tuple[OneClassSplits
     return shrink_training_images(splits, processor), processor
 
 
-def choose_output_dir(args, name: str) -> None:
-    """Fills in `--output_dir` where none was given: runs/<name>. Warns of what lies there, and tries whether it can be written to.
+def choose_output_dir(args, method: str, dataset_name: str) -> None:
+    """Fills in `--output_dir` where none was given: runs/<method>-<name of the images>. Warns of what lies there, and tries whether it can be written to.
 
     Raises:
         OSError: it cannot.
     """
     is_given = args.output_dir not in (None, "trainer_output")
     if not is_given:
-        args.output_dir = os.path.join("runs", name)
+        images = Path(os.path.abspath(os.path.expanduser(dataset_name))).stem  # "." has no name of its own
+        args.output_dir = os.path.join("runs", f"{method}-{images}")
     folder = Path(args.output_dir)
     if args.process_index != 0 or not folder.is_dir():
         return

@@ -206,7 +206,7 @@ def main(argv: list[str], program: str) -> None:
         argv=argv,
     )
     check_checkpoint(training_args.resume_from_checkpoint)
-    choose_output_dir(training_args, f"addp-{Path(data_args.dataset_name).stem}")
+    choose_output_dir(training_args, "addp", data_args.dataset_name)
     check_first(training_args)
     splits, processor = load_training_images(data_args, training_args.seed)
     set_seed(training_args.seed)

@@ -254,7 +254,7 @@ def main(argv: list[str], program: str) -> None:
     if data_args.recipe is not None:
         dissolver_args.take_timesteps(*data_args.recipe.timesteps)
     method = "csi" if dissolver_args.dissolver == "none" else "dia"
-    choose_output_dir(training_args, f"{method}-{Path(data_args.dataset_name).stem}")
+    choose_output_dir(training_args, method, data_args.dataset_name)
     check_first(training_args)
     splits, processor = load_training_images(data_args, training_args.seed)
     training_args.fit_image_size(processor.size["height"])

@@ -1,7 +1,6 @@
 """Trains a diffusion model on normal images, to dissolve with: a DDPMPipeline folder that diffusers loads."""
 
 from dataclasses import asdict, dataclass, field
-from pathlib import Path
 
 from ...data import collate, prepare
 from ...data.recipes import DatasetRecipe
@@ -50,7 +49,7 @@ def main(argv: list[str], program: str) -> None:
     lowest, highest = (data_args.recipe or DatasetRecipe).timesteps
     diffusion_args.t_min = lowest if diffusion_args.t_min is None else diffusion_args.t_min
     diffusion_args.t_max = highest if diffusion_args.t_max is None else diffusion_args.t_max
-    choose_output_dir(training_args, f"dissolver-{Path(data_args.dataset_name).stem}")
+    choose_output_dir(training_args, "dissolver", data_args.dataset_name)
     splits, processor = load_training_images(data_args, training_args.seed)
     dissolver = train_dissolver(
         splits.train,

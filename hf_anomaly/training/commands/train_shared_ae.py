@@ -2,7 +2,6 @@
 
 import time
 from dataclasses import asdict, dataclass, field
-from pathlib import Path
 
 from transformers import set_seed
 
@@ -37,7 +36,7 @@ def main(argv: list[str], program: str) -> None:
         DetectorArguments, DataArguments, AnomalyTrainingArguments, description=__doc__, program=program, argv=argv
     )
     check_checkpoint(training_args.resume_from_checkpoint)
-    choose_output_dir(training_args, f"shared-ae-{Path(data_args.dataset_name).stem}")
+    choose_output_dir(training_args, "shared-ae", data_args.dataset_name)
     splits, processor = load_training_images(data_args, training_args.seed)
     set_seed(training_args.seed)
     settings = asdict(detector_args) | {"adversarial_margin": detector_args.adversarial_margin or None, "omega2": 1 - detector_args.omega1}
