@@ -19,6 +19,7 @@ from transformers.utils.hub import cached_file, resolve_revision
 
 from .calibration import Calibration, Float32State, normal_map_range
 from .cards import tag_card, write_card
+from .cards.merging import read_card
 from .errors import HubError, InputError, NotFittedError
 from .hub import CommitInfo, hub_errors, push_folder
 from .ops.maps import map_levels
@@ -582,7 +583,7 @@ class AnomalyDetector(PreTrainedModel):
                 write_card(folder, self)
             if tags:
                 card = folder / "README.md"
-                card.write_text(tag_card(card.read_text(encoding="utf-8"), tags), encoding="utf-8")
+                card.write_text(tag_card(read_card(card), tags), encoding="utf-8")
             if not (folder / "preprocessor_config.json").exists():
                 logger.warning("%s gets no image processor: save the detector to a folder with its processor, and push it then", repo_id)
             return push_folder(
