@@ -20,13 +20,15 @@ def write_image(image: PIL.Image.Image, path: str | os.PathLike) -> None:
 
 
 def _heat() -> np.ndarray:
-    """From yellow over red to a dark red: (256, 3) uint8. Little is gray-like in it, so it stands out from any radiograph or photograph."""
-    anchors = [(255, 237, 111), (254, 178, 76), (252, 94, 45), (222, 25, 32), (152, 0, 38)]
+    """From purple over red and orange to yellow, (256, 3) uint8: the upper part of matplotlib's inferno, ever lighter, also to the colour-blind."""
+    anchors = [(147, 38, 103), (191, 57, 82), (226, 87, 52), (247, 132, 16), (251, 186, 31), (241, 239, 117)]
     positions = np.linspace(0, len(anchors) - 1, 256)
     return np.stack([np.interp(positions, range(len(anchors)), channel) for channel in np.transpose(anchors)], 1).round().astype(np.uint8)
 
 
 HEAT = _heat()
+VISIBLE = 256  # px: smaller pictures are enlarged to be looked at
+DIMMED = 0.6  # what is left of the image's brightness under a map: on full white, yellow would hardly be seen
 
 
 def overlay_anomaly_map(
@@ -36,8 +38,10 @@ def overlay_anomaly_map(
     value_range: Sequence[float],
     alpha: float = 0.8,
     colormap: np.ndarray = HEAT,
+    least_size: int = 1,
 ) -> PIL.Image.Image:
-    """Paints heat over an image: none where the map is at or below the range, the more the higher it is.
+    """Paints heat over an image that is turned gray and dark, so that whatever has a colour is anomalous: nothing where the map is at or below the range,
+    the more the higher it is.
 
     Args:
         image: a PIL image of any 8-bit mode, or an array (H, W), (H, W, C) or (C, H, W) of uint8 or of floats in [0, 1]; the original, of any size.
@@ -46,9 +50,10 @@ def overlay_anomaly_map(
             take `model.config.anomaly_map_range`, which `calibrate` learned from normal images, and not the map's own extremes.
         alpha: opacity of the highest heat, in [0, 1].
         colormap: (n, 3), uint8 or floats in [0, 1], from the low end to the high one.
+        least_size: small images are enlarged by a whole factor until their longer side has so many pixels; 256 can be looked at.
 
     Returns:
-        An RGB image of the size of the original, upright as its EXIF orientation says.
+        An RGB image of the size of the original, or of a multiple with `least_size`, upright as its EXIF orientation says.
 
     Raises:
         InputError: NaN or infinite values, a map that is no map, or a value out of range.
@@ -72,12 +77,20 @@ def overlay_anomaly_map(
         raise InputError(f"anomaly_map must be one map (H, W), got shape {tuple(values.shape)}: give them one by one, each with its image")
     if not torch.isfinite(values).all():
         raise InputError("anomaly_map holds NaN or infinite values: it cannot be painted")
-    picture = to_eight_bit_image(image).convert("RGB")
+    picture = enlarge(to_eight_bit_image(image), least_size).convert("RGB").convert("L")
     values = resize_maps(values.view(1, 1, *values.shape[-2:]), (picture.height, picture.width))[0, 0].numpy()
     heat = ((values - low) / (high - low)).clip(0, 1)
-    opacity = alpha * heat[..., None] ** 2  # squared, so that what is usual leaves but a trace
-    painted = (1 - opacity) * np.asarray(picture) + opacity * 255 * colors[np.rint(heat * (len(colors) - 1)).astype(int)]
+    opacity = alpha * heat[..., None] ** 1.5  # so that what is usual leaves but a trace
+    painted = (1 - opacity) * DIMMED * np.asarray(picture)[..., None] + opacity * 255 * colors[
+        np.rint(heat * (len(colors) - 1)).astype(int)
+    ]
     return PIL.Image.fromarray(np.rint(painted).astype(np.uint8))
+
+
+def enlarge(image: PIL.Image.Image, least_size: int) -> PIL.Image.Image:
+    """Enlarged by a whole factor until its longer side has `least_size` pixels, which become squares: blurring them would show what is not there."""
+    factor = max(1, -(-least_size // max(image.size)))
+    return image.resize((image.width * factor, image.height * factor), PIL.Image.Resampling.NEAREST)
 
 
 def image_grid(
@@ -96,7 +109,7 @@ def image_grid(
     from PIL import ImageDraw
 
     margin, header = 4, 20
-    cells = [[_enlarged(image, least_size) for image in row] for row in rows]
+    cells = [[enlarge(_picture(image), least_size) for image in row] for row in rows]
     width = max(cell.width for row in cells for cell in row) + margin
     heights = [max(cell.height for cell in row) + margin for row in cells]
     measure = ImageDraw.Draw(PIL.Image.new("RGB", (1, 1)))
@@ -114,8 +127,6 @@ def image_grid(
     return grid
 
 
-def _enlarged(image: torch.Tensor, least_size: int) -> PIL.Image.Image:
+def _picture(image: torch.Tensor) -> PIL.Image.Image:
     array = ((image.detach().cpu().float() + 1) * 127.5).round().clamp(0, 255).byte().numpy()
-    picture = to_eight_bit_image(np.moveaxis(array, 0, -1)).convert("RGB")
-    factor = max(1, -(-least_size // max(picture.size)))
-    return picture.resize((picture.width * factor, picture.height * factor), PIL.Image.Resampling.NEAREST)
+    return to_eight_bit_image(np.moveaxis(array, 0, -1)).convert("RGB")

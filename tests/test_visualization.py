@@ -15,7 +15,7 @@ from transformers import AutoModel
 from hf_anomaly import AnomalyDetectorOutput, AnomalyImageProcessor, SharedAEConfig, SharedAEModel, overlay_anomaly_map
 from hf_anomaly.calibration import normal_map_range
 from hf_anomaly.ops.maps import map_levels, resize_maps
-from hf_anomaly.visualization import HEAT
+from hf_anomaly.visualization import DIMMED, HEAT
 
 ROOT = Path(__file__).parents[1]
 SIZE = 16
@@ -188,12 +188,35 @@ def test_the_range_decides_what_is_painted():
     ramp = np.tile(np.linspace(-1, 3, 9), (4, 1))  # low and high are its columns 2 and 6
     gray = np.full((4, 9), 100, np.uint8)
     overlay = np.asarray(overlay_anomaly_map(gray, ramp, value_range=(0, 2), alpha=0.5))
-    assert (overlay[:, :3] == 100).all()
-    hottest = 0.5 * 100 + 0.5 * HEAT[-1].astype(float)
+    dark = 100 * DIMMED
+    assert (overlay[:, :3] == dark).all()
+    hottest = 0.5 * dark + 0.5 * HEAT[-1].astype(float)
     assert np.abs(overlay[:, 6:] - hottest).max() <= 1
-    middle = (1 - 0.5**3) * 100 + 0.5**3 * HEAT[128].astype(float)  # half the heat, squared
-    assert np.abs(overlay[:, 4] - middle).max() <= 1
-    assert (np.asarray(overlay_anomaly_map(gray, ramp, value_range=(0, 2), alpha=0)) == 100).all()
+    opacity = 0.5 * 0.5**1.5  # at half the heat
+    assert np.abs(overlay[:, 4] - (1 - opacity) * dark - opacity * HEAT[128].astype(float)).max() <= 1
+    assert (np.asarray(overlay_anomaly_map(gray, ramp, value_range=(0, 2), alpha=0)) == dark).all()
+
+
+@pytest.mark.parametrize("color", [(152, 0, 38), (230, 180, 90), (255, 255, 255), (0, 0, 0), (60, 140, 70), (80, 110, 200)])
+def test_the_anomaly_is_what_has_a_colour(color):
+    """On whatever image: it was lost on dark cracks, red cloth and brown wood."""
+    image = np.full((4, 9, 3), color, np.uint8)
+    overlay = np.asarray(overlay_anomaly_map(image, np.eye(4, 9), value_range=(0, 1))).astype(int)
+    chroma, lightness = np.ptp(overlay, axis=2), overlay.mean(2)
+    assert chroma[3, 8] == 0
+    assert chroma[0, 0] > 60
+    assert lightness[0, 0] > lightness[3, 8] + 20
+    steps = HEAT[::8].astype(float) @ (0.2126, 0.7152, 0.0722)
+    assert (np.diff(steps) > 0).all()  # the higher, the lighter, without regard to hue
+
+
+def test_small_images_are_enlarged_on_request():
+    image, anomaly_map = np.arange(15, dtype=np.uint8).reshape(3, 5) * 10, np.zeros((3, 5))
+    overlay = overlay_anomaly_map(image, anomaly_map, value_range=(0, 1), least_size=11)
+    assert overlay.size == (15, 9)
+    same = np.asarray(overlay_anomaly_map(image, anomaly_map, value_range=(0, 1)))
+    np.testing.assert_array_equal(np.asarray(overlay), same.repeat(3, 0).repeat(3, 1))
+    assert overlay_anomaly_map(image, anomaly_map, value_range=(0, 1), least_size=2).size == (5, 3)
 
 
 @pytest.mark.parametrize("value", [0.0, 1.0, 7.0])
@@ -211,7 +234,7 @@ def test_every_kind_of_image():
         for one in (torch.eye(4, requires_grad=True), torch.eye(4)[None], torch.eye(4, dtype=torch.bfloat16)[None, None]):
             np.testing.assert_array_equal(np.asarray(overlay_anomaly_map(image, one, value_range=(0, 1))), expected)
     gray = np.asarray(overlay_anomaly_map(rgb[..., 0], np.zeros((4, 4)), value_range=(0, 1)))
-    np.testing.assert_array_equal(gray, np.repeat(rgb[..., :1], 3, axis=2))
+    np.testing.assert_array_equal(gray, np.rint(DIMMED * np.repeat(rgb[..., :1], 3, axis=2)))
 
 
 def test_other_colours():
@@ -284,7 +307,7 @@ def test_the_highest_scoring_images_are_written(evaluate, detector, processor, t
     files = sorted((tmp_path / "maps").iterdir())
     assert [path.name for path in files] == [f"{i:04d}_row{row}_{'anomaly' if row > 3 else 'normal'}.png" for i, row in enumerate(rows, 1)]
     for path, row in zip(files, rows, strict=True):
-        expected = overlay_anomaly_map(images[row], output.anomaly_maps[row], value_range=detector.config.anomaly_map_range)
+        expected = overlay_anomaly_map(images[row], output.anomaly_maps[row], value_range=detector.config.anomaly_map_range, least_size=256)
         assert np.abs(np.asarray(PIL.Image.open(path)).astype(int) - np.asarray(expected)).max() <= 1
 
 

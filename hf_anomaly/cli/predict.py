@@ -81,7 +81,7 @@ def run(args: Namespace) -> None:
     from ..pipeline import AnomalyDetectionPipeline
     from ..training.commands.evaluate import check_maps
     from ..training.runs import load_detector
-    from ..visualization import overlay_anomaly_map, write_image
+    from ..visualization import VISIBLE, overlay_anomaly_map, write_image
 
     window = parse_window(args.window)
     sources = list(_sources(args))  # before the model: a misspelt path is told at once
@@ -129,7 +129,7 @@ def run(args: Namespace) -> None:
             if args.save_maps is not None:
                 stem = Path(name).stem.encode()[:LONGEST_STEM].decode(errors="ignore")
                 row["overlay"] = f"{scored:06d}_{stem}.png"
-                overlay = overlay_anomaly_map(image, result["anomaly_map"], value_range=model.config.anomaly_map_range)
+                overlay = overlay_anomaly_map(image, result["anomaly_map"], value_range=model.config.anomaly_map_range, least_size=VISIBLE)
                 write_image(overlay, Path(args.save_maps, row["overlay"]))
             write(row)
             scored += 1

@@ -12,10 +12,10 @@ from ..data.transforms import decode_image
 from ..detector import AnomalyDetector
 from ..dissolving import Dissolver
 from ..image_processing import AnomalyImageProcessor
-from ..visualization import overlay_anomaly_map
+from ..visualization import VISIBLE, enlarge, overlay_anomaly_map
 
 RATE_STEP = 0.005  # of the slider
-_SMALLEST, _LARGEST = 256, 1024  # px: smaller images are enlarged to be seen, larger ones shrunk to be sent
+_LARGEST = 1024  # px: larger images are shrunk to be sent
 
 
 @dataclass(frozen=True)
@@ -140,11 +140,9 @@ def _to_image(pixel_values: torch.Tensor) -> PIL.Image.Image:
 
 
 def _displayed(image: PIL.Image.Image) -> PIL.Image.Image:
-    """The image at a size to look at; a small one with its pixels as squares, since blurring it would show what is not there."""
-    longest = max(image.size)
-    if longest > _LARGEST:
+    """The image at a size to look at."""
+    if max(image.size) > _LARGEST:
         image = image.convert("RGB")  # which, other than a palette, can be averaged
         image.thumbnail((_LARGEST, _LARGEST))
         return image
-    factor = math.ceil(_SMALLEST / longest)
-    return image.resize((image.width * factor, image.height * factor), PIL.Image.Resampling.NEAREST)
+    return enlarge(image, VISIBLE)

@@ -244,7 +244,7 @@ def _shown(model, processor, dataset, rows: list[int], scores: torch.Tensor, lab
                 "image": _picture(image),
                 "overlay": None
                 if maps is None
-                else _picture(overlay_anomaly_map(image, maps[i], value_range=model.config.anomaly_map_range)),
+                else _picture(overlay_anomaly_map(image, maps[i], value_range=model.config.anomaly_map_range, least_size=LARGEST_PICTURE)),
             }
         )
     return shown

@@ -18,7 +18,7 @@ from ..data.sources import dataset_label
 from ..detector import AnomalyDetector
 from ..files import replacing
 from ..metrics import balanced_accuracy, bootstrap_intervals, image_metrics
-from ..visualization import overlay_anomaly_map
+from ..visualization import VISIBLE, overlay_anomaly_map
 from .localization import evaluate_maps
 
 logger = logging.getLogger(__name__)
@@ -140,7 +140,7 @@ def draw_figures(folder: str | os.PathLike, model: AnomalyDetector, processor, d
             if model.supports_anomaly_maps and model.config.anomaly_map_range is not None:
                 pixel_values = processor(images=image, return_tensors="pt")["pixel_values"].to(model.device)
                 maps = model.eval()(pixel_values, output_anomaly_maps=True).anomaly_maps
-                overlay = overlay_anomaly_map(image, maps[0], value_range=model.config.anomaly_map_range)
+                overlay = overlay_anomaly_map(image, maps[0], value_range=model.config.anomaly_map_range, least_size=VISIBLE)
             examples.append((image, overlay, f"{('normal', 'anomalous')[label]}\nscore {scores[row]:.3g}"))
     threshold = model.calibration.threshold.item() if model.calibration.is_calibrated else None
     write_figures(folder, scores.numpy(), labels.numpy(), threshold=threshold, examples=examples)

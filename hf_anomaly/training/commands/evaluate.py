@@ -16,7 +16,7 @@ from ...data import collate, decode_image
 from ...data.sources import dataset_label
 from ...errors import InputError
 from ...files import check_output, read_json
-from ...visualization import overlay_anomaly_map, write_image
+from ...visualization import VISIBLE, overlay_anomaly_map, write_image
 from .. import DataArguments, EvaluationDataArguments, parse_arguments
 from ..baselines import compare_with_baselines
 from ..evaluation import evaluate_detector
@@ -117,7 +117,7 @@ def save_maps(model, processor, dataset, rows: list[int], folder: Path) -> None:
         record = dataset[row]
         image = decode_image(record["image"], f"row {record['row']}", processor.window)
         outputs = model(processor(images=image, return_tensors="pt")["pixel_values"].to(model.device), output_anomaly_maps=True)
-        overlay = overlay_anomaly_map(image, outputs.anomaly_maps[0], value_range=model.config.anomaly_map_range)
+        overlay = overlay_anomaly_map(image, outputs.anomaly_maps[0], value_range=model.config.anomaly_map_range, least_size=VISIBLE)
         name = f"{rank:04d}_row{record['row']}_{dataset.features['label'].int2str(record['label'])}.png"
         write_image(overlay, folder / name)
 
