@@ -11,7 +11,7 @@ from transformers import AutoImageProcessor, pipeline
 
 from hf_anomaly import AnomalyImageProcessor, InputError, SharedAEConfig, SharedAEModel
 from hf_anomaly.cli import main
-from hf_anomaly.data import Reading, decode_image, load_one_class, prepare, read_image, stream_one_class
+from hf_anomaly.data import Reading, decode_image, file_name, load_one_class, prepare, read_image, stream_one_class
 from hf_anomaly.data.formats import apply_window, parse_window, read_slices
 from hf_anomaly.image_processing import to_eight_bit_image
 from hf_anomaly.training import DataArguments, parse_arguments
@@ -281,7 +281,7 @@ def test_folder_of_dicom_files(tmp_path):
     assert len(splits.train) + len(splits.calibration) == 5
     assert splits.test["label"][:] == [1, 1, 1, 1]
     assert (splits.num_channels, splits.native_size) == (1, 8)
-    assert "x.dcm-0002.png" in splits.test["image"][2]["path"]
+    assert [file_name(image, "") for image in splits.test["image"][2:]] == ["x.dcm-0002.png", "bad/y.png"]
     cut = sorted(datasets.config.HF_DATASETS_CACHE.rglob("*.png"))
     times = [path.stat().st_mtime_ns for path in cut]
     again = load_one_class(tmp_path)

@@ -204,6 +204,20 @@ def test_names_are_text(without_maps, processor, tmp_path):
     assert page.text.count(evil) == 5  # in the title and the head
 
 
+def test_images_are_named_by_their_files(detector, processor, tmp_path):
+    dataset = images([0, 1])
+    paths = []
+    for folder in ("good", "crack"):
+        (tmp_path / folder).mkdir()
+        paths.append(str(tmp_path / folder / "003.png"))
+        image(0).save(paths[-1])
+    dataset = dataset.remove_columns("image").add_column("image", paths).cast_column("image", datasets.Image(decode=False))
+    page = Page(write_report(detector, processor, dataset, tmp_path / "page.html")).check()
+    assert all(f"{name}score" in page.text for name in ("good/003.png", "crack/003.png"))
+    assert "Anomaly map over crack/003.png" in {img["alt"] for img in page.all("img")}
+    assert str(tmp_path) not in page.text + str(page.elements)
+
+
 def test_large_pictures_shrink(without_maps, processor, tmp_path):
     file = io.BytesIO()
     image(0, size=(2000, 1000)).save(file, "PNG")

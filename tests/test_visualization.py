@@ -305,7 +305,10 @@ def test_the_highest_scoring_images_are_written(evaluate, detector, processor, t
     output = output_of(detector, processor, images)
     rows = output.scores.topk(3).indices.tolist()
     files = sorted((tmp_path / "maps").iterdir())
-    assert [path.name for path in files] == [f"{i:04d}_row{row}_{'anomaly' if row > 3 else 'normal'}.png" for i, row in enumerate(rows, 1)]
+    names = ["square_{}_anomaly" if row > 3 else "normal_{}_normal" for row in rows]
+    assert [path.name for path in files] == [
+        f"{i:04d}_{name.format(row % 4)}.png" for i, (name, row) in enumerate(zip(names, rows, strict=True), 1)
+    ]
     for path, row in zip(files, rows, strict=True):
         expected = overlay_anomaly_map(images[row], output.anomaly_maps[row], value_range=detector.config.anomaly_map_range, least_size=256)
         assert np.abs(np.asarray(PIL.Image.open(path)).astype(int) - np.asarray(expected)).max() <= 1

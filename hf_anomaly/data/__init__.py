@@ -7,7 +7,7 @@ from .loading import OneClassSplits, check_images, check_pixels, load_one_class,
 from .protocols import Division
 from .recipes import RECIPES, DatasetRecipe, find_recipe
 from .streaming import stream_one_class
-from .transforms import PixelTransform, collate, decode_image, prepare
+from .transforms import PixelTransform, collate, decode_image, file_name, prepare
 
 __all__ = [
     "DatasetRecipe",
@@ -21,6 +21,7 @@ __all__ = [
     "collate",
     "content_digest",
     "decode_image",
+    "file_name",
     "find_copies",
     "find_recipe",
     "load_one_class",

@@ -25,6 +25,7 @@ DICOM_SUFFIXES = (".dcm", ".dicom")
 NIFTI_SUFFIXES = (".nii", ".nii.gz")
 MEDICAL_SUFFIXES = DICOM_SUFFIXES + NIFTI_SUFFIXES
 FULL = "full"
+SLICES = ("hf_anomaly", "slices")  # below the cache of datasets: a folder for each file that is cut
 Window = tuple[float, float] | str | None  # (low, high), which become 0 and 255; "full"; None
 REMEDY = "give its --window LOW HIGH, or --window full"
 
@@ -216,7 +217,7 @@ def slice_files(path: Path, reading: Reading) -> list[Path]:
 
     stat = path.stat()
     key = hashlib.sha256(repr((os.path.abspath(path), stat.st_size, stat.st_mtime_ns, astuple(reading))).encode()).hexdigest()[:32]
-    folder = Path(datasets.config.HF_DATASETS_CACHE, "hf_anomaly", "slices", key)
+    folder = Path(datasets.config.HF_DATASETS_CACHE, *SLICES, key)
     if not folder.is_dir():
         temporary = folder.with_name(f"{key}.{os.getpid()}.tmp")
         shutil.rmtree(temporary, ignore_errors=True)

@@ -15,7 +15,7 @@ import PIL.ImageOps
 import torch
 
 from ..errors import InputError
-from .formats import FULL, Window, check_depth, is_medical, load_pixels, read_image, to_eight_bits
+from .formats import FULL, SLICES, Window, check_depth, is_medical, load_pixels, read_image, to_eight_bits
 
 if TYPE_CHECKING:
     import datasets
@@ -30,6 +30,15 @@ def _name(value: Any, where: str) -> str:
     if path is None:
         return where
     return path if value.get("bytes") is None else f"{where} ({path})"
+
+
+def file_name(value: Any, otherwise: str) -> str:
+    """Where a person finds an image: its file and the folder that this lies in, which is often its class; `otherwise` if it came out of no file."""
+    path = value.get("path") if isinstance(value, dict) else None
+    if path is None:
+        return otherwise
+    parts = Path(path).parts
+    return "/".join(parts[-1:] if parts[-4:-2] == SLICES else parts[-2:])
 
 
 def _unreadable(value: Any, where: str, error: Exception) -> InputError:

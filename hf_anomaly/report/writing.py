@@ -14,7 +14,7 @@ from torch.utils.data import DataLoader
 
 from ..calibration import drift_check
 from ..cards.figures import draw_precision_recall, draw_roc, draw_scores
-from ..data import collate, decode_image, prepare
+from ..data import collate, decode_image, file_name, prepare
 from ..detector import AnomalyDetector
 from ..errors import InputError
 from ..files import replacing
@@ -232,11 +232,11 @@ def _shown(model, processor, dataset, rows: list[int], scores: torch.Tensor, lab
         maps = model.eval()(pixel_values, output_anomaly_maps=True).anomaly_maps
     p_values = model.p_values(scores[rows].to(model.device)).tolist() if model.calibration.is_calibrated else [None] * len(rows)
     shown = []
-    for i, (row, number, image) in enumerate(zip(rows, numbers, images, strict=True)):
+    for i, (row, image) in enumerate(zip(rows, images, strict=True)):
         image.thumbnail((LARGEST_PICTURE, LARGEST_PICTURE))
         shown.append(
             {
-                "row": number,
+                "name": file_name(records[i]["image"], f"row {numbers[i]}"),
                 "label": None if labels is None else CLASSES[labels[row]],
                 "score": f"{scores[row]:.4g}",
                 "p_value": None if p_values[i] is None else f"{p_values[i]:.3g}",

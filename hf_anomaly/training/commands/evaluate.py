@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 from torch.utils.data import DataLoader
 
-from ...data import collate, decode_image
+from ...data import collate, decode_image, file_name
 from ...data.sources import dataset_label
 from ...errors import InputError
 from ...files import check_output, read_json
@@ -111,14 +111,15 @@ def check_maps(model, name: str) -> None:
 
 @torch.no_grad()
 def save_maps(model, processor, dataset, rows: list[int], folder: Path) -> None:
-    """Writes these images with their maps over them as PNG files, named by rank, row and label."""
+    """Writes these images with their maps over them as PNG files, named by rank, file (else row) and label."""
     folder.mkdir(parents=True, exist_ok=True)
     for rank, row in enumerate(rows, 1):
         record = dataset[row]
         image = decode_image(record["image"], f"row {record['row']}", processor.window)
         outputs = model(processor(images=image, return_tensors="pt")["pixel_values"].to(model.device), output_anomaly_maps=True)
         overlay = overlay_anomaly_map(image, outputs.anomaly_maps[0], value_range=model.config.anomaly_map_range, least_size=VISIBLE)
-        name = f"{rank:04d}_row{record['row']}_{dataset.features['label'].int2str(record['label'])}.png"
+        found = Path(file_name(record["image"], f"row{record['row']}")).with_suffix("").as_posix().replace("/", "_")
+        name = f"{rank:04d}_{found}_{dataset.features['label'].int2str(record['label'])}.png"
         write_image(overlay, folder / name)
 
 
