@@ -49,7 +49,7 @@ _FOLLOWING_RESULTS = (SchedulerType.REDUCE_ON_PLATEAU, SchedulerType.GREEDY)  # 
 # What a training script prints of the results, as far as it is there.
 PRINTED = (
     "auroc", "auroc_interval", "average_precision", "average_precision_interval", "fpr_at_95_tpr", "f1_max", "balanced_accuracy_at_threshold",
-    "pixel_auroc", "pixel_average_precision", "aupro", "reason", "num_normal", "num_anomalous", "seconds",
+    "pixel_auroc", "pixel_average_precision", "aupro", "num_normal", "num_anomalous", "seconds",
 )  # fmt: skip
 
 _REMEDIES = {  # of what a disk refuses
@@ -403,10 +403,19 @@ def train_detector(
     return results
 
 
-def print_results(results: dict, args: AnomalyTrainingArguments) -> None:
-    """What a training script prints at its end, once: the results of `train_detector`, and where they are."""
-    if args.process_index == 0:
-        for name in PRINTED:
-            if name in results:
-                print(f"{name}: {results[name]}")
-        print(f"saved: {args.output_dir}")
+def print_results(results: dict, model: AnomalyDetector, args: AnomalyTrainingArguments) -> None:
+    """What a training script prints at its end, once: the results of `train_detector`, what decides now, and where it is."""
+    if args.process_index != 0:
+        return
+    if "reason" in results:
+        print(f"no AUROC, which takes labelled test images: {results['reason']}")
+    tested = results["num_normal"] + results["num_anomalous"] > 0
+    for name in PRINTED:
+        if results.get(name) is not None and (tested or not name.startswith("num_")):
+            print(f"{name}: {results[name]}")
+    if model.calibration.is_calibrated:
+        threshold, rate = model.calibration.threshold.item(), model.config.false_positive_rate
+        print(
+            f"threshold: {threshold:.6g}, for a false-positive rate of {rate:g}, from {results['num_calibration']} held-out normal images"
+        )
+    print(f"saved: {args.output_dir}")

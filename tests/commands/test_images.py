@@ -1,6 +1,7 @@
 """Images of many kinds, to train on: folders, arrays, modes, few of them."""
 
 import math
+import re
 
 import numpy as np
 import PIL.Image
@@ -16,7 +17,10 @@ def test_a_flat_folder_without_labels(train, tmp_path):
     results = results_of(folder)
     assert [results[name] for name in METRICS] == [None] * 3
     assert "has no split 'test'" in results["reason"]
-    assert f"reason: {results['reason']}" in out
+    assert f"no AUROC, which takes labelled test images: {results['reason']}\n" in out
+    assert not {"None", "num_normal"} & set(re.findall(r"\w+", out))
+    threshold = AutoModel.from_pretrained(folder).calibration.threshold.item()
+    assert f"threshold: {threshold:.6g}, for a false-positive rate of 0.05, from 6 held-out normal images\n" in out
     assert f"Not measured: {results['reason'].replace('|', ' ')}" in (folder / "README.md").read_text()
     assert AutoModel.from_pretrained(folder).calibration.scores.shape == (6,)
     assert results["num_calibration"] == 6

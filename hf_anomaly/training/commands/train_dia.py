@@ -303,4 +303,4 @@ def main(argv: list[str], program: str) -> None:
         started=started,
         command=[*program.split(), *argv],
     )
-    print_results(results, training_args)
+    print_results(results, model, training_args)
