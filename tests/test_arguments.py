@@ -14,7 +14,7 @@ import torch
 from hf_anomaly.errors import InputError
 from hf_anomaly.training import AnomalyTrainingArguments, parse_arguments
 from hf_anomaly.training.commands.train_dia import ContrastiveTrainingArguments, DetectorArguments
-from hf_anomaly.training.runs import choose_output_dir
+from hf_anomaly.training.runs import choose_output_dir, warn_of_earlier_run
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="of CPUs")
@@ -111,6 +111,8 @@ def test_what_lies_in_the_folder_is_not_replaced_without_a_word(monkeypatch, tmp
         args = AnomalyTrainingArguments(report_to=[], **arguments)
         with caplog.at_level(logging.WARNING, "hf_anomaly"):
             choose_output_dir(args, "dia", "images.npz")
+            assert not caplog.text, "nothing is replaced before the training begins"
+            warn_of_earlier_run(args)
         return args.output_dir, "dia-images will be replaced" in caplog.text
 
     folder = str(Path("runs", "dia-images"))

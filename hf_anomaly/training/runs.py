@@ -157,24 +157,24 @@ def load_training_images(data: DataArguments, seed: int) -> tuple[OneClassSplits
 
 
 def choose_output_dir(args, method: str, dataset_name: str) -> None:
-    """Fills in `--output_dir` where none was given: runs/<method>-<name of the images>. Warns of what lies there, and tries whether it can be written to.
+    """Fills in `--output_dir` where none was given: runs/<method>-<name of the images>. Tries whether it can be written to, before anything long runs.
 
     Raises:
         OSError: it cannot.
     """
-    is_given = args.output_dir not in (None, "trainer_output")
-    if not is_given:
+    if args.output_dir in (None, "trainer_output"):
         images = Path(os.path.abspath(os.path.expanduser(dataset_name))).stem  # "." has no name of its own
         args.output_dir = os.path.join("runs", f"{method}-{images}")
-    folder = Path(args.output_dir)
-    if args.process_index != 0 or not folder.is_dir():
-        return
-    with tempfile.TemporaryFile(dir=folder):
-        pass
-    finished = any((folder / file).is_file() for file in ("config.json", "model_index.json"))
-    if finished and not args.resume_from_checkpoint:
-        hint = "" if is_given else "; give --output_dir to keep both"  # which may be of other images in a folder of the same name
-        logger.warning("What an earlier run left in %s will be replaced%s", folder, hint)
+    if args.process_index == 0 and os.path.isdir(args.output_dir):
+        with tempfile.TemporaryFile(dir=args.output_dir):
+            pass
+
+
+def warn_of_earlier_run(args) -> None:
+    """Says what the training, which is about to begin, replaces; it may be of other images in a folder of the same name."""
+    finished = any(Path(args.output_dir, file).is_file() for file in ("config.json", "model_index.json"))
+    if args.process_index == 0 and finished and not args.resume_from_checkpoint:
+        logger.warning("What an earlier run left in %s will be replaced; to keep both, give another --output_dir", args.output_dir)
 
 
 def num_images(dataset) -> int | None:

@@ -52,7 +52,7 @@ def test_figures_of_a_run(train, tmp_path):
     assert (folder / "README.md").read_text().count("](figures/") == 3
 
 
-def test_what_a_person_wrote_stays_when_a_run_goes_on(train, tmp_path):
+def test_what_a_person_wrote_stays_when_a_run_goes_on(train, tmp_path, caplog):
     argv = ["--hidden_sizes", 4, 4, 4, "--save_steps", 2]
     folder, _ = train(tmp_path / "run", *argv, script="train_shared_ae.py")
     card = folder / "README.md"
@@ -61,7 +61,11 @@ def test_what_a_person_wrote_stays_when_a_run_goes_on(train, tmp_path):
     assert results_of(folder)["steps"] == 6
     assert "My words." in card.read_text()
     assert f"| AUROC | {results_of(folder)['auroc']:.4f}" in card.read_text()
+    assert "will be replaced" not in caplog.text
+    train(folder, *argv, "--omega1", 2, script="train_shared_ae.py", status=2)
+    assert "will be replaced" not in caplog.text, "it is refused"
     train(folder, *argv, script="train_shared_ae.py")
+    assert "will be replaced" in caplog.text
     assert "My words." not in card.read_text(), "another run has another card"
 
 

@@ -29,6 +29,7 @@ from ..runs import (
     push_result,
     settings_of,
     train_detector,
+    warn_of_earlier_run,
     warn_of_other_division,
 )
 from ..trainers import hub_name
@@ -151,6 +152,7 @@ def first_stage(model: ADDPForPreTraining, args: PretrainingArguments, data_args
     """The detector that the second stage begins with, pretrained now if it has to be; what comes of that lies in the run's folder pretrained/."""
     folder = Path(training_args.output_dir, "pretrained")
     if not any(args.duration.values()):
+        warn_of_earlier_run(training_args)
         PartialState().wait_for_everyone()
         others = args.pretrained is None or Path(args.pretrained).resolve() != folder.resolve()
         if training_args.should_save and others and not training_args.resume_from_checkpoint:
@@ -177,6 +179,7 @@ def first_stage(model: ADDPForPreTraining, args: PretrainingArguments, data_args
         learning_rate=args.pretrain_learning_rate,
         batch_size=args.pretrain_batch_size,
     )
+    warn_of_earlier_run(training_args)
     detector = pretrain(
         model,
         images,
