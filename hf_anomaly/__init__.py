@@ -55,6 +55,12 @@ def __getattr__(name: str):
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
+def __dir__() -> list[str]:
+    return sorted(
+        {*__all__, *globals()} - {"PurePath", "import_module", "sys"}
+    )  # what is not imported yet, too: completion shows what there is
+
+
 # The console script imports this package before it knows what it is asked for. torch and transformers take seconds: `hf-anomaly --help` must not wait for
 # them, so there `cli` registers, once it knows a command that needs it.
 if PurePath(sys.argv[0] if sys.argv else "").stem != "hf-anomaly":

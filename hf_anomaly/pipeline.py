@@ -1,5 +1,6 @@
 """`pipeline("image-anomaly-detection", model=…)`: images of any kind in, score, p-value and verdict out."""
 
+import difflib
 import logging
 import math
 import os
@@ -22,6 +23,7 @@ from .image_processing import AnomalyImageProcessor, read_any_image
 logger = logging.getLogger(__name__)
 
 TASK = "image-anomaly-detection"
+OPTIONS = ("threshold", "false_positive_rate", "output_anomaly_maps", "timeout", "batch_size", "num_workers")
 
 
 class AnomalyDetectionPipeline(Pipeline):
@@ -55,7 +57,10 @@ class AnomalyDetectionPipeline(Pipeline):
         self._warned = False
         super().__init__(model=model.eval(), image_processor=image_processor, **kwargs)
 
-    def _sanitize_parameters(self, threshold=None, false_positive_rate=None, output_anomaly_maps=None, timeout=None):
+    def _sanitize_parameters(self, threshold=None, false_positive_rate=None, output_anomaly_maps=None, timeout=None, **unknown):
+        for name in unknown:
+            close = difflib.get_close_matches(name, OPTIONS, n=1)
+            raise InputError(f"unknown argument {name!r}: " + (f"did you mean {close[0]}?" if close else f"give {', '.join(OPTIONS)}"))
         if threshold is not None and false_positive_rate is not None:
             raise InputError("threshold and false_positive_rate both say what is flagged: give one of them")
         if threshold is not None and math.isnan(threshold):
@@ -90,9 +95,8 @@ class AnomalyDetectionPipeline(Pipeline):
             and label are None.
 
         Raises:
-            InputError: an image that cannot be read, named by its file, URL or row; or maps asked of a method that has none.
+            InputError: an image that cannot be read, named by its file, URL or row; maps asked of a method that has none; or an unknown keyword.
             NotFittedError: the detector is not fitted.
-            TypeError: an unknown keyword.
         """
         self.model.require_fitted()
         given = self._sanitize_parameters(**parameters)

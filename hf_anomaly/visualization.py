@@ -37,7 +37,7 @@ def overlay_anomaly_map(
     *,
     value_range: Sequence[float],
     alpha: float = 0.8,
-    colormap: np.ndarray = HEAT,
+    colormap: np.ndarray | None = None,
     least_size: int = 1,
 ) -> PIL.Image.Image:
     """Paints heat over an image that is turned gray and dark, so that whatever has a colour is anomalous: nothing where the map is at or below the range,
@@ -49,7 +49,7 @@ def overlay_anomaly_map(
         value_range: (low, high), what is painted not at all and in full. One range for all images makes them comparable, and keeps normal images clean:
             take `model.config.anomaly_map_range`, which `calibrate` learned from normal images, and not the map's own extremes.
         alpha: opacity of the highest heat, in [0, 1].
-        colormap: (n, 3), uint8 or floats in [0, 1], from the low end to the high one.
+        colormap: (n, 3), uint8 or floats in [0, 1], from the low end to the high one; by default `HEAT`.
         least_size: small images are enlarged by a whole factor until their longer side has so many pixels; 256 can be looked at.
 
     Returns:
@@ -65,7 +65,7 @@ def overlay_anomaly_map(
         raise InputError(f"value_range must be two finite numbers, the lower one first, got {tuple(value_range)}")
     if not 0 <= alpha <= 1:
         raise InputError(f"alpha must be between 0 and 1, got {alpha}")
-    colors = np.asarray(colormap)
+    colors = HEAT if colormap is None else np.asarray(colormap)
     if colors.ndim != 2 or colors.shape[1] != 3 or len(colors) < 2:
         raise InputError(f"colormap must be (n, 3), the colours from low to high, got {colors.shape}")
     if colors.dtype == np.uint8:

@@ -185,11 +185,13 @@ def test_not_calibrated_and_not_fitted(model, images, caplog):
         pipe(images[0])
 
 
-@pytest.mark.parametrize("name", ["treshold", "top_k"])
-def test_unknown_keywords(pipe, folder, images, name):
-    with pytest.raises(TypeError, match=name):
+@pytest.mark.parametrize(
+    ("name", "hint"), [("treshold", "did you mean threshold?"), ("batchsize", "did you mean batch_size?"), ("fpr", "false_positive_rate")]
+)
+def test_unknown_keywords(pipe, folder, images, name, hint, refused):
+    with refused(name, hint):
         pipe(images[0], **{name: 3})
-    with pytest.raises(TypeError, match=name):
+    with refused(name, hint):
         pipeline(TASK, model=str(folder), **{name: 3})
 
 
