@@ -385,6 +385,16 @@ def test_anomalies_that_are_left_out_are_counted(tmp_path, caplog):
     assert not caplog.records
 
 
+def test_swapped_splits_are_warned_of(tmp_path, caplog):
+    write(tmp_path, {"train/good": 4, "train/crack": 3, "train/stain": 2, "test/good": 4})
+    load_one_class(tmp_path)
+    assert f"5 anomalies of split 'train' of {str(tmp_path)!r} are left out, more than half of it: are the splits swapped" in caplog.text
+    caplog.clear()
+    load_one_class(tmp_path, normal_label="good")  # one class against the rest
+    load_one_class("digits")
+    assert "left out" not in caplog.text
+
+
 # Evaluation only
 
 

@@ -169,6 +169,7 @@ def load_one_class(
     rows = {name: np.arange(len(split)) for name, split in splits.items()}
     if classes is not None:
         rows, splits, labels = _count_as(classes, splits, labels, source)
+    is_chosen = normal_label is not None or source == "digits"  # one class against the rest
     normal_label = _normal_class(source, splits, labels, label_column, normal_label)
     if protocol != "official":
         rows, splits, labels = _by_protocol(
@@ -187,7 +188,11 @@ def load_one_class(
         if not len(normals[name]):
             raise InputError(f"no image of split {name!r} of {source!r} is {normal_label!r}; {_counts(labels, name)}; give normal_label")
         if left_out := len(data[name]) - len(normals[name]):
-            logger.info("%d anomalies of split %r of %r are left out", left_out, name, source)
+            level, hint = logging.INFO, ""
+            if 2 * left_out > len(data[name]) and not is_chosen:
+                level = logging.WARNING
+                hint = f", more than half of it: are the splits swapped, or is another class than {normal_label!r} normal (normal_label)?"
+            logger.log(level, "%d anomalies of split %r of %r are left out%s", left_out, name, source, hint)
         if name == "train":
             anomalies = data[name].select(np.setdiff1d(np.arange(len(data[name])), normals[name]))
         data[name] = data[name].select(normals[name])
