@@ -324,6 +324,7 @@ def test_the_python_block_runs(tmp_path, calibrated, name, monkeypatch):
     variables = {}
     exec(code, variables)
     assert variables["scores"].shape == (1,)
+    assert not variables["scores"].requires_grad
     assert ("flagged" in variables) is calibrated
 
 
