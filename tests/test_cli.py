@@ -13,6 +13,7 @@ import numpy as np
 import PIL.Image
 import pytest
 import torch
+from huggingface_hub.utils import are_progress_bars_disabled
 from transformers import AutoModel
 
 from hf_anomaly import (
@@ -300,6 +301,8 @@ def test_a_table(run, detector, scans):
             assert float(row["p_value"]) == p_value.item()
             assert row["label"] == ("anomaly" if flagged else "normal")
     assert "4 scored" in err
+    assert "Loading weights" not in err
+    assert not are_progress_bars_disabled(), "a download takes its time"
 
 
 def test_files_and_maps(run, detector, scans):

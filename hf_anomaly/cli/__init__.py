@@ -62,8 +62,4 @@ def _run(name: str, argv: list[str]) -> None:
     import_module("..registry", __name__)
     from ..training.runs import run_script
 
-    try:
-        run_script(lambda: command.run(arguments))
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        sys.exit(130)
+    run_script(lambda: command.run(arguments))

@@ -17,8 +17,11 @@ from typing import NoReturn
 import torch
 from accelerate import PartialState
 from huggingface_hub.errors import HfHubHTTPError, StrictDataclassError
+from huggingface_hub.utils import are_progress_bars_disabled, enable_progress_bars
 from safetensors import SafetensorError
 from transformers import SchedulerType
+from transformers.trainer_utils import get_last_checkpoint
+from transformers.utils.logging import disable_progress_bar
 
 from ..cards import shown_command, write_card
 from ..data import OneClassSplits, check_pixels, load_one_class, prepare, shrink_images, stream_one_class
@@ -66,11 +69,12 @@ LARGEST_DEFAULT_SIZE = 64  # px: larger images are shrunk to this unless --image
 
 
 def run_script(main: Callable[[], None]) -> None:
-    """Runs a script's main function; what the user can mend is printed as one line, with exit status 2."""
+    """Runs a script's main function; what the user can mend is printed as one line, with exit status 2, and so is an interruption, with 130."""
     logging.basicConfig(format="%(levelname)s: %(message)s", level=logging.WARNING)
     logging.getLogger("hf_anomaly").setLevel(logging.INFO)
     if hasattr(sys.stdout, "reconfigure"):  # a name that the terminal's encoding does not have shall not end a run
         sys.stdout.reconfigure(errors="backslashreplace")
+    _hide_bars_of_files()
     try:
         main()
     except (HubError, InputError, NotFittedError, StrictDataclassError, HfHubHTTPError) as error:
@@ -80,11 +84,22 @@ def run_script(main: Callable[[], None]) -> None:
         with suppress(OSError):
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # else the interpreter complains at its end
         sys.exit(141)  # as a shell tells it
+    except KeyboardInterrupt as interruption:
+        print(": ".join(["\ninterrupted", *map(str, interruption.args)]), file=sys.stderr)
+        sys.exit(130)
     except (OSError, SafetensorError) as error:
         remedy = _REMEDIES.get(getattr(error, "errno", None)) or ("No space left" in str(error) and _REMEDIES[errno.ENOSPC])
         if not remedy:
             raise
         refuse(f"{error}; {remedy}")
+
+
+def _hide_bars_of_files() -> None:
+    """transformers' own, of a moment's reading or writing; those of downloads and of the training stay."""
+    downloads_are_hidden = are_progress_bars_disabled()
+    disable_progress_bar()
+    if not downloads_are_hidden:
+        enable_progress_bars()
 
 
 def refuse(reason: str) -> NoReturn:
@@ -356,7 +371,10 @@ def train_detector(
             **({} if dissolving is None else {"dissolving": dissolving}),
         ),
     )
-    trainer.train(args.resume_from_checkpoint)
+    try:
+        trainer.train(args.resume_from_checkpoint)
+    except KeyboardInterrupt as interruption:
+        raise KeyboardInterrupt(_how_to_go_on(args, started)) from interruption
     trainer.fit_reference()
     if splits.calibration is not None:
         trainer.calibrate()
@@ -401,6 +419,13 @@ def train_detector(
         push_result(args)
     trainer.accelerator.wait_for_everyone()
     return results
+
+
+def _how_to_go_on(args: AnomalyTrainingArguments, started: float) -> str:
+    checkpoint = get_last_checkpoint(args.output_dir)
+    if checkpoint is None or not (args.resume_from_checkpoint or os.path.getmtime(checkpoint) >= started):  # else it is an earlier run's
+        return "there is no checkpoint yet"
+    return f"the same command with --resume_from_checkpoint true goes on from {Path(checkpoint).name}"
 
 
 def print_results(results: dict, model: AnomalyDetector, args: AnomalyTrainingArguments) -> None:

@@ -7,6 +7,8 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModel
 
+from hf_anomaly import AnomalyTrainer
+
 from .running import results_of, run
 
 
@@ -67,6 +69,25 @@ def test_what_a_person_wrote_stays_when_a_run_goes_on(train, tmp_path, caplog):
     train(folder, *argv, script="train_shared_ae.py")
     assert "will be replaced" in caplog.text
     assert "My words." not in card.read_text(), "another run has another card"
+
+
+def test_an_interrupted_run_says_how_to_go_on(train, tmp_path, monkeypatch):
+    argv, step = ["--hidden_sizes", 4, 4, 4], AnomalyTrainer.training_step
+
+    def until_the_third(trainer, *args, **kwargs):
+        if trainer.state.global_step == 3:
+            raise KeyboardInterrupt
+        return step(trainer, *args, **kwargs)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(AnomalyTrainer, "training_step", until_the_third)
+        folder, err = train(tmp_path / "run", *argv, "--save_steps", 2, script="train_shared_ae.py", status=130)
+        assert err.splitlines()[-1] == "interrupted: the same command with --resume_from_checkpoint true goes on from checkpoint-2"
+        assert "Writing model shards" not in err
+        _, err = train(folder, *argv, script="train_shared_ae.py", status=130)
+        assert err.splitlines()[-1] == "interrupted: there is no checkpoint yet", "that one is the earlier run's"
+    train(folder, *argv, "--save_steps", 2, "--resume_from_checkpoint", "true", script="train_shared_ae.py")
+    assert results_of(folder)["steps"] == 4
 
 
 def test_shared_ae_resumes_and_refuses(train, tmp_path):
