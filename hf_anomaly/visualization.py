@@ -27,7 +27,7 @@ def _heat() -> np.ndarray:
 
 
 HEAT = _heat()
-VISIBLE = 256  # px: smaller pictures are enlarged to be looked at
+VISIBLE = 224  # px: smaller pictures are enlarged to be looked at; as many as images of vision models often have, which stay as they are
 DIMMED = 0.6  # what is left of the image's brightness under a map: on full white, yellow would hardly be seen
 
 
@@ -50,7 +50,7 @@ def overlay_anomaly_map(
             take `model.config.anomaly_map_range`, which `calibrate` learned from normal images, and not the map's own extremes.
         alpha: opacity of the highest heat, in [0, 1].
         colormap: (n, 3), uint8 or floats in [0, 1], from the low end to the high one; by default `HEAT`.
-        least_size: small images are enlarged by a whole factor until their longer side has so many pixels; 256 can be looked at.
+        least_size: small images are enlarged by a whole factor until their longer side has so many pixels; 224 can be looked at.
 
     Returns:
         An RGB image of the size of the original, or of a multiple with `least_size`, upright as its EXIF orientation says.

@@ -319,7 +319,7 @@ def test_files_and_maps(run, detector, scans):
         image = PIL.Image.open(row["image"])
         output = model(**processor(images=image, return_tensors="pt"), output_anomaly_maps=True)
         (result,) = processor.post_process_anomaly_detection(output, [image.size[::-1]])
-        painted = overlay_anomaly_map(image, result["anomaly_map"], value_range=model.config.anomaly_map_range, least_size=256)
+        painted = overlay_anomaly_map(image, result["anomaly_map"], value_range=model.config.anomaly_map_range, least_size=224)
         assert np.abs(np.asarray(PIL.Image.open(Path("maps", row["overlay"]))).astype(int) - np.asarray(painted)).max() <= 1
     # Too few calibration images for the rate: an infinite threshold, which JSON does not know.
     status, _, err = run("predict", detector, scans / "a.png", "--output", "x.jsonl", "--false-positive-rate", 0.001)

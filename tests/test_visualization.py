@@ -16,7 +16,7 @@ from transformers import AutoModel
 from hf_anomaly import AnomalyDetectorOutput, AnomalyImageProcessor, SharedAEConfig, SharedAEModel, overlay_anomaly_map
 from hf_anomaly.calibration import normal_map_range
 from hf_anomaly.ops.maps import map_levels, resize_maps
-from hf_anomaly.visualization import DIMMED, HEAT
+from hf_anomaly.visualization import DIMMED, HEAT, VISIBLE, enlarge
 
 ROOT = Path(__file__).parents[1]
 SIZE = 16
@@ -218,6 +218,7 @@ def test_small_images_are_enlarged_on_request():
     same = np.asarray(overlay_anomaly_map(image, anomaly_map, value_range=(0, 1)))
     np.testing.assert_array_equal(np.asarray(overlay), same.repeat(3, 0).repeat(3, 1))
     assert overlay_anomaly_map(image, anomaly_map, value_range=(0, 1), least_size=2).size == (5, 3)
+    assert enlarge(PIL.Image.new("L", (224, 200)), VISIBLE).size == (224, 200), "a common size, large enough"
 
 
 @pytest.mark.parametrize("value", [0.0, 1.0, 7.0])
@@ -312,7 +313,7 @@ def test_the_highest_scoring_images_are_written(evaluate, detector, processor, t
         f"{i:04d}_{name.format(row % 4)}.png" for i, (name, row) in enumerate(zip(names, rows, strict=True), 1)
     ]
     for path, row in zip(files, rows, strict=True):
-        expected = overlay_anomaly_map(images[row], output.anomaly_maps[row], value_range=detector.config.anomaly_map_range, least_size=256)
+        expected = overlay_anomaly_map(images[row], output.anomaly_maps[row], value_range=detector.config.anomaly_map_range, least_size=224)
         assert np.abs(np.asarray(PIL.Image.open(path)).astype(int) - np.asarray(expected)).max() <= 1
 
 

@@ -12,10 +12,10 @@ from ..data.transforms import decode_image
 from ..detector import AnomalyDetector
 from ..dissolving import Dissolver
 from ..image_processing import AnomalyImageProcessor
-from ..visualization import VISIBLE, enlarge, overlay_anomaly_map
+from ..visualization import enlarge, overlay_anomaly_map
 
 RATE_STEP = 0.005  # of the slider
-_LARGEST = 1024  # px: larger images are shrunk to be sent
+_SMALLEST, _LARGEST = 256, 1024  # px: smaller images are enlarged to be seen, larger ones shrunk to be sent
 
 
 @dataclass(frozen=True)
@@ -145,4 +145,4 @@ def _displayed(image: PIL.Image.Image) -> PIL.Image.Image:
         image = image.convert("RGB")  # which, other than a palette, can be averaged
         image.thumbnail((_LARGEST, _LARGEST))
         return image
-    return enlarge(image, VISIBLE)
+    return enlarge(image, _SMALLEST)

@@ -23,7 +23,7 @@ from ..metrics import bootstrap_intervals, image_metrics
 from ..training.evaluation import INTERVAL_CONFIDENCE
 from ..training.localization import evaluate_maps
 from ..version import __version__
-from ..visualization import overlay_anomaly_map
+from ..visualization import VISIBLE, overlay_anomaly_map
 
 RATES = (0.01, 0.05, 0.1, 0.2)
 LARGEST_PICTURE = 256  # px, of an example's longer side: the page stays small
@@ -244,7 +244,7 @@ def _shown(model, processor, dataset, rows: list[int], scores: torch.Tensor, lab
                 "image": _picture(image),
                 "overlay": None
                 if maps is None
-                else _picture(overlay_anomaly_map(image, maps[i], value_range=model.config.anomaly_map_range, least_size=LARGEST_PICTURE)),
+                else _picture(overlay_anomaly_map(image, maps[i], value_range=model.config.anomaly_map_range, least_size=VISIBLE)),
             }
         )
     return shown
