@@ -13,6 +13,7 @@ from datasets import ClassLabel, Dataset, Features, Image, List, Value
 from torch.utils.data import DataLoader
 
 from hf_anomaly.data import PixelTransform, check_images, collate, decode_image, load_one_class, load_unlabelled, prepare
+from hf_anomaly.data.sources import hub_dataset
 from hf_anomaly.data.transforms import decode_mask
 from hf_anomaly.errors import HubError, InputError
 
@@ -675,3 +676,25 @@ def test_an_image_that_is_too_large_to_open(tmp_path):
     PIL.Image.new("1", (14_000, 14_000)).save(tmp_path / "line-scan.png")
     with pytest.raises(InputError, match=r"line-scan\.png: .*shrink it or cut it up"):
         decode_image({"path": str(tmp_path / "line-scan.png")}, "")
+
+
+def test_datasets_at_hand(tmp_path, refused):
+    """From Python, and as `save_to_disk` writes them."""
+    write(tmp_path / "folder", {"train/normal": 10, "test/normal": 3, "test/sick": 4})
+    splits = datasets.load_dataset("imagefolder", data_dir=str(tmp_path / "folder"))
+    splits.save_to_disk(tmp_path / "saved")
+    splits["train"].save_to_disk(tmp_path / "train")
+    from_folder = load_one_class(tmp_path / "folder", seed=1)
+    for source in (splits, dict(splits), tmp_path / "saved"):
+        found = load_one_class(source, normal_label="normal", seed=1)
+        assert (found.split_hash, found.train_digest) == (from_folder.split_hash, from_folder.train_digest)
+        assert (len(found.train), len(found.calibration), len(found.test)) == (8, 2, 7)
+    for source in (splits["train"].remove_columns("label"), tmp_path / "train"):
+        found = load_one_class(source)
+        assert (len(found.train), len(found.calibration), found.test) == (8, 2, None)
+        assert len(load_unlabelled(source)) == 10
+    assert hub_dataset(load_one_class(splits, normal_label="normal").source) is None
+    with refused("a datasets.Dataset", "IterableDataset", "stream_one_class"):
+        load_one_class(splits["train"].to_iterable_dataset())
+    with refused("a datasets.Dataset", "list"):
+        load_one_class([1, 2])

@@ -18,7 +18,7 @@ from ..errors import InputError
 from .content import content_digest, find_copies
 from .formats import Reading, Window
 from .protocols import PROTOCOLS, Division, contaminate, subset
-from .sources import NORMAL_NAMES, by_our_names, label_columns, load_or_refuse, read_source
+from .sources import IN_MEMORY, NORMAL_NAMES, by_our_names, given_splits, label_columns, load_or_refuse, read_source
 from .transforms import decode_image, decode_mask, num_pages, open_image
 
 if TYPE_CHECKING:
@@ -47,7 +47,7 @@ class OneClassSplits:
             (modes 1, L, LA), else 3 (palettes too).
         native_size: the median of the larger sides of those images, in pixels.
         largest_size: the largest of these sides.
-        source: the `dataset_name` asked for.
+        source: the `dataset_name` asked for, or `IN_MEMORY`.
         normal_label: the class taken as normal; "normal" if there are no labels.
         split_hash: SHA-256, in hex, over the protocol, and (split, source row, label) of every row of the datasets that are there: of `test` alone
             with `evaluation_only`.
@@ -77,7 +77,7 @@ class OneClassSplits:
 
 
 def load_one_class(
-    dataset_name: str | os.PathLike[str],
+    dataset_name: str | os.PathLike[str] | datasets.Dataset | Mapping[str, datasets.Dataset],
     *,
     normal_label: int | str | None = None,
     classes: Mapping[str, str] | None = None,
@@ -107,7 +107,8 @@ def load_one_class(
             a folder of images, among them DICOM and NIfTI files, whose slices are images: `train/ test/ validation/` or none of them, in each class
             folders or nothing but (normal) images, or with an imagefolder's `metadata.csv`; MVTec AD's `ground_truth/<class>/<name>_mask.png` become
             the column `mask`;
-            a `.parquet` file (a training split, unless `evaluation_only`), or a folder of parquet files;
+            a `.parquet` file (a training split, unless `evaluation_only`), or a folder of parquet files, or one that `save_to_disk` wrote;
+            a `datasets.Dataset` (a training split, likewise) or a `DatasetDict`;
             the id of a dataset on the Hub.
         normal_label: name or index of the normal class; everything else is an anomaly. By default the class called normal, good or healthy,
             or the only class of the training split, or "0" of digits. A training split without labels is all normal.
@@ -138,7 +139,6 @@ def load_one_class(
             one out, too few anomalies to contaminate with; with `evaluation_only` also no split to evaluate on, or one without labels.
         HubError: the Hub refused or cannot be reached.
     """
-    source = os.fspath(dataset_name)
     if not 0 <= calibration_fraction < 1:
         raise InputError(f"calibration_fraction={calibration_fraction} is outside [0, 1); 0.2 holds out a fifth of the training normals")
     if eval_split not in ("test", "validation"):
@@ -151,7 +151,9 @@ def load_one_class(
     if not 0 <= contamination < 1:
         raise InputError(f"contamination={contamination} is outside [0, 1): it is the anomalies' share of the training images")
 
-    raw = read_source(source, label_column, config_name, revision, reading=reading)
+    given = given_splits(dataset_name)
+    source = os.fspath(dataset_name) if given is None else IN_MEMORY
+    raw = read_source(source, label_column, config_name, revision, reading=reading) if given is None else given
     splits = by_our_names(raw) if protocol == "official" else {"train": _pool(source, raw)}
     if protocol == "official" and evaluation_only and splits.keys() == {"train"}:
         logger.warning("%r has no split %r: all of it is evaluated; the detector must not have been trained on it", source, eval_split)
@@ -245,7 +247,7 @@ def load_one_class(
 
 
 def load_unlabelled(
-    dataset_name: str | os.PathLike[str],
+    dataset_name: str | os.PathLike[str] | datasets.Dataset | Mapping[str, datasets.Dataset],
     *,
     image_column: str | None = None,
     config_name: str | None = None,
@@ -263,8 +265,9 @@ def load_unlabelled(
         InputError: nothing readable under that name, no such column, no such split among several, or an unreadable image.
         HubError: as `load_one_class`.
     """
-    source = os.fspath(dataset_name)
-    raw = read_source(source, None, config_name, revision, reading=reading)
+    given = given_splits(dataset_name)
+    source = os.fspath(dataset_name) if given is None else IN_MEMORY
+    raw = read_source(source, None, config_name, revision, reading=reading) if given is None else given
     rows = by_our_names(raw).get(split) or (next(iter(raw.values())) if len(raw) == 1 else None)
     if rows is None:
         raise InputError(f"{source!r} has no split {split!r}; its splits: {', '.join(raw)}; rename the one that is meant")

@@ -7,9 +7,11 @@ import gzip
 import json
 import logging
 import math
+import os
 import re
 import zlib
 from collections import Counter
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -34,6 +36,8 @@ SPLIT_NAMES = {  # ours -> the names under which a source may have it, compared 
     "test": ("test", "testing"),
 }
 NORMAL_NAMES = ("normal", "good", "healthy")
+HUB_ID = r"\w[\w.-]*(/\w[\w.-]*)?"
+IN_MEMORY = "in-memory dataset"  # the name of a source that has none
 MASK_FOLDERS = ("ground_truth", "groundtruth")  # pixel annotation: no images to score; see `without_masks`, too
 MASK_FILE = "ground_truth/{folder}/{name}_mask.png"  # where MVTec AD has the mask of test/{folder}/{name}.png
 METADATA_FILES = ("metadata.csv", "metadata.jsonl", "metadata.parquet")  # where imagefolder finds further columns
@@ -47,6 +51,25 @@ CIFAR_LABELS = {  # file of class names that marks a version -> for each leading
     "batches.meta.txt": (("label", "batches.meta.txt"),),
     "fine_label_names.txt": (("coarse_label", "coarse_label_names.txt"), ("fine_label", "fine_label_names.txt")),
 }
+
+
+def given_splits(source: Any) -> dict[str, datasets.Dataset] | None:
+    """The splits of a source that is no name but a `datasets.Dataset`, a training split, or several of them by name; None of a name.
+
+    Raises:
+        InputError: it is neither.
+    """
+    import datasets
+
+    if isinstance(source, str | os.PathLike):
+        return None
+    splits = {"train": source} if isinstance(source, datasets.Dataset) else source
+    if isinstance(splits, Mapping) and splits and all(isinstance(split, datasets.Dataset) for split in splits.values()):
+        return dict(splits)
+    found = type(source).__name__ if not isinstance(source, Mapping) else ", ".join(type(split).__name__ for split in source.values())
+    raise InputError(
+        f"images come from a name, a datasets.Dataset or a DatasetDict, not from {found or 'nothing'}; stream_one_class takes streams"
+    )
 
 
 def read_source(
@@ -81,6 +104,9 @@ def read_source(
         if path.exists():
             logger.warning("'digits' are scikit-learn's, not what is called so in this folder; to read that, give ./digits")
         return _read_digits()
+    if local and any((path / file).is_file() for file in ("dataset_dict.json", "state.json")):  # of `save_to_disk`
+        saved = load_or_refuse(source, datasets.load_from_disk, str(path))
+        return {"train": saved} if isinstance(saved, datasets.Dataset) else dict(saved)
     if local and path.is_dir():
         return _read_folder(path, label_column, reading)
     if path.is_file() and path.suffix == ".npz":
@@ -89,7 +115,7 @@ def read_source(
         return {"train": load_or_refuse(source, datasets.Dataset.from_parquet, str(path))}
     if path.is_file():
         raise InputError(f"{source!r}: not a kind of file to load images from; give an .npz or .parquet file, a folder or a Hub id")
-    if path.suffix in (".npz", ".parquet", ".zip", ".csv") or not re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)?", source):
+    if path.suffix in (".npz", ".parquet", ".zip", ".csv") or not re.fullmatch(HUB_ID, source):
         raise InputError(f"{source!r} is neither an existing file or folder nor the id of a Hub dataset; check the spelling")
     try:
         with hub_errors(source, reading=True):
@@ -490,4 +516,5 @@ def dataset_label(source: str) -> str:
 
 def hub_dataset(source: str) -> str | None:
     """A source's id on the Hub, if that is where it came from."""
-    return None if source == "digits" or Path(source).expanduser().exists() else source
+    is_id = re.fullmatch(HUB_ID, source) and source != "digits" and not Path(source).expanduser().exists()
+    return source if is_id else None
