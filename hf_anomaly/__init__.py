@@ -4,11 +4,17 @@ Importing the package registers its detectors with transformers' Auto classes an
 evaluate or scikit-learn is imported when it is used.
 """
 
+import os
 import sys
 from importlib import import_module
 from pathlib import PurePath
 
 from .version import __version__
+
+# Threads of torch's CPU kernels spin while they wait for each other, for milliseconds, and two processes on the same cores take turns at spinning: eight
+# times as long as one after the other (model_cards/results/speed.md). Read when torch is first imported.
+if not os.environ.keys() & {"GOMP_SPINCOUNT", "OMP_WAIT_POLICY"}:
+    os.environ["GOMP_SPINCOUNT"] = "10000"
 
 _HOMES = {  # public name -> its module
     "ADDPConfig": "registry",

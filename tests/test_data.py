@@ -131,6 +131,16 @@ def test_class_folders(tmp_path):
     assert load_one_class(tmp_path, normal_label="sick", calibration_fraction=0).train["row"][:] == [5, 6, 7]
 
 
+@pytest.mark.parametrize("suffix", ["_mask", ""])
+def test_masks_are_those_of_the_images(tmp_path, suffix):
+    write(tmp_path, {"train/good": 5, "test/broken": 3, "test/good": 1, "ground_truth/broken": 2})
+    for i in (1, 0):
+        (tmp_path / "ground_truth" / "broken" / f"{i}.png").rename(tmp_path / "ground_truth" / "broken" / f"{i + 1}{suffix}.png")
+    masks = load_one_class(tmp_path).test["mask"][:]
+    names = [None if mask is None else Path(mask["path"]).name for mask in masks]
+    assert names == [None, f"1{suffix}.png", f"2{suffix}.png", None]
+
+
 def test_mask_folders_hold_no_images(tmp_path):
     write(
         tmp_path,
@@ -139,7 +149,7 @@ def test_mask_folders_hold_no_images(tmp_path):
             "test/broken": 2,
             "test/good": 3,
             "test/scratched": 1,
-            "ground_truth/broken": 2,
+            "ground_truth/other": 2,
             "test/ground_truth": 4,
             "test/scratched/masks": 1,
             "masks": 1,

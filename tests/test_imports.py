@@ -1,6 +1,7 @@
 """Imports point down only, and importing the package loads nothing that it does not need yet."""
 
 import ast
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -119,3 +120,11 @@ def test_lazy_names_are_there():
     assert not {"PurePath", "import_module", "sys"} & set(dir(hf_anomaly))
     with pytest.raises(AttributeError, match="no attribute 'xyzzy'"):
         _ = hf_anomaly.xyzzy
+
+
+@pytest.mark.parametrize(("given", "then"), [({}, "10000"), ({"GOMP_SPINCOUNT": "7"}, "7"), ({"OMP_WAIT_POLICY": "PASSIVE"}, None)])
+def test_threads_do_not_spin_long_unless_asked_to(given, then):
+    environment = {name: value for name, value in os.environ.items() if name not in ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY")}
+    statement = "import os, hf_anomaly; print(os.environ.get('GOMP_SPINCOUNT'))"
+    done = subprocess.run([sys.executable, "-c", statement], env=environment | given, check=True, capture_output=True, text=True)
+    assert done.stdout == f"{then}\n"

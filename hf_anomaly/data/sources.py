@@ -39,7 +39,10 @@ NORMAL_NAMES = ("normal", "good", "healthy")
 HUB_ID = r"\w[\w.-]*(/\w[\w.-]*)?"
 IN_MEMORY = "in-memory dataset"  # the name of a source that has none
 MASK_FOLDERS = ("ground_truth", "groundtruth")  # pixel annotation: no images to score; see `without_masks`, too
-MASK_FILE = "ground_truth/{folder}/{name}_mask.png"  # where MVTec AD has the mask of test/{folder}/{name}.png
+MASK_FILES = (
+    "{name}_mask.png",
+    "{name}.png",
+)  # in ground_truth/{folder}, the mask of test/{folder}/{name}.png: MVTec AD's name, and a plain one
 METADATA_FILES = ("metadata.csv", "metadata.jsonl", "metadata.parquet")  # where imagefolder finds further columns
 ARROW_BYTES = 2**30  # in one array of files: its offsets are 32-bit
 IDX_SPLITS = {"train": "train", "t10k": "test"}  # MNIST's file names -> the split
@@ -407,11 +410,11 @@ def _from_files(paths: list[Path], labels: list[str | None], masks: list[Path | 
 
 
 def _mask(root: Path, folder: Path, path: Path) -> Path | None:
-    """The mask of an image `path` in the split's `folder`, where MVTec AD has it."""
+    """The mask of an image `path` in the split's `folder`, where MVTec AD has it; see `MASK_FILES`."""
     if folder == root or path.parent == Path("."):
         return None
-    mask = root / MASK_FILE.format(folder=path.parent, name=path.stem)
-    return mask if mask.is_file() else None
+    masks = (root / "ground_truth" / path.parent / name.format(name=path.stem) for name in MASK_FILES)
+    return next((mask for mask in masks if mask.is_file()), None)
 
 
 def without_masks(paths: list[Path]) -> list[Path]:

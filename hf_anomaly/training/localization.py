@@ -6,7 +6,7 @@ import numpy as np
 import torch
 
 from ..data import decode_image
-from ..data.transforms import decode_mask, pieces
+from ..data.transforms import decode_mask, file_name, pieces
 from ..detector import AnomalyDetector
 from ..metrics import PixelMetrics
 
@@ -32,15 +32,15 @@ def evaluate_maps(model: AnomalyDetector, processor, dataset, batch_size: int) -
         InputError: an image or mask that cannot be decoded, or a map that is not finite.
     """
     usual = model.config.anomaly_map_range
-    metrics, num_without, num_masks = PixelMetrics(center=usual[0] if usual else 0.0), 0, 0
+    metrics, without, num_masks = PixelMetrics(center=usual[0] if usual else 0.0), [], 0
     model.eval()
     masks = []  # of the images that are held
 
     def known():
-        nonlocal num_without, num_masks
+        nonlocal num_masks
         for row in dataset:
             if row["mask"] is None and row["label"] != 0:
-                num_without += 1
+                without.append(file_name(row["image"], f"row {row['row']}"))
                 continue
             image = decode_image(row["image"], f"row {row['row']}", processor.window)
             masks.append(_mask(row["mask"], image, f"mask of row {row['row']}"))
@@ -53,8 +53,9 @@ def evaluate_maps(model: AnomalyDetector, processor, dataset, batch_size: int) -
         for result, mask in zip(processor.post_process_anomaly_detection(outputs, [mask.shape for mask in masks]), masks, strict=True):
             metrics.update(result["anomaly_map"], mask)
         masks.clear()
-    if num_masks and num_without:
-        logger.warning("%d anomalous images have no mask: the pixel-level metrics leave them out", num_without)
+    if num_masks and without:
+        what = "%d anomalous images have no mask, the first %s: the pixel-level metrics leave them out"
+        logger.warning(what, len(without), without[0])
     return metrics.compute() if num_masks else {}
 
 
