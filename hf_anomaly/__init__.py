@@ -11,8 +11,8 @@ from pathlib import PurePath
 
 from .version import __version__
 
-# Threads of torch's CPU kernels spin while they wait for each other, for milliseconds, and two processes on the same cores take turns at spinning: eight
-# times as long as one after the other (model_cards/results/speed.md). Read when torch is first imported.
+# Threads of torch's CPU kernels spin while they wait for each other, for milliseconds: two processes on the same cores then take ten times as long as one
+# after the other (model_cards/results/speed.md). Read when torch is first imported.
 if not os.environ.keys() & {"GOMP_SPINCOUNT", "OMP_WAIT_POLICY"}:
     os.environ["GOMP_SPINCOUNT"] = "10000"
 
@@ -62,9 +62,8 @@ def __getattr__(name: str):
 
 
 def __dir__() -> list[str]:
-    return sorted(
-        {*__all__, *globals()} - {"PurePath", "import_module", "sys"}
-    )  # what is not imported yet, too: completion shows what there is
+    """What is not imported yet, too: completion shows what there is."""
+    return sorted({*__all__, *globals()} - {"PurePath", "import_module", "os", "sys"})
 
 
 # The console script imports this package before it knows what it is asked for. torch and transformers take seconds: `hf-anomaly --help` must not wait for

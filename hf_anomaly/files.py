@@ -26,6 +26,18 @@ def files_below(root: str | os.PathLike, leave_out: Collection[str] = ()) -> Ite
         yield from (Path(folder, name) for name in sorted(names) if not name.startswith("."))
 
 
+def check_name(path: str | os.PathLike) -> None:
+    """Refuses a file's name that no table could hold.
+
+    Raises:
+        InputError: it is not UTF-8.
+    """
+    try:
+        os.fspath(path).encode()
+    except UnicodeEncodeError as error:
+        raise InputError(f"{os.fspath(path)!a}: the file's name is not UTF-8; rename it") from error
+
+
 @contextmanager
 def replacing(path: str | os.PathLike) -> Iterator[Path]:
     """A name beside `path` to write to, which takes its place when the block ends well and is removed if it does not. Makes the folder."""

@@ -117,7 +117,7 @@ def test_lazy_names_are_there():
     for name in hf_anomaly.__all__:
         assert getattr(hf_anomaly, name) is not None
     assert {*hf_anomaly.__all__, "__file__"} <= set(dir(hf_anomaly))
-    assert not {"PurePath", "import_module", "sys"} & set(dir(hf_anomaly))
+    assert not {"PurePath", "import_module", "os", "sys"} & set(dir(hf_anomaly))
     with pytest.raises(AttributeError, match="no attribute 'xyzzy'"):
         _ = hf_anomaly.xyzzy
 

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ..errors import InputError
-from ..files import check_output, files_below, replacing
+from ..files import check_name, check_output, files_below, replacing
 from .parsing import Parser
 
 if TYPE_CHECKING:
@@ -153,10 +153,7 @@ class Files:
         from ..data.formats import is_medical
 
         for path in paths:
-            try:
-                path.encode()
-            except UnicodeEncodeError as error:  # the table could not hold it
-                raise InputError(f"{path!a}: the file's name is not UTF-8; rename it") from error
+            check_name(path)
         self.paths, self.count = paths, None if any(map(is_medical, paths)) else len(paths)
 
     def __iter__(self) -> Iterator[tuple[str, Callable]]:

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import numpy as np
 
 from ..errors import HubError, InputError
-from ..files import files_below
+from ..files import check_name, files_below
 from ..hub import hub_errors
 from .formats import Reading, image_suffixes, is_medical, slice_files
 
@@ -396,10 +396,7 @@ def _from_files(paths: list[Path], labels: list[str | None], masks: list[Path | 
     import datasets
 
     for path in paths:
-        try:
-            str(path).encode()
-        except UnicodeEncodeError as error:
-            raise InputError(f"{str(path)!a}: the file's name is not UTF-8; rename it") from error
+        check_name(path)
     columns, features = {"image": list(map(str, paths))}, {"image": datasets.Image(decode=False)}
     if any(label is not None for label in labels):
         columns["label"], features["label"] = labels, datasets.Value("string")
