@@ -145,6 +145,14 @@ def test_scores_and_maps(ablation):
     np.testing.assert_allclose(output.embeddings.detach(), v["z"], rtol=1e-6)
 
 
+def test_the_score_can_be_the_maps_highest_value():
+    model, x = detector(score_from="map").eval(), pixels(6)
+    output = model.fit_reference([x], progress=False)(x, output_anomaly_maps=True)
+    assert torch.equal(output.scores, output.anomaly_maps.flatten(1).amax(1))
+    assert torch.equal(model(x).scores, output.scores)
+    assert model(x).anomaly_maps is None
+
+
 def test_maps_are_over_the_channels():
     model, x = detector(num_channels=3).eval(), pixels(2, channels=3)
     model.fit_reference([x], progress=False)
@@ -169,7 +177,7 @@ def test_the_terms_are_weighed_anew_without_training(refused):
         model.weigh_terms(1.2)
 
 
-@pytest.mark.parametrize("other", [{"omega1": 1.0, "omega2": 0.0}, {"ablation": "one"}])
+@pytest.mark.parametrize("other", [{"omega1": 1.0, "omega2": 0.0}, {"ablation": "one"}, {"score_from": "map"}])
 def test_the_calibration_does_not_outlive_its_scores(other, tmp_path, caplog):
     detector().eval().fit_reference([pixels()], progress=False).calibrate([pixels(20)], progress=False).save_pretrained(tmp_path)
     assert SharedAEModel.from_pretrained(tmp_path).calibration.is_calibrated

@@ -29,6 +29,8 @@ class SharedAEConfig(SelfContainedDetectorConfig):
             Without it EDE1 wins sooner or later at any weight, E2 marking reconstructions so that D1 paints normal images as far from x as it can,
             and the score tells nothing.
         omega1, omega2: ω1 and ω2 of the score, which add up to 1; see `SharedAEModel.weigh_terms`.
+        score_from: what the score is: `"latents"`, Algorithm 2, as printed; or `"map"`, the highest value of the anomaly map, for anomalies that take up
+            little of the image, which the latents hardly tell (model_cards/results/shared_ae.md).
         ablation: the rows of Table 5: `"one"`, a single encoder–decoder–encoder; `"two"`, both, without adversarial training; `"full"`, the method.
 
     Raises:
@@ -36,7 +38,7 @@ class SharedAEConfig(SelfContainedDetectorConfig):
     """
 
     model_type = "shared_ae_anomaly"
-    score_fields = (*SelfContainedDetectorConfig.score_fields, "omega1", "omega2", "ablation")
+    score_fields = (*SelfContainedDetectorConfig.score_fields, "omega1", "omega2", "score_from", "ablation")
 
     hidden_sizes: list | tuple = (16, 32, 64)
     latent_size: int = 64
@@ -44,6 +46,7 @@ class SharedAEConfig(SelfContainedDetectorConfig):
     beta: float | int = 0.1
     omega1: float | int = 0.5
     omega2: float | int = 0.5
+    score_from: Literal["latents", "map"] = "latents"
     max_adversarial_weight: float | int = 0.1
     adversarial_margin: float | int | None = 1.5
     ablation: Literal["one", "two", "full"] = "full"

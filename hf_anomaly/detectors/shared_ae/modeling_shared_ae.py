@@ -197,6 +197,11 @@ class SharedAEModel(SelfContainedDetector):
     def compute_scores(self, pixel_values, *, output_anomaly_maps, output_embeddings):
         z, first, image, second = (tensor.float() for tensor in self.reconstruct(pixel_values))
         config = self.config
-        scores = config.omega1 * (z - first).square().sum(1) + config.omega2 * (z - second).square().sum(1)  # Algorithm 2
-        maps = (pixel_values.float() - image).norm(dim=1, keepdim=True) if output_anomaly_maps else None
-        return AnomalyDetectorOutput(scores=scores, anomaly_maps=maps, embeddings=z if output_embeddings else None)
+        maps = (pixel_values.float() - image).norm(dim=1, keepdim=True)
+        if config.score_from == "map":
+            scores = maps.flatten(1).amax(1)
+        else:
+            scores = config.omega1 * (z - first).square().sum(1) + config.omega2 * (z - second).square().sum(1)  # Algorithm 2
+        return AnomalyDetectorOutput(
+            scores=scores, anomaly_maps=maps if output_anomaly_maps else None, embeddings=z if output_embeddings else None
+        )

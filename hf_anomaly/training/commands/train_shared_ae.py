@@ -26,6 +26,9 @@ class DetectorArguments:
         default=1.5, metadata={"help": "Bounds what the first part gains by it, as a multiple of its reconstruction error; 0: no bound."}
     )
     omega1: float = field(default=0.5, metadata={"help": "Weight of the score's first term; the second has the rest."})
+    score_from: str = field(
+        default="latents", metadata={"help": "latents, the paper's score; map: the anomaly map's highest value, for small anomalies."}
+    )
     ablation: str = field(default="full", metadata={"help": "full; two: without adversarial training; one: a single decoder too."})
 
 
