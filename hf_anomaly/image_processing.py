@@ -121,12 +121,21 @@ class AnomalyImageProcessor(PilBackend):
         self.reading  # noqa: B018, refuses other values
 
     @classmethod
-    def for_images(cls, image_size: int, num_channels: int, window: Window = None, **slicing: int | None) -> "AnomalyImageProcessor":
+    def for_images(
+        cls,
+        image_size: int,
+        num_channels: int,
+        window: Window = None,
+        *,
+        slice_axis: int | None = None,
+        central_slices: int | None = None,
+    ) -> "AnomalyImageProcessor":
         """The processor that goes with a detector of this size and number of channels; `window` for images of more than 8 bits, `slice_axis` and
         `central_slices` of volumes."""
         return cls(
             window=window,
-            **slicing,
+            slice_axis=slice_axis,
+            central_slices=central_slices,
             size={"height": image_size, "width": image_size},
             do_convert_rgb=num_channels == 3,
             image_mean=[0.5] * num_channels,

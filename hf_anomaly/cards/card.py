@@ -18,6 +18,7 @@ from .figures import FIGURES, FOLDER
 from .merging import METRICS, NOTED, TASK_NAME, merge_cards, read_card
 
 TEMPLATE = Path(__file__).with_name("template.md")
+HUB_ID = r"\w[\w.-]*(/\w[\w.-]*)?"  # name, or organisation/name
 DISSOLVER_TEMPLATE = Path(__file__).with_name("dissolver.md")
 PRETRAINING_TEMPLATE = Path(__file__).with_name("pretraining.md")
 
@@ -65,7 +66,7 @@ def check_dataset_id(dataset_id: str | None) -> None:
     Raises:
         InputError: names it.
     """
-    if dataset_id is not None and not re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)?", dataset_id):
+    if dataset_id is not None and not re.fullmatch(HUB_ID, dataset_id):
         raise InputError(f"{dataset_id!r} is no id of a Hub dataset, which is organisation/name")
 
 

@@ -151,9 +151,7 @@ def load_one_class(
     if not 0 <= contamination < 1:
         raise InputError(f"contamination={contamination} is outside [0, 1): it is the anomalies' share of the training images")
 
-    given = given_splits(dataset_name)
-    source = os.fspath(dataset_name) if given is None else IN_MEMORY
-    raw = read_source(source, label_column, config_name, revision, reading=reading) if given is None else given
+    source, raw = _read(dataset_name, label_column, config_name, revision, reading)
     splits = by_our_names(raw) if protocol == "official" else {"train": _pool(source, raw)}
     if protocol == "official" and evaluation_only and splits.keys() == {"train"}:
         logger.warning("%r has no split %r: all of it is evaluated; the detector must not have been trained on it", source, eval_split)
@@ -265,15 +263,23 @@ def load_unlabelled(
         InputError: nothing readable under that name, no such column, no such split among several, or an unreadable image.
         HubError: as `load_one_class`.
     """
-    given = given_splits(dataset_name)
-    source = os.fspath(dataset_name) if given is None else IN_MEMORY
-    raw = read_source(source, None, config_name, revision, reading=reading) if given is None else given
+    source, raw = _read(dataset_name, None, config_name, revision, reading)
     rows = by_our_names(raw).get(split) or (next(iter(raw.values())) if len(raw) == 1 else None)
     if rows is None:
         raise InputError(f"{source!r} has no split {split!r}; its splits: {', '.join(raw)}; rename the one that is meant")
     images = _one_class(rows, image_column or image_column_of(rows), None, "normal", split, np.arange(len(rows)))
     check_images(images, split, reading.window)
     return images
+
+
+def _read(
+    dataset_name: Any, label_column: str | None, config_name: str | None, revision: str | None, reading: Reading
+) -> tuple[str, dict[str, datasets.Dataset]]:
+    """A source's name, and its splits under their own names."""
+    if (given := given_splits(dataset_name)) is not None:
+        return IN_MEMORY, given
+    source = os.fspath(dataset_name)
+    return source, read_source(source, label_column, config_name, revision, reading=reading)
 
 
 def check_images(dataset: datasets.Dataset, split_name: str, window: Window = None) -> list[tuple[str, tuple[int, int]]]:

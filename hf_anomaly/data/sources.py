@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 
+from ..cards.card import HUB_ID
 from ..errors import HubError, InputError
 from ..files import check_name, files_below
 from ..hub import hub_errors
@@ -36,13 +37,10 @@ SPLIT_NAMES = {  # ours -> the names under which a source may have it, compared 
     "test": ("test", "testing"),
 }
 NORMAL_NAMES = ("normal", "good", "healthy")
-HUB_ID = r"\w[\w.-]*(/\w[\w.-]*)?"
 IN_MEMORY = "in-memory dataset"  # the name of a source that has none
 MASK_FOLDERS = ("ground_truth", "groundtruth")  # pixel annotation: no images to score; see `without_masks`, too
-MASK_FILES = (
-    "{name}_mask.png",
-    "{name}.png",
-)  # in ground_truth/{folder}, the mask of test/{folder}/{name}.png: MVTec AD's name, and a plain one
+# In ground_truth/{folder}, the mask of test/{folder}/{name}.png: MVTec AD's name, and a plain one.
+MASK_FILES = ("{name}_mask.png", "{name}.png")
 METADATA_FILES = ("metadata.csv", "metadata.jsonl", "metadata.parquet")  # where imagefolder finds further columns
 ARROW_BYTES = 2**30  # in one array of files: its offsets are 32-bit
 IDX_SPLITS = {"train": "train", "t10k": "test"}  # MNIST's file names -> the split

@@ -82,7 +82,12 @@ class Training:
 def detector_settings(config: AnomalyDetectorConfig) -> dict:
     """What a configuration says of its detector, as JSON holds it, but for the images' shape and the encoder; for `Method.settings`."""
     apart = {*PreTrainedConfig.__dataclass_fields__, "image_size", "num_channels", "backbone_config"}
-    return json.loads(json.dumps({name: value for name, value in settings_of(config).items() if name not in apart}))
+    return as_json({name: value for name, value in settings_of(config).items() if name not in apart})
+
+
+def as_json(settings: dict) -> dict:
+    """The values that come back from a JSON file."""
+    return json.loads(json.dumps(settings))
 
 
 @dataclass(frozen=True)

@@ -315,7 +315,7 @@ class CalibrationStudy:
         for pair in tqdm([pair for pair in own if self.finished(*pair) is None], desc=TABLE, unit="detector"):
             self.scores(*pair, command)
         PartialState().wait_for_everyone()
-        records = {pair: self.scores(*pair, command) for pair in pairs if pair in own or self.finished(*pair) is not None}
+        records = {pair: record for pair in pairs if (record := self.finished(*pair)) is not None}
         # Each detector has draws of its own: with the same ones, scores without ties would give all of them the same rates.
         measured = {
             (dataset, detector): divided_rates(

@@ -1,6 +1,5 @@
 """CSI and DIA in the tables' variants, and the diffusion models that DIA's cells share."""
 
-import json
 import shutil
 import time
 from dataclasses import asdict, dataclass, field, replace
@@ -19,7 +18,7 @@ from ..dissolving import DISSOLVERS, DiffusionDissolver, dissolve_dataset
 from ..ops.distributed import local_main_process_first
 from ..training.denoising import denoising_arguments, train_dissolver
 from ..training.runs import train_detector
-from .budgets import SCORES_FILE, CellData, Method, Training, detector_settings
+from .budgets import SCORES_FILE, CellData, Method, Training, as_json, detector_settings
 
 STEP_RANGES = tuple((low, low + 100) for low in range(30, 530, 100))  # of Table 2
 
@@ -95,7 +94,7 @@ class TrainedDissolver(Method):
     def settings(self, cell) -> dict:
         length = asdict(DISSOLVER_LENGTHS[cell.budget])
         length["batch_size"] = length.pop("batch_sizes")[self.resolution]
-        return _as_json({**length, "resolution": self.resolution, "share": self.share})
+        return as_json({**length, "resolution": self.resolution, "share": self.share})
 
     def run(self, cell, data: CellData, folder: Path, command: list[str], required: list[Path]) -> dict:
         """Steps, seconds and counts."""
@@ -191,7 +190,7 @@ class Contrastive(Method):
     def settings(self, cell) -> dict:
         dissolving = None if self.dissolving is None else self.dissolving.settings(cell)
         more = {"dissolving": dissolving, "detector": detector_settings(self._config()), "batch_factor": self.batch_factor}
-        return _as_json({**asdict(DETECTOR_LENGTHS[cell.budget]), **more})
+        return as_json({**asdict(DETECTOR_LENGTHS[cell.budget]), **more})
 
     def _config(self, **shape) -> CSIConfig:
         return (CSIConfig if self.dissolving is None else DIAConfig)(**shape, **AS_PRINTED, **self.detector)
@@ -214,10 +213,6 @@ class Contrastive(Method):
         with local_main_process_first():
             dissolved = dissolve_dataset(splits.train, dissolver, data.processor, num_variants=length.variants, seed=cell.seed)
         return train_detector(model, data.processor, splits, args, train_dataset=dissolved, **about)
-
-
-def _as_json(settings: dict) -> dict:
-    return json.loads(json.dumps(settings))
 
 
 BLUR_KERNELS = (3, 7, 11)

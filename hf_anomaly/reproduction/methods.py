@@ -90,7 +90,7 @@ class Baseline(Method):
         }
 
 
-def shared_ae(cell, splits, processor, args, *, ablation: str = "full") -> SharedAEModel:
+def shared_ae(cell, splits, processor, args, *, ablation: str) -> SharedAEModel:
     """SharedAE with its configuration's defaults."""
     size = processor.size["height"]
     return SharedAEModel(SharedAEConfig(image_size=size, num_channels=processor.num_channels, ablation=ablation))
@@ -141,6 +141,11 @@ ADDP_LENGTHS = {
     "paper": ADDP_TRAINING,
 }
 
+
+def _shared_ae(title: str, ablation: str) -> Trained:
+    return Trained(title, partial(shared_ae, ablation=ablation), SHARED_AE_LENGTHS, SharedAEConfig(ablation=ablation))
+
+
 _BASELINE_TITLES = {
     "mean_intensity": "mean intensity",
     "contrast": "contrast (negative pixel std)",
@@ -156,9 +161,9 @@ NOT_IMPLEMENTED = {
     "mean_shift": "Mean-shift",
 }
 METHODS: dict[str, Method] = {
-    "shared_ae": Trained("SharedAE", shared_ae, SHARED_AE_LENGTHS, SharedAEConfig()),
-    "shared_ae_one": Trained("one EDE", partial(shared_ae, ablation="one"), SHARED_AE_LENGTHS, SharedAEConfig(ablation="one")),
-    "shared_ae_two": Trained("two EDEs", partial(shared_ae, ablation="two"), SHARED_AE_LENGTHS, SharedAEConfig(ablation="two")),
+    "shared_ae": _shared_ae("SharedAE", "full"),
+    "shared_ae_one": _shared_ae("one EDE", "one"),
+    "shared_ae_two": _shared_ae("two EDEs", "two"),
     "autoencoder": Trained("autoencoder alone", None, SHARED_AE_LENGTHS),
     "addp_random": Trained("random init", addp, ADDP_LENGTHS, ADDPConfig()),
     "addp_random_longer": Trained(
