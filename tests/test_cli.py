@@ -146,7 +146,7 @@ def fresh(code):
 def test_help_waits_for_nothing():
     code = """
 import contextlib, io
-commands = ("train", "evaluate", "predict", "report", "dissolve", "info", "push")
+commands = ("train", "evaluate", "calibrate", "predict", "report", "dissolve", "info", "push")
 for argv in (["--help"], [], ["--version"], *([name, "--help"] for name in commands)):
     text = io.StringIO()
     with contextlib.redirect_stdout(text), contextlib.suppress(SystemExit):
@@ -281,6 +281,83 @@ def test_two_processes_train(tmp_path):
     assert ended.stdout.count("saved: ") == 1
 
 
+# calibrate -------------------------------------------------------------------------------------------------------------------------
+
+
+def random_images(folder, number, seed=1):
+    folder.mkdir(parents=True)
+    pixels = np.random.default_rng(seed).integers(0, 256, (number, 16, 16), dtype=np.uint8)
+    paths = [folder / f"{i:02}.png" for i in range(number)]
+    for path, image in zip(paths, pixels, strict=True):
+        PIL.Image.fromarray(image).save(path)
+    return paths
+
+
+def test_calibrate_by_other_images(run, detector, tmp_path, caplog):
+    paths = random_images(tmp_path / "site", 24)
+    scores = scores_of(detector, paths)
+    former = AutoModel.from_pretrained(detector).calibration.threshold.item()
+    before = {path.name: path.read_bytes() for path in detector.iterdir() if path.is_file()}
+    status, out, err = run("calibrate", detector, "--dataset_name", "site", "--output_dir", "here", "--false_positive_rate", ".2")
+    assert status == 0, err
+    threshold = scores.sort().values[19].item()  # the ⌈.8 · 25⌉-th smallest of 24
+    flagged = (scores > former).double().mean().item()
+    assert out.splitlines() == [
+        f"before: of these images {flagged:.1%} were flagged, at the threshold {former:.6g}",
+        f"threshold: {threshold:.6g}, for a false-positive rate of 0.2, from 24 held-out normal images",
+        "saved: here",
+    ]
+    assert (scores_of("here", paths) == scores).all()
+    loaded = AutoModel.from_pretrained("here")
+    assert loaded.is_anomalous(scores).sum() == 4
+    assert loaded.p_values(scores.max()[None]).item() == 1 / 25 * 2
+    assert {path.name: path.read_bytes() for path in detector.iterdir() if path.is_file()} == before
+    assert not any(record.levelname == "WARNING" for record in caplog.records)
+
+
+def test_calibrate_in_place_by_the_normal_ones_of_labelled_images(run, refused, detector, tmp_path, caplog):
+    shutil.copytree(detector, "model")
+    Path("model/eval_results.json").write_text('{"dataset": "site", "auroc": 0.5}')
+    normal = random_images(tmp_path / "site/train/fine", 20)
+    random_images(tmp_path / "site/train/dent", 5, seed=2)
+    refused(["calibrate", "model", "--dataset_name", "site", "--output_dir", "model"], "normal_label", "dent")
+    assert Path("model/eval_results.json").is_file()
+    status, out, err = run("calibrate", "model", "--dataset_name", "site", "--normal_label", "fine", "--output_dir", "model")
+    assert status == 0, err
+    assert "for a false-positive rate of 0.05, from 20 held-out normal images" in out  # the rate is the detector's own
+    assert (AutoModel.from_pretrained("model").calibration.scores == scores_of("model", normal).sort().values).all()
+    assert not Path("model/eval_results.json").exists()
+    assert any("trained on images of the same name, site" in record.getMessage() for record in caplog.records)
+
+
+def test_calibrate_takes_a_split_of_that_name(run, without_maps, tmp_path):
+    random_images(tmp_path / "site/train", 9)
+    random_images(tmp_path / "site/calibration", 6, seed=2)
+    status, out, err = run("calibrate", without_maps, "--dataset_name", "site", "--output_dir", "here", "--false_positive_rate", ".3")
+    assert status == 0, err
+    assert out.startswith("threshold: ")  # there was none before
+    assert "from 6 held-out" in out
+
+
+@pytest.mark.parametrize(
+    ("argv", "words"),
+    [
+        (["--dataset_name", "site"], ["--output_dir"]),
+        (["--output_dir", "here"], ["--dataset_name"]),
+        (["--dataset_name", "site", "--output_dir", "here", "--false_positive_rate", "0"], ["false_positive_rate", "0"]),
+        (["--dataset_name", "site", "--output_dir", "site/00.png"], ["--output_dir", "site/00.png"]),
+        (["--dataset_name", "site", "--output_dir", "here", "--calibration_fraction", ".5"], ["--calibration_fraction"]),
+        (["--dataset_name", "site", "--output_dir", "here", "--protocol", "balanced"], ["--protocol"]),
+        (["--dataset_name", "site", "--output_dir", "here", "--batch_size", "0"], ["--batch_size"]),
+        (["--dataset_name", "nowhere/at/all", "--output_dir", "here"], ["nowhere/at/all"]),
+    ],
+)
+def test_what_does_not_calibrate(refused, detector, tmp_path, argv, words):
+    random_images(tmp_path / "site", 3)
+    refused(["calibrate", detector, *argv], *words)
+    assert not Path("here").exists()
+
+
 # predict --------------------------------------------------------------------------------------------------------------------------
 
 
@@ -340,6 +417,17 @@ def test_datasets(run, refused, detector):
     with torch.no_grad():
         scores = AutoModel.from_pretrained(detector)(pixel_values).scores
     assert [float(row["score"]) for row in rows] == pytest.approx(scores.tolist(), rel=1e-5)
+
+
+def test_the_files_that_a_table_lists(run, refused, detector, scans):
+    Path("list.csv").write_text(f"path,split\n{scans}/a.png,old\n{scans}/sub/c.png,new\n{scans}/b.png,new\n")
+    refused(["predict", detector, "list.csv"], "'file_name'", "path, split", "image_column")
+    refused(["predict", detector, "list.csv", "--image_column", "path"], "old, new", "--split")
+    status, out, err = run("predict", detector, "list.csv", "--image_column", "path", "--split", "new")
+    assert status == 0, err
+    rows = list(csv.DictReader(out.splitlines()))
+    assert [row["image"] for row in rows] == [f"{scans}/sub/c.png", f"{scans}/b.png"]
+    assert [float(row["score"]) for row in rows] == pytest.approx(scores_of(detector, [row["image"] for row in rows]).tolist(), rel=1e-5)
 
 
 def test_a_parquet_file_as_pandas_writes_it(run, detector, scans):

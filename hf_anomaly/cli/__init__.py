@@ -11,6 +11,7 @@ COMMANDS = {  # name -> what it does; its module has `parse(argv)`, without heav
     "train": "learn from normal images what is normal",
     "evaluate": "measure a detector on labelled images",
     "report": "write a page on how a detector does: curves, thresholds, its best and worst images",
+    "calibrate": "set a detector's threshold by normal images of the place where it is used",
     "predict": "score images: a table with score, p-value and verdict, and maps of where the anomaly is",
     "dissolve": "show what a dissolver leaves of an image",
     "info": "tell what a detector is, on what it was trained, and how well it does",

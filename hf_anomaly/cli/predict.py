@@ -11,7 +11,7 @@ import os
 import sys
 from argparse import Namespace
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -44,8 +44,8 @@ def parse(argv: list[str]) -> Namespace:
     parser.add_argument(
         "images",
         nargs="+",
-        help="image files, volumes (slice by slice), folders, patterns such as 'scans/*.png', a Hub dataset (scored while it is downloaded), .npz or "
-        ".parquet file",
+        help="image files, volumes (slice by slice), folders, patterns such as 'scans/*.png', a Hub dataset (scored while it is downloaded), .npz, "
+        ".parquet or .csv file",
     )
     parser.option("output", "the table to write, .csv or .jsonl (default: printed as CSV)")
     parser.option("save_maps", "folder for a PNG of each image with its anomaly map over it")
@@ -86,7 +86,7 @@ def run(args: Namespace) -> None:
     window = parse_window(args.window)
     sources = list(_sources(args))  # before the model: a misspelt path is told at once
     given = next((name for name in OF_DATASETS if getattr(args, name) is not None), None)
-    if given is not None and not any(isinstance(source, Rows) for source in sources):
+    if given is not None and not any(isinstance(source, Rows | Listed) for source in sources):
         raise InputError(f"--{given} is of datasets, and of folders all images are scored: leave it out, or name a folder in the folder")
     model, processor = load_detector(args.model, args.revision, args.device)
     model.require_fitted()
@@ -160,6 +160,10 @@ class Files:
         return ((path, partial(_read_file, path)) for path in self.paths)
 
 
+class Listed(Files):
+    """The image files that a CSV file names."""
+
+
 def _read_file(path: str, reading: Reading) -> list[PIL.Image.Image]:
     from ..data import decode_image
     from ..data.formats import is_medical, read_slices
@@ -206,6 +210,8 @@ def _sources(args: Namespace) -> Iterable[Files | Rows]:
     for word in args.images:
         if os.path.isdir(word):
             yield Files(_in_folder(word))
+        elif os.path.isfile(word) and word.endswith(".csv"):
+            yield _listed(word, args)
         elif os.path.isfile(word) and not word.endswith(DATASET_FILES):
             yield Files([word])
         elif not os.path.exists(word) and glob.has_magic(word):
@@ -231,6 +237,24 @@ def _in_folder(folder: str) -> list[str]:
     return paths
 
 
+def _listed(table: str, args: Namespace) -> Listed:
+    from ..data.loading import image_column_of
+    from ..data.tables import read_table
+
+    splits = read_table(Path(table), args.image_column, None)
+    dataset = splits[_chosen_split(splits, table, args)]
+    return Listed([value["path"] for value in dataset[args.image_column or image_column_of(dataset)]])
+
+
+def _chosen_split(splits: Mapping, source: str, args: Namespace) -> str:
+    if args.split is None and len(splits) > 1:
+        raise InputError(f"{source!r} has the splits {', '.join(splits)}: say which with --split")
+    split = args.split or next(iter(splits))
+    if split not in splits:
+        raise InputError(f"{source!r} has no split {split!r}; its splits: {', '.join(splits)}")
+    return split
+
+
 def _rows(source: str, args: Namespace) -> Rows:
     import datasets
 
@@ -238,11 +262,7 @@ def _rows(source: str, args: Namespace) -> Rows:
     from ..data.sources import load_or_refuse, read_source
 
     splits = read_source(source, None, args.dataset_config_name, args.dataset_revision, streaming=True)
-    if args.split is None and len(splits) > 1:
-        raise InputError(f"{source!r} has the splits {', '.join(splits)}: say which with --split")
-    split = args.split or next(iter(splits))
-    if split not in splits:
-        raise InputError(f"{source!r} has no split {split!r}; its splits: {', '.join(splits)}")
+    split = _chosen_split(splits, source, args)
     dataset = splits[split]
     columns = dataset.column_names or list(next(iter(dataset), {}))  # a stream of rows without a schema tells them only so
     features = dataset.features or {}

@@ -8,7 +8,7 @@ Writes one HTML page on how a detector does: metrics, ROC and precision-recall c
 rates, and the images that it is surest and most wrong about, with their anomaly maps. The page shows images: look whether you may pass them on.
 
   MODEL                   folder or Hub id of a detector
-  --dataset_name IMAGES   a folder test/normal, test/other, …; a Hub dataset; an .npz or .parquet file
+  --dataset_name IMAGES   a folder test/normal, test/other, …; a Hub dataset; an .npz, .parquet or .csv file
   --unlabelled true       nobody knows which of the images are normal: scores and examples alone
 
   hf-anomaly report --help all   lists all options

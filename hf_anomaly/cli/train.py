@@ -19,7 +19,7 @@ HELP = f"""usage: hf-anomaly train METHOD [--dataset_name IMAGES] [--output_dir 
 Learns from normal images. The folder that it writes holds all that scoring needs, and a card.
 
 {"".join(f"  {name:11}{what}{chr(10)}" for name, (_, what) in METHODS.items())}
-  --dataset_name IMAGES   a folder of normal images, a Hub dataset, an .npz or .parquet file; by default scikit-learn's digits
+  --dataset_name IMAGES   a folder of normal images, a Hub dataset, an .npz, .parquet or .csv file; by default scikit-learn's digits
   --output_dir FOLDER     where the detector goes; by default under runs/
   --num_processes N       train in N processes, one a GPU, through accelerate
 

@@ -107,6 +107,8 @@ def load_one_class(
             a folder of images, among them DICOM and NIfTI files, whose slices are images: `train/ test/ validation/` or none of them, in each class
             folders or nothing but (normal) images, or with an imagefolder's `metadata.csv`; MVTec AD's `ground_truth/<class>/<name>_mask.png`, or
             `<name>.png`, become the column `mask`;
+            a `.csv` file with a row an image: the column `file_name`, or `image_column`, has the files, absolute or from the table's folder on, and
+            `split`, if there are several, the splits;
             a `.parquet` file (a training split, unless `evaluation_only`), or a folder of parquet files, or one that `save_to_disk` wrote;
             a `datasets.Dataset` (a training split, likewise) or a `DatasetDict`;
             the id of a dataset on the Hub.
@@ -151,7 +153,7 @@ def load_one_class(
     if not 0 <= contamination < 1:
         raise InputError(f"contamination={contamination} is outside [0, 1): it is the anomalies' share of the training images")
 
-    source, raw = _read(dataset_name, label_column, config_name, revision, reading)
+    source, raw = _read(dataset_name, label_column, image_column, config_name, revision, reading)
     splits = by_our_names(raw) if protocol == "official" else {"train": _pool(source, raw)}
     if protocol == "official" and evaluation_only and splits.keys() == {"train"}:
         logger.warning("%r has no split %r: all of it is evaluated; the detector must not have been trained on it", source, eval_split)
@@ -263,7 +265,7 @@ def load_unlabelled(
         InputError: nothing readable under that name, no such column, no such split among several, or an unreadable image.
         HubError: as `load_one_class`.
     """
-    source, raw = _read(dataset_name, None, config_name, revision, reading)
+    source, raw = _read(dataset_name, None, image_column, config_name, revision, reading)
     rows = by_our_names(raw).get(split) or (next(iter(raw.values())) if len(raw) == 1 else None)
     if rows is None:
         raise InputError(f"{source!r} has no split {split!r}; its splits: {', '.join(raw)}; rename the one that is meant")
@@ -273,13 +275,13 @@ def load_unlabelled(
 
 
 def _read(
-    dataset_name: Any, label_column: str | None, config_name: str | None, revision: str | None, reading: Reading
+    dataset_name: Any, label_column: str | None, image_column: str | None, config_name: str | None, revision: str | None, reading: Reading
 ) -> tuple[str, dict[str, datasets.Dataset]]:
     """A source's name, and its splits under their own names."""
     if (given := given_splits(dataset_name)) is not None:
         return IN_MEMORY, given
     source = os.fspath(dataset_name)
-    return source, read_source(source, label_column, config_name, revision, reading=reading)
+    return source, read_source(source, label_column, config_name, revision, image_column=image_column, reading=reading)
 
 
 def check_images(dataset: datasets.Dataset, split_name: str, window: Window = None) -> list[tuple[str, tuple[int, int]]]:

@@ -70,7 +70,7 @@ def stream_one_class(
     raw = (
         dict(source)
         if isinstance(source, Mapping)
-        else read_source(name, label_column, config_name, revision, reading=reading, streaming=True)
+        else read_source(name, label_column, config_name, revision, image_column=image_column, reading=reading, streaming=True)
     )
     splits = by_our_names(raw)
     if evaluation_only and splits.keys() == {"train"}:

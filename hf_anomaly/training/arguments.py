@@ -18,6 +18,8 @@ from ..image_processing import AnomalyImageProcessor
 
 logger = logging.getLogger(__name__)
 
+_SOURCES = "A Hub id, a folder of images or of MNIST's files, a .csv file that lists images, a .parquet file, a MedMNIST-style .npz file, or 'digits'."
+
 
 @dataclass
 class ReproducibleArguments(TrainingArguments):
@@ -135,7 +137,7 @@ class DataArguments:
 
     dataset_name: str = field(
         default="digits",
-        metadata={"help": "A Hub id, a folder of images or of MNIST's files, a .parquet file, a MedMNIST-style .npz file, or 'digits'."},
+        metadata={"help": _SOURCES},
     )
     dataset: str | None = field(
         default=None,
@@ -256,7 +258,7 @@ class EvaluationDataArguments(DataArguments):
 
     dataset_name: str | None = field(
         default=None,
-        metadata={"help": "A Hub id, a folder of images or of MNIST's files, a .parquet file, a MedMNIST-style .npz file, or 'digits'."},
+        metadata={"help": _SOURCES},
     )
 
     def __post_init__(self):

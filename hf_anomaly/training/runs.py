@@ -439,8 +439,12 @@ def print_results(results: dict, model: AnomalyDetector, args: AnomalyTrainingAr
         if results.get(name) is not None and (tested or not name.startswith("num_")):
             print(f"{name}: {results[name]}")
     if model.calibration.is_calibrated:
-        threshold, rate = model.calibration.threshold.item(), model.config.false_positive_rate
-        print(
-            f"threshold: {threshold:.6g}, for a false-positive rate of {rate:g}, from {results['num_calibration']} held-out normal images"
-        )
+        print(threshold_line(model))
     print(f"saved: {args.output_dir}")
+
+
+def threshold_line(model: AnomalyDetector) -> str:
+    """What decides in a calibrated detector, in words."""
+    threshold, config = model.calibration.threshold.item(), model.config
+    held_out = f"{config.num_calibration_scores} held-out normal images"
+    return f"threshold: {threshold:.6g}, for a false-positive rate of {config.false_positive_rate:g}, from {held_out}"

@@ -1,0 +1,83 @@
+"""`hf-anomaly calibrate MODEL …`"""
+
+import logging
+
+from .parsing import model_first
+
+logger = logging.getLogger(__name__)
+
+HELP = """usage: hf-anomaly calibrate MODEL --dataset_name IMAGES --output_dir FOLDER [--false_positive_rate RATE] …
+
+Calibrates a detector with normal images of the place where it is used, and saves it: threshold and p-values then hold for images like these. What it
+has learnt stays as it is.
+
+  MODEL                   folder or Hub id of a detector
+  --dataset_name IMAGES   normal images that it was not trained on: a folder; a Hub dataset; an .npz, .parquet or .csv file. Of labelled ones the
+                          normal images are taken: of the split 'calibration', or else of the training split
+  --output_dir FOLDER     where the calibrated detector goes. It may be MODEL: results there, which no longer hold, are deleted
+
+  hf-anomaly calibrate --help all   lists all options
+"""
+
+
+def parse(argv: list[str]) -> list[str]:
+    return model_first(argv, HELP)
+
+
+def run(argv: list[str]) -> None:
+    from dataclasses import dataclass, field
+
+    import torch
+    from torch.utils.data import DataLoader
+
+    from ..data import collate, prepare
+    from ..data.sources import dataset_label
+    from ..errors import InputError
+    from ..files import check_output
+    from ..training import EvaluationDataArguments, parse_arguments
+    from ..training.commands.evaluate import recorded_results
+    from ..training.runs import load_detector, load_splits, threshold_line
+
+    @dataclass
+    class CalibrationArguments:
+        """What is calibrated, and how."""
+
+        model: str = field(metadata={"help": "Folder or Hub id of a saved detector."})
+        output_dir: str = field(metadata={"help": "Where the calibrated detector goes."})
+        revision: str | None = field(default=None, metadata={"help": "Branch, tag or commit of a Hub model."})
+        false_positive_rate: float | None = field(
+            default=None, metadata={"help": "Share of normal images that may be flagged. Default: the detector's own."}
+        )
+        batch_size: int = field(default=64, metadata={"help": "Images scored at once."})
+        device: str = field(default="cuda" if torch.cuda.is_available() else "cpu", metadata={"help": "Device to score on."})
+
+    args, data_args = parse_arguments(
+        CalibrationArguments, EvaluationDataArguments, description=HELP, program="hf-anomaly calibrate", argv=argv
+    )
+    check_output("--output_dir", args.output_dir, folder=True)
+    if args.batch_size < 1:
+        raise InputError(f"--batch_size must be at least 1, got {args.batch_size}")
+    data_args.refuse_training_flags("is of the training images, and all of these calibrate")
+    data_args.refuse_given(("eval_split", "protocol", "streaming"), "is of training and evaluation, and all of these images calibrate")
+    data_args.calibration_fraction = 0.0
+    model, processor = load_detector(args.model, args.revision, args.device)
+    model.require_fitted()
+    data_args.read_as(processor)
+    splits = load_splits(data_args)
+    if recorded_results(args.model).get("dataset") == dataset_label(splits.source):
+        logger.warning(
+            "The detector was trained on images of the same name, %s: those that it was trained on would make the threshold too low for new ones",
+            dataset_label(splits.source),
+        )
+    images = splits.train if splits.calibration is None else splits.calibration
+    former = model.calibration.threshold.item() if model.calibration.is_calibrated else None
+    loader = DataLoader(prepare(images, processor), batch_size=args.batch_size, collate_fn=collate)
+    rate = model.config.false_positive_rate if args.false_positive_rate is None else args.false_positive_rate
+    model.calibrate(loader, **({} if rate is None else {"false_positive_rate": rate}))
+    model.save_pretrained(args.output_dir)
+    processor.save_pretrained(args.output_dir)
+    if former is not None:
+        flagged = (model.calibration.scores > former).double().mean().item()
+        print(f"before: of these images {flagged:.1%} were flagged, at the threshold {former:.6g}")
+    print(threshold_line(model))
+    print(f"saved: {args.output_dir}")

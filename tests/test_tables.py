@@ -1,0 +1,91 @@
+"""A CSV file that lists images."""
+
+import numpy as np
+import PIL.Image
+import pytest
+
+from hf_anomaly import load_one_class
+from hf_anomaly.data import decode_image
+from hf_anomaly.data.formats import Reading
+from hf_anomaly.data.tables import read_table
+from hf_anomaly.errors import InputError
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """scans/0.png … scans/9.png, all of whose pixels have their number's value, and masks/8.png"""
+    (tmp_path / "scans").mkdir()
+    (tmp_path / "masks").mkdir()
+    for i in range(10):
+        PIL.Image.fromarray(np.full((12, 8), i, np.uint8)).save(tmp_path / f"scans/{i}.png")
+    PIL.Image.fromarray(np.full((12, 8), 255, np.uint8)).save(tmp_path / "masks/8.png")
+    return tmp_path
+
+
+def values(dataset):
+    return [int(np.asarray(decode_image(image, "")).max()) for image in dataset["image"]]
+
+
+@pytest.mark.parametrize(("delimiter", "newline", "encoding"), [(",", "\n", "utf-8"), (";", "\r\n", "utf-8-sig"), ("\t", "\n", "utf-8")])
+def test_splits_labels_and_masks(folder, delimiter, newline, encoding):
+    rows = ["patient,file_name,mask,label,split"]
+    rows += [f'"Müller, {i}",scans/{i}.png,,ok,train' for i in range(6)]
+    rows += [
+        "A,scans/9.png,,scratch,train",
+        "B,scans/6.png,,ok,test",
+        f"C,{folder}/scans/7.png,,ok,test",
+        "D,scans/8.png,masks/8.png,scratch,test",
+    ]
+    table = newline.join(rows).replace(",", delimiter).replace(f"Müller{delimiter} ", "Müller, ")
+    (folder / "list.csv").write_bytes(f"{table}{newline}{newline}".encode(encoding))
+
+    raw = read_table(folder / "list.csv", None, Reading())
+    assert raw["train"]["patient"][0] == "Müller, 0"
+    splits = load_one_class(folder / "list.csv", normal_label="ok")
+    assert sorted(values(splits.train) + values(splits.calibration)) == [0, 1, 2, 3, 4, 5]
+    assert values(splits.test) == [6, 7, 8]
+    assert splits.test["label"][:] == [0, 0, 1]
+    assert [mask is None for mask in splits.test["mask"]] == [True, True, False]
+    assert splits.test_missing_reason is None
+
+
+@pytest.mark.parametrize(("column", "asked"), [("file_name", None), ("image", None), ("path", "path")])
+def test_without_labels_and_splits_all_train(folder, column, asked):
+    lines = [column, *(f"scans/{i}.png" for i in range(5))]
+    (folder / "list.csv").write_text("\n".join(lines))
+    splits = load_one_class(folder / "list.csv", image_column=asked, calibration_fraction=0)
+    assert values(splits.train) == [0, 1, 2, 3, 4]
+
+
+def test_volumes_are_sliced(folder):
+    nibabel = pytest.importorskip("nibabel")
+    nibabel.save(nibabel.Nifti1Image(np.arange(60, dtype=np.int16).reshape(4, 5, 3), np.eye(4)), folder / "head.nii")
+    (folder / "list.csv").write_text("file_name,label\nhead.nii,healthy\nscans/1.png,healthy\n")
+    raw = read_table(folder / "list.csv", None, Reading((0, 60)))
+    assert values(raw["train"].rename_column("file_name", "image")) == pytest.approx([226, 238, 251, 1], abs=18)
+    assert raw["train"]["label"][:] == ["healthy"] * 4
+    assert len(read_table(folder / "list.csv", None, None)["train"]) == 2
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        ("file_name,label\nscans/0.png,a\n\nscans/99.png,a\n", ["line 4", "scans/99.png"]),
+        ('file_name,note\nscans/0.png,"two\nlines"\nscans/98.png,a\n', ["line 4", "scans/98.png"]),
+        ("file_name,label\nscans/0.png,a,b\n", ["line 2", "3 values for 2 columns"]),
+        ("file_name,label\nscans/0.png,a\n ,b\n", ["line 3", "'file_name' is empty"]),
+        ("file_name,mask\nscans/0.png,masks/0.png\n", ["line 2", "masks/0.png"]),
+        ("path,label\nscans/0.png,a\n", ["'file_name' or 'image'", "path, label", "image_column"]),
+        ("path;label\nscans/0.png;a\n", ["path, label"]),
+        ("file_name,file_name\na,b\n", ["same name"]),
+        ("file_name,label\n", ["no rows"]),
+        ("", ["'file_name'", "none"]),
+        (b"file_name\n\xff\xfe\n", ["UTF-8"]),
+    ],
+)
+def test_what_is_no_list_of_images(folder, content, words):
+    (folder / "list.csv").write_bytes(content if isinstance(content, bytes) else content.encode())
+    with pytest.raises(InputError) as caught:
+        load_one_class(folder / "list.csv")
+    for word in ["list.csv", *words]:
+        assert word in str(caught.value)
