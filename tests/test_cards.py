@@ -128,7 +128,9 @@ def test_licence_and_dataset_are_in_the_yaml(folder):
     _, data = card(folder, {**RESULTS, "dataset_id": "org/other"})
     assert (data["license"], data["datasets"]) == ("cc-by-4.0", ["org/chest"])  # what is there stays
     write_card(folder, detector(), RESULTS, license="mit")
-    assert "license: mit\n" in (folder / "README.md").read_text()
+    text = (folder / "README.md").read_text()
+    assert "license: mit\n" in text
+    assert "&id" not in text  # an alias of YAML, for what is noted twice
 
 
 @pytest.mark.parametrize("facts", [{"license": "MIT License"}, {"license": "a\nb: c"}, {"dataset_id": "a/b/c"}, {"dataset_id": "<b>"}])

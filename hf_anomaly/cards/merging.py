@@ -8,6 +8,7 @@ In the YAML the program's are the results of the task `TASK_NAME`, their metrics
 what it noted in the entry `hf_anomaly`; the rest is the person's.
 """
 
+import copy
 import json
 import logging
 import os
@@ -73,6 +74,7 @@ def split_card(text: str) -> tuple[dict, str]:
 
 
 def join_card(data: dict, body: str) -> str:
+    data = {name: copy.deepcopy(value) for name, value in data.items()}  # one list in two entries would be written as an alias
     front = f"---\n{yaml_dump(data, sort_keys=False)}---\n\n" if data else ""
     return front + body.strip() + "\n"
 
