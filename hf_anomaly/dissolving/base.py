@@ -10,13 +10,13 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from ..cards import write_dissolver_card
 from ..errors import HubError, InputError
 from ..files import canonical_json, read_json
 from ..hub import CommitInfo, hub_errors, push_folder
+from ..ops.resizing import resize
 
 CONFIG_NAME = "dissolver_config.json"
 
@@ -208,13 +208,6 @@ class Dissolver(ABC):
 def working_size(height: int, width: int, resolution: int | None) -> tuple[int, int]:
     """The resolution rule: an image with a side longer than `resolution` is worked on at resolution × resolution, any other as it is."""
     return (height, width) if resolution is None or max(height, width) <= resolution else (resolution, resolution)
-
-
-def resize(x: Tensor, size: tuple[int, int]) -> Tensor:
-    if tuple(x.shape[-2:]) == size:
-        return x
-    wide = x.to(torch.promote_types(x.dtype, torch.float32))  # CPUs do not interpolate half precision
-    return F.interpolate(wide, size, mode="bilinear", antialias=True, align_corners=False).to(x.dtype)
 
 
 def check_pixel_values(pixel_values: Tensor) -> None:

@@ -14,6 +14,7 @@ from ..cards import write_dissolver_card
 from ..errors import InputError
 from ..files import canonical_json, read_json
 from ..ops.distributed import draw_rows
+from ..ops.resizing import resize
 from ..untrusted import check_plausible, check_shard_names
 from .base import (
     Dissolver,
@@ -22,7 +23,6 @@ from .base import (
     draw_integers,
     locate,
     read_config,
-    resize,
     working_size,
 )
 

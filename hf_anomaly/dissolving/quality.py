@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .base import resize
+from ..ops.resizing import resize
 from .diffusion import DiffusionDissolver
 
 

@@ -22,6 +22,28 @@ def fit_whitening(vectors: Tensor, shrinkage: float = 0.3) -> tuple[Tensor, Tens
     return torch.stack(centers), torch.stack(maps)
 
 
+def leave_out_change(maps: Tensor, changes: Tensor) -> Tensor:
+    """The maps W without the direction in which a change moves whitened vectors most: (I − v vᵀ) W, so that distances no longer see it.
+
+    This is a nuisance attribute projection (Solomonoff, Quillen and Campbell 2004) of one dimension: v is the first right singular vector of the rows W Δ.
+
+    Args:
+        maps: (K, d, d), as from `fit_whitening`.
+        changes: (M, K, d), Δ: the vectors after the change less those before.
+
+    Returns:
+        (K, d, d) float32, computed in float64.
+    """
+    return torch.stack([_leave_out(w, group) for w, group in zip(maps, changes.unbind(1), strict=True)])
+
+
+def _leave_out(whitening: Tensor, changes: Tensor) -> Tensor:
+    w = whitening.double()
+    moved = changes.double() @ w.T
+    v = torch.linalg.eigh(moved.T @ moved).eigenvectors[:, -1:]
+    return (w - v @ (v.T @ w)).float()
+
+
 def _fit_group(vectors: Tensor, shrinkage: float) -> tuple[Tensor, Tensor]:
     """μ (d,) and W (d, d) of vectors (M, d)."""
     x = vectors.double()

@@ -67,8 +67,18 @@ def slow_features(model, image, views):
     return features, logits
 
 
-def slow_similarity(config, z, train):
-    """To the nearest training image: the cosine, or minus the distance under the inverse of the shrunk covariance."""
+def without_detail(image):
+    """Shrunk to half its size and enlarged again, with triangular filters."""
+    centers, halves = np.arange(SIZE) + 0.5, 2 * (np.arange(SIZE // 2) + 0.5)
+    down = np.maximum(0, 1 - abs(centers - halves[:, None]) / 2)
+    up = np.maximum(0, 1 - abs(centers[:, None] - halves) / 2)
+    both = (up / up.sum(1, keepdims=True)) @ (down / down.sum(1, keepdims=True))
+    return torch.from_numpy(both @ image.numpy() @ both.T).float()
+
+
+def slow_similarity(config, z, train, coarse):
+    """To the nearest training image: the cosine, or minus the distance under the inverse of the shrunk covariance, maybe without the direction in which
+    `coarse`, the features of training images with less detail, differ most."""
     u, rows = z / np.linalg.norm(z), np.array([m / np.linalg.norm(m) for m in train])
     if not config.score_whitening:
         return max(u @ row for row in rows)
@@ -76,6 +86,12 @@ def slow_similarity(config, z, train):
     covariance = deviations.T @ deviations / len(rows)
     shrunk = 0.7 * covariance + 0.3 * np.trace(covariance) / len(u) * np.eye(len(u))
     metric = np.linalg.inv(shrunk) / len(u)
+    if config.score_ignores_detail:
+        values, vectors = np.linalg.eigh(metric)
+        root = vectors * values**0.5 @ vectors.T  # another W with the same WᵀW
+        changes = (np.array([m / np.linalg.norm(m) for m in coarse]) - rows) @ root
+        v = np.linalg.svd(changes)[2][0]
+        metric = root @ (np.eye(len(u)) - np.outer(v, v)) @ root
     return -min(((u - row) @ metric @ (u - row)) ** 0.5 for row in rows)
 
 
@@ -83,6 +99,7 @@ def slow_scores(model, bank_images, queries, views):
     """Eq. 10, with loops."""
     config = model.config
     train = [slow_features(model, x, views) for x in bank_images]
+    coarse = [slow_features(model, without_detail(x), views)[0] for x in bank_images]
     lambda_sim = [1 / np.mean([np.linalg.norm(z[k]) for z, _ in train]) for k in range(K)]
     mean_logit = [np.mean([logit[k] for _, logit in train]) for k in range(K)]
     lambda_cls = [1 / mean if mean > 0 else 0 for mean in mean_logit]
@@ -91,7 +108,7 @@ def slow_scores(model, bank_images, queries, views):
         z, logit = slow_features(model, x, views)
         total = 0
         for k in range(K):
-            similarity = slow_similarity(config, z[k], [m[k] for m, _ in train])
+            similarity = slow_similarity(config, z[k], [m[k] for m, _ in train], [m[k] for m in coarse])
             norm = lambda_sim[k] * np.linalg.norm(z[k])
             if config.score_cosine and config.score_norm:
                 total += similarity * norm
@@ -134,8 +151,37 @@ def test_score_of_whitened_features(features, whitening, logit):
     np.testing.assert_allclose(model(queries).scores.detach().numpy(), expected, rtol=2e-4)
 
 
-def test_one_training_image_is_enough_to_whiten():
-    model = tiny(score_whitening=True).eval()
+@pytest.mark.parametrize(("features", "count"), [("penultimate", 20), ("all", 20), ("all", 3)])
+def test_score_that_ignores_detail(features, count, tmp_path):
+    model = tiny(score_features=features, score_whitening=True, score_ignores_detail=True).eval()
+    bank, queries = images(count), images(4, seed=1)
+    model.fit_reference([bank], progress=False)
+    expected, *_ = slow_scores(model, bank, queries, crops_views(2, 0.54))
+    scores = model(queries).scores.detach()
+    np.testing.assert_allclose(scores.numpy(), expected, rtol=1e-3)
+    plain = tiny(score_features=features, score_whitening=True).eval().fit_reference([bank], progress=False)
+    assert (scores < plain(queries).scores).all()  # a distance that sees one direction less
+    model.save_pretrained(tmp_path)
+    assert torch.equal(AutoModel.from_pretrained(tmp_path)(queries).scores.detach(), scores)
+    assert not CSIModel.from_pretrained(tmp_path, score_ignores_detail=False).is_fitted
+
+
+def test_images_with_less_detail_score_lower_where_it_is_ignored():
+    """The encoder of this test sees nothing but detail, as one that dissolved images taught does."""
+    bank = images(30)
+    coarse = torch.stack([without_detail(image) for image in images(30, seed=1)])
+    scores = {}
+    for ignored in (False, True):
+        model = tiny(score_whitening=True, score_ignores_detail=ignored).eval()
+        model.fit_reference([bank], progress=False)
+        normal, blurred = model(images(30, seed=2)).scores.mean().item(), model(coarse).scores.mean().item()
+        scores[ignored] = blurred / normal
+    assert scores[True] < scores[False]
+
+
+@pytest.mark.parametrize("ignored", [False, True])
+def test_one_training_image_is_enough_to_whiten(ignored):
+    model = tiny(score_whitening=True, score_ignores_detail=ignored).eval()
     model.fit_reference([images(1)], progress=False)
     assert model(images(3, seed=1)).scores.isfinite().all()
 
@@ -156,6 +202,11 @@ def test_whitened_bank_is_not_read_as_another(tmp_path, caplog):
 def test_the_norm_needs_features_as_they_are(settings, refused):
     with refused("score_norm", "score_whitening", "score_features"):
         tiny(score_norm=True, **settings)
+
+
+def test_detail_is_ignored_by_the_whitened_distance_alone(refused):
+    with refused("score_ignores_detail", "score_whitening"):
+        tiny(score_ignores_detail=True)
 
 
 def test_all_score_terms_off(refused):

@@ -32,6 +32,9 @@ class CSIConfig(AnomalyDetectorConfig):
         score_whitening: the similarity to the nearest training image is not its cosine but −‖W(u − u_m)‖, where u are features of length 1 and W whitens
             those of the training images (`fit_whitening`): directions in which normal images differ anyway count less. W takes the square of the features'
             number in memory, for each shift and encoder. Files that lack the field mean False.
+        score_ignores_detail: the whitened distance leaves out the direction in which the features of the training images move when these lose fine detail
+            (shrunk to half their size and enlarged again, see `leave_out_change`), so that normal images of a device with less detail look less like
+            anomalies, most of all to an encoder that dissolved images taught to see it. Needs `score_whitening`, and a second look at each training image.
         shift: the shifting transformations S_k: `"rotate"` by 0/90/180/270° or `"perm"`, the halves swapped.
         temperature: τ of Eq. 6.
         shift_loss_weight: λ of Eq. 9.
@@ -57,7 +60,16 @@ class CSIConfig(AnomalyDetectorConfig):
 
     model_type = "csi_anomaly"
     reference_fields = (
-        *("image_size", "shift", "score_features", "score_whitening", "test_views", "num_test_views", "test_crop_scale"),
+        *(
+            "image_size",
+            "shift",
+            "score_features",
+            "score_whitening",
+            "score_ignores_detail",
+            "test_views",
+            "num_test_views",
+            "test_crop_scale",
+        ),
         *("color_jitter", "jitter_probability", "gray_probability", "flip_probability"),  # which the test-time views have, too
     )
     score_fields = (*reference_fields, "score_cosine", "score_norm", "score_shift_logit")
@@ -81,6 +93,7 @@ class CSIConfig(AnomalyDetectorConfig):
     num_test_views: int = 10
     score_features: Literal["projection", "penultimate", "both", "all"] = "all"
     score_whitening: bool = True
+    score_ignores_detail: bool = False
     test_crop_scale: float | int | list | tuple = (0.54, 0.7)
     score_cosine: bool = True
     score_norm: bool = False
@@ -124,6 +137,8 @@ class CSIConfig(AnomalyDetectorConfig):
                 raise InputError(f"{name} must be between 0 and 1, got {getattr(self, name)}")
         if not (self.score_cosine or self.score_norm or self.score_shift_logit):
             raise InputError("score_cosine, score_norm and score_shift_logit are all off: the score needs at least one of them")
+        if self.score_ignores_detail and not self.score_whitening:
+            raise InputError("score_ignores_detail is of the whitened distance: set score_whitening to True, or leave it out")
         if self.score_norm and (self.score_whitening or len(self.compared_features) > 1):
             raise InputError(
                 "score_norm needs features as they are: set score_whitening to False, and score_features to 'projection' or 'penultimate' "

@@ -13,9 +13,10 @@ from ...detector import AnomalyDetector, AnomalyDetectorOutput, refuse_not_finit
 from ...ops.contrastive import amplified_nt_xent
 from ...ops.distributed import draw_rows
 from ...ops.knn import max_cosine, min_distance
+from ...ops.resizing import resize
 from ...ops.shifts import SHIFTS
 from ...ops.views import View, apply_shifted_views, apply_views, crops_views, draw_views
-from ...ops.whitening import fit_whitening
+from ...ops.whitening import fit_whitening, leave_out_change
 from .configuration_csi import CSIConfig
 
 logger = logging.getLogger(__name__)
@@ -205,16 +206,20 @@ class CSIModel(_Encoder, AnomalyDetector):
         return {"features": torch.cat(vectors, dim=-1), "shift_logits": logits.diagonal(dim1=1, dim2=2).float()}
 
     def reference_features(self, pixel_values):
-        return self.view_features(pixel_values, self.fixed_views())
+        views, config = self.fixed_views(), self.config
+        features = self.view_features(pixel_values, views)
+        if config.score_ignores_detail:
+            features["features_without_detail"] = self.view_features(_without_detail(pixel_values), views)["features"]
+        return features
 
     @property
     def max_reference_images(self):
         return self.config.max_bank_size
 
     def set_reference(self, features):
-        vectors, logits = features["features"], features["shift_logits"]
-        for values in (vectors, logits):
+        for values in features.values():
             refuse_not_finite(values, "features")
+        vectors, logits = features["features"], features["shift_logits"]
         reference, config = self.reference, self.config
         norms = vectors.norm(dim=-1).mean(0)
         logit_means = logits.mean(0)
@@ -226,6 +231,9 @@ class CSIModel(_Encoder, AnomalyDetector):
         bank = F.normalize(vectors, dim=-1)
         if config.score_whitening:
             reference.center, reference.whitening = fit_whitening(bank)
+            if config.score_ignores_detail:
+                changes = F.normalize(features["features_without_detail"], dim=-1) - bank
+                reference.whitening = leave_out_change(reference.whitening, changes)
             bank = self._whiten(bank)
         reference.bank = bank.transpose(0, 1).contiguous()
         config.bank_size = len(bank)
@@ -290,6 +298,12 @@ class CSIModel(_Encoder, AnomalyDetector):
         for encoder in self.encoders:
             load_backbone_weights(encoder.backbone, name_or_path, **kwargs)
         return self
+
+
+def _without_detail(pixel_values: torch.Tensor) -> torch.Tensor:
+    """The images (B, C, H, W) shrunk to half their size and enlarged again."""
+    height, width = pixel_values.shape[-2:]
+    return resize(resize(pixel_values, (max(1, height // 2), max(1, width // 2))), (height, width))
 
 
 def _deviation(maps: torch.Tensor) -> torch.Tensor:

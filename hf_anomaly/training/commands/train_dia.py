@@ -140,6 +140,12 @@ class DetectorArguments:
     score_whitening: bool = field(
         default=True, metadata={"help": "Compare by the distance between whitened features; false: by their cosine, as printed."}
     )
+    score_ignores_detail: bool = field(
+        default=False,
+        metadata={
+            "help": "Leave out of that distance how features move as training images lose fine detail, which those of another device may lack."
+        },
+    )
     score_cosine: bool = field(default=True, metadata={"help": "Eq. 10: the cosine to the nearest training image."})
     score_norm: bool = field(default=False, metadata={"help": "Eq. 10: the norm of these features."})
     score_shift_logit: bool = field(default=False, metadata={"help": "Eq. 10: the logit of the true shift."})
