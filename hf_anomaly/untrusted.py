@@ -4,6 +4,7 @@ import json
 import os
 from collections.abc import Callable, Iterator
 from pathlib import Path, PurePosixPath
+from typing import Any
 
 import torch
 from safetensors import safe_open
@@ -16,6 +17,24 @@ LARGEST_NUMBER = 2**20  # no width, image or kernel size comes near it
 LARGEST_DEPTH = 1000  # layers; each costs time even where its weights cost nothing
 LARGEST_LIST = 1000  # a schedule has so many β, a network fewer stages
 _FREE_BYTES = 64 * 2**20  # so much more than its file a model may always take
+
+
+def load_without_code(auto_class: type, name_or_path: str | os.PathLike, **options: Any) -> Any:
+    """`auto_class.from_pretrained(name_or_path, …)` that never runs a repository's code, nor asks on standard input whether to.
+
+    The package's own detectors name code too, but are registered: what transformers and the package know is loaded from there.
+
+    Raises:
+        InputError: the architecture is known to neither, but by code beside the config.
+    """
+    try:
+        return auto_class.from_pretrained(name_or_path, trust_remote_code=False, **options)
+    except ValueError as error:
+        if "trust_remote_code=True" not in str(error):  # of `resolve_trust_remote_code`, which has no error of its own
+            raise
+        raise InputError(
+            f"{str(name_or_path)!r} names code of its own, which is never run; give one whose architecture transformers or hf_anomaly has"
+        ) from error
 
 
 def check_plausible(config: dict, where: str) -> None:

@@ -686,6 +686,26 @@ def test_a_folder_with_odd_results(run, refused, detector, tmp_path):
         refused(command, "eval_results.json", "not valid JSON")
 
 
+def test_code_of_a_repository_is_neither_run_nor_asked_for(run, refused, detector, scans, monkeypatch):
+    monkeypatch.setattr("sys.stdin", io.StringIO("y\n" * 20))
+    shutil.copytree(detector, "own")
+    assert run("predict", "own", scans / "a.png")[0] == 0  # it names the package's code
+    entries = dict.fromkeys(("AutoConfig", "AutoModel", "AutoBackbone", "AutoImageProcessor"), "evil.Evil")
+    for folder in ("evil", "processor"):
+        shutil.copytree(detector, folder)
+        Path(folder, "evil.py").write_text("import pathlib; pathlib.Path('ran').touch()\nclass Evil: pass\n")
+    Path("evil/config.json").write_text(json.dumps({"model_type": "evil", "auto_map": entries}))
+    Path("processor/preprocessor_config.json").write_text(json.dumps({"image_processor_type": "Evil", "auto_map": entries}))
+    for name in ("evil", "processor"):
+        refused(["predict", name, scans / "a.png"], name, "code", "never run")
+    Path("own/eval_results.json").write_text("{}")
+    Path("evil/eval_results.json").write_text("{}")
+    refused(["card", "own", "--runs", "evil"], "evil", "never run")
+    refused(["train", "dia", "--dataset_name", "digits", "--backbone", "evil", "--output_dir", "out"], "evil", "never run")
+    refused(["train", "addp", "--dataset_name", "digits", "--pretrained", "evil", "--output_dir", "out"], "evil", "never run")
+    assert not Path("ran").exists()
+
+
 def test_what_is_not_pushed(refused, detector):
     refused(["push", "none", "org/x"], "none is no folder")
     Path("empty").mkdir()

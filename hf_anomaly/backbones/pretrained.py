@@ -9,6 +9,7 @@ from transformers import AutoBackbone, AutoConfig, PreTrainedConfig
 
 from ..errors import InputError
 from ..hub import hub_errors
+from ..untrusted import load_without_code
 
 _COMMON_SIZES = (8, 16, 32, 48, 64, 96, 128, 192, 224, 256, 384, 512)  # px, to say which would do
 
@@ -56,7 +57,7 @@ def load_backbone_config(name_or_path: str) -> PreTrainedConfig:
     """The configuration of a pretrained backbone, from a folder or the Hub."""
     try:
         with hub_errors(name_or_path, reading=True):
-            return AutoConfig.from_pretrained(name_or_path)
+            return load_without_code(AutoConfig, name_or_path)
     except (OSError, ValueError) as error:
         raise InputError(f"backbone {name_or_path!r} cannot be loaded: {' '.join(str(error).split())}") from error
 
@@ -73,8 +74,9 @@ def load_backbone_weights(backbone: nn.Module, name_or_path: str, **kwargs) -> N
     """
     # Not AutoBackbone.from_pretrained, which knows no folders.
     with hub_errors(name_or_path, reading=True):
-        config = AutoConfig.from_pretrained(name_or_path, **kwargs)
-        pretrained = type(AutoBackbone.from_config(config)).from_pretrained(name_or_path, config=config, use_safetensors=True, **kwargs)
+        config = load_without_code(AutoConfig, name_or_path, **kwargs)
+        backbone_class = type(AutoBackbone.from_config(config, trust_remote_code=False))
+        pretrained = backbone_class.from_pretrained(name_or_path, config=config, use_safetensors=True, **kwargs)
     try:
         backbone.load_state_dict(pretrained.state_dict())
     except RuntimeError as error:

@@ -26,6 +26,7 @@ from ..errors import HubError, InputError
 from ..files import read_json
 from ..hub import hub_errors
 from ..image_processing import AnomalyImageProcessor
+from ..untrusted import load_without_code
 from .arguments import AnomalyTrainingArguments, DenoisingTrainingArguments
 from .runs import fit_batch_size, num_images, push_result, write_json
 from .trainers import DenoisingTrainer, hub_name
@@ -140,7 +141,7 @@ def load_pretraining(name_or_path: str | os.PathLike, *, image_size: int, num_ch
     """
     try:
         with hub_errors(str(name_or_path), reading=True):
-            config = AutoConfig.from_pretrained(name_or_path)
+            config = load_without_code(AutoConfig, name_or_path)
         if not isinstance(config, ADDPConfig):
             raise InputError(f"{str(name_or_path)!r} holds a {type(config).__name__}: only ADDP's own weights can be gone on with")
         if config.num_channels != num_channels:

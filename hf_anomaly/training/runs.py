@@ -32,6 +32,7 @@ from ..files import replacing
 from ..hub import create_repository, hub_errors
 from ..image_processing import AnomalyImageProcessor
 from ..ops.distributed import local_main_process_first
+from ..untrusted import load_without_code
 from .arguments import AnomalyTrainingArguments, DataArguments
 from .evaluation import bfloat16_agreement, draw_figures, evaluate_detector, write_scores
 from .trainers import AnomalyTrainer, hub_name, push_output
@@ -257,7 +258,7 @@ def load_detector(
         device: where the detector goes; None leaves it where it is loaded.
 
     Raises:
-        InputError: there is none, it is something else, or there is no such device.
+        InputError: there is none, it is something else, or names code that is not the package's; or there is no such device.
         HubError: the Hub refused or cannot be reached; one line, with the remedy.
     """
     from transformers import AutoImageProcessor, AutoModel
@@ -269,8 +270,8 @@ def load_detector(
         raise InputError(f"--device {device}: {reason}; leave it out, or give cpu or cuda") from error
     try:
         with hub_errors(name_or_path, reading=True):
-            model = AutoModel.from_pretrained(name_or_path, revision=revision)
-            processor = AutoImageProcessor.from_pretrained(name_or_path, revision=revision)
+            model = load_without_code(AutoModel, name_or_path, revision=revision)
+            processor = load_without_code(AutoImageProcessor, name_or_path, revision=revision)
     except (HubError, InputError):
         raise
     except (OSError, ValueError) as error:
