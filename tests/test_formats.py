@@ -1,6 +1,7 @@
 """More than 8 bits: windows, 16-bit PNG and TIFF, real DICOM and NIfTI files."""
 
 import json
+import tracemalloc
 
 import datasets
 import numpy as np
@@ -11,7 +12,7 @@ from transformers import AutoImageProcessor, pipeline
 
 from hf_anomaly import AnomalyImageProcessor, InputError, SharedAEConfig, SharedAEModel
 from hf_anomaly.cli import main
-from hf_anomaly.data import Reading, decode_image, file_name, load_one_class, prepare, read_image, stream_one_class
+from hf_anomaly.data import Reading, decode_image, file_name, formats, load_one_class, prepare, read_image, stream_one_class
 from hf_anomaly.data.formats import apply_window, parse_window, read_slices
 from hf_anomaly.image_processing import to_eight_bit_image
 from hf_anomaly.training import DataArguments, parse_arguments
@@ -272,7 +273,55 @@ def test_dicom_of_other_kinds(tmp_path, refused):
         read_image(tmp_path / "broken.dcm")
 
 
-def test_folder_of_dicom_files(tmp_path):
+def write_enhanced(path, array, shared, per_frame):
+    """A multi-frame file whose functional groups say (slope, intercept, center, width): for all frames, and for each; None: nothing."""
+    pydicom = pytest.importorskip("pydicom")
+
+    def groups(values):
+        group, rescaling, voi = pydicom.Dataset(), pydicom.Dataset(), pydicom.Dataset()
+        if values is not None:
+            rescaling.RescaleSlope, rescaling.RescaleIntercept, voi.WindowCenter, voi.WindowWidth = values
+            voi.VOILUTFunction = "LINEAR_EXACT"
+            group.PixelValueTransformationSequence, group.FrameVOILUTSequence = [rescaling], [voi]
+        return group
+
+    dataset = pydicom.dcmread(write_dicom(path, array, frames=len(array), window=(7, 9)))
+    dataset.SharedFunctionalGroupsSequence = [groups(shared)]
+    dataset.PerFrameFunctionalGroupsSequence = [groups(values) for values in per_frame]
+    dataset.save_as(path)
+    return path
+
+
+def test_enhanced_dicom_says_of_each_frame_how_it_is_rescaled_and_windowed(tmp_path):
+    frames = np.stack([HOUNSFIELD, HOUNSFIELD[::-1], HOUNSFIELD.T])
+    shared, own = (1, -1024, 40, 400), (2, -500, 100, 1000)
+    path = write_enhanced(tmp_path / "x.dcm", frames, shared, [None, own, None])
+    rescaled = [frames[0] - 1024.0, frames[1] * 2.0 - 500, frames[2] - 1024.0]
+    ranges = [(-160, 240), (-400, 600), (-160, 240)]
+    expected = [slow_window(values, *window) for values, window in zip(rescaled, ranges, strict=True)]
+    assert np.array_equal(np.stack(read_slices(path, Reading())), expected)
+    assert np.array_equal(np.stack(read_slices(path, Reading(central_slices=1))), expected[1:2])
+    given = [slow_window(values, -100, 100) for values in rescaled]
+    assert np.array_equal(np.stack(read_slices(path, Reading((-100, 100)))), given)
+    full = [slow_window(values, low, slope * 65535 + low) for values, (slope, low, *_) in zip(rescaled, (shared, own, shared), strict=True)]
+    assert np.array_equal(np.stack(read_slices(path, Reading("full"))), full)
+    top = write_enhanced(tmp_path / "top.dcm", frames, None, [None] * 3)
+    assert np.array_equal(np.stack(read_slices(top, Reading())), slow_window(frames, 6.5 - 4, 6.5 + 4))
+
+
+def test_frames_are_windowed_one_by_one(tmp_path):
+    frames = np.arange(64 * 128 * 128, dtype=np.uint16).reshape(64, 128, 128)
+    path = write_dicom(tmp_path / "x.dcm", frames, frames=64, slope=2)
+    tracemalloc.start()
+    try:
+        slices = read_slices(path, Reading((0, 70_000)))
+        assert tracemalloc.get_traced_memory()[1] < 3 * path.stat().st_size
+    finally:
+        tracemalloc.stop()
+    assert len(slices) == 64
+
+
+def test_folder_of_dicom_files(tmp_path, monkeypatch):
     for i in range(5):
         write_dicom(tmp_path / "train" / "good" / f"{i}.dcm", HOUNSFIELD + i, window=(1000, 2000))
     write_dicom(tmp_path / "test" / "bad" / "x.dcm", np.stack([HOUNSFIELD] * 3), frames=3, window=(1000, 2000))
@@ -287,6 +336,9 @@ def test_folder_of_dicom_files(tmp_path):
     again = load_one_class(tmp_path)
     assert again.test["image"][:] == splits.test["image"][:]
     assert [path.stat().st_mtime_ns for path in cut] == times, "cut once"
+    with monkeypatch.context() as patched:
+        patched.setattr(formats, "_FORMAT", "later")
+        assert load_one_class(tmp_path).test["image"][0] != splits.test["image"][0], "what another version cut is not found again"
     other = load_one_class(tmp_path, reading=Reading((0, 4000)))
     assert np.asarray(decode_image(other.test["image"][0], "")).mean() != np.asarray(decode_image(splits.test["image"][0], "")).mean()
 

@@ -7,7 +7,7 @@ import math
 import os
 import re
 import shutil
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import astuple, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -26,6 +26,7 @@ NIFTI_SUFFIXES = (".nii", ".nii.gz")
 MEDICAL_SUFFIXES = DICOM_SUFFIXES + NIFTI_SUFFIXES
 FULL = "full"
 SLICES = ("hf_anomaly", "slices")  # below the cache of datasets: a folder for each file that is cut
+_FORMAT = 2  # of the slices: raise it when files are read otherwise, and those cut before are no longer found
 Window = tuple[float, float] | str | None  # (low, high), which become 0 and 255; "full"; None
 REMEDY = "give its --window LOW HIGH, or --window full"
 
@@ -216,7 +217,8 @@ def slice_files(path: Path, reading: Reading) -> list[Path]:
     import datasets
 
     stat = path.stat()
-    key = hashlib.sha256(repr((os.path.abspath(path), stat.st_size, stat.st_mtime_ns, astuple(reading))).encode()).hexdigest()[:32]
+    content = (_FORMAT, os.path.abspath(path), stat.st_size, stat.st_mtime_ns, astuple(reading))
+    key = hashlib.sha256(repr(content).encode()).hexdigest()[:32]
     folder = Path(datasets.config.HF_DATASETS_CACHE, *SLICES, key)
     if not folder.is_dir():
         temporary = folder.with_name(f"{key}.{os.getpid()}.tmp")
@@ -248,37 +250,49 @@ def _read_nifti(path: Path, reading: Reading) -> list[np.ndarray]:
     return [np.rot90(apply_window(volume.take(i, axis), low, high)) for i in reading.chosen(volume.shape[axis])]
 
 
-def _read_dicom(path: Path, reading: Reading) -> list[np.ndarray]:
+def _read_dicom(path: Path, reading: Reading) -> Iterator[np.ndarray]:
     import pydicom
-    from pydicom.pixels import apply_modality_lut, pixel_array
+    from pydicom.pixels import apply_modality_lut, iter_pixels
 
     header = pydicom.dcmread(path)
-    frames = int(header.get("NumberOfFrames", 1) or 1)
-    pixels = pixel_array(header)  # (frames, rows, columns[, 3]), YBR already as RGB
-    pixels = pixels if frames > 1 else pixels[None]
-    pixels = pixels[list(reading.chosen(frames))]
     photometric = header.PhotometricInterpretation
-    if header.get("SamplesPerPixel", 1) == 3 and pixels.dtype == np.uint8:
-        return list(pixels)
-    if photometric not in ("MONOCHROME1", "MONOCHROME2"):
-        raise InputError(f"{path}: {photometric} of {header.BitsAllocated} bits is not read; convert it to 8-bit gray or RGB")
-    low, high = _dicom_window(path, header, reading.window)
-    values = apply_window(apply_modality_lut(pixels, header), low, high)
-    return list(255 - values if photometric == "MONOCHROME1" else values)  # there the lowest value is white
+    frames = reading.chosen(int(header.get("NumberOfFrames", 1) or 1))
+    # One by one: as float64 they take several times the file. (rows, columns[, 3]), YBR already as RGB.
+    for frame, pixels in zip(frames, iter_pixels(header, indices=frames), strict=True):
+        if header.get("SamplesPerPixel", 1) == 3 and pixels.dtype == np.uint8:
+            yield pixels
+            continue
+        if photometric not in ("MONOCHROME1", "MONOCHROME2"):
+            raise InputError(f"{path}: {photometric} of {header.BitsAllocated} bits is not read; convert it to 8-bit gray or RGB")
+        rescaling = _of_frame(header, frame, "PixelValueTransformationSequence")
+        low, high = _dicom_window(path, header, rescaling, _of_frame(header, frame, "FrameVOILUTSequence"), reading.window)
+        values = apply_window(apply_modality_lut(pixels, rescaling), low, high)
+        yield 255 - values if photometric == "MONOCHROME1" else values  # there the lowest value is white
 
 
-def _dicom_window(path: Path, header: pydicom.Dataset, window: Window) -> tuple[float, float]:
+def _of_frame(header: pydicom.Dataset, frame: int, sequence: str) -> pydicom.Dataset:
+    """Where a file says something of a frame: enhanced ones frame by frame, or of all frames at once, others in the header itself."""
+    for groups, item in (("PerFrameFunctionalGroupsSequence", frame), ("SharedFunctionalGroupsSequence", 0)):
+        found = header.get(groups) or ()
+        if item < len(found) and found[item].get(sequence):
+            return found[item].get(sequence)[0]
+    return header
+
+
+def _dicom_window(
+    path: Path, header: pydicom.Dataset, rescaling: pydicom.Dataset, voi: pydicom.Dataset, window: Window
+) -> tuple[float, float]:
     """(low, high) after rescaling."""
     if window == FULL:
-        if "ModalityLUTSequence" in header:
+        if "ModalityLUTSequence" in rescaling:
             raise InputError(f"{path}: its values come from a table, whose full range is not known; give --window LOW HIGH")
         bits, signed = header.BitsStored, header.get("PixelRepresentation", 0)
         stored = np.array([-(2 ** (bits - 1)), 2 ** (bits - 1) - 1] if signed else [0, 2**bits - 1], np.float64)
-        low, high = sorted(stored * float(header.get("RescaleSlope", 1)) + float(header.get("RescaleIntercept", 0)))
+        low, high = sorted(stored * float(rescaling.get("RescaleSlope", 1)) + float(rescaling.get("RescaleIntercept", 0)))
         return low, high
     if window is not None:
         return tuple(window)
-    center, width, function = (header.get(name) for name in ("WindowCenter", "WindowWidth", "VOILUTFunction"))
+    center, width, function = (voi.get(name) for name in ("WindowCenter", "WindowWidth", "VOILUTFunction"))
     if center is None or width is None or function not in (None, "", "LINEAR", "LINEAR_EXACT"):
         raise InputError(f"{path}: the header has no linear window: {REMEDY}")
     # The first of several. PS3.3 C.11.2.1.2: LINEAR maps c − 0.5 − (w − 1)/2 … c − 0.5 + (w − 1)/2, LINEAR_EXACT c − w/2 … c + w/2.
