@@ -523,7 +523,7 @@ def test_errors_of_folders(tmp_path, counts, message):
 def test_more_than_8_bits_are_refused(tmp_path, mode, name, folder):
     write(tmp_path, {"train/good": 3, "test/good": 1, "test/bad": 1})
     PIL.Image.new(mode, (16, 16)).save(tmp_path / folder / "good" / name)
-    with pytest.raises(InputError, match=f"{name}: 16-bit, 32-bit or float image .*8 bits") as error:
+    with pytest.raises(InputError, match=f"{name}: 16-bit, 32-bit, float or signed image .*8 bits") as error:
         load_one_class(tmp_path)
     one_line(error)
 

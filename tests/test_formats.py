@@ -1,6 +1,7 @@
 """More than 8 bits: windows, 16-bit PNG and TIFF, real DICOM and NIfTI files."""
 
 import json
+import struct
 import tracemalloc
 
 import datasets
@@ -14,6 +15,7 @@ from hf_anomaly import AnomalyImageProcessor, InputError, SharedAEConfig, Shared
 from hf_anomaly.cli import main
 from hf_anomaly.data import Reading, decode_image, file_name, formats, load_one_class, prepare, read_image, stream_one_class
 from hf_anomaly.data.formats import apply_window, parse_window, read_slices
+from hf_anomaly.data.transforms import decode_mask
 from hf_anomaly.image_processing import to_eight_bit_image
 from hf_anomaly.training import DataArguments, parse_arguments
 from hf_anomaly.training.runs import load_splits, processor_for
@@ -133,6 +135,66 @@ def test_float_tiff(tmp_path, refused):
     with refused("x.tiff", "NaN"):
         read_image(write_wide(path, values), (0, 1))
     assert np.asarray(read_image(write_wide(path, np.full((8, 8), 7, np.float32)), "full")).max() == 0
+
+
+def write_tiff(path, array, *, white_is_zero=False, planes=False):
+    """An uncompressed TIFF with what Pillow does not write; colour as (H, W, 3), which planes turn into (3, H, W)."""
+    height, width, samples = (*array.shape, 1)[:3]
+    data = (np.moveaxis(array, -1, 0) if planes else array).tobytes()
+    photometric = 2 if samples == 3 else 1 - white_is_zero
+    sample_format = {"u": 1, "i": 2, "f": 3}[array.dtype.kind]
+    tags = {256: width, 257: height, 258: 8 * array.itemsize, 259: 1, 262: photometric, 273: 0, 277: samples, 278: height, 279: len(data)}
+    tags |= {284: 1 + planes, 339: sample_format}
+    tags[273] = start = 8 + 2 + 12 * len(tags) + 4
+    entries = b"".join(struct.pack("<HHII", tag, 4 if tag in (256, 257, 273, 278, 279) else 3, 1, value) for tag, value in tags.items())
+    content = struct.pack("<2sHIH", b"II", 42, 8, len(tags)) + entries + bytes(4)
+    assert len(content) == start
+    path.write_bytes(content + data)
+    return path
+
+
+def every_reading(path, window):
+    """An image as the readers of files, of bytes and of opened images give it."""
+    values = ({"path": str(path)}, {"bytes": path.read_bytes()}, PIL.Image.open(path))
+    yield from (np.asarray(decode_image(value, "", window)) for value in values)
+    yield np.asarray(read_image(path, window))
+    yield np.asarray(to_eight_bit_image(PIL.Image.open(path), window=window))
+
+
+def test_tiff_whose_zero_is_white(tmp_path, refused):
+    for values, window in ((RAMP, "full"), (RAMP, (5000, 40000)), ((RAMP / 64000).astype(np.float32), (0.2, 0.7))):
+        path = write_tiff(tmp_path / "x.tif", values, white_is_zero=True)
+        expected = 255 - slow_window(values, *((0, 65535) if window == "full" else window))
+        assert all(np.array_equal(image, expected) for image in every_reading(path, window))
+        with refused("x.tif", "zero is white"):
+            decode_mask({"path": str(path)}, "")
+    path = write_tiff(tmp_path / "x.tif", (RAMP // 256).astype(np.uint8), white_is_zero=True)
+    assert all(np.array_equal(image, 255 - RAMP // 256) for image in every_reading(path, None)), "those of 8 bits, too"
+
+
+def test_tiff_of_unsigned_32_and_signed_8_bits(tmp_path, refused):
+    large = RAMP.astype(np.uint32) * 65_000
+    signed = (RAMP // 256 - 120.0).astype(np.int8)
+    for values, window in ((large, (1e9, 4e9)), (signed, (-100, 50))):
+        path = write_tiff(tmp_path / "x.tif", values)
+        assert all(np.array_equal(image, slow_window(values, *window)) for image in every_reading(path, window))
+        full = slow_window(values, int(values.min()), int(values.max()))
+        assert all(np.array_equal(image, full) for image in every_reading(path, "full"))
+        assert np.array_equal(decode_mask({"path": str(path)}, ""), values > 0)
+        with refused("x.tif", "--window LOW HIGH"):
+            read_image(path)
+
+
+def test_tiff_of_16_bit_colour(tmp_path, refused):
+    colour = np.stack([RAMP, RAMP[::-1], RAMP.T], -1)
+    path = write_tiff(tmp_path / "x.tif", colour)
+    assert all(np.abs(image - colour / 257).max() <= 1 for image in every_reading(path, "full"))
+    path = write_tiff(tmp_path / "planes.tif", colour, planes=True)
+    for window in (None, "full", (0, 1000)):
+        with refused("planes.tif", "separate planes", "PlanarConfiguration"):
+            read_image(path, window)
+    path = write_tiff(tmp_path / "planes.tif", (colour // 256).astype(np.uint8), planes=True)
+    assert all(image.shape == (8, 8, 3) for image in every_reading(path, None)), "those of 8 bits are read"
 
 
 def test_8_bit_images_need_no_window(tmp_path):

@@ -19,7 +19,7 @@ from .transforms import process_images
 if TYPE_CHECKING:
     import datasets
 
-_FORMAT = 2  # raise it when what is stored changes: old cache files are then no longer found
+_FORMAT = 3  # raise it when what is stored changes: old cache files are then no longer found
 
 
 def encode_levels(levels: np.ndarray) -> dict[str, bytes | None]:

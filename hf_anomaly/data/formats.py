@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import PIL.Image
 import PIL.ImageFile
+from PIL import TiffImagePlugin
 
 from ..errors import InputError
 
@@ -111,10 +112,12 @@ def load_pixels(image: PIL.Image.Image) -> None:
 
 
 def wide_mode(image: PIL.Image.Image) -> str | None:
-    """The mode of an image of more than 8 bits a channel; None of others. PIL drops the lower bits of 16-bit colour while decoding, so look before."""
+    """The mode of an image whose values are not 0 to 255; None of others. PIL drops the lower bits of 16-bit colour while decoding, so look before."""
     # ";16B", ";16L", ";16N" in a file's raw mode are 16-bit channels; BMP's "BGR;16" is 16 bits a pixel.
     if image.mode[0] in "IF":
         return image.mode
+    if _is_signed_byte(image):
+        return "L;8S"
     for tile in getattr(image, "tile", ()):
         if raw := re.search(r"\w+;16[BLN]", str(tile[3])):
             return raw.group()
@@ -123,18 +126,46 @@ def wide_mode(image: PIL.Image.Image) -> str | None:
     return None
 
 
+def _tiff_tag(image: PIL.Image.Image, tag: int) -> int | None:
+    """The first value of a TIFF file's tag, 1 if it has none; None of other images."""
+    return int(np.atleast_1d(image.tag_v2.get(tag, 1))[0]) if isinstance(image, TiffImagePlugin.TiffImageFile) else None
+
+
+def _is_signed_byte(image: PIL.Image.Image) -> bool:
+    return image.mode == "L" and _tiff_tag(image, TiffImagePlugin.SAMPLEFORMAT) == 2
+
+
+def is_white_zero(image: PIL.Image.Image) -> bool:
+    """Whether the lowest of an image's values is white: of those of more than 8 bits; others are inverted by Pillow."""
+    return image.mode[0] in "IF" and _tiff_tag(image, TiffImagePlugin.PHOTOMETRIC_INTERPRETATION) == 0
+
+
+def stored_values(image: PIL.Image.Image) -> np.ndarray:
+    """The values of a decoded image, as they are stored: Pillow takes unsigned 32-bit ones of a TIFF for signed, and signed 8-bit ones for unsigned."""
+    values = np.asarray(image)
+    if _is_signed_byte(image):
+        return values.view(np.int8)
+    is_unsigned = image.mode == "I" and _tiff_tag(image, TiffImagePlugin.SAMPLEFORMAT) == 1
+    return values.view(np.uint32) if is_unsigned else values
+
+
 def check_depth(image: PIL.Image.Image, name: str, window: Window = None) -> None:
-    """Refuses an image of more than 8 bits a channel for which there is no window.
+    """Refuses an image of more than 8 bits a channel, or of signed ones, for which there is no window.
 
     Raises:
-        InputError: a 16-bit, 32-bit or float image without a window; 16-bit colour with another one than "full".
+        InputError: a 16-bit, 32-bit, float or signed image without a window; 16-bit colour with another one than "full", or in planes.
     """
+    has_planes = len(image.getbands()) > 1 and _tiff_tag(image, TiffImagePlugin.PLANAR_CONFIGURATION) == 2
+    if has_planes and _tiff_tag(image, TiffImagePlugin.BITSPERSAMPLE) > 8:  # Pillow would take the halves of its values for pixels
+        raise InputError(
+            f"{name}: 16-bit colour in separate planes is not read; save it with PlanarConfiguration 1, or convert it to 8 bits"
+        )
     mode = wide_mode(image)
     if mode is None or window == FULL:
         return
     if window is None:  # PIL's convert() would clip it to 255 without a word
-        raise InputError(f"{name}: 16-bit, 32-bit or float image (mode {mode!r}); {REMEDY}, or convert it to 8 bits")
-    if image.mode[0] not in "IF":
+        raise InputError(f"{name}: 16-bit, 32-bit, float or signed image (mode {mode!r}); {REMEDY}, or convert it to 8 bits")
+    if len(image.getbands()) > 1:
         raise InputError(f"{name}: 16-bit colour (mode {mode!r}) is read with --window full alone; or convert it to 8 bits")
 
 
@@ -144,19 +175,22 @@ def to_eight_bits(image: PIL.Image.Image, window: Window, name: str) -> PIL.Imag
     Raises:
         InputError: NaN or infinite values, or a mode that Pillow cannot convert.
     """
-    if image.mode[0] not in "IF":  # 16-bit colour too: decoding has kept the upper 8 bits, which is the full range
+    if image.mode[0] not in "IF" and not _is_signed_byte(
+        image
+    ):  # 16-bit colour too: decoding has kept the upper 8 bits, which is the full range
         if image.mode in ("1", "L", "LA", "P", "PA", "RGB", "RGBA", "YCbCr"):  # the last has its own gray, Y
             return image
         try:
             return image.convert("LA" if image.mode == "La" else "RGB")
         except ValueError as error:
             raise InputError(f"{name}: Pillow cannot convert images of mode {image.mode!r}; convert it to gray or RGB") from error
-    values = np.asarray(image)
+    values = stored_values(image)
     _check_finite(values, name)
     if window == FULL:
         is_16_bit = image.mode.startswith("I;16") or (image.mode == "I" and image.format == "PPM")  # Pillow scales a PGM to 65535
         window = (0, 65535) if is_16_bit else _own_range(values)
-    return PIL.Image.fromarray(apply_window(values, *window))
+    levels = apply_window(values, *window)
+    return PIL.Image.fromarray(255 - levels if is_white_zero(image) else levels)
 
 
 def image_suffixes() -> set[str]:

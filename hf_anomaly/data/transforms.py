@@ -15,7 +15,7 @@ import PIL.ImageOps
 import torch
 
 from ..errors import InputError
-from .formats import FULL, SLICES, Window, check_depth, is_medical, load_pixels, read_image, to_eight_bits
+from .formats import FULL, SLICES, Window, check_depth, is_medical, is_white_zero, load_pixels, read_image, stored_values, to_eight_bits
 
 if TYPE_CHECKING:
     import datasets
@@ -61,7 +61,7 @@ def open_image(value: dict[str, Any] | PIL.Image.Image | np.ndarray, where: str,
         window: see `Reading`.
 
     Raises:
-        InputError: missing or unreadable image, array of another shape or type, or a 16-bit, 32-bit or float image without a window.
+        InputError: missing or unreadable image, array of another shape or type, or a 16-bit, 32-bit, float or signed image without a window.
     """
     if isinstance(value, np.ndarray):
         if value.dtype != np.uint8 or value.ndim not in (2, 3) or value.shape[2:] not in ((), (1,), (3,)):
@@ -126,12 +126,16 @@ def decode_mask(value: dict[str, Any] | PIL.Image.Image | np.ndarray, where: str
         InputError: missing, unreadable or truncated mask.
     """
     image = open_image(value, where, FULL)
+    if is_white_zero(image):
+        raise InputError(
+            f"{_name(value, where)}: zero is white in this TIFF, which does not tell what a mask marks; save it with zero as black"
+        )
     try:
         load_pixels(image)
         image = upright(image)
         if image.mode in ("LA", "La", "PA"):
             image = image.getchannel(0)
-        marked = np.asarray(image if len(image.getbands()) == 1 else image.convert("RGB")) > 0
+        marked = stored_values(image if len(image.getbands()) == 1 else image.convert("RGB")) > 0
     except Exception as error:  # as in open_image
         raise _unreadable(value, where, error) from error
     return marked if marked.ndim == 2 else marked.any(axis=2)
