@@ -45,6 +45,16 @@ class FirstGradient(TrainerCallback):
             self.gradients = {name.removeprefix("module."): p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
 
 
+class StatisticsInMidTraining(TrainerCallback):
+    """The running means of every process, (W, channels), as an evaluation after step 2 sees them."""
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if state.global_step == 2:
+            with self.trainer.averaged_weights():
+                mean = next(value for name, value in self.trainer.model.named_buffers() if name.endswith("running_mean"))
+                self.means = self.trainer.accelerator.gather(mean[None].clone())
+
+
 def images(count, seed):
     pixels = np.random.default_rng(seed).integers(0, 256, (count, SIZE, SIZE), dtype=np.uint8)
     columns = {"image": [PILImage.fromarray(array) for array in pixels], "label": [0] * count}
@@ -127,6 +137,27 @@ def main(folder, world_size):
                 network[i] = torch.nn.Identity()
     args = AnomalyTrainingArguments(**arguments(folder, "sgd"), per_device_train_batch_size=GLOBAL_BATCH // world_size)
     train(AnomalyTrainer(model, args, train_dataset=prepare(images(TRAIN, 0), PROCESSOR), callbacks=[callback]), "phases", callback)
+
+    torch.manual_seed(4)
+    model, callback = SharedAEModel(SharedAEConfig(image_size=SIZE, hidden_sizes=[4, 8, 8], latent_size=6)), StatisticsInMidTraining()
+    batch = GLOBAL_BATCH // world_size
+    args = AnomalyTrainingArguments(**arguments(folder, "sgd"), per_device_train_batch_size=batch, per_device_eval_batch_size=batch)
+    trainer = callback.trainer = AnomalyTrainer(
+        model,
+        args,
+        train_dataset=prepare(images(TRAIN, 0), PROCESSOR),
+        calibration_dataset=prepare(images(CALIBRATION, 1), PROCESSOR),
+        callbacks=[callback],
+    )
+    trainer.train()
+    trainer.fit_reference()
+    trainer.calibrate()
+    results |= {"batch norm/means": callback.means, "batch norm/calibration": model.calibration.scores}
+    if trainer.is_world_process_zero():
+        model.save_pretrained(folder / f"batch norm {world_size}")
+        saved = SharedAEModel.from_pretrained(folder / f"batch norm {world_size}")
+        pixel_values = torch.stack(trainer.calibration_dataset[:]["pixel_values"])
+        results["batch norm/rescored"] = saved.score([pixel_values], progress=False)[0].sort().values
 
     torch.manual_seed(5)
     callback = FirstGradient()

@@ -89,3 +89,11 @@ def test_scores_and_calibration(runs, kind):
         close(runs, f"{kind}/{name}", rtol=1e-4, atol=1e-4)
         assert runs[0][f"{kind}/{name}"].unique().numel() == count
     close(runs, f"{kind}/threshold", rtol=1e-4, atol=1e-4)
+
+
+def test_all_processes_predict_with_the_statistics_that_are_saved(runs):
+    """Batch normalisation is not synchronised on CPUs: each process has running statistics of its own."""
+    means = runs[1]["batch norm/means"]
+    assert means.shape[0] == 2
+    assert torch.equal(means[0], means[1])
+    torch.testing.assert_close(runs[1]["batch norm/rescored"], runs[1]["batch norm/calibration"], rtol=1e-5, atol=0)

@@ -1,4 +1,4 @@
-"""What N processes need to train as one: the rows of the global batch, drawn alike everywhere and gathered with gradient; and who writes a cache."""
+"""What N processes need to train as one: rows of the global batch drawn alike and gathered with gradient, equal buffers; and who writes a cache."""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -62,6 +62,13 @@ def gather_rows(x: Tensor) -> Tensor:
         that the mean over processes that DDP takes afterwards is the gradient of the mean of their losses. `x` itself if W = 1.
     """
     return x if world()[1] == 1 else _GatherRows.apply(x)
+
+
+def share_buffers(module: torch.nn.Module) -> None:
+    """Every process takes the buffers of process 0, such as running statistics, which DDP itself brings into line only before a forward in training."""
+    if world()[1] > 1:
+        for buffer in module.buffers():
+            dist.broadcast(buffer, src=0)
 
 
 class _GatherRows(torch.autograd.Function):

@@ -23,6 +23,7 @@ from ..errors import HubError, InputError
 from ..files import read_json
 from ..hub import CommitInfo, hub_errors, push_checkpoint, push_folder
 from ..metrics import image_metrics
+from ..ops.distributed import share_buffers
 from .phases import PhasedOptimizer, only
 
 logger = logging.getLogger(__name__)
@@ -114,7 +115,7 @@ class ReproducibleTrainer(Trainer):
     - The exponential moving average of the parameters (`args.ema_decay`) is saved in checkpoints; after `train` the model holds it. Statistics of
       batch normalisation are not averaged again: they are moving averages themselves.
     - A checkpoint is written under another name and renamed when it is complete.
-    - Batch normalisation is synchronised over the processes on GPUs.
+    - Batch normalisation is synchronised over the processes on GPUs; on CPUs all processes predict with the statistics of the main one, which are saved.
 
     Args:
         run: what describes the run (data, seed, settings), as JSON can hold it; written into checkpoints, and a checkpoint of another run is refused.
@@ -210,6 +211,7 @@ class ReproducibleTrainer(Trainer):
                 self._load_average(best)
             self._average.copy_to(self.model.parameters())
             self._average = None
+        share_buffers(self.model)
         return output
 
     # Averaged weights ---------------------------------------------------------------------------------------------------------
@@ -234,7 +236,8 @@ class ReproducibleTrainer(Trainer):
 
     @contextmanager
     def averaged_weights(self):
-        """The model holds the averaged weights inside the block."""
+        """The model holds the averaged weights inside the block, and on every process the same buffers."""
+        share_buffers(self.model)
         if self._average is None:
             yield
             return
