@@ -72,10 +72,15 @@ def check_same_run(theirs: dict | None, ours: dict | None, where: str | os.PathL
 
 
 def first_difference(first: dict, second: dict) -> tuple[str, Any, Any] | None:
-    """The first field, in the order of names, of which two runs have other JSON values, and these; "a.b" is `b` in `a`. None if there is none."""
+    """The first field, in the order of names but digests last, of which two runs have other JSON values, and these; "a.b" is `b` in `a`; None if none is."""
     first, second = (_flat(json.loads(json.dumps(run))) for run in (first, second))
-    pairs = ((name, first.get(name), second.get(name)) for name in sorted(first.keys() | second.keys()))
+    pairs = ((name, first.get(name), second.get(name)) for name in sorted(first.keys() | second.keys(), key=_seldom_the_cause))
     return next((pair for pair in pairs if pair[1] != pair[2]), None)
+
+
+def _seldom_the_cause(name: str) -> tuple[bool, str]:
+    """Sorts digests last: they follow from fields that tell a person more, such as the seed."""
+    return name.rsplit(".", 1)[-1] in ("fingerprint", "images", "split_hash"), name
 
 
 def _flat(values: dict, prefix: str = "") -> dict:
