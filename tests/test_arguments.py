@@ -14,7 +14,7 @@ import torch
 from hf_anomaly.errors import InputError
 from hf_anomaly.training import AnomalyTrainingArguments, parse_arguments
 from hf_anomaly.training.commands.train_dia import ContrastiveTrainingArguments, DetectorArguments
-from hf_anomaly.training.runs import choose_output_dir, warn_of_earlier_run
+from hf_anomaly.training.runs import choose_output_dir, replace_earlier_run
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="of CPUs")
@@ -112,7 +112,7 @@ def test_what_lies_in_the_folder_is_not_replaced_without_a_word(monkeypatch, tmp
         with caplog.at_level(logging.WARNING, "hf_anomaly"):
             choose_output_dir(args, "dia", "images.npz")
             assert not caplog.text, "nothing is replaced before the training begins"
-            warn_of_earlier_run(args)
+            replace_earlier_run(args)
         return args.output_dir, "dia-images will be replaced" in caplog.text
 
     folder = str(Path("runs", "dia-images"))
@@ -123,6 +123,30 @@ def test_what_lies_in_the_folder_is_not_replaced_without_a_word(monkeypatch, tmp
     assert warned() == (folder, True)
     assert warned(resume_from_checkpoint="true") == (folder, False)
     assert warned(output_dir=folder) == (folder, True)
+
+
+def test_of_an_earlier_run_stays_what_is_used_or_none_of_its_own(tmp_path):
+    ours = [
+        "checkpoint-4/run.json",
+        "dissolver-training/checkpoint-4/run.json",
+        "dissolver/dissolver_config.json",
+        "pretrained/pretraining.json",
+    ]
+    others = ["checkpoint-notes/notes.txt", "images/1.png", "config.json"]
+
+    def left(used=None, **arguments):
+        for file in (*ours, *others):
+            (tmp_path / file).parent.mkdir(parents=True, exist_ok=True)
+            (tmp_path / file).touch()
+        replace_earlier_run(AnomalyTrainingArguments(report_to=[], output_dir=str(tmp_path), **arguments), used)
+        return {file for file in ours if (tmp_path / file).exists()} if all((tmp_path / file).exists() for file in others) else "too little"
+
+    assert left() == set()
+    assert left(str(tmp_path / "images" / ".." / "pretrained")) == {"pretrained/pretraining.json"}
+    assert left("org/dissolver") == set()
+    assert left(resume_from_checkpoint="true") == set(ours)
+    (tmp_path / "dissolver" / "README.md").touch()  # by train_dissolver, into a folder of its own
+    assert left() == {"dissolver/dissolver_config.json"}
 
 
 def test_a_folder_that_cannot_be_written_to_is_refused_at_once(tmp_path, monkeypatch):

@@ -66,6 +66,14 @@ _REMEDIES = {  # of what a disk refuses
     ),
 }
 
+_LEFT = (  # by these files is told what trainings leave beside their result
+    "checkpoint-*/run.json",
+    "dissolver/dissolver_config.json",
+    "dissolver-training/checkpoint-*/run.json",
+    "pretrained/pretraining.json",
+    "pretrained-training/checkpoint-*/run.json",
+)
+
 LARGEST_DEFAULT_SIZE = 64  # px: larger images are shrunk to this unless --image_size says otherwise
 
 
@@ -186,11 +194,23 @@ def choose_output_dir(args, method: str, dataset_name: str) -> None:
             pass
 
 
-def warn_of_earlier_run(args) -> None:
-    """Says what the training, which is about to begin, replaces; it may be of other images in a folder of the same name."""
-    finished = any(Path(args.output_dir, file).is_file() for file in ("config.json", "model_index.json"))
-    if args.process_index == 0 and finished and not args.resume_from_checkpoint:
-        logger.warning("What an earlier run left in %s will be replaced; to keep both, give another --output_dir", args.output_dir)
+def replace_earlier_run(args, used: str | None = None) -> None:
+    """Before a training begins: says that it replaces what an earlier run left in its folder, which may be of other images, and removes stages and
+    checkpoints of that: resumed, this run would take them for its own. A dissolver that was trained by itself, which has a card, stays.
+
+    Args:
+        used: the folder or Hub id of an earlier stage that the training begins with; it stays.
+    """
+    if not args.should_save or args.resume_from_checkpoint:
+        return
+    folder = Path(args.output_dir)
+    left = sorted({folder / path.relative_to(folder).parts[0] for pattern in _LEFT for path in folder.glob(pattern)})
+    if left or any((folder / file).is_file() for file in ("config.json", "model_index.json")):
+        logger.warning("What an earlier run left in %s will be replaced; to keep both, give another --output_dir", folder)
+    for path in left:
+        kept = used is not None and Path(used).resolve().is_relative_to(path.resolve())
+        if not kept and not (path.name == "dissolver" and (path / "README.md").is_file()):
+            shutil.rmtree(path, ignore_errors=True)
 
 
 def num_images(dataset) -> int | None:

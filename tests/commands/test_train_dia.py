@@ -199,6 +199,25 @@ def test_resume_refuses_the_work_of_another_run(train, tmp_path, more, culprit):
     assert {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()} == before, "nothing is lost"
 
 
+def test_what_an_earlier_run_left_does_not_keep_a_new_one_from_being_resumed(train, tmp_path, monkeypatch):
+    folder, _ = train(tmp_path / "run")
+
+    def interrupt(*args, **kwargs):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as interrupted:
+        interrupted.setattr("hf_anomaly.training.commands.train_dia.train_dissolver", interrupt)
+        train(folder, "--seed", 7, status=130)
+    assert not list(folder.glob("checkpoint-*"))
+    train(folder, "--seed", 7, "--resume_from_checkpoint", "true")
+    assert results_of(folder)["seed"] == 7
+
+
+def test_resume_names_the_cause_before_the_digests(train, digits):
+    _, err = train(digits[0], "--seed", 7, "--resume_from_checkpoint", "true", status=2)
+    assert "dissolver belongs to another run (seed was 42, now 7)" in err.splitlines()[-1]
+
+
 def test_resume_refuses_other_images(train, tmp_path):
     """Of as many files, with the same names, in a folder of the same name."""
     for name, size in (("screws", 8), ("bolts", 12)):

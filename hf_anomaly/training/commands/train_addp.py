@@ -27,9 +27,9 @@ from ..runs import (
     load_training_images,
     print_results,
     push_result,
+    replace_earlier_run,
     settings_of,
     train_detector,
-    warn_of_earlier_run,
     warn_of_other_division,
 )
 from ..trainers import hub_name
@@ -152,11 +152,8 @@ def first_stage(model: ADDPForPreTraining, args: PretrainingArguments, data_args
     """The detector that the second stage begins with, pretrained now if it has to be; what comes of that lies in the run's folder pretrained/."""
     folder = Path(training_args.output_dir, "pretrained")
     if not any(args.duration.values()):
-        warn_of_earlier_run(training_args)
         PartialState().wait_for_everyone()
-        others = args.pretrained is None or Path(args.pretrained).resolve() != folder.resolve()
-        if training_args.should_save and others and not training_args.resume_from_checkpoint:
-            shutil.rmtree(folder, ignore_errors=True)  # an earlier run's
+        replace_earlier_run(training_args, args.pretrained)
         return ADDPModel.from_pretraining(model)
     run = describe_run(splits, processor, training_args.seed, config=settings_of(model.config), pretraining=asdict(args))
     for name in ("pretrained", "pretrain_dataset_name"):
@@ -179,7 +176,7 @@ def first_stage(model: ADDPForPreTraining, args: PretrainingArguments, data_args
         learning_rate=args.pretrain_learning_rate,
         batch_size=args.pretrain_batch_size,
     )
-    warn_of_earlier_run(training_args)
+    replace_earlier_run(training_args, args.pretrained)
     detector = pretrain(
         model,
         images,

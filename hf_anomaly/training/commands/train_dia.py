@@ -29,8 +29,8 @@ from ..runs import (
     describe_run,
     load_training_images,
     print_results,
+    replace_earlier_run,
     train_detector,
-    warn_of_earlier_run,
     warn_of_other_division,
 )
 
@@ -234,7 +234,7 @@ def make_dissolver(args: DissolverArguments, training_args, splits, processor) -
         learning_rate=args.dissolver_learning_rate,
         batch_size=args.dissolver_batch_size,
     )
-    warn_of_earlier_run(training_args)
+    replace_earlier_run(training_args)
     dissolver = train_dissolver(
         splits.train,
         processor=processor,
@@ -286,7 +286,7 @@ def main(argv: list[str], program: str) -> None:
     dissolver, train_dataset = make_dissolver(dissolver_args, training_args, splits, processor), splits.train
     PartialState().wait_for_everyone()
     if dissolver_args.dissolver != "diffusion":
-        warn_of_earlier_run(training_args)
+        replace_earlier_run(training_args, dissolver_args.dissolver)
     folder = Path(training_args.output_dir, "dissolver")
     resumed = training_args.resume_from_checkpoint and folder.is_dir()  # saved already; of another run it is not ours to remove
     if training_args.should_save and dissolver_args.dissolver != "diffusion" and not resumed:  # that one is saved as soon as it is trained

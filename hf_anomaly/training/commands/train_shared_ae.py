@@ -8,7 +8,7 @@ from transformers import set_seed
 from ...detectors.shared_ae.configuration_shared_ae import SharedAEConfig
 from ...detectors.shared_ae.modeling_shared_ae import SharedAEModel
 from .. import AnomalyTrainingArguments, DataArguments, check_checkpoint, parse_arguments
-from ..runs import choose_output_dir, load_training_images, print_results, train_detector, warn_of_earlier_run
+from ..runs import choose_output_dir, load_training_images, print_results, replace_earlier_run, train_detector
 
 
 @dataclass
@@ -44,7 +44,7 @@ def main(argv: list[str], program: str) -> None:
     set_seed(training_args.seed)
     settings = asdict(detector_args) | {"adversarial_margin": detector_args.adversarial_margin or None, "omega2": 1 - detector_args.omega1}
     model = SharedAEModel(SharedAEConfig(image_size=processor.size["height"], num_channels=processor.num_channels, **settings))
-    warn_of_earlier_run(training_args)
+    replace_earlier_run(training_args)
     results = train_detector(
         model,
         processor,
