@@ -131,17 +131,29 @@ def test_class_folders(tmp_path):
     assert load_one_class(tmp_path, normal_label="sick", calibration_fraction=0).train["row"][:] == [5, 6, 7]
 
 
-@pytest.mark.parametrize("suffix", ["_mask", ""])
-def test_masks_are_those_of_the_images(tmp_path, suffix):
-    write(tmp_path, {"train/good": 5, "test/broken": 3, "test/good": 1, "ground_truth/broken": 2})
+@pytest.mark.parametrize(
+    ("folder", "suffix"), [("ground_truth", "_mask.png"), ("ground_truth", ".png"), ("Ground_Truth", "_mask.bmp"), ("groundtruth", ".TIF")]
+)
+def test_masks_are_those_of_the_images(tmp_path, folder, suffix):
+    write(tmp_path, {"train/good": 5, "test/broken": 3, "test/good": 1, f"{folder}/broken": 2})
     for i in (1, 0):
-        (tmp_path / "ground_truth" / "broken" / f"{i}.png").rename(tmp_path / "ground_truth" / "broken" / f"{i + 1}{suffix}.png")
+        (tmp_path / folder / "broken" / f"{i}.png").rename(tmp_path / folder / "broken" / f"{i + 1}{suffix}")
     masks = load_one_class(tmp_path).test["mask"][:]
     names = [None if mask is None else Path(mask["path"]).name for mask in masks]
-    assert names == [None, f"1{suffix}.png", f"2{suffix}.png", None]
+    assert names == [None, f"1{suffix}", f"2{suffix}", None]
 
 
-def test_mask_folders_hold_no_images(tmp_path):
+def test_masks_are_those_of_the_split(tmp_path):
+    write(tmp_path, {"train/good": 5, "test/broken": 2, "val/broken": 2, "val/good": 1, "test/good": 1, "ground_truth/broken": 2})
+    assert "mask" not in load_one_class(tmp_path, eval_split="validation").test.column_names
+    write(tmp_path, {"ground_truth/val/broken": 1})
+    masks = load_one_class(tmp_path, eval_split="validation").test["mask"][:]
+    assert [mask and mask["path"] for mask in masks] == [str(tmp_path / "ground_truth" / "val" / "broken" / "0.png"), None, None]
+    masks = load_one_class(tmp_path).test["mask"][:]
+    assert [mask and Path(mask["path"]).parent for mask in masks] == [tmp_path / "ground_truth" / "broken"] * 2 + [None]
+
+
+def test_mask_folders_hold_no_images(tmp_path, caplog):
     write(
         tmp_path,
         {
@@ -159,6 +171,7 @@ def test_mask_folders_hold_no_images(tmp_path):
     assert splits.normal_label == "good"
     assert splits.test["label"][:] == [1, 1, 0, 0, 0, 1]
     assert not any("ground_truth" in value["path"] for value in splits.test["image"])
+    assert caplog.text.count("all other masks there are left out") == 1
     features = Features({"image": Image(decode=False), "label": ClassLabel(names=["normal", "anomaly"]), "row": Value("int64")})
     assert splits.train.features == splits.calibration.features == splits.test.features == features
     assert set(splits.train["label"][:] + splits.calibration["label"][:]) == {0}

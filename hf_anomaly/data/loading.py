@@ -106,7 +106,7 @@ def load_one_class(
             an `.npz` file of MedMNIST's layout, `{train,val,test}_{images,labels}`: images (n, h, w[, 1 or 3]), uint8 or floats in [0, 1];
             a folder of images, among them DICOM and NIfTI files, whose slices are images: `train/ test/ validation/` or none of them, in each class
             folders or nothing but (normal) images, or with an imagefolder's `metadata.csv`; MVTec AD's `ground_truth/<class>/<name>_mask.png`, or
-            `<name>.png`, become the column `mask`;
+            `<name>.png`, or any other image format, become the column `mask` of the test split, those in `ground_truth/<split>/<class>/` of any;
             a `.csv` file with a row an image: the column `file_name`, or `image_column`, has the files, absolute or from the table's folder on, and
             `split`, if there are several, the splits;
             a `.parquet` file (a training split, unless `evaluation_only`), or a folder of parquet files, or one that `save_to_disk` wrote;

@@ -37,8 +37,7 @@ SPLIT_NAMES = {  # ours -> the names under which a source may have it, compared 
 NORMAL_NAMES = ("normal", "good", "healthy")
 IN_MEMORY = "in-memory dataset"  # the name of a source that has none
 MASK_FOLDERS = ("ground_truth", "groundtruth")  # pixel annotation: no images to score; see `without_masks`, too
-# In ground_truth/{folder}, the mask of test/{folder}/{name}.png: MVTec AD's name, and a plain one.
-MASK_FILES = ("{name}_mask.png", "{name}.png")
+MASK_NAMES = ("{name}_mask", "{name}")  # of the mask of an image {name}: MVTec AD's name, and a plain one
 METADATA_FILES = ("metadata.csv", "metadata.jsonl", "metadata.parquet")  # where imagefolder finds further columns
 
 
@@ -195,12 +194,26 @@ def _read_npz(path: Path) -> dict[str, datasets.Dataset]:
     return splits
 
 
-def _mask(root: Path, folder: Path, path: Path) -> Path | None:
-    """The mask of an image `path` in the split's `folder`, where MVTec AD has it; see `MASK_FILES`."""
-    if folder == root or path.parent == Path("."):
+def _mask_files(root: Path) -> dict[Path, Path]:
+    """All masks in a folder's `MASK_FOLDERS`, of any image format, by their path in there without the suffix."""
+    folders = [folder for folder in root.iterdir() if folder.is_dir() and folder.name.lower() in MASK_FOLDERS]
+    suffixes = image_suffixes()
+    return {
+        file.relative_to(folder).with_suffix(""): file
+        for folder in sorted(folders, reverse=True)
+        for file in files_below(folder)
+        if file.suffix.lower() in suffixes
+    }
+
+
+def _mask(masks: dict[Path, Path], split: str, folder: Path, path: Path) -> Path | None:
+    """The mask of the image `path` in a split's `folder`, itself relative to the root: <class>/<name>_mask in `masks` of the test split's <class>/<name>,
+    as MVTec AD has it; of any split <split>/<class>/<name>_mask. See `MASK_NAMES`."""
+    if path.parent == Path():
         return None
-    masks = (root / "ground_truth" / path.parent / name.format(name=path.stem) for name in MASK_FILES)
-    return next((mask for mask in masks if mask.is_file()), None)
+    prefixes = [folder, Path()] if split == "test" else [folder]
+    names = (prefix / path.with_name(name.format(name=path.stem)) for prefix in prefixes for name in MASK_NAMES)
+    return next((masks[name] for name in names if name in masks), None)
 
 
 def without_masks(paths: list[Path]) -> list[Path]:
@@ -264,11 +277,16 @@ def _read_folder(root: Path, label_column: str | None, reading: Reading) -> dict
             # Most likely the folder above the dataset's own: its anomalies would all be trained on as one class.
             inner = folder / nested.parts[0]
             raise InputError(f"{inner} is the only class folder and holds folders of its own; give {str(inner)!r} instead")
+    masks = _mask_files(root)
     splits = {}
     for split, (folder, paths, labels) in listed.items():
+        found = [_mask(masks, split, folder.relative_to(root), path) for path in paths]
+        if split == "test" and masks and not any(found):
+            what = "%s and all other masks there are left out, as no test image is called so; the mask of test/a/b.png is a/b_mask.png"
+            logger.warning(what, min(masks.values()))
         rows = [
-            (image, label, _mask(root, folder, path))
-            for path, label in zip(paths, labels, strict=True)
+            (image, label, mask)
+            for path, label, mask in zip(paths, labels, found, strict=True)
             for image in (slice_files(folder / path, reading) if is_medical(path) else [folder / path])
         ]
         splits[split] = from_files(*map(list, zip(*rows, strict=True)))
