@@ -148,8 +148,17 @@ def test_the_protocol_is_told(folder):
     division = {"protocol": "balanced", "classes": {"1": "oak", "2": "<b>"}, "max_train_images": 16, "contamination": 0.05}
     body, _ = card(folder, {**RESULTS, "division": division})
     check_whole(body)
-    for words in ("Protocol: balanced", "classes b, oak only", "at most 16 normal images", "5% of the training images are anomalies"):
+    for words in ("Protocol: balanced", "classes b, oak only", "at most 16 normal images", "a contamination of 0.05"):
         assert words in body
+
+
+def test_anomalies_in_the_training_are_told(folder):
+    assert "trained on normal images only" in card(folder)[0]
+    body, _ = card(folder, {**RESULTS, "num_train": 21, "division": {"protocol": "official", "contamination": 0.05}})
+    check_whole(body)
+    assert "normal images only" not in body
+    assert "trained on images taken for normal, 1 of which are anomalies, and" in body
+    assert "21 images to train on, 1 of them anomalies taken for normal, and 121 held out" in body
 
 
 def test_intervals_and_further_metrics_are_told_where_they_were_measured(folder):

@@ -680,6 +680,8 @@ def test_a_folder_with_odd_results(run, refused, detector, tmp_path):
     assert "\x1b" not in out
     Path("model/eval_results.json").write_text(json.dumps({"dataset": "scans", "num_train": None}))
     assert "scans, a stream of images" in run("info", "model")[1]
+    Path("model/eval_results.json").write_text(json.dumps({"dataset": "scans", "num_train": 21, "division": {"contamination": 0.05}}))
+    assert "scans, 21 images, 1 of them anomalies taken for normal" in run("info", "model")[1]
 
     Path("model/eval_results.json").write_text("{")
     for command in (["info", "model"], ["evaluate", "model", "--dataset_name", "digits"], ["card", "model"]):

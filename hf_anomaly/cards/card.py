@@ -161,6 +161,7 @@ def write_card(
         channels="gray" if config.num_channels == 1 else "RGB",
         known=known,
         protocol=_protocol(results.get("division") or {}),
+        anomalies_in_training=anomalies_in_training(results),
         results=results,
         rows=[(name, _with_interval(results, key)) for key, (_, name) in METRICS.items() if results.get(key) is not None],
         runs=_table_of_runs(results, other_runs),
@@ -185,6 +186,14 @@ def _with_interval(results: dict, key: str) -> str:
     return f"{results[key]:.4f}{tail}"
 
 
+def anomalies_in_training(results: dict) -> int:
+    """How many of a detector's training images are anomalies that `contamination` passed off as normal, by its results."""
+    division, num_train = results.get("division"), results.get("num_train")
+    share = division.get("contamination") if isinstance(division, dict) else None
+    known = all(isinstance(value, (int, float)) for value in (share, num_train))
+    return round(share * num_train) if known else 0  # as many as `contaminate` drew, which rounds, too
+
+
 def _protocol(division: dict) -> str:
     """How the images were divided, in words; empty if that is not known."""
     if not division:
@@ -196,7 +205,7 @@ def _protocol(division: dict) -> str:
     if division.get("max_train_images") is not None:
         words.append(f"at most {division['max_train_images']} normal images to train on")
     if division.get("contamination"):
-        words.append(f"{division['contamination']:.0%} of the training images are anomalies which were taken for normal")
+        words.append(f"a contamination of {division['contamination']:g}")
     return ", ".join(words)
 
 

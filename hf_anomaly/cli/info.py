@@ -40,7 +40,7 @@ def describe(model, results: dict) -> dict[str, str]:
         "parameters": f"{parameters:,}, in {str(model.dtype).removeprefix('torch.')}",
         "anomaly maps": "yes" if model.supports_anomaly_maps else f"no: {model.unsupported_maps_reason}",
         "normal": config.normal_label or "unknown",
-        "trained on": f"{results['dataset']}, {_number_of(results)} images" if "dataset" in results else "unknown: no eval_results.json",
+        "trained on": f"{results['dataset']}, {_images_of(results)}" if "dataset" in results else "unknown: no eval_results.json",
     }
     if getattr(config, "dissolver", None):
         facts["dissolver"] = f"{config.dissolver} {json.dumps(config.dissolver_settings or {})}"
@@ -81,6 +81,9 @@ def _results(name: str, revision: str | None) -> dict:
     return {} if path is None else read_json(Path(path))
 
 
-def _number_of(results: dict) -> str:
-    number = results.get("num_train", "?")
-    return "a stream of" if number is None else str(number)
+def _images_of(results: dict) -> str:
+    from ..cards.card import anomalies_in_training
+
+    number, anomalies = results.get("num_train", "?"), anomalies_in_training(results)
+    among = f", {anomalies} of them anomalies taken for normal" if anomalies else ""
+    return f"{'a stream of' if number is None else number} images{among}"
