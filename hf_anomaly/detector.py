@@ -12,7 +12,7 @@ import torch
 from huggingface_hub.dataclasses import strict
 from safetensors import SafetensorError
 from torch import nn
-from transformers import PreTrainedConfig, PreTrainedModel
+from transformers import BaseImageProcessor, PreTrainedConfig, PreTrainedModel
 from transformers import initialization as init
 from transformers.utils import ModelOutput, can_return_tuple
 from transformers.utils.hub import cached_file, resolve_revision
@@ -51,7 +51,17 @@ _LARGEST_PIXEL = 10  # beyond it are levels of 0 to 255 that were never rescaled
 _MOST_CALIBRATION_SCORES = 10**9
 
 # What `save_pretrained(push_to_hub=True)` hands on.
-_PUSH_ARGUMENTS = ("repo_id", "commit_message", "commit_description", "private", "revision", "create_pr", "tags", "git_tag")
+_PUSH_ARGUMENTS = (
+    "repo_id",
+    "commit_message",
+    "commit_description",
+    "private",
+    "revision",
+    "create_pr",
+    "tags",
+    "git_tag",
+    "image_processor",
+)
 
 
 @strict
@@ -556,6 +566,7 @@ class AnomalyDetector(PreTrainedModel):
         max_shard_size: int | str = "50GB",
         tags: list[str] | None = None,
         git_tag: str | None = None,
+        image_processor: BaseImageProcessor | None = None,
     ) -> CommitInfo:
         """Pushes the detector whole, in one commit: weights, config, processor, card, results and dissolver.
 
@@ -569,6 +580,7 @@ class AnomalyDetector(PreTrainedModel):
             max_shard_size: larger weights are saved in several files.
             tags: for the card.
             git_tag: also gives the commit this tag.
+            image_processor: goes with it in place of the one that lies beside the detector.
 
         Raises:
             NotFittedError: before `fit_reference`.
@@ -579,6 +591,8 @@ class AnomalyDetector(PreTrainedModel):
             folder = Path(folder, repo_id.split("/")[-1])
             with hub_errors(repo_id):
                 self._save(folder, token=token, max_shard_size=max_shard_size, whole=True)
+            if image_processor is not None:
+                image_processor.save_pretrained(folder)
             if not (folder / "README.md").exists():
                 write_card(folder, self)
             if tags:

@@ -171,6 +171,10 @@ class AnomalyImageProcessor(PilBackend):
         write_remote_code(save_directory)
         return files
 
+    def _upload_modified_files(self, working_dir, *args, **kwargs):
+        write_remote_code(working_dir)  # `save_pretrained` uploads before it returns, and the config names this file
+        return super()._upload_modified_files(working_dir, *args, **kwargs)
+
     @classmethod
     def register_for_auto_class(cls, auto_class="AutoImageProcessor"):
         """Nothing: a saved processor refers to the package, whose code is not copied beside it."""

@@ -18,6 +18,7 @@ from transformers import Pipeline
 from .data.transforms import process_decoded
 from .detector import AnomalyDetector, AnomalyDetectorOutput
 from .errors import HubError, InputError
+from .hub import CommitInfo
 from .image_processing import AnomalyImageProcessor, read_any_image
 
 logger = logging.getLogger(__name__)
@@ -187,8 +188,14 @@ class AnomalyDetectionPipeline(Pipeline):
 
     def save_pretrained(self, save_directory: str | os.PathLike, **kwargs) -> None:
         """Saves detector and processor. The pipeline itself is the package's: no code is copied, no `custom_pipelines` written."""
+        if kwargs.get("push_to_hub"):
+            kwargs["image_processor"] = self.image_processor
         self.model.save_pretrained(save_directory, **kwargs)
         self.image_processor.save_pretrained(save_directory)
+
+    def push_to_hub(self, repo_id: str, **settings) -> CommitInfo:
+        """Pushes detector and processor whole, in one commit; `settings` and errors are those of `AnomalyDetector.push_to_hub`."""
+        return self.model.push_to_hub(repo_id, image_processor=self.image_processor, **settings)
 
 
 class _Rows(Dataset):

@@ -65,6 +65,32 @@ def test_private_pull_request_shards_and_save_pretrained(hub):
     """)
 
 
+def test_a_pipeline_and_a_processor(hub):
+    hub.run(f"""
+        from transformers import pipeline
+
+        WHOLE = {WHOLE}
+        AutoModel.from_pretrained(finished()).push_to_hub("org/piped")
+        pipe = pipeline("image-anomaly-detection", model=str(finished("another")))
+        pipe.image_processor.window = "full"
+        pipe.push_to_hub("org/piped", commit_message="Piped", private=True)
+        assert titles("org/piped")[0] == "Piped" and files("org/piped") == WHOLE, (titles("org/piped"), files("org/piped"))
+        assert "0.8765" in text("org/piped") and "library_name: hf-anomaly" in text("org/piped")
+        assert '"window": "full"' in text("org/piped", "preprocessor_config.json")
+        refused(TypeError, lambda: pipe.push_to_hub("org/piped", privat=True), "privat")
+        # Of a detector and a processor that lie nowhere.
+        pipe = pipeline("image-anomaly-detection", model=detector(), image_processor=pipe.image_processor)
+        pipe.save_pretrained("piped", push_to_hub=True, repo_id="org/saved-pipe")
+        assert files("org/saved-pipe") == {{"README.md", "config.json", "model.safetensors", "modeling_hf_anomaly.py", "preprocessor_config.json"}}
+        assert "# saved-pipe" in text("org/saved-pipe") and '"window": "full"' in text("org/saved-pipe", "preprocessor_config.json")
+        # A processor alone, with the file that its auto_map names.
+        pipe.image_processor.save_pretrained("processor", push_to_hub=True, repo_id="org/processor")
+        assert files("org/processor") >= {{"preprocessor_config.json", "modeling_hf_anomaly.py"}}, files("org/processor")
+        pipe.image_processor.push_to_hub("org/pushed-processor")
+        assert "modeling_hf_anomaly.py" in files("org/pushed-processor")
+    """)
+
+
 def test_a_detector_from_anywhere_is_pushed_whole(hub):
     hub.run(f"""
         WHOLE = {WHOLE}
