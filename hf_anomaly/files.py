@@ -51,6 +51,20 @@ def replacing(path: str | os.PathLike) -> Iterator[Path]:
         temporary.unlink(missing_ok=True)
 
 
+@contextmanager
+def writing(path: str | os.PathLike) -> Iterator[Path]:
+    """As `replacing`, for a path that a user names: of a link the file that it leads to is replaced, and a device or pipe is written to.
+
+    A folder that was downloaded takes `replacing`: links in it may lead anywhere.
+    """
+    path = Path(path)
+    if path.exists() and not path.is_file():
+        yield path
+        return
+    with replacing(path.resolve()) as temporary:
+        yield temporary
+
+
 def check_output(flag: str, path: str | os.PathLike | None, *, folder: bool = False) -> None:
     """Refuses a path to write to, if one was given, where a folder lies in place of a file, or with `folder` a file in place of a folder.
 

@@ -8,14 +8,14 @@ import PIL.Image
 import torch
 
 from .errors import InputError
-from .files import replacing
+from .files import writing
 from .image_processing import to_eight_bit_image
 from .ops.maps import resize_maps
 
 
 def write_image(image: PIL.Image.Image, path: str | os.PathLike) -> None:
     """Writes a PNG file, whole or not at all."""
-    with replacing(path) as temporary:
+    with writing(path) as temporary:
         image.save(temporary, format="PNG")
 
 

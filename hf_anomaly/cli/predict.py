@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ..errors import InputError
-from ..files import check_name, check_output, files_below, replacing
+from ..files import check_name, check_output, files_below, writing
 from .parsing import Parser
 
 if TYPE_CHECKING:
@@ -299,7 +299,7 @@ def _table(output: str | None, columns: list[str]) -> Iterator[Callable[[dict], 
     if output is None:
         yield _csv(sys.stdout, columns)
         return
-    with replacing(output) as temporary, open(temporary, "w", encoding="utf-8", newline="") as file:
+    with writing(output) as temporary, open(temporary, "w", encoding="utf-8", newline="") as file:
         yield _csv(file, columns) if Path(output).suffix == ".csv" else _jsonl(file)
 
 

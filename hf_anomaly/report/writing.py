@@ -17,7 +17,7 @@ from ..cards.figures import draw_precision_recall, draw_roc, draw_scores
 from ..data import collate, decode_image, file_name, prepare
 from ..detector import AnomalyDetector
 from ..errors import InputError
-from ..files import replacing
+from ..files import writing
 from ..image_processing import to_eight_bit_image
 from ..metrics import bootstrap_intervals, image_metrics
 from ..training.evaluation import INTERVAL_CONFIDENCE
@@ -107,7 +107,7 @@ def write_report(
         version=__version__,
     )
     path = Path(path)
-    with replacing(path) as temporary:
+    with writing(path) as temporary:
         temporary.write_text(page, encoding="utf-8")
     return path
 

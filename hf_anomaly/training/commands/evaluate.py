@@ -15,12 +15,12 @@ from torch.utils.data import DataLoader
 from ...data import collate, decode_image, file_name
 from ...data.sources import dataset_label
 from ...errors import InputError
-from ...files import check_output, read_json
+from ...files import check_output, read_json, writing
 from ...visualization import VISIBLE, overlay_anomaly_map, write_image
 from .. import DataArguments, EvaluationDataArguments, parse_arguments
 from ..baselines import compare_with_baselines
 from ..evaluation import evaluate_detector
-from ..runs import load_detector, load_splits, write_json
+from ..runs import load_detector, load_splits
 
 logger = logging.getLogger(__name__)
 
@@ -178,6 +178,8 @@ def main(argv: list[str], program: str) -> None:
     if whole is not None:
         results["baselines"] = compare_with_baselines(model, processor, whole.train, whole.test, batch_size=args.batch_size)
     results["seconds"] = round(time.time() - started, 1)
+    text = json.dumps(results, indent=2, sort_keys=True, allow_nan=False)
     if args.output is not None:
-        write_json(Path(args.output), results)
-    print(json.dumps(results, indent=2, sort_keys=True, allow_nan=False))
+        with writing(args.output) as file:
+            file.write_text(f"{text}\n")
+    print(text)

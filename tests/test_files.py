@@ -1,0 +1,52 @@
+"""Files appear whole or not at all, where the user said."""
+
+import os
+import threading
+
+import pytest
+
+from hf_anomaly.files import replacing, writing
+
+
+@pytest.mark.parametrize("open_", [replacing, writing])
+def test_a_file_is_replaced_when_all_went_well(tmp_path, open_):
+    path = tmp_path / "folder" / "x"
+    with open_(path) as temporary:
+        temporary.write_text("old")
+
+    def fail():
+        with open_(path) as temporary:
+            temporary.write_text("half")
+            raise RuntimeError
+
+    with pytest.raises(RuntimeError):
+        fail()
+    assert path.read_text() == "old"
+    assert os.listdir(path.parent) == ["x"]
+
+
+def test_of_a_link_its_target_is_written(tmp_path):
+    (tmp_path / "there").mkdir()
+    (tmp_path / "there" / "target").write_text("old")
+    for name in ("target", "none-yet"):
+        link = tmp_path / name
+        link.symlink_to(tmp_path / "there" / name)
+        with writing(link) as temporary:
+            temporary.write_text("new")
+        assert link.is_symlink()
+        assert (tmp_path / "there" / name).read_text() == "new"
+    with replacing(link) as temporary:
+        temporary.write_text("own")
+    assert (link.is_symlink(), link.read_text(), (tmp_path / "there" / name).read_text()) == (False, "own", "new")
+
+
+def test_a_pipe_is_written_to(tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    read = []
+    reader = threading.Thread(target=lambda: read.append((tmp_path / "pipe").read_text()))
+    reader.start()
+    with writing(tmp_path / "pipe") as path:
+        path.write_text("all")
+    reader.join()
+    assert read == ["all"]
+    assert (tmp_path / "pipe").is_fifo()
