@@ -14,7 +14,7 @@ from transformers import AutoImageProcessor, pipeline
 from hf_anomaly import AnomalyImageProcessor, InputError, SharedAEConfig, SharedAEModel
 from hf_anomaly.cli import main
 from hf_anomaly.data import Reading, decode_image, file_name, formats, load_one_class, prepare, read_image, stream_one_class
-from hf_anomaly.data.formats import apply_window, parse_window, read_slices
+from hf_anomaly.data.formats import apply_window, image_suffixes, parse_window, read_slices
 from hf_anomaly.data.transforms import decode_mask
 from hf_anomaly.image_processing import to_eight_bit_image
 from hf_anomaly.training import DataArguments, parse_arguments
@@ -252,6 +252,32 @@ def test_from_the_folder_to_the_pipeline(tmp_path, refused):
     main(["predict", str(tmp_path / "model"), str(tmp_path / "data" / "test"), "--output", str(tmp_path / "scores.jsonl")])
     lines = (tmp_path / "scores.jsonl").read_text().splitlines()
     assert [json.loads(line)["score"] for line in lines] == pytest.approx([expected] * 2)
+
+
+# Formats
+
+
+@pytest.mark.parametrize(
+    "suffix",
+    ["jpg", "mpo", "png", "pgm", "bmp", "dib", "tif", "webp", "avif", "jp2", "gif", "ico", "dds", "tga", "pcx", "sgi"],
+)
+def test_formats_that_are_read(tmp_path, suffix):
+    path = tmp_path / f"x.{suffix}"
+    PIL.Image.new("L", (32, 32), 100).convert("RGB" if suffix in ("mpo", "dds", "avif", "webp") else "L").save(path)
+    assert f".{suffix}" in image_suffixes()
+    for image in (read_image(path), decode_image({"bytes": path.read_bytes()}, "")):
+        assert np.abs(np.asarray(image.convert("L"), int) - 100).max() <= 2
+
+
+def test_what_would_start_programs_is_no_image(tmp_path, refused, monkeypatch):
+    monkeypatch.setattr("subprocess.Popen", lambda *args, **options: pytest.fail("a program was started"))
+    for name in ("x.png", "x.eps"):
+        (tmp_path / name).write_bytes(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 8 8\n%%EndComments\n")
+        with refused(name, "unknown image format"):
+            decode_image({"path": str(tmp_path / name)}, "")
+        with refused(name, "unreadable image"):
+            read_image(tmp_path / name)
+    assert image_suffixes().isdisjoint({".eps", ".ps", ".wmf", ".emf", ".h5", ".hdf", ".mpg", ".mpeg", ".grib", ".bufr"})
 
 
 # DICOM

@@ -10,7 +10,7 @@ import shutil
 from collections.abc import Iterator, Sequence
 from dataclasses import astuple, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, BinaryIO
 
 import numpy as np
 import PIL.Image
@@ -25,6 +25,11 @@ if TYPE_CHECKING:
 DICOM_SUFFIXES = (".dcm", ".dicom")
 NIFTI_SUFFIXES = (".nii", ".nii.gz")
 MEDICAL_SUFFIXES = DICOM_SUFFIXES + NIFTI_SUFFIXES
+# What Pillow decodes itself, whatever a file is called: for EPS it starts a program, of HDF5 or MPEG it merely knows the names. PCX and TGA come last, which
+# have hardly anything in their headers to be told by; MPO is opened as JPEG.
+RASTER_FORMATS = (
+    "JPEG", "MPO", "PNG", "PPM", "BMP", "DIB", "TIFF", "WEBP", "AVIF", "JPEG2000", "GIF", "ICO", "DDS", "FITS", "PSD", "QOI", "SGI", "SUN", "PCX", "TGA",
+)  # fmt: skip
 FULL = "full"
 SLICES = ("hf_anomaly", "slices")  # below the cache of datasets: a folder for each file that is cut
 _FORMAT = 2  # of the slices: raise it when files are read otherwise, and those cut before are no longer found
@@ -194,9 +199,19 @@ def to_eight_bits(image: PIL.Image.Image, window: Window, name: str) -> PIL.Imag
 
 
 def image_suffixes() -> set[str]:
-    """The suffixes of files that Pillow reads, in lower case."""
+    """The suffixes of files in `RASTER_FORMATS`, in lower case."""
     PIL.Image.init()
-    return {suffix for suffix, kind in PIL.Image.EXTENSION.items() if kind in PIL.Image.OPEN}
+    return {suffix for suffix, kind in PIL.Image.EXTENSION.items() if kind in RASTER_FORMATS}
+
+
+def open_raster(file: str | os.PathLike[str] | BinaryIO) -> PIL.Image.Image:
+    """Opens a file of the `RASTER_FORMATS`, without decoding it.
+
+    Raises:
+        Exception: whatever Pillow's plugins raise on others and on broken ones.
+    """
+    PIL.Image.init()
+    return PIL.Image.open(file, formats=[name for name in RASTER_FORMATS if name in PIL.Image.OPEN])
 
 
 def is_medical(path: str | os.PathLike[str]) -> bool:
@@ -216,7 +231,7 @@ def read_image(path: str | os.PathLike[str], window: Window = None) -> PIL.Image
             raise InputError(f"{path} holds {len(slices)} slices, not one image: `hf-anomaly predict` scores them all; else cut it up")
         return slices[0]
     try:
-        image = PIL.Image.open(path)
+        image = open_raster(path)
         check_depth(image, str(path), window)
         load_pixels(image)
     except OSError as error:

@@ -15,7 +15,19 @@ import PIL.ImageOps
 import torch
 
 from ..errors import InputError
-from .formats import FULL, SLICES, Window, check_depth, is_medical, is_white_zero, load_pixels, read_image, stored_values, to_eight_bits
+from .formats import (
+    FULL,
+    SLICES,
+    Window,
+    check_depth,
+    is_medical,
+    is_white_zero,
+    load_pixels,
+    open_raster,
+    read_image,
+    stored_values,
+    to_eight_bits,
+)
 
 if TYPE_CHECKING:
     import datasets
@@ -73,7 +85,7 @@ def open_image(value: dict[str, Any] | PIL.Image.Image | np.ndarray, where: str,
         image = value
     elif isinstance(value, dict) and (value.get("bytes") is not None or value.get("path") is not None):
         try:
-            image = PIL.Image.open(io.BytesIO(value["bytes"]) if value.get("bytes") is not None else Path(value["path"]))
+            image = open_raster(io.BytesIO(value["bytes"]) if value.get("bytes") is not None else Path(value["path"]))
         except Exception as error:  # on broken files PIL's plugins raise OSError, SyntaxError, struct.error, DecompressionBombError …
             raise _unreadable(value, where, error) from error
     else:
