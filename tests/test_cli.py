@@ -453,9 +453,10 @@ def test_what_of_a_folder_is_scored(run, refused, detector, scans):
 
 def test_pages_that_are_not_scored_are_told_of(run, detector, tmp_path, caplog):
     pages = [PIL.Image.new("L", (16, 16), level) for level in (10, 200)]
-    pages[0].save("scan.tif", save_all=True, append_images=pages[1:])
-    assert run("predict", detector, "scan.tif")[0] == 0
-    assert "scan.tif has 2 pages, of which only the first is scored" in caplog.text
+    for name in ("scan.tif", "scan.gif", "scan.webp", "scan.png"):
+        pages[0].save(name, save_all=True, append_images=pages[1:])
+        assert run("predict", detector, name)[0] == 0
+        assert f"{name} has 2 pages or frames, of which only the first is scored" in caplog.text
 
 
 def test_broken_later_pages_do_not_end_it(run, detector, tmp_path):

@@ -373,12 +373,13 @@ def test_files_that_are_no_images_are_named(tmp_path, caplog):
     assert f"{folder}: left out, as no images: .heic (1)" in caplog.messages
 
 
-def test_pages_of_a_tiff_file(tmp_path, caplog):
+@pytest.mark.parametrize("suffix", ["tiff", "gif", "webp", "png", "avif"])
+def test_pages_and_frames_of_a_file(tmp_path, caplog, suffix):
     pages = [PIL.Image.fromarray(pixels(i)) for i in range(3)]
-    pages[0].save(tmp_path / "0.tiff", save_all=True, append_images=pages[1:])
-    pages[0].save(tmp_path / "1.tiff")
+    pages[0].save(tmp_path / f"0.{suffix}", save_all=True, append_images=pages[1:])
+    pages[0].save(tmp_path / f"1.{suffix}")
     load_one_class(tmp_path)
-    assert "1 images of split 'train' are TIFF files of several pages, of which only the first is read" in caplog.text
+    assert "1 images of split 'train' have several pages or frames, of which only the first is read" in caplog.text
 
 
 def test_annotations_beside_images_are_no_digits(tmp_path):

@@ -172,10 +172,9 @@ def _read_file(path: str, reading: Reading) -> list[PIL.Image.Image]:
     if is_medical(path):
         return read_slices(path, reading)
     image = decode_image({"path": path}, path, reading.window)
-    if Path(path).suffix.lower() in (".tif", ".tiff"):
-        with open_image({"path": path}, path, reading.window) as file:
-            if (count := num_pages(file)) > 1:
-                logger.warning("%s has %d pages, of which only the first is scored: cut it up", path, count)
+    with open_image({"path": path}, path, reading.window) as file:
+        if (count := num_pages(file)) > 1:
+            logger.warning("%s has %d pages or frames, of which only the first is scored: cut it up", path, count)
     return [image]
 
 

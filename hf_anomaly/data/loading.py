@@ -305,7 +305,7 @@ def check_images(dataset: datasets.Dataset, split_name: str, window: Window = No
             stacks += num_pages(image) > 1
     if stacks:
         logger.warning(
-            "%d images of split %r are TIFF files of several pages, of which only the first is read: cut them up", stacks, split_name
+            "%d images of split %r have several pages or frames, of which only the first is read: cut them up", stacks, split_name
         )
     return headers
 

@@ -95,9 +95,9 @@ def open_image(value: dict[str, Any] | PIL.Image.Image | np.ndarray, where: str,
 
 
 def num_pages(image: PIL.Image.Image) -> int:
-    """Of an opened TIFF file; 1 of any other image, and where what follows the first page is broken."""
+    """Of an opened file, its pages or frames; 1 where what follows the first is broken, and where it is part of the first, as in PSD and MPO."""
     with suppress(Exception):  # as in open_image
-        if image.format == "TIFF":
+        if image.format in ("TIFF", "GIF", "WEBP", "PNG", "AVIF"):
             return image.n_frames
     return 1
 
