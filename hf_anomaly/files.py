@@ -26,6 +26,11 @@ def files_below(root: str | os.PathLike, leave_out: Collection[str] = ()) -> Ite
         yield from (Path(folder, name) for name in sorted(names) if not name.startswith("."))
 
 
+def shortened(name: str) -> str:
+    """A file's name, or its beginning, to be part of another's: that may have 255 bytes."""
+    return name.encode()[:200].decode(errors="ignore")
+
+
 def check_name(path: str | os.PathLike) -> None:
     """Refuses a file's name that no table could hold.
 

@@ -1,5 +1,6 @@
 """From a detector's output to something a person sees: the right place, the right size, one range for all."""
 
+import errno
 import inspect
 import json
 import runpy
@@ -315,6 +316,24 @@ def test_the_highest_scoring_images_are_written(evaluate, detector, processor, t
     for path, row in zip(files, rows, strict=True):
         expected = overlay_anomaly_map(images[row], output.anomaly_maps[row], value_range=detector.config.anomaly_map_range, least_size=224)
         assert np.abs(np.asarray(PIL.Image.open(path)).astype(int) - np.asarray(expected)).max() <= 1
+
+
+def test_maps_of_images_with_long_names(evaluate, tmp_path):
+    (tmp_path / "test" / "square").mkdir(parents=True)
+    textures(1, 9, planted=True)[0].save(tmp_path / "test" / "square" / f"{'x' * 251}.png")
+    status, _, err = evaluate("--save_maps", tmp_path / "maps")
+    assert status == 0, err
+    assert sum(path.name.endswith(f"_square_{'x' * 193}_anomaly.png") for path in (tmp_path / "maps").iterdir()) == 1
+
+
+def test_maps_that_cannot_be_written_cost_no_results(evaluate, tmp_path, monkeypatch):
+    def full(image, path):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("hf_anomaly.training.commands.evaluate.write_image", full)
+    status, out, err = evaluate("--save_maps", tmp_path / "maps", "--output", tmp_path / "results.json")
+    assert (status, "make room" in err) == (2, True)
+    assert json.loads(out)["num_anomalous"] == json.loads((tmp_path / "results.json").read_text())["num_anomalous"] == 4
 
 
 @pytest.mark.parametrize(

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ..errors import InputError
-from ..files import check_name, check_output, files_below, writing
+from ..files import check_name, check_output, files_below, shortened, writing
 from .parsing import Parser
 
 if TYPE_CHECKING:
@@ -30,7 +30,6 @@ logger = logging.getLogger(__name__)
 
 SUFFIXES = (".csv", ".jsonl")
 DATASET_FILES = (".npz", ".parquet")
-LONGEST_STEM = 200  # bytes of an image's name in that of its overlay: a file's name may have 255
 OF_DATASETS = ("split", "image_column", "dataset_config_name", "dataset_revision")  # options that say nothing of files
 
 
@@ -127,8 +126,7 @@ def run(args: Namespace) -> None:
             name, image = decoded.popleft()
             row = {"image": name, **{column: result[column] for column in columns[1:5]}}
             if args.save_maps is not None:
-                stem = Path(name).stem.encode()[:LONGEST_STEM].decode(errors="ignore")
-                row["overlay"] = f"{scored:06d}_{stem}.png"
+                row["overlay"] = f"{scored:06d}_{shortened(Path(name).stem)}.png"
                 overlay = overlay_anomaly_map(image, result["anomaly_map"], value_range=model.config.anomaly_map_range, least_size=VISIBLE)
                 write_image(overlay, Path(args.save_maps, row["overlay"]))
             write(row)

@@ -15,7 +15,7 @@ from torch.utils.data import DataLoader
 from ...data import collate, decode_image, file_name
 from ...data.sources import dataset_label
 from ...errors import InputError
-from ...files import check_output, read_json, writing
+from ...files import check_output, read_json, shortened, writing
 from ...visualization import VISIBLE, overlay_anomaly_map, write_image
 from .. import DataArguments, EvaluationDataArguments, parse_arguments
 from ..baselines import compare_with_baselines
@@ -119,7 +119,7 @@ def save_maps(model, processor, dataset, rows: list[int], folder: Path) -> None:
         outputs = model(processor(images=image, return_tensors="pt")["pixel_values"].to(model.device), output_anomaly_maps=True)
         overlay = overlay_anomaly_map(image, outputs.anomaly_maps[0], value_range=model.config.anomaly_map_range, least_size=VISIBLE)
         found = Path(file_name(record["image"], f"row{record['row']}")).with_suffix("").as_posix().replace("/", "_")
-        name = f"{rank:04d}_{found}_{dataset.features['label'].int2str(record['label'])}.png"
+        name = f"{rank:04d}_{shortened(found)}_{dataset.features['label'].int2str(record['label'])}.png"
         write_image(overlay, folder / name)
 
 
@@ -168,11 +168,11 @@ def main(argv: list[str], program: str) -> None:
 
     whole = load_for_baselines(args, data_args) if args.baselines else None  # refused before anything is scored
 
+    scored = []
+
     def score(dataset):
-        scores, labels = model.score(DataLoader(dataset, batch_size=args.batch_size, collate_fn=collate))
-        if args.save_maps is not None:
-            save_maps(model, processor, splits.test, scores.topk(min(args.num_maps, len(scores))).indices.tolist(), Path(args.save_maps))
-        return scores, labels
+        scored[:] = model.score(DataLoader(dataset, batch_size=args.batch_size, collate_fn=collate))
+        return tuple(scored)
 
     results = evaluate_detector(model, processor, splits, score, batch_size=args.batch_size)
     if whole is not None:
@@ -183,3 +183,6 @@ def main(argv: list[str], program: str) -> None:
         with writing(args.output) as file:
             file.write_text(f"{text}\n")
     print(text)
+    if args.save_maps is not None and scored:  # last, so that a full disk costs no results
+        scores = scored[0]
+        save_maps(model, processor, splits.test, scores.topk(min(args.num_maps, len(scores))).indices.tolist(), Path(args.save_maps))
