@@ -1,6 +1,7 @@
 """More than 8 bits: windows, 16-bit PNG and TIFF, real DICOM and NIfTI files."""
 
 import json
+import os
 import struct
 import tracemalloc
 
@@ -354,6 +355,7 @@ def test_dicom_of_other_kinds(tmp_path, refused):
     assert np.array_equal(np.stack(slices), slow_window(frames, 0, 2000))
     central = read_slices(path, Reading((0, 2000), central_slices=2))
     assert np.array_equal(np.stack(central), slow_window(frames[1:3], 0, 2000))
+    assert [image.info["slice"] for image in central] == [1, 2]
     with refused("frames.dcm", "4 slices"):
         read_image(path, (0, 2000))
     (tmp_path / "broken.dcm").write_bytes(b"no DICOM")
@@ -482,6 +484,8 @@ def test_folder_of_volumes(tmp_path, refused):
     splits = load_one_class(tmp_path, reading=Reading((-160, 240), central_slices=3))
     assert len(splits.train) + len(splits.calibration) == 6
     assert splits.test["label"][:] == [1, 1, 1]
+    first = VOLUME.shape[2] // 2 - 1
+    assert [os.path.basename(value["path"]) for value in splits.test["image"]] == [f"x.nii.gz-{first + i:04d}.png" for i in range(3)]
     with refused("0.nii.gz", "--window"):
         load_one_class(tmp_path)
     write_nifti(tmp_path / "train" / "healthy" / "four.nii", np.zeros((3, 3, 3, 2), np.int16))
@@ -517,7 +521,8 @@ def test_volumes_are_sliced_as_in_the_training(tmp_path, capsys):
     for source in (volume, volume.parent):
         main(["predict", str(tmp_path / "model"), str(source)])
         rows = [line.split(",") for line in capsys.readouterr().out.splitlines()[1:]]
-        assert [row[0] for row in rows[:2]] == [f"{volume}/0000", f"{volume}/0001"]
+        first = VOLUME.shape[0] // 2 - 1
+        assert [row[0] for row in rows[:2]] == [f"{volume}/{first:04d}", f"{volume}/{first + 1:04d}"]
     assert len(rows) == 4
     pixels = processor(images=read_slices(volume, Reading((-160, 240), 0, 2)), return_tensors="pt")["pixel_values"]
     assert [float(row[1]) for row in rows[:2]] == pytest.approx(model.eval()(pixels).scores.tolist(), rel=1e-5)

@@ -106,8 +106,8 @@ def run(args: Namespace) -> None:
                     raise
                 skipped.append(str(error))
                 continue
-            for number, image in enumerate(found):
-                decoded.append((name if len(found) == 1 else f"{name}/{number:04d}", image))
+            for image in found:
+                decoded.append((name if len(found) == 1 else f"{name}/{image.info['slice']:04d}", image))
                 yield image
 
     results = pipe(

@@ -240,14 +240,18 @@ def read_image(path: str | os.PathLike[str], window: Window = None) -> PIL.Image
 
 
 def read_slices(path: str | os.PathLike[str], reading: Reading) -> list[PIL.Image.Image]:
-    """The slices of a NIfTI volume, or the frames of a DICOM file, L or RGB, 8 bits.
+    """The slices of a NIfTI volume, or the frames of a DICOM file, L or RGB, 8 bits; `info["slice"]` of each is its number in the file, from 0 on.
 
     Raises:
         InputError: as `read_image`.
     """
     read = _read_nifti if os.fspath(path).lower().endswith(NIFTI_SUFFIXES) else _read_dicom
     try:
-        return [PIL.Image.fromarray(array) for array in read(Path(path), reading)]
+        images = []
+        for number, array in read(Path(path), reading):
+            images.append(PIL.Image.fromarray(array))
+            images[-1].info["slice"] = number
+        return images
     except ImportError as error:
         raise InputError(f"{path}: DICOM and NIfTI files need pydicom and nibabel: pip install 'hf-anomaly[medical]'") from error
     except InputError:
@@ -274,8 +278,8 @@ def slice_files(path: Path, reading: Reading) -> list[Path]:
         shutil.rmtree(temporary, ignore_errors=True)
         temporary.mkdir(parents=True)
         try:
-            for number, image in enumerate(read_slices(path, reading)):
-                image.save(temporary / f"{path.name}-{number:04d}.png")
+            for image in read_slices(path, reading):
+                image.save(temporary / f"{path.name}-{image.info['slice']:04d}.png")
             if not folder.is_dir():  # another process may have been faster
                 os.replace(temporary, folder)
         finally:
@@ -283,7 +287,7 @@ def slice_files(path: Path, reading: Reading) -> list[Path]:
     return sorted(folder.iterdir())
 
 
-def _read_nifti(path: Path, reading: Reading) -> list[np.ndarray]:
+def _read_nifti(path: Path, reading: Reading) -> Iterator[tuple[int, np.ndarray]]:
     import nibabel
 
     image = nibabel.as_closest_canonical(nibabel.load(path))  # the axes point right, to the front, up
@@ -296,10 +300,10 @@ def _read_nifti(path: Path, reading: Reading) -> list[np.ndarray]:
     low, high = _own_range(volume) if reading.window == FULL else reading.window
     axis = reading.slice_axis
     # Turned so that what is up, or in axial slices in front, is above.
-    return [np.rot90(apply_window(volume.take(i, axis), low, high)) for i in reading.chosen(volume.shape[axis])]
+    return ((i, np.rot90(apply_window(volume.take(i, axis), low, high))) for i in reading.chosen(volume.shape[axis]))
 
 
-def _read_dicom(path: Path, reading: Reading) -> Iterator[np.ndarray]:
+def _read_dicom(path: Path, reading: Reading) -> Iterator[tuple[int, np.ndarray]]:
     import pydicom
     from pydicom.pixels import apply_modality_lut, iter_pixels
 
@@ -309,14 +313,14 @@ def _read_dicom(path: Path, reading: Reading) -> Iterator[np.ndarray]:
     # One by one: as float64 they take several times the file. (rows, columns[, 3]), YBR already as RGB.
     for frame, pixels in zip(frames, iter_pixels(header, indices=frames), strict=True):
         if header.get("SamplesPerPixel", 1) == 3 and pixels.dtype == np.uint8:
-            yield pixels
+            yield frame, pixels
             continue
         if photometric not in ("MONOCHROME1", "MONOCHROME2"):
             raise InputError(f"{path}: {photometric} of {header.BitsAllocated} bits is not read; convert it to 8-bit gray or RGB")
         rescaling = _of_frame(header, frame, "PixelValueTransformationSequence")
         low, high = _dicom_window(path, header, rescaling, _of_frame(header, frame, "FrameVOILUTSequence"), reading.window)
         values = apply_window(apply_modality_lut(pixels, rescaling), low, high)
-        yield 255 - values if photometric == "MONOCHROME1" else values  # there the lowest value is white
+        yield frame, 255 - values if photometric == "MONOCHROME1" else values  # there the lowest value is white
 
 
 def _of_frame(header: pydicom.Dataset, frame: int, sequence: str) -> pydicom.Dataset:
