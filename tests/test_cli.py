@@ -9,6 +9,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import datasets
 import numpy as np
 import PIL.Image
 import pytest
@@ -430,6 +431,20 @@ def test_the_files_that_a_table_lists(run, refused, detector, scans):
     assert [float(row["score"]) for row in rows] == pytest.approx(scores_of(detector, [row["image"] for row in rows]).tolist(), rel=1e-5)
 
 
+def test_folders_that_hold_datasets(run, refused, detector, scans):
+    images = datasets.Dataset.from_dict({"image": [str(scans / f"{name}.png") for name in "ab"]}).cast_column("image", datasets.Image())
+    Path("parquet").mkdir()
+    images.to_parquet("parquet/train-00000-of-00001.parquet")
+    images.save_to_disk("saved")
+    datasets.DatasetDict({"train": images.select([0]), "test": images}).save_to_disk("splits")
+    expected = [line.split(",")[1:] for line in run("predict", detector, scans / "a.png", scans / "b.png")[1].splitlines()[1:]]
+    for folder, split in (("parquet", "train"), ("saved", "train"), ("splits", "test")):
+        status, out, err = run("predict", detector, folder, *(["--split", split] if folder == "splits" else []))
+        assert status == 0, err
+        assert [line.split(",") for line in out.splitlines()[1:]] == [[f"{split}/{i}", *values] for i, values in enumerate(expected)]
+    refused(["predict", detector, "splits"], "train, test", "--split")
+
+
 def test_a_parquet_file_as_pandas_writes_it(run, detector, scans):
     """Its images are structures of bytes and path, of which nothing says that they are images."""
     pandas = pytest.importorskip("pandas")
@@ -609,7 +624,7 @@ def test_what_predict_does_not_find(refused, detector, scans):
     refused(["predict", detector, "none/*.png"], "none/*.png", "matches no file")
     refused(["predict", "no-model", scans], "no-model")
     Path("empty").mkdir()
-    refused(["predict", detector, "empty"], "empty", "no images")
+    refused(["predict", detector, "empty"], "empty holds neither images nor parquet files")
 
 
 def test_predict_with_a_window(run, refused, detector, tmp_path):

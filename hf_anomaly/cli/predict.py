@@ -44,7 +44,7 @@ def parse(argv: list[str]) -> Namespace:
         "images",
         nargs="+",
         help="image files, volumes (slice by slice), folders, patterns such as 'scans/*.png', a Hub dataset (scored while it is downloaded), .npz, "
-        ".parquet or .csv file",
+        ".parquet or .csv file, a folder of parquet files or what save_to_disk wrote",
     )
     parser.option("output", "the table to write, .csv or .jsonl (default: printed as CSV)")
     parser.option("save_maps", "folder for a PNG of each image with its anomaly map over it")
@@ -206,7 +206,8 @@ def _sources(args: Namespace) -> Iterable[Files | Rows]:
 
     for word in args.images:
         if os.path.isdir(word):
-            yield Files(_in_folder(word))
+            paths = _in_folder(word)
+            yield Files(paths) if paths else _rows(word, args)  # parquet files, what `save_to_disk` wrote, an original download
         elif os.path.isfile(word) and word.endswith(".csv"):
             yield _listed(word, args)
         elif os.path.isfile(word) and not word.endswith(DATASET_FILES):
@@ -228,10 +229,7 @@ def _in_folder(folder: str) -> list[str]:
 
     suffixes = image_suffixes()
     images = [path for path in files_below(folder, MASK_FOLDERS) if path.suffix.lower() in suffixes or is_medical(path)]
-    paths = [str(Path(folder, path)) for path in without_masks([image.relative_to(folder) for image in images])]
-    if not paths:
-        raise InputError(f"{folder} holds no images; check the path")
-    return paths
+    return [str(Path(folder, path)) for path in without_masks([image.relative_to(folder) for image in images])]
 
 
 def _listed(table: str, args: Namespace) -> Listed:
