@@ -180,9 +180,8 @@ def to_eight_bits(image: PIL.Image.Image, window: Window, name: str) -> PIL.Imag
     Raises:
         InputError: NaN or infinite values, or a mode that Pillow cannot convert.
     """
-    if image.mode[0] not in "IF" and not _is_signed_byte(
-        image
-    ):  # 16-bit colour too: decoding has kept the upper 8 bits, which is the full range
+    # 16-bit colour too: decoding has kept the upper 8 bits, which is the full range.
+    if image.mode[0] not in "IF" and not _is_signed_byte(image):
         if image.mode in ("1", "L", "LA", "P", "PA", "RGB", "RGBA", "YCbCr"):  # the last has its own gray, Y
             return image
         try:
