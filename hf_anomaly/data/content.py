@@ -34,21 +34,25 @@ def find_copies(among: datasets.Dataset, *others: datasets.Dataset) -> list[list
 def files_fingerprint(dataset: datasets.Dataset) -> str:
     """SHA-256, in hex, over path, size and time of every image file: of images that are not embedded a dataset's own fingerprint covers the path alone."""
     digest = hashlib.sha256()
-    for data, path in _encoded(dataset):
-        if data is None and path is not None:
-            stat = _stat(path)
-            digest.update(f"{os.path.abspath(path)}\0{stat.st_size}\0{stat.st_mtime_ns}\0".encode())
+    for path in paths_beside(dataset):
+        stat = _stat(path)
+        digest.update(f"{os.path.abspath(path)}\0{stat.st_size}\0{stat.st_mtime_ns}\0".encode())
     return digest.hexdigest()
 
 
-def _encoded(dataset: datasets.Dataset) -> Iterator[tuple[pyarrow.Buffer | None, str | None]]:
+def paths_beside(dataset: datasets.Dataset, column: str = "image") -> Iterator[str]:
+    """The paths of the images that are not embedded."""
+    return (path for data, path in _encoded(dataset, column) if data is None and path is not None)
+
+
+def _encoded(dataset: datasets.Dataset, column: str = "image") -> Iterator[tuple[pyarrow.Buffer | None, str | None]]:
     """Bytes and path of every image, of which one may be missing. Embedded bytes are not copied."""
     import datasets
     import pyarrow.compute
 
-    undecoded = dataset.with_format(None).cast_column("image", datasets.Image(decode=False))
-    for batch in undecoded.select_columns("image").with_format("arrow").iter(batch_size=1000):
-        data, paths = (pyarrow.compute.struct_field(batch["image"], name) for name in ("bytes", "path"))
+    undecoded = dataset.with_format(None).cast_column(column, datasets.Image(decode=False))
+    for batch in undecoded.select_columns(column).with_format("arrow").iter(batch_size=1000):
+        data, paths = (pyarrow.compute.struct_field(batch[column], name) for name in ("bytes", "path"))
         yield from ((value.as_buffer() if value.is_valid else None, path.as_py()) for value, path in zip(data, paths, strict=True))
 
 

@@ -15,10 +15,20 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from ..errors import InputError
-from .content import content_digest, find_copies
+from .content import content_digest, find_copies, paths_beside
 from .formats import Reading, Window
 from .protocols import PROTOCOLS, Division, contaminate, subset
-from .sources import IN_MEMORY, NORMAL_NAMES, by_our_names, given_splits, label_columns, load_or_refuse, read_source
+from .sources import (
+    IN_MEMORY,
+    NORMAL_NAMES,
+    by_our_names,
+    check_place,
+    given_splits,
+    hub_dataset,
+    label_columns,
+    load_or_refuse,
+    read_source,
+)
 from .transforms import decode_image, decode_mask, num_pages, open_image
 
 if TYPE_CHECKING:
@@ -180,7 +190,7 @@ def load_one_class(
     image_column = image_column or image_column_of(splits[needed])
     wanted = [eval_split] if evaluation_only else list(splits)
     data = {
-        name: _one_class(splits[name], image_column, labels[name], normal_label, name, rows[name], with_masks=name == eval_split)
+        name: _one_class(source, splits[name], image_column, labels[name], normal_label, name, rows[name], with_masks=name == eval_split)
         for name in wanted
     }
     anomalies = None  # of the training split
@@ -269,7 +279,7 @@ def load_unlabelled(
     rows = by_our_names(raw).get(split) or (next(iter(raw.values())) if len(raw) == 1 else None)
     if rows is None:
         raise InputError(f"{source!r} has no split {split!r}; its splits: {', '.join(raw)}; rename the one that is meant")
-    images = _one_class(rows, image_column or image_column_of(rows), None, "normal", split, np.arange(len(rows)))
+    images = _one_class(source, rows, image_column or image_column_of(rows), None, "normal", split, np.arange(len(rows)))
     check_images(images, split, reading.window)
     return images
 
@@ -469,6 +479,7 @@ def _count_as(
 
 
 def _one_class(
+    source: str,
     split: datasets.Dataset,
     image_column: str,
     labels: list[str] | None,
@@ -489,6 +500,10 @@ def _one_class(
     images = images if image_column == "image" else images.rename_column(image_column, "image")
     what = f"column {image_column!r} of split {name!r} as images"
     images = load_or_refuse(what, images.cast_column, "image", datasets.Image(decode=False))
+    if hub_dataset(source) is not None:
+        for column in ("image", *masks):
+            for path in paths_beside(images, column):
+                check_place(path, source)
     images = images.add_column("label", is_anomaly, feature=datasets.ClassLabel(names=["normal", "anomaly"]))
     return images.add_column("row", rows.tolist(), feature=datasets.Value("int64"))
 

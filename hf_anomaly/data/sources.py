@@ -38,6 +38,7 @@ NORMAL_NAMES = ("normal", "good", "healthy")
 IN_MEMORY = "in-memory dataset"  # the name of a source that has none
 MASK_FOLDERS = ("ground_truth", "groundtruth")  # pixel annotation: no images to score; see `without_masks`, too
 MASK_NAMES = ("{name}_mask", "{name}")  # of the mask of an image {name}: MVTec AD's name, and a plain one
+ARCHIVES = ("zip", "tar", "gzip", "bz2", "xz", "zstd", "lz4")  # protocols of fsspec that read what lies within another file
 METADATA_FILES = ("metadata.csv", "metadata.jsonl", "metadata.parquet")  # where imagefolder finds further columns
 
 
@@ -130,14 +131,42 @@ def with_bytes(value: Any, source: str) -> Any:
         value: `{"bytes", "path"}` as `datasets.Image(decode=False)` gives it; anything else comes back as it is.
 
     Raises:
+        InputError: a row of a Hub dataset names a file from elsewhere, see `check_place`.
         HubError: the Hub refused or cannot be reached.
     """
-    if not isinstance(value, dict) or value.get("bytes") is not None or "://" not in (value.get("path") or ""):
+    if not isinstance(value, dict) or value.get("bytes") is not None or value.get("path") is None:
+        return value
+    check_place(value["path"], source)
+    if "://" not in value["path"]:
         return value
     import fsspec
 
     with hub_errors(source, reading=True), fsspec.open(value["path"]) as file:
         return value | {"bytes": file.read()}
+
+
+def check_place(path: str, source: str) -> None:
+    """Refuses the path of an image, in a row of a Hub dataset, that is neither on the Hub nor in the cache of what was downloaded: whoever wrote the dataset
+    could have any file of this machine opened. Those of other sources may lie anywhere.
+
+    Raises:
+        InputError: it is elsewhere.
+    """
+    if hub_dataset(source) is None:
+        return
+    import datasets
+    from huggingface_hub import constants
+
+    *archives, place = path.split("::")  # as fsspec chains them: zip://x.png::hf://…
+    if "://" in place:
+        on_hub = place.startswith(("hf://", "https://huggingface.co/", f"{constants.ENDPOINT}/"))
+    else:
+        caches = (constants.HF_HUB_CACHE, datasets.config.HF_DATASETS_CACHE, datasets.config.DOWNLOADED_DATASETS_PATH)
+        on_hub = any(Path(place).resolve().is_relative_to(Path(cache).resolve()) for cache in caches)
+    if not on_hub or any(archive.partition("://")[0] not in ARCHIVES for archive in archives):
+        raise InputError(
+            f"a row of the Hub dataset {source!r} names {path!r}, which is no file of the Hub's: it is not opened; remove the row"
+        )
 
 
 def _is_parquet(path: Path) -> bool:

@@ -112,6 +112,51 @@ def test_files_of_their_own_and_a_broken_one(hub, stored):
     )
 
 
+def test_rows_name_no_files_of_this_machine(hub, stored):
+    hub.run(
+        stored
+        + PREPARED
+        + """
+    import pyarrow
+    import pyarrow.parquet
+    import zipfile
+    from hf_anomaly import InputError
+    from hf_anomaly.data import load_one_class, stream_one_class
+    from hf_anomaly.data.sources import check_place
+
+    pictures[0].save("secret.png")
+    secret = Path("secret.png").resolve()
+    for number, name in enumerate((str(secret), f"file://{secret}", "secret.png", f"file://{secret}::hf://datasets/org/folder/test/0.png")):
+        for kind, row in (("image", {"bytes": None, "path": name}), ("name", name)):
+            table = io.BytesIO()
+            pyarrow.parquet.write_table(pyarrow.table({"image": [row] * 5}), table)
+            repo_id = f"org/{kind}{number}"
+            edit(f"datasets/{repo_id}", {"data/train-00000-of-00001.parquet": table.getvalue()})
+            if kind == "image":
+                message = error("predict", DETECTOR, repo_id)
+                assert repo_id in message and "secret.png" in message and "no file of the Hub" in message, message
+            for load in (load_one_class, stream_one_class):
+                refused(InputError, lambda: load(repo_id), repo_id, "secret.png", "no file of the Hub")
+    Path("own.csv").write_text("image\\n" + "secret.png\\n" * 5)
+    assert len(load_one_class("own.csv", calibration_fraction=0).train) == 5  # of this machine's own list
+
+    # What lies on the Hub, and what was downloaded from there, by itself and in an archive.
+    archive = io.BytesIO()
+    with zipfile.ZipFile(archive, "w") as file:
+        for i in range(4):
+            file.writestr(f"{i}.png", png(pictures[i]))
+    edit("datasets/org/zipped", {"train.zip": archive.getvalue()})
+    edit("datasets/org/files", {f"train/{i}.png": png(pictures[i]) for i in range(4)})
+    for repo_id in ("org/zipped", "org/files"):
+        assert run("predict", DETECTOR, repo_id, "--split", "train")[0] == 0
+    assert len(load_one_class("org/files", calibration_fraction=0).train) == 4
+    check_place(os.environ["HF_ENDPOINT"] + "/datasets/org/files/resolve/main/train/0.png", "org/files")
+    for place in ("https://huggingface.co.example/x.png", "http://127.0.0.1/x.png", "secret.png::hf://datasets/org/files/train/0.png"):
+        refused(InputError, lambda: check_place(place, "org/files"), place)
+    """
+    )
+
+
 def test_errors_name_what_there_is(hub, stored):
     hub.run(
         stored
