@@ -12,8 +12,9 @@ import pytest
 import torch
 
 from hf_anomaly.errors import InputError
-from hf_anomaly.training import AnomalyTrainingArguments, parse_arguments
-from hf_anomaly.training.commands.train_dia import ContrastiveTrainingArguments, DetectorArguments
+from hf_anomaly.training import AnomalyTrainingArguments, DenoisingTrainingArguments, parse_arguments
+from hf_anomaly.training.commands.train_addp import PretrainingArguments
+from hf_anomaly.training.commands.train_dia import ContrastiveTrainingArguments, DetectorArguments, DissolverArguments
 from hf_anomaly.training.runs import choose_output_dir, replace_earlier_run
 
 
@@ -59,6 +60,75 @@ def test_accelerate_launch_marks_what_it_starts(tmp_path):
 def test_threads_below_one_are_refused(tmp_path):
     with pytest.raises(InputError, match="--cpu_threads must be at least 1"):
         parse_arguments(AnomalyTrainingArguments, description="", argv=["--output_dir", str(tmp_path), "--cpu_threads", "0"])
+
+
+@pytest.mark.parametrize(
+    ("flag", "value", "range"),
+    [
+        ("seed", -1, "in [0, 4294967296)"),
+        ("seed", 5_000_000_000, "in [0, 4294967296)"),
+        ("data_seed", -1, "in [0, 4294967296)"),
+        ("per_device_train_batch_size", 0, "at least 1"),
+        ("per_device_eval_batch_size", 0, "at least 1"),
+        ("gradient_accumulation_steps", 0, "at least 1"),
+        ("max_steps", 0, "at least 1"),
+        ("max_steps", -2, "at least 1"),
+        ("num_train_epochs", -1.0, "at least 0"),
+        ("learning_rate", -0.1, "at least 0"),
+        ("learning_rate", float("nan"), "at least 0"),
+        ("adam_beta1", 2.0, "in [0, 1)"),
+        ("adam_epsilon", -1.0, "at least 0"),
+        ("dataloader_num_workers", -1, "at least 0"),
+    ],
+)
+def test_numbers_out_of_range_are_refused(tmp_path, refused, flag, value, range):
+    for arguments in (AnomalyTrainingArguments, DenoisingTrainingArguments):
+        with refused(f"--{flag} must be {range}, got {value}"):
+            arguments(output_dir=str(tmp_path), report_to=[], **{flag: value})
+
+
+def test_numbers_of_a_stage_out_of_range_are_refused(refused):
+    with refused("--dissolver_learning_rate must be at least 0, got -1"):
+        DissolverArguments(dissolver_learning_rate=-1)
+    with refused("--pretrain_learning_rate must be at least 0, got -1"):
+        PretrainingArguments(pretrain_learning_rate=-1)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        ({"save_only_model": True}, "--save_only_model is not supported"),
+        ({"gradient_checkpointing": True}, "--gradient_checkpointing is not supported"),
+        ({"activation_checkpointing": True}, "--activation_checkpointing is not supported"),
+        ({"neftune_noise_alpha": 5.0}, "--neftune_noise_alpha is not supported"),
+        ({"label_smoothing_factor": 0.1}, "--label_smoothing_factor is not supported"),
+        ({"bf16_full_eval": True}, "--bf16_full_eval is not supported"),
+        ({"lr_scheduler_type": "cosine_with_min_lr"}, "--lr_scheduler_type cosine_with_min_lr"),
+        ({"lr_scheduler_kwargs": "x"}, "--lr_scheduler_kwargs"),
+        ({"optim": "adamw_bnb_8bit"}, "--optim adamw_bnb_8bit: You need to install"),
+        ({"optim": "grokadamw"}, "--optim grokadamw: Please install"),
+        ({"report_to": ["wandb"]}, "--report_to wandb: that is not installed; take none"),
+        ({"report_to": ["paper"]}, "--report_to paper"),
+    ],
+)
+def test_flags_that_would_end_the_run_or_do_nothing_are_refused_at_once(monkeypatch, tmp_path, refused, arguments, words):
+    monkeypatch.setattr("hf_anomaly.training.arguments.get_available_reporting_integrations", list)
+    for name in ("bitsandbytes", "grokadamw"):
+        monkeypatch.setitem(sys.modules, name, None)
+    with refused(words):
+        AnomalyTrainingArguments(**{"output_dir": str(tmp_path), "report_to": [], "use_cpu": True} | arguments)
+
+
+@pytest.mark.parametrize("arguments", [{"eval_strategy": "steps"}, {"eval_on_start": True}, {"load_best_model_at_end": True}])
+def test_denoising_is_not_evaluated_meanwhile(tmp_path, refused, arguments):
+    with refused(f"--{next(iter(arguments))} is not supported"):
+        DenoisingTrainingArguments(output_dir=str(tmp_path), report_to=[], **arguments)
+
+
+def test_a_schedule_with_its_settings_passes(tmp_path):
+    words = ["--lr_scheduler_type", "cosine_with_min_lr", "--lr_scheduler_kwargs", '{"min_lr": 1e-5}', "--report_to", "none"]
+    (args,) = parse_arguments(AnomalyTrainingArguments, description="", argv=["--output_dir", str(tmp_path), *words])
+    assert args.lr_scheduler_kwargs == {"min_lr": 1e-5}
 
 
 @pytest.mark.parametrize("words", [["--license", "MIT"], ["--dataset_id", "my images"]])

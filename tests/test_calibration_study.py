@@ -70,6 +70,12 @@ def test_tied_scores_are_not_flagged_more_often(monkeypatch):
     assert (divided_rates(tied).mean(0) > [0.01, 0.05, 0.1]).all()
 
 
+def test_a_seed_that_cannot_be(refused, tmp_path):
+    for seed in (-1, 2**32):
+        with refused("--seeds", seed):
+            calibration_study.CalibrationStudy(output_dir=tmp_path, seed=seed).describe()
+
+
 def test_too_few_scores(refused):
     with refused("98 calibration scores", "0.01"):
         expectation(98, 100, 0.01)

@@ -216,6 +216,8 @@ def build_unet(resolution: int, num_channels: int, block_out_channels: tuple[int
         raise InputError(
             f"resolution {resolution} cannot be halved {depth - 1} times: use a multiple of {2 ** (depth - 1)} or fewer blocks"
         )
+    for width in block_out_channels:
+        check_integer("each of block_out_channels", width, 1)
     groups = math.gcd(8, *block_out_channels)  # group norm and attention heads must divide every width
     return UNet2DModel(
         sample_size=resolution,

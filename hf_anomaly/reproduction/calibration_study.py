@@ -42,7 +42,7 @@ from ..training import AnomalyTrainingArguments
 from ..training.denoising import denoising_arguments, pretrain
 from ..training.runs import train_detector, write_json
 from .budgets import Training, detector_settings
-from .running import ABSENT, FINISHED, PENDING, part_of, quiet
+from .running import ABSENT, FINISHED, PENDING, check_seeds, part_of, quiet
 
 TABLE = "calibration"  # its id, for scripts/reproduce.py
 RATES = (0.01, 0.05, 0.1)
@@ -198,13 +198,14 @@ class CalibrationStudy:
     shard: str = "1/1"
 
     def pairs(self) -> list[tuple[str, str]]:
-        """Each (dataset, detector). Raises InputError: an unknown dataset, detector, budget or shard."""
+        """Each (dataset, detector). Raises InputError: an unknown dataset, detector, budget or shard, or a bad seed."""
         known_ones = (("dataset", self.datasets, DATASETS), ("method", self.detectors, DETECTORS), ("budget", [self.budget], STEPS))
         for what, asked, known in known_ones:
             for name in asked:
                 if name not in known:
                     raise InputError(f"table {TABLE} has no {what} {name!r}; it has: {', '.join(known)}")
         part_of([], self.shard)
+        check_seeds((self.seed,))
         return [(dataset, detector) for dataset in self.datasets for detector in self.detectors]
 
     def scores_file(self, dataset: str, detector: str) -> Path:

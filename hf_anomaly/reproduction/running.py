@@ -83,8 +83,7 @@ class Selection:
         """Raises InputError of an unknown budget, or of bad seeds."""
         if self.budget not in BUDGETS:
             raise InputError(f"there is no budget {self.budget!r}; the budgets: {', '.join(BUDGETS)}")
-        if not self.seeds or min(self.seeds) < 0 or len(set(self.seeds)) < len(self.seeds):
-            raise InputError(f"--seeds takes different numbers from 0 on, got {list(self.seeds)}")
+        check_seeds(self.seeds)
 
     def folder(self, cell: Cell) -> Path:
         """What a cell leaves for those that require it."""
@@ -134,6 +133,12 @@ class Selection:
         except InputError as error:
             return str(error)
         return None
+
+
+def check_seeds(seeds: tuple[int, ...]) -> None:
+    """Raises InputError: no seed, one twice, or one that numpy does not take."""
+    if not seeds or min(seeds) < 0 or max(seeds) >= 2**32 or len(set(seeds)) < len(seeds):
+        raise InputError(f"--seeds takes different numbers from 0 to {2**32 - 1}, got {list(seeds)}")
 
 
 def part_of(items: list, shard: str) -> list:

@@ -2,13 +2,15 @@
 
 import difflib
 import logging
+import math
 import os
 import sys
 from collections.abc import Iterable
 from dataclasses import dataclass, field, fields, replace
 
 import torch
-from transformers import HfArgumentParser, TrainingArguments
+from transformers import HfArgumentParser, Trainer, TrainingArguments, get_scheduler
+from transformers.integrations import get_available_reporting_integrations
 
 from ..cards import check_dataset_id, check_licence
 from ..data.formats import Reading, parse_window
@@ -19,6 +21,57 @@ from ..image_processing import AnomalyImageProcessor
 logger = logging.getLogger(__name__)
 
 _SOURCES = "A Hub id, a folder of images or of MNIST's files, a .csv file that lists images, a .parquet file, a MedMNIST-style .npz file, or 'digits'."
+
+# Fields of numbers → the least value, and the one that all are below. None passes.
+_RANGES = {
+    **dict.fromkeys(("seed", "data_seed"), (0, 2**32)),  # what numpy takes
+    **dict.fromkeys(
+        ("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps", "cpu_threads"), (1, math.inf)
+    ),
+    **dict.fromkeys(("learning_rate", "weight_decay", "adam_epsilon", "num_train_epochs", "dataloader_num_workers"), (0, math.inf)),
+    **dict.fromkeys(("adam_beta1", "adam_beta2", "ema_decay"), (0, 1)),
+}
+
+# Flags of `TrainingArguments` from which no good comes, and why.
+_UNSUPPORTED = {
+    **dict.fromkeys(("gradient_checkpointing", "activation_checkpointing"), "a lower --per_device_train_batch_size takes less memory, too"),
+    "save_only_model": "no run could be resumed from such a checkpoint; --save_strategy no saves none",
+    **dict.fromkeys(("neftune_noise_alpha", "use_liger_kernel"), "it is of language models"),
+    "label_smoothing_factor": "detectors learn without labels",
+    **dict.fromkeys(("fp16_full_eval", "bf16_full_eval"), "threshold and results are those of the detector that is saved"),
+}
+
+
+def check_ranges(args, ranges: dict[str, tuple[float, float]]) -> None:
+    """Refuses numbers that are not at least the first of their field's two bounds, and below the second; None passes.
+
+    Raises:
+        InputError: names the flag.
+    """
+    for name, (least, limit) in ranges.items():
+        value = getattr(args, name)
+        if value is not None and not least <= value < limit:
+            allowed = f"be at least {least}" if limit == math.inf else f"be in [{least}, {limit})"
+            raise InputError(f"--{name} must {allowed}, got {value}")
+
+
+def _check_parts(args: TrainingArguments) -> None:
+    """Refuses a schedule without the settings that it needs, and what is not installed: Trainer would, but after the data were prepared."""
+    try:
+        get_scheduler(args.lr_scheduler_type, torch.optim.SGD([torch.zeros(1)]), 0, 1, args.lr_scheduler_kwargs)
+    except (TypeError, ValueError) as error:
+        raise InputError(
+            f"--lr_scheduler_type {args.lr_scheduler_type.value} and --lr_scheduler_kwargs do not go together: {error}"
+        ) from error
+    try:
+        Trainer.get_optimizer_cls_and_kwargs(args)
+    except (ImportError, ValueError) as error:
+        if isinstance(error, ImportError) or "install" in str(error) or "import" in str(error):  # some also want the model
+            raise InputError(f"--optim {args.optim.value}: {error}") from error
+    available = get_available_reporting_integrations()
+    for name in args.report_to:
+        if name not in available:
+            raise InputError(f"--report_to {name}: that is not installed; take {', '.join(['none', *available])}, or install it")
 
 
 @dataclass
@@ -59,21 +112,23 @@ class ReproducibleArguments(TrainingArguments):
     )
 
     default_max_steps = 400
+    unsupported = _UNSUPPORTED
 
     def __post_init__(self):
-        if self.cpu_threads is not None and self.cpu_threads < 1:
-            raise InputError(f"--cpu_threads must be at least 1, got {self.cpu_threads}")
-        if self.max_steps <= 0 and self.num_train_epochs <= 0:
+        check_ranges(self, _RANGES)
+        if self.max_steps != -1:
+            check_ranges(self, {"max_steps": (1, math.inf)})
+        elif self.num_train_epochs == 0:
             self.max_steps = self.default_max_steps
-        if not 0 <= self.ema_decay < 1:
-            raise InputError(f"--ema_decay must be in [0, 1), got {self.ema_decay}")
-        if self.gradient_checkpointing:
-            raise InputError("--gradient_checkpointing is not supported: a lower --per_device_train_batch_size takes less memory, too")
+        for name, why in self.unsupported.items():
+            if getattr(self, name) not in (None, False, 0, "no"):
+                raise InputError(f"--{name} is not supported: {why}")
         if isinstance(self.resume_from_checkpoint, str) and self.resume_from_checkpoint.lower() in ("true", "false"):
             self.resume_from_checkpoint = self.resume_from_checkpoint.lower() == "true"
         if self.data_seed is None:  # else the images' order hangs on the global random state too
             self.data_seed = self.seed
         super().__post_init__()
+        _check_parts(self)
         if self.cpu_threads is not None:
             torch.set_num_threads(self.cpu_threads)
         # Without an accelerator torch warns about pinning, once for every loader.
@@ -124,6 +179,12 @@ class DenoisingTrainingArguments(ReproducibleArguments):
     max_grad_norm: float = field(default=1.0, metadata={"help": "Gradients are clipped to this norm."})
 
     default_max_steps = 600
+    unsupported = {
+        **_UNSUPPORTED,
+        **dict.fromkeys(
+            ("eval_strategy", "eval_on_start", "load_best_model_at_end"), "what is trained by denoising is not evaluated meanwhile"
+        ),
+    }
 
 
 def given_fields(args) -> set[str]:

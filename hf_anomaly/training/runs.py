@@ -246,7 +246,7 @@ def write_json(path: Path, content: dict) -> None:
 
 
 def check_first(args) -> None:
-    """Before the first stage what would else end the run after it: flags that choose by the results; and makes the repository of `--push_to_hub`."""
+    """Before anything long runs, what would else end the run after it: flags that choose by the results; and makes the repository of `--push_to_hub`."""
     _refuse_choices(args)
     if args.push_to_hub and args.process_index == 0:
         create_repository(hub_name(args), private=args.hub_private_repo, token=args.hub_token)

@@ -125,6 +125,9 @@ def test_an_output_that_is_a_file(tmp_path):
         ("t range 200…100", ["--t_min", "200", "--t_max", "100"]),
         ("max_timestep 2000", ["--max_timestep", "2000"]),
         ("did you mean --block_out_channels", ["--block_out_channel", "8"]),
+        ("each of block_out_channels must be a whole number of at least 1", ["--block_out_channels", "8", "0"]),
+        ("--eval_strategy is not supported", ["--eval_strategy", "steps"]),
+        ("--save_strategy best would choose", ["--save_strategy", "best"]),
         ("resolution 9 cannot be halved", ["--resolution", "9", "--image_size", "16", "--block_out_channels", "8", "8"]),
     ],
 )

@@ -1,6 +1,7 @@
 """Trains ADDP: denoising pretraining, then detector, reference, calibration, evaluation, card."""
 
 import logging
+import math
 import shutil
 import time
 from dataclasses import asdict, dataclass, field
@@ -19,6 +20,7 @@ from ...files import read_json
 from ...image_processing import AnomalyImageProcessor
 from ...ops.distributed import local_main_process_first
 from .. import AnomalyTrainingArguments, DataArguments, check_checkpoint, check_same_run, parse_arguments
+from ..arguments import check_ranges
 from ..denoising import PRETRAINING_NOTES, denoising_arguments, load_pretraining, pretrain, pretraining_run
 from ..runs import (
     check_first,
@@ -69,9 +71,8 @@ class PretrainingArguments:
     def __post_init__(self):
         if self.pretrain_steps is not None and self.pretrain_epochs is not None:
             raise InputError("--pretrain_steps and --pretrain_epochs both say how long pretraining takes: give one of them")
-        for name, least in (("pretrain_steps", 0), ("pretrain_epochs", 0), ("pretrain_batch_size", 1)):
-            if getattr(self, name) is not None and getattr(self, name) < least:
-                raise InputError(f"--{name} must be at least {least}, got {getattr(self, name)}")
+        least = {"pretrain_steps": 0, "pretrain_epochs": 0, "pretrain_batch_size": 1, "pretrain_learning_rate": 0}
+        check_ranges(self, {name: (value, math.inf) for name, value in least.items()})
         if self.pretrain_steps is None and self.pretrain_epochs is None:
             self.pretrain_steps = DEFAULT_PRETRAIN_STEPS if self.pretrained is None else 0
 

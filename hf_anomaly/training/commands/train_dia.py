@@ -20,7 +20,7 @@ from ...dissolving import DISSOLVERS, DiffusionDissolver, Dissolver, dissolve_da
 from ...errors import InputError
 from ...ops.distributed import local_main_process_first
 from .. import AnomalyTrainingArguments, DataArguments, check_checkpoint, check_same_run, parse_arguments
-from ..arguments import given_fields
+from ..arguments import check_ranges, given_fields
 from ..denoising import denoising_arguments, train_dissolver
 from ..runs import (
     LARGEST_DEFAULT_SIZE,
@@ -89,9 +89,8 @@ class DissolverArguments:
     )
 
     def __post_init__(self):
-        for name, least in (("dissolved_variants", 0), ("dissolver_steps", 1), ("dissolver_batch_size", 1)):
-            if getattr(self, name) is not None and getattr(self, name) < least:
-                raise InputError(f"--{name} must be at least {least}, got {getattr(self, name)}")
+        least = {"dissolved_variants": 0, "dissolver_steps": 1, "dissolver_batch_size": 1, "dissolver_learning_rate": 0}
+        check_ranges(self, {name: (value, math.inf) for name, value in least.items()})
         uses = USES.get(self.dissolver, USES[""])
         if useless := sorted(given_fields(self).difference(uses, ["dissolver"])):
             raise InputError(f"--{useless[0]} is of no use to --dissolver {self.dissolver}: leave it out")
@@ -178,7 +177,7 @@ class ContrastiveTrainingArguments(AnomalyTrainingArguments):
     default_max_steps = 1600
 
     def __post_init__(self):
-        self._takes_default_steps = self.max_steps <= 0 and self.num_train_epochs <= 0
+        self._takes_default_steps = self.max_steps == -1 and self.num_train_epochs == 0
         super().__post_init__()
 
     def fit_image_size(self, image_size: int) -> None:

@@ -7,7 +7,7 @@ from ...data.recipes import DatasetRecipe
 from ...dissolving import dissolving_quality
 from .. import DataArguments, DenoisingTrainingArguments, parse_arguments
 from ..denoising import train_dissolver
-from ..runs import choose_output_dir, describe_run, load_training_images, replace_earlier_run
+from ..runs import check_first, choose_output_dir, describe_run, load_training_images, replace_earlier_run
 
 MEASURED_IMAGES = 128  # held-out images on which the result is measured
 
@@ -50,6 +50,7 @@ def main(argv: list[str], program: str) -> None:
     diffusion_args.t_min = lowest if diffusion_args.t_min is None else diffusion_args.t_min
     diffusion_args.t_max = highest if diffusion_args.t_max is None else diffusion_args.t_max
     choose_output_dir(training_args, "dissolver", data_args.dataset_name)
+    check_first(training_args)
     splits, processor = load_training_images(data_args, training_args.seed)
     replace_earlier_run(training_args)
     dissolver = train_dissolver(

@@ -8,7 +8,7 @@ from transformers import set_seed
 from ...detectors.shared_ae.configuration_shared_ae import SharedAEConfig
 from ...detectors.shared_ae.modeling_shared_ae import SharedAEModel
 from .. import AnomalyTrainingArguments, DataArguments, check_checkpoint, parse_arguments
-from ..runs import choose_output_dir, load_training_images, print_results, replace_earlier_run, train_detector
+from ..runs import check_first, choose_output_dir, load_training_images, print_results, replace_earlier_run, train_detector
 
 
 @dataclass
@@ -40,6 +40,7 @@ def main(argv: list[str], program: str) -> None:
     )
     check_checkpoint(training_args.resume_from_checkpoint)
     choose_output_dir(training_args, "shared-ae", data_args.dataset_name)
+    check_first(training_args)
     splits, processor = load_training_images(data_args, training_args.seed)
     set_seed(training_args.seed)
     settings = asdict(detector_args) | {"adversarial_margin": detector_args.adversarial_margin or None, "omega2": 1 - detector_args.omega1}
