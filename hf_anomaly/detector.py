@@ -518,6 +518,10 @@ class AnomalyDetector(PreTrainedModel):
         model._drop_what_does_not_hold(str(name))
         return (model, info) if output_loading_info else model
 
+    def _get_dtype_plan(self, dtype):
+        # transformers itself keeps these modules in float32 when half precision is asked for, but not float64.
+        return {**super()._get_dtype_plan(dtype), **dict.fromkeys(self._keep_in_fp32_modules_strict, torch.float32)}
+
     @staticmethod
     def _load_pretrained_model(model, state_dict, checkpoint_files, *args, **kwargs):
         if checkpoint_files:

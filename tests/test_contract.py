@@ -517,11 +517,13 @@ def test_bfloat16_ranks_as_float32(model):
     assert torch.corrcoef(ranks)[0, 1] > 0.9
 
 
-def test_loading_in_bfloat16_equals_casting(model, tmp_path):
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_loading_in_a_dtype_equals_casting(model, tmp_path, dtype):
     model.save_pretrained(tmp_path)
-    loaded = AutoModel.from_pretrained(tmp_path, dtype=torch.bfloat16)
-    model.to(torch.bfloat16)
-    assert loaded.dtype == torch.bfloat16
+    loaded = AutoModel.from_pretrained(tmp_path, dtype=dtype)
+    model.to(dtype)
+    assert loaded.dtype == dtype
+    assert loaded(images(5)).scores.dtype == torch.float32
     for name, value in model.state_dict().items():
         assert loaded.state_dict()[name].dtype == value.dtype, name
         assert torch.equal(loaded.state_dict()[name], value), name

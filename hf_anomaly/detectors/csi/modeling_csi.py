@@ -1,6 +1,7 @@
 """CSI (Tack et al. 2020), DIA's base: contrasting shifted instances, scored by Eq. 10 of DIA."""
 
 import logging
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -33,12 +34,13 @@ class CSIReference(Float32State):
     def __init__(self, config: CSIConfig, width: int):
         super().__init__()
         groups = config.num_encoders * NUM_SHIFTS  # of features, each compared with its own
-        self.register_buffer("bank", torch.zeros(groups, config.bank_size, width))
-        self.register_buffer("center", torch.zeros(groups, width if config.score_whitening else 0))
-        self.register_buffer("whitening", torch.zeros(groups, *self.center.shape[1:] * 2))
-        self.register_buffer("lambda_sim", torch.zeros(groups))
-        self.register_buffer("lambda_cls", torch.zeros(groups))
-        self.register_buffer("views", torch.zeros(config.num_test_views, len(View)))
+        zeros = partial(torch.zeros, dtype=torch.float32)  # whatever dtype the model is built in
+        self.register_buffer("bank", zeros(groups, config.bank_size, width))
+        self.register_buffer("center", zeros(groups, width if config.score_whitening else 0))
+        self.register_buffer("whitening", zeros(groups, *self.center.shape[1:] * 2))
+        self.register_buffer("lambda_sim", zeros(groups))
+        self.register_buffer("lambda_cls", zeros(groups))
+        self.register_buffer("views", zeros(config.num_test_views, len(View)))
 
 
 class _Encoder:
