@@ -18,6 +18,12 @@ def images(*shape):
     return torch.rand(*shape, generator=torch.Generator().manual_seed(0)) - 0.5
 
 
+@pytest.mark.parametrize("count", [1, 5])
+def test_training_images_that_do_not_vary_are_a_plane_of_no_dimension(count):
+    train, test = np.zeros((count, 3), np.float32), np.array([[0, 0, 0], [1, 2, 0]], np.float32)
+    assert BASELINES["pca_residual"](train, test).tolist() == [0, 5]
+
+
 @pytest.mark.parametrize("channels", [1, 3])
 def test_standardized_images_have_one_mean_and_deviation(channels):
     x = images(5, channels, 16, 16)

@@ -28,9 +28,12 @@ def pixel_knn(train: np.ndarray, test: np.ndarray) -> np.ndarray:
 
 
 def pca_residual(train: np.ndarray, test: np.ndarray) -> np.ndarray:
-    """Squared distance to the plane of the training images' first principal components, as many as explain 90 % of their variance."""
+    """Squared distance to the plane of the training images' first principal components, as many as explain 90 % of their variance; where they do not
+    vary, to their mean."""
     from sklearn.decomposition import PCA
 
+    if (train == train[0]).all():
+        return np.square(test - train[0]).sum(axis=1)
     pca = PCA(n_components=EXPLAINED_VARIANCE, svd_solver="full").fit(train)
     return np.square(test - pca.inverse_transform(pca.transform(test))).sum(axis=1)
 
