@@ -27,7 +27,7 @@ def dissolve_dataset(
         processor: image processor; its `pixel_values`, in [−1, 1], are dissolved.
         num_variants: V.
         batch_size: images per call of the dissolver; it does not change the timesteps.
-        seed: seed of the timesteps, which depend on it, the row and the variant alone.
+        seed: seed of the timesteps, which depend on it, V, the row and the variant alone.
         cache_dir: folder of the cache files, which are found again by a fingerprint of dataset, image files, dissolver, processor, V and
             seed; None is `hf_anomaly` under the cache of datasets.
 

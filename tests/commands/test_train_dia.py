@@ -184,7 +184,7 @@ def test_a_pretrained_backbone_is_where_training_starts(train, tmp_path, backbon
         (["--gradient_accumulation_steps", 2], "optimization.gradient_accumulation_steps was 1"),
         (["--adam_beta1", 0.5], "optimization.adam_beta1 was 0.9"),
         (["--dataloader_drop_last", "false"], "optimization.dataloader_drop_last was True"),
-        (["--dissolved_variants", 3], "dissolving.variants was"),
+        (["--dissolved_variants", 0], "dissolving.variants was 1"),
         (["--temperature", 0.1], "config.temperature was 0.5"),
         (["--dissolver", "none"], "config.dissolver was 'gaussian'"),
     ],
@@ -216,6 +216,15 @@ def test_what_an_earlier_run_left_does_not_keep_a_new_one_from_being_resumed(tra
 def test_resume_names_the_cause_before_the_digests(train, digits):
     _, err = train(digits[0], "--seed", 7, "--resume_from_checkpoint", "true", status=2)
     assert "dissolver belongs to another run (seed was 42, now 7)" in err.splitlines()[-1]
+
+
+def test_resume_refuses_other_dissolved_images(train, digits, tmp_path):
+    """More steps are more passes over the images, of which each has as many variants, up to a limit."""
+    argv = ["--dissolver", digits[0] / "dissolver"]
+    folder, _ = train(tmp_path / "run", *argv)
+    _, err = train(folder, *argv, "--max_steps", 20, "--resume_from_checkpoint", "true", status=2)
+    assert "dissolving.variants was 1, now 2" in err.splitlines()[-1]
+    train(folder, *argv, "--max_steps", 20, "--dissolved_variants", 1, "--resume_from_checkpoint", "true")
 
 
 def test_resume_refuses_other_images(train, tmp_path):

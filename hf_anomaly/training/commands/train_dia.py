@@ -302,6 +302,7 @@ def main(argv: list[str], program: str) -> None:
             num_variants = min(variants, math.ceil(training_args.passes(len(splits.train))))
             with local_main_process_first():
                 train_dataset = dissolve_dataset(splits.train, dissolver, processor, num_variants=num_variants, seed=training_args.seed)
+            dissolving["variants"] = len(train_dataset[0]["dissolved_images"])  # with more steps there may be more, and others
     results = train_detector(
         model,
         processor,
