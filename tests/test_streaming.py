@@ -210,6 +210,14 @@ def test_a_test_split_without_labels_is_told_of_before_training(refused, feature
         stream_one_class(splits, head=10, evaluation_only=True)
 
 
+def test_a_test_split_without_images_of_the_classes_is_told_of_before_training():
+    stream = Source(90).stream().cast_column("label", Value("int64"))
+    ones = stream.filter(lambda label: label == 1, input_columns=["label"])
+    splits = stream_one_class({"train": stream, "test": ones}, head=10, classes={"0": "zero"})
+    assert splits.test is None
+    assert splits.test_missing_reason == "split 'test' of 'a stream' has no images of the classes that count"
+
+
 def test_labels_that_are_none(refused):
     some = stream(*((i, {"label": None if i == 4 else 0}) for i in range(9)), label=FEATURES["label"])
     with refused("row 4", "no label in column 'label'"):

@@ -124,6 +124,8 @@ def stream_one_class(
         test, reason = None, f"split {eval_split!r} of {name!r} has no labels"
         if evaluation_only:
             raise InputError(f"{reason} to evaluate against; give label_column or a labelled source")
+    elif next(iter(test), None) is None:
+        test, reason = None, f"split {eval_split!r} of {name!r} has no images of the classes that count"
     digest = hashlib.sha256(b"stream\n" + b"".join(sorted(key.to_bytes(8, "little") for key in keys)))
     counted = None if classes is None else dict(classes)
     return OneClassSplits(
