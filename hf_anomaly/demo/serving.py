@@ -80,7 +80,7 @@ def load_dissolver(model_name: str, revision: str | None = None) -> Dissolver | 
     if not folder.is_dir():
         from huggingface_hub import snapshot_download
 
-        with hub_errors(model_name):
+        with hub_errors(model_name, reading=True):
             patterns = ["dissolver/*.json", "dissolver/*.safetensors"]
             folder = Path(snapshot_download(model_name, revision=revision, allow_patterns=patterns))
     return Dissolver.from_pretrained(folder / "dissolver") if (folder / "dissolver").is_dir() else None

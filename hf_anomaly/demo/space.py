@@ -83,7 +83,7 @@ def make_space(
         _write(Path(folder), files)
     if not push:
         return os.fspath(folder)
-    with hub_errors(model_name):
+    with hub_errors(model_name, reading=True):
         HfApi(token=token).model_info(model_name, revision=revision)
     with tempfile.TemporaryDirectory() as temporary:
         _write(Path(temporary), files)

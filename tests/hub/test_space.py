@@ -29,10 +29,15 @@ def test_a_space_in_one_commit(hub):
 
 def test_the_dissolver_of_a_detector_on_the_hub(hub):
     hub.run("""
+        from hf_anomaly.demo import make_space
         from hf_anomaly.demo.serving import load_dissolver
         AutoModel.from_pretrained(finished()).push_to_hub("org/with")
         AutoModel.from_pretrained(finished("without", dissolver=False)).push_to_hub("org/without")
         assert load_dissolver("org/with").kind == "gaussian"
         assert load_dissolver("org/without") is None
         refused(HubError, lambda: load_dissolver("org/nowhere"), "org/nowhere")
+        AutoModel.from_pretrained(finished("gated")).push_to_hub("org/gated")
+        for load in (load_dissolver, lambda name: make_space(name, "org/page")):
+            fault("GET", "org/gated", status=403, times=9)
+            refused(HubError, lambda: load("org/gated"), "org/gated", "ask for access")
     """)
