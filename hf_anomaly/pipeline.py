@@ -64,6 +64,9 @@ class AnomalyDetectionPipeline(Pipeline):
             raise InputError(f"unknown argument {name!r}: " + (f"did you mean {close[0]}?" if close else f"give {', '.join(OPTIONS)}"))
         if threshold is not None and false_positive_rate is not None:
             raise InputError("threshold and false_positive_rate both say what is flagged: give one of them")
+        for name, number in (("threshold", threshold), ("false_positive_rate", false_positive_rate)):
+            if number is not None and not hasattr(number, "__float__"):
+                raise InputError(f"{name} must be a number, got {number!r}")
         if threshold is not None and math.isnan(threshold):
             raise InputError("threshold is NaN: give a score")
         if false_positive_rate is not None and not 0 < false_positive_rate < 1:

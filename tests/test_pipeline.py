@@ -166,6 +166,10 @@ def test_thresholds(pipe, model, folder, images, refused, caplog):
             pipe(images, false_positive_rate=rate)
     with refused("NaN"):
         pipe(images, threshold=float("nan"))
+    with refused("threshold", "'a'"):
+        pipe(images, threshold="a")
+    with refused("false_positive_rate", "'0.1'"):
+        pipe(images, false_positive_rate="0.1")
 
 
 def test_not_calibrated_and_not_fitted(model, images, caplog):
