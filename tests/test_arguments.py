@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from hf_anomaly.errors import InputError
-from hf_anomaly.training import AnomalyTrainingArguments, DenoisingTrainingArguments, parse_arguments
+from hf_anomaly.training import AnomalyTrainingArguments, DataArguments, DenoisingTrainingArguments, parse_arguments
 from hf_anomaly.training.commands.train_addp import PretrainingArguments
 from hf_anomaly.training.commands.train_dia import ContrastiveTrainingArguments, DetectorArguments, DissolverArguments
 from hf_anomaly.training.runs import choose_output_dir, replace_earlier_run
@@ -55,6 +55,11 @@ def test_accelerate_launch_marks_what_it_starts(tmp_path):
     command = [sys.executable, "-m", "accelerate.commands.launch", str(script), "--output_dir", str(tmp_path)]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
     assert f"threads: {joblib.cpu_count()}\n" in done.stdout
+
+
+def test_a_negative_number_is_no_flag():
+    (data,) = parse_arguments(DataArguments, description="", argv=["--dataset_name", "x", "--window", "-1e3", "1e3"])
+    assert data.reading.window == (-1000, 1000)
 
 
 def test_threads_below_one_are_refused(tmp_path):

@@ -2,6 +2,7 @@
 
 import argparse
 import difflib
+import re
 import sys
 
 from ..errors import InputError
@@ -12,6 +13,7 @@ class Parser(argparse.ArgumentParser):
 
     def __init__(self, program: str, description: str):
         super().__init__(prog=program, description=description, allow_abbrev=False)
+        self._negative_number_matcher = re.compile(r"-\.?\d")  # of later Pythons: before 3.14 -1e-3 is an option
 
     def option(self, name: str, help: str, **settings) -> None:
         spellings = dict.fromkeys((f"--{name}", f"--{name.replace('_', '-')}"))

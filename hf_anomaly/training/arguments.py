@@ -4,6 +4,7 @@ import difflib
 import logging
 import math
 import os
+import re
 import sys
 from collections.abc import Iterable
 from dataclasses import dataclass, field, fields, replace
@@ -355,6 +356,7 @@ def parse_arguments(*classes: type, description: str, argv: list[str] | None = N
 
     parser = HfArgumentParser(classes, prog=program, description=description, allow_abbrev=False)
     parser.error = refuse  # argparse would print every flag there is
+    parser._negative_number_matcher = re.compile(r"-\.?\d")  # as in cli.parsing
     try:
         *parsed, rest = parser.parse_args_into_dataclasses(args=sys.argv[1:] if argv is None else argv, return_remaining_strings=True)
     except InputError:
