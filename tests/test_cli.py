@@ -184,6 +184,7 @@ def test_the_help_names_every_command(run):
         (["predict", "model"], ["images", "--help"]),
         (["predict", "model", "a.png", "--treshold", "1"], ["'--treshold'", "did you mean --threshold"]),
         (["predict", "model", "a.png", "--threshold", "high"], ["--threshold", "'high'"]),
+        (["dissolve", "model", "a.png", "--output", "d.jpg"], ["--output d.jpg", ".png"]),
         (["predict", "model", "a.png", "--on-error", "cry"], ["cry"]),
         (["predict", "model", "a.png", "--output", "x.xlsx"], ["x.xlsx", ".csv", ".jsonl"]),
         (["predict", "model", "a.png", "--threshold", "1", "--false-positive-rate", ".1"], ["--threshold", "--false_positive_rate"]),
@@ -586,8 +587,9 @@ def test_without_calibration_and_maps(run, refused, without_maps, scans):
     (row,) = csv.DictReader(out.splitlines())
     assert (row["p_value"], row["label"], row["threshold"]) == ("", "", "")
     assert "flagged" not in err
-    status, out, _ = run("predict", without_maps, scans / "a.png", "--threshold", -100)
-    assert [row["label"] for row in csv.DictReader(out.splitlines())] == ["anomaly"]
+    for threshold in ("-100", "-1e2"):
+        status, out, _ = run("predict", without_maps, scans / "a.png", "--threshold", threshold)
+        assert [row["label"] for row in csv.DictReader(out.splitlines())] == ["anomaly"]
     refused(["predict", without_maps, scans, "--save_maps", "maps"], "--save_maps", "maps")
     assert not Path("maps").exists()
 

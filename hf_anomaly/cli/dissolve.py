@@ -4,6 +4,7 @@ from argparse import Namespace
 from pathlib import Path
 
 from ..errors import InputError
+from ..files import check_output
 from .parsing import Parser
 
 
@@ -23,7 +24,11 @@ def parse(argv: list[str]) -> Namespace:
     parser.option("output", "the PNG file to write (default: %(default)s)", default="dissolved.png")
     parser.option("seed", "of dissolvers that draw random numbers (default: %(default)s)", type=int, default=0)
     parser.window_option("as in the training of the detector beside the dissolver")
-    return parser.parse(argv)
+    args = parser.parse(argv)
+    if Path(args.output).suffix.lower() != ".png":
+        raise InputError(f"--output {args.output}: the name must end in .png")
+    check_output("--output", args.output)
+    return args
 
 
 def run(args: Namespace) -> None:
@@ -47,10 +52,8 @@ def run(args: Namespace) -> None:
         times = None if dissolver.is_deterministic else torch.tensor(timesteps)
         rows.append([*pixel_values, *dissolver(repeated, times)])
     captions = ["original", *("dissolved" if t is None else f"{dissolver.symbol} = {t}" for t in timesteps)]
-    output = Path(args.output)
-    output.parent.mkdir(parents=True, exist_ok=True)
-    write_image(image_grid(rows, captions), output)
-    print(f"saved: {output}")
+    write_image(image_grid(rows, captions), args.output)
+    print(f"saved: {args.output}")
 
 
 def _timesteps(dissolver, asked: list[int] | None) -> list[int | None]:
