@@ -122,7 +122,7 @@ class ReproducibleArguments(TrainingArguments):
         elif self.num_train_epochs == 0:
             self.max_steps = self.default_max_steps
         for name, why in self.unsupported.items():
-            if getattr(self, name) not in (None, False, 0, "no"):
+            if getattr(self, name, None) not in (None, False, 0, "no"):  # not every version has them all
                 raise InputError(f"--{name} is not supported: {why}")
         if isinstance(self.resume_from_checkpoint, str) and self.resume_from_checkpoint.lower() in ("true", "false"):
             self.resume_from_checkpoint = self.resume_from_checkpoint.lower() == "true"
