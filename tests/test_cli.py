@@ -701,6 +701,9 @@ def test_a_folder_with_odd_results(run, refused, detector, tmp_path):
     Path("model/eval_results.json").write_text(json.dumps({"dataset": "scans", "num_train": 21, "division": {"contamination": 0.05}}))
     assert "scans, 21 images, 1 of them anomalies taken for normal" in run("info", "model")[1]
 
+    for odd in ({"seed": "x"}, {"division": []}):
+        Path("model/eval_results.json").write_text(json.dumps(odd))
+        refused(["evaluate", "model", "--dataset_name", "digits"], "eval_results.json", next(iter(odd)), "restore or delete")
     Path("model/eval_results.json").write_text("{")
     for command in (["info", "model"], ["evaluate", "model", "--dataset_name", "digits"], ["card", "model"]):
         refused(command, "eval_results.json", "not valid JSON")

@@ -35,8 +35,7 @@ def run(argv: list[str]) -> None:
     from ..errors import InputError
     from ..files import check_output
     from ..training import EvaluationDataArguments, parse_arguments
-    from ..training.commands.evaluate import recorded_results
-    from ..training.runs import load_detector, load_splits, threshold_line
+    from ..training.runs import load_detector, load_splits, recorded_results, threshold_line
 
     @dataclass
     class CalibrationArguments:
@@ -64,7 +63,7 @@ def run(argv: list[str]) -> None:
     model.require_fitted()
     data_args.read_as(processor)
     splits = load_splits(data_args)
-    if recorded_results(args.model).get("dataset") == dataset_label(splits.source):
+    if recorded_results(args.model, args.revision).get("dataset") == dataset_label(splits.source):
         logger.warning(
             "The detector was trained on images of the same name, %s: those that it was trained on would make the threshold too low for new ones",
             dataset_label(splits.source),

@@ -3,7 +3,6 @@
 import json
 import math
 from argparse import Namespace
-from pathlib import Path
 
 from .parsing import Parser
 
@@ -16,10 +15,10 @@ def parse(argv: list[str]) -> Namespace:
 
 
 def run(args: Namespace) -> None:
-    from ..training.runs import load_detector
+    from ..training.runs import load_detector, recorded_results
 
     model, _ = load_detector(args.model, args.revision)
-    facts = describe(model, _results(args.model, args.revision))
+    facts = describe(model, recorded_results(args.model, args.revision))
     width = max(map(len, facts))
     for name, value in facts.items():
         print(f"{name:{width}}  {''.join(filter(str.isprintable, value))}")  # labels and names come from elsewhere: no control characters
@@ -64,21 +63,6 @@ def describe(model, results: dict) -> dict[str, str]:
     facts["made by"] = f"hf-anomaly {config.hf_anomaly_version}"
     facts["limits"] = "it knows the images it was trained on: calibrate again for another device or population. Not a medical device."
     return facts
-
-
-def _results(name: str, revision: str | None) -> dict:
-    from transformers.utils.hub import cached_file
-
-    from ..files import read_json
-
-    path = cached_file(
-        name,
-        "eval_results.json",
-        revision=revision,
-        _raise_exceptions_for_missing_entries=False,
-        _raise_exceptions_for_connection_errors=False,
-    )
-    return {} if path is None else read_json(Path(path))
 
 
 def _images_of(results: dict) -> str:

@@ -21,6 +21,7 @@ from huggingface_hub.utils import are_progress_bars_disabled, enable_progress_ba
 from safetensors import SafetensorError
 from transformers import SchedulerType
 from transformers.trainer_utils import get_last_checkpoint
+from transformers.utils.hub import cached_file
 from transformers.utils.logging import disable_progress_bar
 
 from ..cards import shown_command, write_card
@@ -28,7 +29,7 @@ from ..data import OneClassSplits, check_pixels, load_one_class, prepare, shrink
 from ..data.sources import dataset_label, hub_dataset
 from ..detector import AnomalyDetector
 from ..errors import HubError, InputError, NotFittedError
-from ..files import replacing
+from ..files import read_json, replacing
 from ..hub import create_repository, hub_errors
 from ..image_processing import AnomalyImageProcessor
 from ..ops.distributed import local_main_process_first
@@ -304,6 +305,28 @@ def load_detector(
         )
     processor.check_fits(model.config)
     return model.eval().to(device), processor
+
+
+def recorded_results(name_or_path: str, revision: str | None = None) -> dict:
+    """The results beside a saved detector, what its `eval_results.json` holds; {} if there are none.
+
+    Raises:
+        InputError: they are no JSON object, or its `seed` or `division` are no seed and no division.
+        HubError: the Hub refused.
+    """
+    with hub_errors(name_or_path, reading=True):
+        path = cached_file(
+            name_or_path,
+            "eval_results.json",
+            revision=revision,
+            _raise_exceptions_for_missing_entries=False,
+            _raise_exceptions_for_connection_errors=False,
+        )
+    results = {} if path is None else read_json(path)
+    for field, kind in (("seed", int), ("division", dict)):
+        if not isinstance(results.get(field), kind | None):
+            raise InputError(f"{path}: {field} must be of type {kind.__name__}, got {results[field]!r}: restore or delete it")
+    return results
 
 
 def describe_run(splits: OneClassSplits, processor: AnomalyImageProcessor, seed: int, **settings) -> dict:

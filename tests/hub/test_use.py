@@ -62,6 +62,8 @@ def test_push_info_and_predict(hub):
     assert status == 0 and "AUROC 0.8765" in out and "on 39 held-out normal images" in out, out + err
     (there, here) = (run("predict", name, "a.png") for name in ("org/command", str(folder)))
     assert there[0] == 0 and there[1] == here[1], there
+    status, out, err = run("evaluate", "org/command", "--dataset_name", "digits", "--protocol", "balanced", "--seed", "4")
+    assert status == 2 and "org/command was trained with --seed 0" in err, err
     status, out, err = run("dissolve", "org/command", "a.png")
     assert status == 0 and Path("dissolved.png").is_file(), err
 

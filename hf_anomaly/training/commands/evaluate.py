@@ -15,12 +15,12 @@ from torch.utils.data import DataLoader
 from ...data import collate, decode_image, file_name
 from ...data.sources import dataset_label
 from ...errors import InputError
-from ...files import check_output, read_json, shortened, writing
+from ...files import check_output, shortened, writing
 from ...visualization import VISIBLE, overlay_anomaly_map, write_image
 from .. import DataArguments, EvaluationDataArguments, parse_arguments
 from ..baselines import compare_with_baselines
 from ..evaluation import evaluate_detector
-from ..runs import load_detector, load_splits
+from ..runs import load_detector, load_splits, recorded_results
 
 logger = logging.getLogger(__name__)
 
@@ -55,12 +55,6 @@ class EvaluationArguments:
     device: str = field(default="cuda" if torch.cuda.is_available() else "cpu", metadata={"help": "Device to score on."})
 
 
-def recorded_results(model: str) -> dict:
-    """The results beside a saved detector; {} if there are none, and of one on the Hub."""
-    path = Path(model, "eval_results.json")
-    return read_json(path) if path.is_file() else {}
-
-
 def load_for_evaluation(args, data_args: EvaluationDataArguments) -> tuple:
     """What `args.model` and the data arguments name: the detector, its processor, and the splits with `test` alone.
 
@@ -71,7 +65,7 @@ def load_for_evaluation(args, data_args: EvaluationDataArguments) -> tuple:
     Raises:
         InputError: what `load_detector` and `load_one_class` refuse, or a seed that does not say which images the detector was not trained on.
     """
-    results = recorded_results(args.model)
+    results = recorded_results(args.model, args.revision)
     recorded = results.get("seed")
     if args.seed is None:
         args.seed = recorded
@@ -137,7 +131,7 @@ def load_for_baselines(args, data_args: DataArguments):
         raise InputError(f"--baselines takes the training images, too: {error}") from error
     if splits.test_missing_reason:
         raise InputError(f"--baselines: besides the training images there is nothing to test on, {splits.test_missing_reason}")
-    recorded, division = recorded_results(args.model), splits.division
+    recorded, division = recorded_results(args.model, args.revision), splits.division
     there = {**(recorded.get("division") or {}), **recorded}
     here = {"dataset": dataset_label(splits.source), "num_train": len(splits.train), "seed": args.seed, "protocol": division.protocol}
     if not recorded:
