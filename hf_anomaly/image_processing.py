@@ -91,6 +91,15 @@ def _download(url: str, timeout: float) -> bytes:
     return response.content
 
 
+def _are_finite(values, counts: tuple[int, ...]) -> bool:
+    """Whether it is a finite number, or so many: a downloaded config may hold anything."""
+    try:
+        numbers = np.asarray(values, np.float64)
+    except (TypeError, ValueError, OverflowError):
+        return False
+    return numbers.size in counts and bool(np.isfinite(numbers).all())
+
+
 class AnomalyImageProcessor(PilBackend):
     """Images of any mode and size → `pixel_values` (B, C, H, W) float32 in [−1, 1].
 
@@ -146,7 +155,7 @@ class AnomalyImageProcessor(PilBackend):
         """Refuses to make other images than a detector with this configuration takes: a downloaded processor may ask for any amount of memory.
 
         Raises:
-            InputError: another size or number of channels, or a step that changes the size.
+            InputError: another size or number of channels, a step that changes the size, or numbers that nothing can be computed with.
         """
         wanted = config.image_size
         size = self.size or {"height": None, "width": None}
@@ -159,6 +168,16 @@ class AnomalyImageProcessor(PilBackend):
         for step in ("do_center_crop", "do_pad"):
             if getattr(self, step, None):
                 raise InputError(f"the image processor has {step}, which changes the images' size: correct preprocessor_config.json")
+        a_channel = (1, config.num_channels)
+        for name, fits in {
+            "image_mean": not self.do_normalize or _are_finite(self.image_mean, a_channel),
+            "image_std": not self.do_normalize
+            or (_are_finite(self.image_std, a_channel) and np.all(np.asarray(self.image_std, float) != 0)),
+            "rescale_factor": not self.do_rescale or _are_finite(self.rescale_factor, (1,)),
+            "resample": not self.do_resize or (isinstance(self.resample, int) and self.resample in list(PILImageResampling)),
+        }.items():
+            if not fits:
+                raise InputError(f"the image processor's {name} cannot be {getattr(self, name)!r}: correct preprocessor_config.json")
 
     def to_dict(self) -> dict:
         content = super().to_dict()

@@ -127,6 +127,13 @@ def scores_of(folder, paths):
         ({"do_pad": True, "pad_size": {"height": 3000, "width": 3000}}, ("do_pad", "preprocessor_config.json")),
         ({"do_center_crop": True, "crop_size": 3000}, ("do_center_crop", "preprocessor_config.json")),
         ({"window": [0, "x"]}, ("window=[0, 'x']",)),
+        ({"image_mean": [0.5, 0.5]}, ("image_mean", "0.5, 0.5", "preprocessor_config.json")),
+        ({"image_mean": "x"}, ("image_mean", "'x'", "preprocessor_config.json")),
+        ({"image_std": [0]}, ("image_std", "0", "preprocessor_config.json")),
+        ({"image_std": [None]}, ("image_std", "None", "preprocessor_config.json")),
+        ({"rescale_factor": "x"}, ("rescale_factor", "'x'", "preprocessor_config.json")),
+        ({"resample": 99}, ("resample", "99", "preprocessor_config.json")),
+        ({"resample": "x"}, ("resample", "'x'", "preprocessor_config.json")),
         ({"image_processor_type": "ViTImageProcessor"}, ("ViTImageProcessor", "AnomalyImageProcessor")),
     ],
 )
