@@ -411,6 +411,21 @@ def test_frames_are_windowed_one_by_one(tmp_path):
     assert len(slices) == 64
 
 
+def test_dicom_files_without_a_suffix_are_told(tmp_path, caplog, refused):
+    folder = tmp_path / "x"
+    write_dicom(folder / "IM0001", HOUNSFIELD)
+    with refused("x holds neither images", "IM0001 is DICOM", ".dcm"):
+        load_one_class(folder)
+    PIL.Image.new("L", (8, 8)).save(folder / "y.png")
+    load_one_class(folder, calibration_fraction=0)
+    assert "IM0001 is DICOM, but left out" in caplog.text
+    (folder / "IM0001").rename(folder / "DICOMDIR")
+    (folder / "LICENSE").write_text("short")
+    caplog.clear()
+    load_one_class(folder, calibration_fraction=0)
+    assert "is DICOM" not in caplog.text
+
+
 def test_folder_of_dicom_files(tmp_path, monkeypatch):
     for i in range(5):
         write_dicom(tmp_path / "train" / "good" / f"{i}.dcm", HOUNSFIELD + i, window=(1000, 2000))

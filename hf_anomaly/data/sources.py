@@ -255,6 +255,17 @@ def without_masks(paths: list[Path]) -> list[Path]:
     return [path for path in paths if "masks" not in map(str.lower, path.parts[is_class:-1])]
 
 
+def _dicom_without_suffix(files: list[Path]) -> Path | None:
+    """The first of the files without a suffix, if it is DICOM, as many scanners name them."""
+    first = next(
+        (file for file in files if not file.suffix and file.name != "DICOMDIR" and file.is_file() and os.access(file, os.R_OK)), None
+    )
+    if first is None:
+        return None
+    with open(first, "rb") as file:
+        return first if file.read(132)[128:] == b"DICM" else None
+
+
 def _read_folder(root: Path, label_column: str | None, reading: Reading) -> dict[str, datasets.Dataset]:
     """Class folders are read here, not by imagefolder, which infers splits from file names too, and labels from the splits read so far."""
     import datasets
@@ -272,8 +283,12 @@ def _read_folder(root: Path, label_column: str | None, reading: Reading) -> dict
             return tables
     elif any(file.suffix == ".parquet" for file in files) and not images:
         return dict(load_or_refuse(f"{root}", datasets.load_dataset, "parquet", data_dir=str(root)))
+    unnamed = _dicom_without_suffix(files)
     if not images:
-        raise InputError(f"{root} holds neither images nor parquet files; check the path")
+        remedy = "check the path" if unnamed is None else f"{unnamed} is DICOM: rename such files to end in .dcm"
+        raise InputError(f"{root} holds neither images nor parquet files; {remedy}")
+    if unnamed is not None:
+        logger.warning("%s is DICOM, but left out, and so are others like it: rename them to end in .dcm", unnamed)
     if others := Counter(file.suffix.lower() for file in set(files).difference(images)):
         logger.info("%s: left out, as no images: %s", root, ", ".join(f"{suffix} ({n})" for suffix, n in sorted(others.items())))
 
