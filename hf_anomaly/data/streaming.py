@@ -227,6 +227,7 @@ def _labelled(
     if image_column not in split.features:
         raise InputError(f"the stream has no column {image_column!r}; its columns: {', '.join(split.features)}; give image_column")
     feature = None if column is None else split.features[column]
+    split = split.decode(False)  # files of their own on the Hub are decoded before a cast would keep them from it
     split = split.select_columns([image_column] if column is None else [image_column, column])
     split = load_or_refuse(f"column {image_column!r} as images", split.cast_column, image_column, datasets.Image(decode=False))
     if column is not None and classes is not None:

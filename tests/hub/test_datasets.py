@@ -150,6 +150,8 @@ def test_rows_name_no_files_of_this_machine(hub, stored):
     for repo_id in ("org/zipped", "org/files"):
         assert run("predict", DETECTOR, repo_id, "--split", "train")[0] == 0
     assert len(load_one_class("org/files", calibration_fraction=0).train) == 4
+    stream = stream_one_class("org/files", calibration_fraction=0)
+    assert sorted(row["image"]["bytes"] for row in stream.train) == sorted(png(picture) for picture in pictures[:4])
     check_place(os.environ["HF_ENDPOINT"] + "/datasets/org/files/resolve/main/train/0.png", "org/files")
     for place in ("https://huggingface.co.example/x.png", "http://127.0.0.1/x.png", "secret.png::hf://datasets/org/files/train/0.png"):
         refused(InputError, lambda: check_place(place, "org/files"), place)
