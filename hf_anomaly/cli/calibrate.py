@@ -1,6 +1,7 @@
 """`hf-anomaly calibrate MODEL …`"""
 
 import logging
+import math
 
 from .parsing import model_first
 
@@ -32,9 +33,9 @@ def run(argv: list[str]) -> None:
 
     from ..data import collate, prepare
     from ..data.sources import dataset_label
-    from ..errors import InputError
     from ..files import check_output
     from ..training import EvaluationDataArguments, parse_arguments
+    from ..training.arguments import check_ranges
     from ..training.runs import load_detector, load_splits, recorded_results, threshold_line
 
     @dataclass
@@ -54,8 +55,7 @@ def run(argv: list[str]) -> None:
         CalibrationArguments, EvaluationDataArguments, description=HELP, program="hf-anomaly calibrate", argv=argv
     )
     check_output("--output_dir", args.output_dir, folder=True)
-    if args.batch_size < 1:
-        raise InputError(f"--batch_size must be at least 1, got {args.batch_size}")
+    check_ranges(args, {"batch_size": (1, math.inf)})
     data_args.refuse_training_flags("is of the training images, and all of these calibrate")
     data_args.refuse_given(("eval_split", "protocol", "streaming"), "is of training and evaluation, and all of these images calibrate")
     data_args.calibration_fraction = 0.0

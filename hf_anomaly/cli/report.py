@@ -20,6 +20,7 @@ def parse(argv: list[str]) -> list[str]:
 
 
 def run(argv: list[str]) -> None:
+    import math
     from dataclasses import dataclass, field
 
     import torch
@@ -30,6 +31,7 @@ def run(argv: list[str]) -> None:
     from ..files import check_output
     from ..report import write_report
     from ..training import EvaluationDataArguments, parse_arguments
+    from ..training.arguments import check_ranges
     from ..training.commands.evaluate import load_for_evaluation
     from ..training.runs import load_detector
 
@@ -52,8 +54,7 @@ def run(argv: list[str]) -> None:
     if data_args.streaming:
         raise InputError("the page shows images out of the dataset, which --streaming does not keep: leave it out")
     check_output("--output", args.output)
-    if args.batch_size < 1:
-        raise InputError(f"--batch_size must be at least 1, got {args.batch_size}")
+    check_ranges(args, {"batch_size": (1, math.inf)})
     data_args.refuse_training_flags("is of the training images, which the page does not show")
     if args.unlabelled:
         data_args.refuse_given(("protocol", "label_column", "normal_label"), "says who is normal, which --unlabelled takes for unknown")

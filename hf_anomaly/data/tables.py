@@ -32,8 +32,9 @@ def read_table(path: Path, image_column: str | None, reading: Reading | None) ->
     """
     import datasets
 
-    header, rows = _rows(path, FILE_COLUMNS if image_column is None else (image_column,))
-    wanted = next(name for name in (image_column, *FILE_COLUMNS) if name in header)
+    candidates = FILE_COLUMNS if image_column is None else (image_column,)
+    header, rows = _rows(path, candidates)
+    wanted = next(name for name in candidates if name in header)
     files = [name for name in (wanted, MASK_COLUMN) if name in header]
     splits: dict[str, dict[str, list]] = {}
     for line, row in rows:

@@ -5,6 +5,7 @@ The split hash covers the evaluated rows alone: no training data is needed, but 
 
 import json
 import logging
+import math
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,6 +19,7 @@ from ...errors import InputError
 from ...files import check_output, shortened, writing
 from ...visualization import VISIBLE, overlay_anomaly_map, write_image
 from .. import DataArguments, EvaluationDataArguments, parse_arguments
+from ..arguments import check_ranges
 from ..baselines import compare_with_baselines
 from ..evaluation import evaluate_detector
 from ..runs import load_detector, load_splits, recorded_results
@@ -148,8 +150,7 @@ def main(argv: list[str], program: str) -> None:
     args, data_args = parse_arguments(EvaluationArguments, EvaluationDataArguments, description=__doc__, program=program, argv=argv)
     check_output("--output", args.output)
     check_output("--save_maps", args.save_maps, folder=True)
-    if args.batch_size < 1:
-        raise InputError(f"--batch_size must be at least 1, got {args.batch_size}")
+    check_ranges(args, {"batch_size": (1, math.inf)})
     if not args.baselines:
         data_args.refuse_training_flags("is of the training images, which --baselines alone takes")
     model, processor, splits = load_for_evaluation(args, data_args)
