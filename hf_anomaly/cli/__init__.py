@@ -10,6 +10,7 @@ from ..version import __version__
 COMMANDS = {  # name -> what it does; its module has `parse(argv)`, without heavy imports, and `run(arguments)`
     "train": "learn from normal images what is normal",
     "evaluate": "measure a detector on labelled images",
+    "compare": "put the results of several detectors into one table: methods, settings, mean over seeds",
     "report": "write a page on how a detector does: curves, thresholds, its best and worst images",
     "calibrate": "set a detector's threshold by normal images of the place where it is used",
     "predict": "score images: a table with score, p-value and verdict, and maps of where the anomaly is",

@@ -23,12 +23,9 @@ def parse(argv: list[str]) -> Namespace:
 
 
 def run(args: Namespace) -> None:
-    from transformers import AutoConfig
-
     from ..cards import write_card
-    from ..training.runs import load_detector, settings_of
+    from ..training.runs import load_config, load_detector, settings_of
     from ..training.trainers import first_difference
-    from ..untrusted import load_without_code
 
     folder = Path(args.folder)
     if not (folder / "config.json").is_file():
@@ -42,7 +39,7 @@ def run(args: Namespace) -> None:
     for run in args.runs:
         if not Path(run, "config.json").is_file():
             raise InputError(f"{run} holds no detector: give a folder that training wrote")
-        different = first_difference(settings_of(load_without_code(AutoConfig, run)), settings_of(model.config))
+        different = first_difference(settings_of(load_config(run)), settings_of(model.config))
         if different is not None:
             name, theirs, ours = different
             raise InputError(

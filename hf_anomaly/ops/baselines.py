@@ -39,3 +39,9 @@ def pca_residual(train: np.ndarray, test: np.ndarray) -> np.ndarray:
 
 
 BASELINES = {"mean_intensity": mean_intensity, "contrast": contrast, "pixel_knn": pixel_knn, "pca_residual": pca_residual}
+TITLES = {
+    "mean_intensity": "mean intensity",
+    "contrast": "contrast (negative pixel std)",
+    "pixel_knn": "pixel kNN",
+    "pca_residual": "PCA residual",
+}

@@ -146,12 +146,6 @@ def _shared_ae(title: str, ablation: str) -> Trained:
     return Trained(title, partial(shared_ae, ablation=ablation), SHARED_AE_LENGTHS, SharedAEConfig(ablation=ablation))
 
 
-_BASELINE_TITLES = {
-    "mean_intensity": "mean intensity",
-    "contrast": "contrast (negative pixel std)",
-    "pixel_knn": "pixel kNN",
-    "pca_residual": "PCA residual",
-}
 BASELINES = tuple(baselines.BASELINES)
 NOT_IMPLEMENTED = {
     "kdad": "KDAD",
@@ -176,5 +170,5 @@ METHODS: dict[str, Method] = {
     ),
     **CONTRASTIVE_METHODS,
     **{name: Trained(title, None, {}) for name, title in NOT_IMPLEMENTED.items()},
-    **{name: Baseline(_BASELINE_TITLES[name], score) for name, score in baselines.BASELINES.items()},
+    **{name: Baseline(baselines.TITLES[name], score) for name, score in baselines.BASELINES.items()},
 }

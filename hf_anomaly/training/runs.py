@@ -18,6 +18,7 @@ import torch
 from accelerate import PartialState
 from huggingface_hub.errors import HfHubHTTPError, StrictDataclassError
 from huggingface_hub.utils import are_progress_bars_disabled, enable_progress_bars
+from huggingface_hub.utils import logging as hub_logging
 from safetensors import SafetensorError
 from transformers import SchedulerType
 from transformers.trainer_utils import get_last_checkpoint
@@ -27,7 +28,7 @@ from transformers.utils.logging import disable_progress_bar
 from ..cards import shown_command, write_card
 from ..data import OneClassSplits, check_pixels, load_one_class, prepare, shrink_images, stream_one_class
 from ..data.sources import dataset_label, hub_dataset
-from ..detector import AnomalyDetector
+from ..detector import AnomalyDetector, AnomalyDetectorConfig
 from ..errors import HubError, InputError, NotFittedError
 from ..files import read_json, replacing
 from ..hub import create_repository, hub_errors
@@ -84,6 +85,7 @@ def run_script(main: Callable[[], None]) -> None:
     logging.getLogger("hf_anomaly").setLevel(logging.INFO)
     if hasattr(sys.stdout, "reconfigure"):  # a name that the terminal's encoding does not have shall not end a run
         sys.stdout.reconfigure(errors="backslashreplace")
+    hub_logging.disable_propagation()  # it prints by itself
     _hide_bars_of_files()
     try:
         main()
@@ -307,6 +309,27 @@ def load_detector(
     return model.eval().to(device), processor
 
 
+def load_config(name_or_path: str, revision: str | None = None) -> AnomalyDetectorConfig:
+    """A saved detector's configuration.
+
+    Raises:
+        InputError: there is none, or it is something else's.
+        HubError: the Hub refused or cannot be reached; one line, with the remedy.
+    """
+    from transformers import AutoConfig
+
+    try:
+        with hub_errors(name_or_path, reading=True):
+            config = load_without_code(AutoConfig, name_or_path, revision=revision)
+    except (HubError, InputError):
+        raise
+    except (OSError, ValueError) as error:
+        raise InputError(f"{name_or_path!r} holds no detector: {' '.join(str(error).split())}") from error
+    if not isinstance(config, AnomalyDetectorConfig):
+        raise InputError(f"{name_or_path!r} holds a {type(config).__name__}, which is no anomaly detector's")
+    return config
+
+
 def recorded_results(name_or_path: str, revision: str | None = None) -> dict:
     """The results beside a saved detector, what its `eval_results.json` holds; {} if there are none.
 
@@ -446,6 +469,7 @@ def train_detector(
         "seed": args.seed,
         "steps": trainer.state.global_step,
         "num_processes": args.world_size,
+        "optimization": trainer.run["optimization"],
         "num_train": num_images(splits.train),
         "num_calibration": 0 if splits.calibration is None else len(splits.calibration),
     }

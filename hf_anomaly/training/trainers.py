@@ -73,7 +73,7 @@ def check_same_run(theirs: dict | None, ours: dict | None, where: str | os.PathL
 
 def first_difference(first: dict, second: dict) -> tuple[str, Any, Any] | None:
     """The first field, in the order of names but digests last, of which two runs have other JSON values, and these; "a.b" is `b` in `a`; None if none is."""
-    first, second = (_flat(json.loads(json.dumps(run))) for run in (first, second))
+    first, second = (flat(json.loads(json.dumps(run))) for run in (first, second))
     pairs = ((name, first.get(name), second.get(name)) for name in sorted(first.keys() | second.keys(), key=_seldom_the_cause))
     return next((pair for pair in pairs if pair[1] != pair[2]), None)
 
@@ -83,12 +83,12 @@ def _seldom_the_cause(name: str) -> tuple[bool, str]:
     return name.rsplit(".", 1)[-1] in ("fingerprint", "images", "split_hash"), name
 
 
-def _flat(values: dict, prefix: str = "") -> dict:
+def flat(values: dict, prefix: str = "") -> dict:
     """{"a": {"b": 1}} → {"a.b": 1}"""
-    flat = {}
+    flattened = {}
     for name, value in values.items():
-        flat |= _flat(value, f"{prefix}{name}.") if isinstance(value, dict) else {prefix + name: value}
-    return flat
+        flattened |= flat(value, f"{prefix}{name}.") if isinstance(value, dict) else {prefix + name: value}
+    return flattened
 
 
 def hub_name(args) -> str:

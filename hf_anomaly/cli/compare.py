@@ -1,0 +1,49 @@
+"""`hf-anomaly compare MODEL …`"""
+
+import csv
+import io
+import json
+from argparse import Namespace
+from pathlib import Path
+
+from ..errors import InputError
+from ..files import check_output, writing
+from .parsing import Parser
+
+
+def parse(argv: list[str]) -> Namespace:
+    parser = Parser(
+        "hf-anomaly compare",
+        "Puts the results of trained detectors into one table: a row for each method and its settings, mean ± standard deviation over the seeds.",
+    )
+    parser.add_argument("models", nargs="+", metavar="model", help="folders that training wrote, or Hub ids")
+    parser.option(
+        "baselines", "what evaluate --baselines true --output wrote: the trivial scores' rows", nargs="+", default=[], metavar="FILE.json"
+    )
+    parser.option("output", "also write the table to this file: .md, or .csv or .json for all digits")
+    args = parser.parse(argv)
+    check_output("--output", args.output)
+    if args.output is not None and Path(args.output).suffix not in (".md", ".csv", ".json"):
+        raise InputError(f"--output {args.output}: give a name that ends in .md, .csv or .json")
+    return args
+
+
+def run(args: Namespace) -> None:
+    from ..report import compare_runs, comparison_markdown, read_baselines, read_run
+
+    baselines = [run for file in args.baselines for run in read_baselines(file)]
+    rows = compare_runs([*map(read_run, args.models), *baselines])
+    text = comparison_markdown(rows)
+    if args.output is not None:
+        content = {".md": lambda: f"{text}\n", ".csv": lambda: _csv(rows), ".json": lambda: f"{json.dumps(rows, indent=2)}\n"}
+        with writing(args.output) as file:
+            file.write_text(content[Path(args.output).suffix](), encoding="utf-8")
+    print(text)
+
+
+def _csv(rows: list[dict]) -> str:
+    text = io.StringIO()
+    writer = csv.DictWriter(text, list(dict.fromkeys(name for row in rows for name in row)), lineterminator="\n")
+    writer.writeheader()
+    writer.writerows({**row, "settings": json.dumps(row["settings"]), "seeds": " ".join(map(str, row["seeds"]))} for row in rows)
+    return text.getvalue()

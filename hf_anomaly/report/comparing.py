@@ -1,0 +1,175 @@
+"""Trained detectors side by side: a row for each way of training, with mean and standard deviation over its seeds."""
+
+import json
+import logging
+import os
+import statistics
+from collections import defaultdict
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+
+from ..cards.card import plain
+from ..cards.merging import METRICS
+from ..errors import InputError
+from ..files import read_json
+from ..ops.baselines import TITLES
+from ..training.runs import load_config, recorded_results, settings_of
+from ..training.trainers import flat
+
+logger = logging.getLogger(__name__)
+
+TESTED_ON = ("dataset", "normal_label", "num_normal", "num_anomalous")  # of results: detectors compare where these are the same
+
+
+@dataclass(frozen=True)
+class Run:
+    """What one training came to, or one baseline.
+
+    Args:
+        name: how an error calls it.
+        method: such as "DIA".
+        results: what `eval_results.json` holds.
+        settings: what was chosen for the training, "a.b" for `b` in `a`.
+
+    Raises:
+        InputError: the results have no AUROC.
+    """
+
+    name: str
+    method: str
+    results: dict
+    settings: dict = field(default_factory=dict)
+
+    def __post_init__(self):
+        if not isinstance(self.results.get("auroc"), int | float):
+            reason = self.results.get("reason") or "its eval_results.json is missing or holds none; give what a training script wrote"
+            raise InputError(f"{self.name} has no AUROC: {reason}")
+
+
+def read_run(name_or_path: str | os.PathLike) -> Run:
+    """A trained detector's run.
+
+    Args:
+        name_or_path: folder or Hub id.
+
+    Raises:
+        InputError: it is no detector, or was not evaluated.
+        HubError: the Hub refused.
+    """
+    name = os.fspath(name_or_path)
+    config, results = load_config(name), recorded_results(name)
+    division = {key: value for key, value in (results.get("division") or {}).items() if key not in ("seed", "split_hash", "normal_label")}
+    settings = {**settings_of(config), **division, **(results.get("optimization") or {})}
+    if settings.get("data_seed") == results.get("seed"):  # as it is unless somebody says otherwise
+        settings.pop("data_seed", None)
+    return Run(name, type(config).__name__.removesuffix("Config"), results, flat(json.loads(json.dumps(settings))))
+
+
+def read_baselines(path: str | os.PathLike) -> list[Run]:
+    """The trivial baselines in what `scripts/evaluate.py --baselines true --output` wrote.
+
+    Raises:
+        InputError: it holds none.
+    """
+    results = read_json(path)
+    baselines = results.get("baselines")
+    measured = baselines.get("as_they_are") if isinstance(baselines, dict) else None
+    if not isinstance(measured, dict):
+        raise InputError(f"{path} holds no baselines: give what evaluate --baselines true --output wrote")
+    tested_on = {key: results.get(key) for key in TESTED_ON}
+    return [Run(str(path), title, {**tested_on, "auroc": measured.get(name)}) for name, title in TITLES.items()]
+
+
+def compare_runs(runs: Iterable[Run]) -> list[dict]:
+    """A row for all runs that differ in nothing but the seed, those on the same test images together.
+
+    Returns:
+        For every row `TESTED_ON`, `method`, `settings` (those in which the rows of its method differ), `seeds`, `steps`, and of every metric that all its
+        runs have the mean, such as `auroc`, and the sample standard deviation, `auroc_std`, None of one run.
+
+    Raises:
+        InputError: two runs that should differ in the seed have the same one, or were tested on other images than those they stand beside.
+    """
+    tables: dict[tuple, dict[str, list[Run]]] = defaultdict(lambda: defaultdict(list))
+    for run in runs:
+        way = repr((run.method, run.results.get("steps"), sorted(run.settings.items())))
+        tables[tuple(run.results.get(key) for key in TESTED_ON)][way].append(run)
+    rows = []
+    for tested_on, table in tables.items():
+        _check_divisions([run for alike in table.values() for run in alike])
+        for alike in table.values():
+            first = alike[0]
+            same_method = [other[0].settings for other in table.values() if other[0].method == first.method]
+            differing = {name: value for name, value in first.settings.items() if any(other.get(name) != value for other in same_method)}
+            row = dict(zip(TESTED_ON, tested_on, strict=True)) | {"method": first.method, "settings": differing}
+            row |= {"seeds": _seeds(alike), "steps": first.results.get("steps")}
+            for metric in METRICS:
+                values = [run.results.get(metric) for run in alike]
+                if None not in values:
+                    row[metric] = statistics.mean(values)
+                    row[f"{metric}_std"] = statistics.stdev(values) if len(values) > 1 else None
+            rows.append(row)
+    return rows
+
+
+def _seeds(runs: list[Run]) -> list[int]:
+    found: dict[int, Run] = {}
+    for run in runs:
+        seed = run.results.get("seed")
+        if seed in found:
+            raise InputError(
+                f"{found[seed].name} and {run.name} were trained in the same way with the same seed, {seed}: leave one of them out"
+            )
+        if seed is not None:  # a baseline has none
+            found[seed] = run
+    return sorted(found)
+
+
+def _check_divisions(runs: list[Run]) -> None:
+    """Refuses runs that should have been divided alike, by protocol, limits and seed, and were not: their images differ."""
+    found: dict[str, Run] = {}
+    for run in runs:
+        division = run.results.get("division")
+        if division:
+            other = found.setdefault(repr(sorted((name, value) for name, value in division.items() if name != "split_hash")), run)
+            if other.results.get("split_hash") != run.results.get("split_hash"):
+                raise InputError(
+                    f"{other.name} and {run.name} do not compare: their data have the same name, {run.results.get('dataset')}, and other images"
+                )
+
+
+def comparison_markdown(rows: list[dict]) -> str:
+    """The rows of `compare_runs` as Markdown, a table for each set of test images."""
+    tables: dict[tuple, list[dict]] = defaultdict(list)
+    for row in rows:
+        tables[tuple(row[key] for key in TESTED_ON)].append(row)
+    parts = []
+    for (dataset, normal, num_normal, num_anomalous), table in tables.items():
+        metrics = [metric for metric in METRICS if any(metric in row for row in table)]
+        lines = [["method", "settings", "seeds", "steps", *(METRICS[metric][1] for metric in metrics)]]
+        lines += [["---"] * len(lines[0])]
+        for row in table:
+            settings = ", ".join(f"{name} {str(value).strip('[]')}" for name, value in row["settings"].items())
+            entries = [row["method"], settings, _ranges(row["seeds"]), row["steps"], *(_entry(row, metric) for metric in metrics)]
+            lines.append(["–" if entry in ("", None) else plain(entry) for entry in entries])
+        head = f"{plain(dataset)}: normal is {plain(normal)}; {num_normal} normal and {num_anomalous} anomalous test images"
+        parts.append("\n".join([head, "", *(f"| {' | '.join(line)} |" for line in lines)]))
+    return "\n\n".join(parts)
+
+
+def _entry(row: dict, metric: str) -> str:
+    if metric not in row:
+        return ""
+    std = row[f"{metric}_std"]
+    return f"{row[metric]:.3f}" + ("" if std is None else f" ± {std:.3f}")
+
+
+def _ranges(seeds: list[int]) -> str:
+    """[0, 1, 2, 5] → "0–2, 5"."""
+    runs: list[list[int]] = []
+    for seed in seeds:
+        if runs and seed == runs[-1][-1] + 1:
+            runs[-1].append(seed)
+        else:
+            runs.append([seed])
+    return ", ".join(str(run[0]) if len(run) == 1 else f"{run[0]}–{run[-1]}" for run in runs)

@@ -1,0 +1,178 @@
+"""Tables of several detectors: what is one row, what is beside it, and what does not compare."""
+
+import csv
+import json
+import statistics
+from pathlib import Path
+
+import pytest
+
+from hf_anomaly import CSIConfig, DIAConfig, InputError, cli
+from hf_anomaly.report import Run, compare_runs, comparison_markdown, read_run
+
+TESTED_ON = {"dataset": "scans", "normal_label": "good", "num_normal": 20, "num_anomalous": 30}
+
+
+@pytest.fixture
+def trained(tmp_path, monkeypatch):
+    """Writes what a training leaves, without the weights."""
+    monkeypatch.chdir(tmp_path)
+
+    def write(name, config_class, seed, auroc, *, division=(), optimization=(), config=None, **results):
+        config_class(image_size=8, num_channels=1, **config or {}).save_pretrained(name)
+        division = {"protocol": "official", "max_train_images": None, "seed": seed, "split_hash": f"hash of {seed}"} | dict(division)
+        results = TESTED_ON | {"auroc": auroc, "average_precision": auroc and auroc / 2, "seed": seed, "steps": 100} | results
+        results |= {
+            "division": division,
+            "split_hash": division["split_hash"],
+            "optimization": {"learning_rate": 0.01, "data_seed": seed} | dict(optimization),
+        }
+        Path(name, "eval_results.json").write_text(json.dumps(results))
+        return name
+
+    return write
+
+
+def test_a_row_is_a_way_of_training(trained):
+    names = [trained(f"dia-{seed}", DIAConfig, seed, auroc) for seed, auroc in ((2, 0.9), (0, 0.8), (1, 0.85), (5, 0.7))]
+    names.insert(1, trained("csi", CSIConfig, 0, 0.75))
+    names.append(trained("slow", DIAConfig, 0, 0.6, optimization={"learning_rate": 0.001}))
+    dia, csi, slow = compare_runs(map(read_run, names))
+    assert dia == {
+        **TESTED_ON,
+        "method": "DIA",
+        "settings": {"learning_rate": 0.01},
+        "seeds": [0, 1, 2, 5],
+        "steps": 100,
+        "auroc": pytest.approx(statistics.mean([0.9, 0.8, 0.85, 0.7])),
+        "auroc_std": pytest.approx(statistics.stdev([0.9, 0.8, 0.85, 0.7])),
+        "average_precision": pytest.approx(0.40625),
+        "average_precision_std": pytest.approx(statistics.stdev([0.9, 0.8, 0.85, 0.7]) / 2),
+    }
+    assert (csi["method"], csi["settings"], csi["auroc"], csi["auroc_std"]) == ("CSI", {}, 0.75, None)
+    assert (slow["method"], slow["settings"], slow["seeds"]) == ("DIA", {"learning_rate": 0.001}, [0])
+    lines = comparison_markdown([dia, csi, slow]).splitlines()
+    assert lines[0] == "scans: normal is good; 20 normal and 30 anomalous test images"
+    assert lines[2] == "| method | settings | seeds | steps | AUROC | Average precision |"
+    assert lines[4] == "| DIA | learning_rate 0.01 | 0–2, 5 | 100 | 0.812 ± 0.085 | 0.406 ± 0.043 |"
+    assert lines[5] == "| CSI | – | 0 | 100 | 0.750 | 0.375 |"
+
+
+@pytest.mark.parametrize(
+    ("other", "shown"),
+    [
+        ({"config": {"num_encoders": 2}}, {"num_encoders": 2}),
+        ({"config": {"dissolver": "median", "dissolver_settings": {"kernel_size": 7}}}, {"dissolver_settings.kernel_size": 7}),
+        ({"division": {"max_train_images": 16}}, {"max_train_images": 16}),
+        ({"optimization": {"data_seed": 7}}, {"data_seed": 7}),
+        ({"steps": 50}, {}),
+    ],
+)
+def test_what_makes_another_row(trained, other, shown):
+    names = [trained("one", DIAConfig, 0, 0.9), trained("other", DIAConfig, 0, 0.8, **other)]
+    first, second = compare_runs(map(read_run, names))
+    assert shown.items() <= second["settings"].items()
+    assert second["steps"] == other.get("steps", 100)
+    assert "seed" not in first["settings"]
+
+
+def test_what_is_no_other_row(trained):
+    """Which the score's speed, threshold and saving hang on, and not how a detector is trained."""
+    names = [trained("one", DIAConfig, 0, 0.9)]
+    names.append(
+        trained(
+            "other",
+            DIAConfig,
+            1,
+            0.8,
+            config={"search_chunk_size": 7, "num_calibration_scores": 3, "false_positive_rate": 0.1},
+            num_train=99,
+            seconds=5,
+        )
+    )
+    assert [row["seeds"] for row in compare_runs(map(read_run, names))] == [[0, 1]]
+
+
+def test_other_test_images_make_another_table(trained):
+    names = [trained(f"run-{n}", DIAConfig, 0, 0.9, num_normal=n, config={"num_encoders": n}) for n in (1, 2)]
+    rows = compare_runs(map(read_run, names))
+    assert [row["settings"] for row in rows] == [{}, {}]  # those of another table are nothing to differ from
+    assert comparison_markdown(rows).count("| method |") == 2
+
+
+def test_a_metric_that_one_run_lacks(trained):
+    names = [
+        trained("one", DIAConfig, 0, 0.9, aupro=0.5),
+        trained("two", DIAConfig, 1, 0.9),
+        trained("three", CSIConfig, 0, 0.9, aupro=0.4),
+    ]
+    dia, csi = compare_runs(map(read_run, names))
+    assert "aupro" not in dia
+    assert csi["aupro"] == 0.4
+    assert comparison_markdown([dia, csi]).splitlines()[4].endswith("| 0.900 ± 0.000 | 0.450 ± 0.000 | – |")
+
+
+def test_what_does_not_compare(trained):
+    one = read_run(trained("one", DIAConfig, 0, 0.9))
+    again = read_run(trained("again", DIAConfig, 0, 0.8))
+    with pytest.raises(InputError, match="one and again were trained in the same way with the same seed, 0"):
+        compare_runs([one, again])
+    moved = read_run(trained("moved", CSIConfig, 0, 0.8, division={"split_hash": "another"}))
+    with pytest.raises(InputError, match="one and moved do not compare: their data have the same name, scans, and other images"):
+        compare_runs([one, moved])
+    trained("unlabelled", DIAConfig, 0, None, reason="all images are normal")
+    with pytest.raises(InputError, match="unlabelled has no AUROC: all images are normal"):
+        read_run("unlabelled")
+    Path("one", "eval_results.json").unlink()
+    with pytest.raises(InputError, match="one has no AUROC: its eval_results"):
+        read_run("one")
+
+
+def test_command(trained, capsys):
+    names = [trained("one", DIAConfig, 0, 0.9), trained("two", DIAConfig, 1, 0.8), trained("csi", CSIConfig, 0, 0.7)]
+    measured = {"detector": 0.9, "contrast": 0.5, "pixel_knn": 0.6, "mean_intensity": 0.4, "pca_residual": 0.3}
+    Path("trivial.json").write_text(json.dumps({**TESTED_ON, "baselines": {"as_they_are": measured, "standardized": {"detector": 0.8}}}))
+    cli.main(["compare", *names, "--baselines", "trivial.json", "--output", "table.csv"])
+    table = capsys.readouterr().out
+    assert "| DIA | – | 0–1 | 100 | 0.850 ± 0.071 | 0.425 ± 0.035 |" in table
+    assert "| pixel kNN | – | – | – | 0.600 | – |" in table
+    assert "detector" not in table
+    with open("table.csv", newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert [(row["method"], row["seeds"], float(row["auroc"])) for row in rows] == [
+        ("DIA", "0 1", pytest.approx(0.85)),
+        ("CSI", "0", 0.7),
+        ("mean intensity", "", 0.4),
+        ("contrast (negative pixel std)", "", 0.5),
+        ("pixel kNN", "", 0.6),
+        ("PCA residual", "", 0.3),
+    ]
+    cli.main(["compare", *names, "--output", "table.md"])
+    assert Path("table.md").read_text() == capsys.readouterr().out
+    cli.main(["compare", *names, "--output", "table.json"])
+    assert json.loads(Path("table.json").read_text()) == compare_runs(map(read_run, names))
+
+
+@pytest.mark.parametrize(
+    ("argv", "words"),
+    [
+        (["one", "--output", "table.pdf"], "--output table.pdf: give a name that ends in .md, .csv or .json"),
+        (["one", "--baselines", "one/eval_results.json"], "one/eval_results.json holds no baselines"),
+        (["one", "empty"], "'empty' holds no detector"),
+        (["one", "resnet"], "'resnet' holds a ResNetConfig, which is no anomaly detector's"),
+    ],
+)
+def test_what_is_refused(trained, capsys, argv, words):
+    from transformers import ResNetConfig
+
+    trained("one", DIAConfig, 0, 0.9)
+    Path("empty").mkdir()
+    ResNetConfig().save_pretrained("resnet")
+    with pytest.raises(SystemExit, match="2"):
+        cli.main(["compare", *argv])
+    assert words in capsys.readouterr().err
+
+
+def test_baselines_over_several_divisions():
+    results = [Run("a", "contrast", TESTED_ON | {"auroc": 0.5}), Run("b", "contrast", TESTED_ON | {"auroc": 0.7})]
+    assert compare_runs(results)[0]["auroc"] == pytest.approx(0.6)
