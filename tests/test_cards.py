@@ -119,6 +119,16 @@ def test_the_numbers_are_in(folder):
     assert data["tags"] == ["anomaly-detection", "dia_anomaly"]
 
 
+@pytest.mark.parametrize("calibrated", [True, False])
+def test_kinds_of_anomalies_are_told(folder, calibrated):
+    found = {"auroc": 0.75, "num_images": 3} | ({"true_positive_rate_at_threshold": 0.5} if calibrated else {})
+    body, _ = card(folder, {**RESULTS, "by_class": {"a|b": found, "dent": {**found, "auroc": None}}}, calibrated)
+    check_whole(body)
+    flagged = " 0.5000 |" if calibrated else ""
+    assert f"| a b | 3 | 0.7500 |{flagged}\n| dent | 3 | – |{flagged}\n" in body
+    assert "By kind" not in card(folder)[0]
+
+
 def test_licence_and_dataset_are_in_the_yaml(folder):
     folder.mkdir()
     write_card(folder, detector(), RESULTS, license="cc-by-4.0", dataset_id="org/chest")

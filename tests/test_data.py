@@ -143,6 +143,12 @@ def test_masks_are_those_of_the_images(tmp_path, folder, suffix):
     assert names == [None, f"1{suffix}", f"2{suffix}", None]
 
 
+def test_the_class_of_every_evaluated_image_is_kept(tmp_path):
+    splits = load_one_class(write(tmp_path, {"train/good": 5, "test/broken": 2, "test/good": 1, "test/bent": 1}))
+    assert dict(zip(splits.test["class_name"][:], splits.test["label"][:], strict=True)) == {"bent": 1, "broken": 1, "good": 0}
+    assert "class_name" not in {*splits.train.column_names, *splits.calibration.column_names}
+
+
 def test_masks_are_those_of_the_split(tmp_path):
     write(tmp_path, {"train/good": 5, "test/broken": 2, "val/broken": 2, "val/good": 1, "test/good": 1, "ground_truth/broken": 2})
     assert "mask" not in load_one_class(tmp_path, eval_split="validation").test.column_names
@@ -173,7 +179,8 @@ def test_mask_folders_hold_no_images(tmp_path, caplog):
     assert not any("ground_truth" in value["path"] for value in splits.test["image"])
     assert caplog.text.count("all other masks there are left out") == 1
     features = Features({"image": Image(decode=False), "label": ClassLabel(names=["normal", "anomaly"]), "row": Value("int64")})
-    assert splits.train.features == splits.calibration.features == splits.test.features == features
+    assert splits.train.features == splits.calibration.features == features
+    assert splits.test.features == {**features, "class_name": Value("string")}
     assert set(splits.train["label"][:] + splits.calibration["label"][:]) == {0}
 
 

@@ -16,6 +16,7 @@ from hf_anomaly.metrics import (
     functional,
     image_level,
     image_metrics,
+    metrics_by_class,
     pixel_level,
 )
 
@@ -41,6 +42,21 @@ def test_95_percent_is_enough_and_less_is_not():
     scores, labels = [*range(2, 21), -1, 0, 1], [1] * 20 + [0] * 2
     assert image_metrics(scores, labels)["fpr_at_95_tpr"] == 0.0
     assert image_metrics(scores[1:], labels[1:])["fpr_at_95_tpr"] == 1.0  # 18 / 19 < 95 %
+
+
+def test_by_class():
+    classes = ["dent", "good", "scratch", "good", "dent", "fine"]
+    results = metrics_by_class(SCORES, LABELS, classes, threshold=0.8)
+    # Of the 3 normals (.8, .4, .1) the dent of .9 beats 3 and that of .3 one; the scratch of .7 beats two. Above .8 lies one dent.
+    assert results == {
+        "dent": {"num_images": 2, "auroc": pytest.approx(4 / 6), "true_positive_rate_at_threshold": 0.5},
+        "scratch": {"num_images": 1, "auroc": pytest.approx(2 / 3), "true_positive_rate_at_threshold": 0.0},
+    }
+    assert list(results) == ["dent", "scratch"]
+    assert metrics_by_class([0.1, 0.2], [1, 1], ["a", "b"]) == {name: {"num_images": 1, "auroc": None} for name in "ab"}
+    assert metrics_by_class([0.1, 0.2], [0, 0], ["a", "b"]) == {}
+    with pytest.raises(InputError, match="classes: 1 rows, but scores have 2"):
+        metrics_by_class([0.1, 0.2], [0, 1], ["a"])
 
 
 def test_ties_count_half():

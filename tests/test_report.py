@@ -107,6 +107,20 @@ def without_maps():
     return model.fit_reference([torch.rand(4, 1, 16, 16) * 2 - 1], progress=False)
 
 
+def test_kinds_of_anomalies(detector, processor, tmp_path):
+    labels = np.arange(30) % 3  # normal, and two kinds
+    kinds = [("good", "<dent>", "scratch")[label] for label in labels]
+    dataset = images((labels > 0).astype(int)).add_column("class_name", kinds)
+    page = Page(write_report(detector, processor, dataset, tmp_path / "page.html")).check()
+    scores = detector.score([collate([row]) for row in prepare(dataset, processor)], progress=False)[0].numpy()
+    threshold = detector.calibration.threshold.item()
+    for row, label, name in zip(page.tables[1][1:], (1, 2), ("<dent>", "scratch"), strict=True):
+        wins = np.mean([a > b for a in scores[labels == label] for b in scores[labels == 0]])
+        assert row == [name, "10", f"{wins:.3f}", f"{(scores[labels == label] > threshold).mean():.3f}"]
+    one_kind = Page(write_report(detector, processor, dataset.select(np.flatnonzero(labels < 2)), tmp_path / "page.html"))
+    assert "Which anomalies it finds" not in one_kind.text
+
+
 def test_the_numbers_are_those_of_the_scores(detector, processor, tmp_path):
     labels = np.arange(50) % 2
     dataset = images(labels)

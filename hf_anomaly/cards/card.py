@@ -164,6 +164,7 @@ def write_card(
         anomalies_in_training=anomalies_in_training(results),
         results=results,
         rows=[(name, _with_interval(results, key)) for key, (_, name) in METRICS.items() if results.get(key) is not None],
+        kinds=_table_of_kinds(results),
         runs=_table_of_runs(results, other_runs),
         reason=plain(results.get("reason", "")),
         calibrated=model.calibration.is_calibrated,
@@ -207,6 +208,16 @@ def _protocol(division: dict) -> str:
     if division.get("contamination"):
         words.append(f"a contamination of {division['contamination']:g}")
     return ", ".join(words)
+
+
+def _table_of_kinds(results: dict) -> list[list[str]]:
+    """A row for each class of anomalies: name, number of images, AUROC and, if calibrated, the share that is flagged."""
+    rows = []
+    for name, found in results.get("by_class", {}).items():
+        flagged = found.get("true_positive_rate_at_threshold")
+        auroc = "–" if found["auroc"] is None else f"{found['auroc']:.4f}"
+        rows.append([plain(name), str(found["num_images"]), auroc, *([] if flagged is None else [f"{flagged:.4f}"])])
+    return rows
 
 
 def _table_of_runs(results: dict, others: Sequence[dict]) -> dict | None:

@@ -44,9 +44,9 @@ class OneClassSplits:
     """What `load_one_class` and `stream_one_class` give.
 
     Every dataset has the columns `image` (`Image(decode=False)`), `label` (`ClassLabel`: 0 normal, 1 anomaly) and `row` (int, the index in its source
-    split, or in all of them one after another where the protocol pools them; not in a stream), and `test` also `mask` where the source has masks
-    (`Image(decode=False)`, gray, above 0 where the anomaly is; None for an image without one, which is all normal; not in a stream). `train` and
-    `calibration` hold normals only, or what contamination passes off as such.
+    split, or in all of them one after another where the protocol pools them; not in a stream), and `test`, unless it is a stream, also `class_name`
+    (the class in the source, such as a kind of defect) and, where the source has masks, `mask` (`Image(decode=False)`, gray, above 0 where the anomaly
+    is; None for an image without one, which is all normal). `train` and `calibration` hold normals only, or what contamination passes off as such.
 
     Attributes:
         train: the normals to train on; None with `evaluation_only`. Anomalies added by `contamination` are labelled normal too.
@@ -190,7 +190,7 @@ def load_one_class(
     image_column = image_column or image_column_of(splits[needed])
     wanted = [eval_split] if evaluation_only else list(splits)
     data = {
-        name: _one_class(source, splits[name], image_column, labels[name], normal_label, name, rows[name], with_masks=name == eval_split)
+        name: _one_class(source, splits[name], image_column, labels[name], normal_label, name, rows[name], evaluated=name == eval_split)
         for name in wanted
     }
     anomalies = None  # of the training split
@@ -486,15 +486,16 @@ def _one_class(
     normal_label: str,
     name: str,
     rows: np.ndarray,
-    with_masks: bool = False,
+    evaluated: bool = False,
 ) -> datasets.Dataset:
-    """Columns `image`, `label` and `row`, and on request `mask` if there is one, for all rows. Nothing is copied or decoded."""
+    """Columns `image`, `label` and `row`, and of an evaluated split `class_name` and `mask` as far as they are known, for all rows. Nothing is copied or
+    decoded."""
     import datasets
 
     if image_column not in split.column_names:
         raise InputError(f"split {name!r} has no column {image_column!r}; its columns: {', '.join(split.column_names)}; give image_column")
     is_anomaly = [0] * len(split) if labels is None else [int(label != normal_label) for label in labels]
-    masks = ["mask"] if with_masks and image_column != "mask" and isinstance(split.features.get("mask"), datasets.Image) else []
+    masks = ["mask"] if evaluated and image_column != "mask" and isinstance(split.features.get("mask"), datasets.Image) else []
     images = split.select_columns([image_column, *masks])
     images = images.cast_column("mask", datasets.Image(decode=False)) if masks else images
     images = images if image_column == "image" else images.rename_column(image_column, "image")
@@ -505,6 +506,8 @@ def _one_class(
             for path in paths_beside(images, column):
                 check_place(path, source)
     images = images.add_column("label", is_anomaly, feature=datasets.ClassLabel(names=["normal", "anomaly"]))
+    if evaluated and labels is not None:
+        images = images.add_column("class_name", labels, feature=datasets.Value("string"))
     return images.add_column("row", rows.tolist(), feature=datasets.Value("int64"))
 
 

@@ -5,6 +5,7 @@ from importlib import import_module
 _MODULES = {
     "image_metrics": "functional",
     "balanced_accuracy": "functional",
+    "metrics_by_class": "functional",
     "bootstrap_intervals": "functional",
     "PixelMetrics": "pixels",
     "ImageAnomalyMetrics": "image_level",

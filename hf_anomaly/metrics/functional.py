@@ -1,5 +1,7 @@
 """Image-level metrics as functions. Where scikit-learn has the arithmetic, it is scikit-learn's."""
 
+from collections.abc import Sequence
+
 import numpy as np
 
 from ..errors import InputError
@@ -44,6 +46,31 @@ def image_metrics(scores, labels, threshold: float | None = None) -> dict[str, f
     if threshold is not None:
         metrics["balanced_accuracy_at_threshold"] = balanced_accuracy(scores, labels, threshold)
     return metrics
+
+
+def metrics_by_class(scores, labels, classes: Sequence[str], threshold: float | None = None) -> dict[str, dict[str, float | None]]:
+    """How well each class of anomalies, such as a kind of defect, is told from all normal images.
+
+    Args:
+        scores, labels, threshold: as in `image_metrics`.
+        classes: (N,) every image's class; those of normal images say nothing.
+
+    Returns:
+        Class → `num_images`, `auroc` (None without normal images) and, with `threshold`, `true_positive_rate_at_threshold`.
+
+    Raises:
+        InputError: as `image_metrics`, or not one class an image.
+    """
+    scores, labels = _columns(scores, labels)
+    if len(classes) != len(scores):
+        raise InputError(f"classes: {len(classes)} rows, but scores have {len(scores)}; give one class per score")
+    names, normal, results = np.asarray(classes, dtype=object), labels == 0, {}
+    for name in sorted(set(names[~normal])):
+        chosen = ~normal & (names == name)
+        results[name] = {"num_images": int(chosen.sum()), "auroc": image_metrics(scores[normal | chosen], labels[normal | chosen])["auroc"]}
+        if threshold is not None:
+            results[name]["true_positive_rate_at_threshold"] = float((scores[chosen] > threshold).mean())
+    return results
 
 
 def balanced_accuracy(scores, labels, threshold: float) -> float | None:

@@ -20,7 +20,7 @@ from ..errors import InputError
 from ..files import writing
 from ..image_processing import to_eight_bit_image
 from ..metrics import bootstrap_intervals, image_metrics
-from ..training.evaluation import INTERVAL_CONFIDENCE
+from ..training.evaluation import INTERVAL_CONFIDENCE, results_by_class
 from ..training.localization import evaluate_maps
 from ..version import __version__
 from ..visualization import VISIBLE, overlay_anomaly_map
@@ -52,7 +52,8 @@ def write_report(
         model: fitted; without calibration there are no thresholds.
         processor: the detector's.
         dataset: a `datasets.Dataset` with a column `image` and, with `has_labels`, `label` (0 normal, 1 anomalous); `row` if images have other numbers
-            than their place in it; `mask` for pixel-level metrics, see `evaluate_maps`. Where only one class is there, what needs both is left out.
+            than their place in it; `class_name` for results by kind of anomaly; `mask` for pixel-level metrics, see `evaluate_maps`. Where
+            only normal or only anomalous images are there, what needs both is left out.
         path: of the page, replaced if it is there.
         has_labels: False: the labels, if there are any, say nothing; the page shows scores alone.
         title: default: the name of the place that the detector came from.
@@ -90,6 +91,7 @@ def write_report(
         metrics=image_metrics(numbers, labels, threshold) if both else None,
         intervals=bootstrap_intervals(numbers, labels, confidence=INTERVAL_CONFIDENCE) if both else {},
         confidence=INTERVAL_CONFIDENCE,
+        by_class=results_by_class(model, dataset, scores, torch.from_numpy(labels)) if both else {},
         pixel_metrics=evaluate_maps(model, processor, dataset, batch_size)
         if labels is not None and "mask" in dataset.column_names and model.supports_anomaly_maps
         else {},

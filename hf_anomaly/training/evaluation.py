@@ -17,7 +17,7 @@ from ..data import OneClassSplits, collate, decode_image, prepare
 from ..data.sources import dataset_label
 from ..detector import AnomalyDetector
 from ..files import replacing
-from ..metrics import balanced_accuracy, bootstrap_intervals, image_metrics
+from ..metrics import balanced_accuracy, bootstrap_intervals, image_metrics, metrics_by_class
 from ..visualization import VISIBLE, overlay_anomaly_map
 from .localization import evaluate_maps
 
@@ -37,7 +37,8 @@ def evaluate_detector(model: AnomalyDetector, processor, splits: OneClassSplits,
         `auroc`, `average_precision`, `fpr_at_95_tpr` and `f1_max` (None with `reason` where there is nothing to measure on); `auroc_interval` and
         `average_precision_interval`, [low, high] with `interval_confidence` (see `bootstrap_intervals`); `num_normal`, `num_anomalous`; `division` (see
         `Division`); for a calibrated detector the rates and the balanced accuracy at its threshold, and `drift_p_value`, of the normal images' scores
-        against those of calibration (see `drift_check`); and, where the test split has a column `mask` and the detector gives maps, what `evaluate_maps` finds.
+        against those of calibration (see `drift_check`); where there are several classes of anomalies, `by_class`, see `metrics_by_class`;
+        and, where the test split has a column `mask` and the detector gives maps, what `evaluate_maps` finds.
     """
     results = dict.fromkeys(("auroc", "average_precision", "fpr_at_95_tpr", "f1_max"))
     results |= {
@@ -70,12 +71,23 @@ def evaluate_detector(model: AnomalyDetector, processor, splits: OneClassSplits,
         results["balanced_accuracy_at_threshold"] = balanced_accuracy(scores.numpy(), labels.numpy(), threshold)
         if (labels == 0).any():
             results["drift_p_value"] = _check_drift(model, scores[labels == 0], results["false_positive_rate_at_threshold"])
+    if by_class := results_by_class(model, splits.test, scores, labels):
+        results["by_class"] = by_class
     if "mask" in (splits.test.column_names or ()):  # a stream's may be unknown
         if model.supports_anomaly_maps:
             results |= evaluate_maps(model, processor, splits.test, batch_size)
         else:
             logger.info("No pixel-level metrics, though there are masks: %s", model.unsupported_maps_reason)
     return results
+
+
+def results_by_class(model: AnomalyDetector, dataset, scores: torch.Tensor, labels: torch.Tensor) -> dict[str, dict]:
+    """See `metrics_by_class`; empty if there is a single class of anomalies, or the dataset, such as a stream, has no column `class_name`."""
+    if "class_name" not in (dataset.column_names or ()):
+        return {}
+    threshold = model.calibration.threshold.item() if model.calibration.is_calibrated else None
+    found = metrics_by_class(scores.numpy(), labels.numpy(), dataset["class_name"][:], threshold)
+    return found if len(found) > 1 else {}
 
 
 def _check_drift(model: AnomalyDetector, scores: torch.Tensor, flagged: float) -> float:
