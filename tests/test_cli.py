@@ -246,6 +246,19 @@ def test_train_evaluate_info(run):
     assert f"{AutoModel.from_pretrained('my-detector').calibration.threshold.item():g}" in out
 
 
+def test_card_of_other_seeds(run, without_maps):
+    """Of a method with a backbone, whose config knows more once it is loaded."""
+    results = {"dataset": "x", "normal_label": "0", "steps": 1, "num_normal": 1, "num_anomalous": 1, "num_train": 4, "num_calibration": 0}
+    for seed in range(2):
+        shutil.copytree(without_maps, f"seed{seed}")
+        Path(f"seed{seed}", "eval_results.json").write_text(
+            json.dumps({**results, "seed": seed, "auroc": 0.5 + seed / 4, "split_hash": "a"})
+        )
+    status, _, err = run("card", "seed0", "--runs", "seed1")
+    assert status == 0, err
+    assert "| mean ± std | 0.6250 ± 0.1768 |" in Path("seed0/README.md").read_text()
+
+
 @pytest.mark.parametrize("method", train.METHODS)
 def test_methods_have_their_options(run, method):
     status, out, _ = run("train", method, "--help")

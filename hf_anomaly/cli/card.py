@@ -36,10 +36,11 @@ def run(args: Namespace) -> None:
     if args.runs and results is None:
         raise InputError(f"{folder} holds no eval_results.json, which the results of --runs would stand beside")
     others = [_results(Path(run)) for run in args.runs]
+    chosen = settings_of(load_config(args.folder))  # the model's own has more than was saved, such as the backbone's dtype
     for run in args.runs:
         if not Path(run, "config.json").is_file():
             raise InputError(f"{run} holds no detector: give a folder that training wrote")
-        different = first_difference(settings_of(load_config(run)), settings_of(model.config))
+        different = first_difference(settings_of(load_config(run)), chosen)
         if different is not None:
             name, theirs, ours = different
             raise InputError(
