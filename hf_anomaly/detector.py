@@ -621,7 +621,10 @@ class AnomalyDetector(PreTrainedModel):
     def _save(self, target: Path, *, token, whole: bool = False, variant: str | None = None, **kwargs) -> None:
         """Saves weights, config and companions; `whole`: companions that cannot be had are an error."""
         self.config.hf_anomaly_version = __version__
-        self.config.auto_map = auto_map(AutoConfig=type(self.config), AutoModel=type(self))
+        ours = auto_map(AutoConfig=type(self.config), AutoModel=type(self))
+        vars(self.config).pop("auto_map", None)
+        if ours is not None:  # transformers cannot load a config whose auto_map is null
+            self.config.auto_map = ours
         outdated = outdated_companions(self._homes, target, self.config)
         with staged(target, variant) as staging:
             super().save_pretrained(staging, variant=variant, **kwargs)
@@ -631,7 +634,7 @@ class AnomalyDetector(PreTrainedModel):
                 if whole:
                     raise
                 logger.warning("Saved without what lies beside %s on the Hub: %s", self._homes[-1].name, " ".join(str(error).split()))
-            if self.config.auto_map is not None:
+            if ours is not None:
                 write_remote_code(staging)
             outdated -= {path.name for path in staging.iterdir()}
         for name in outdated:

@@ -16,7 +16,7 @@ from transformers import PreTrainedConfig
 
 from .cards.merging import outdate_card, read_card
 from .errors import InputError
-from .untrusted import contained_files
+from .untrusted import contained_files, is_ours
 
 logger = logging.getLogger(__name__)
 
@@ -39,7 +39,7 @@ def __getattr__(name):
 
 def auto_map(**classes: type) -> dict[str, str] | None:
     """The entry `auto_map` of a config: Auto class → the package's class, by way of `REMOTE_CODE_FILE`. None for classes from elsewhere."""
-    if not all(class_.__module__.startswith("hf_anomaly.") for class_ in classes.values()):
+    if not all(map(is_ours, classes.values())):
         return None
     return {auto: f"{Path(REMOTE_CODE_FILE).stem}.{class_.__name__}" for auto, class_ in classes.items()}
 

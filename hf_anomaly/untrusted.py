@@ -19,6 +19,11 @@ LARGEST_LIST = 1000  # a schedule has so many β, a network fewer stages
 _FREE_BYTES = 64 * 2**20  # so much more than its file a model may always take
 
 
+def is_ours(class_: type) -> bool:
+    """Whether a class is the package's, not from elsewhere."""
+    return class_.__module__.startswith("hf_anomaly.")
+
+
 def load_without_code(auto_class: type, name_or_path: str | os.PathLike, **options: Any) -> Any:
     """`auto_class.from_pretrained(name_or_path, …)` that never runs a repository's code, nor asks on standard input whether to.
 

@@ -130,6 +130,13 @@ def test_every_registered_detector_is_tested():
     assert {type(build(**SHAPES[0])) for build in DETECTORS.values()} == set(hf_anomaly.DETECTORS.values())
 
 
+def test_every_registered_class_is_found_in_the_package():
+    """Else `trust_remote_code=True` would not find it, see `REMOTE_CODE` in `hf_anomaly.saving`."""
+    for class_ in (*hf_anomaly.DETECTORS, *hf_anomaly.DETECTORS.values()):
+        assert getattr(hf_anomaly, class_.__name__) is class_
+        assert class_.__name__ in hf_anomaly.__all__
+
+
 # Saving and loading -----------------------------------------------------------------------------------------------------------
 
 FRESH_PROCESS = """

@@ -8,7 +8,7 @@ import time
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoModel
+from transformers import AutoConfig, AutoModel
 
 from hf_anomaly import (
     AnomalyImageProcessor,
@@ -51,6 +51,14 @@ def images(count, seed=0):
 
 def contents(folder):
     return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+class ConfigFromElsewhere(CSIConfig):
+    model_type = "from_elsewhere"
+
+
+class ModelFromElsewhere(CSIModel):
+    config_class = ConfigFromElsewhere
 
 
 @pytest.fixture
@@ -519,3 +527,18 @@ def test_a_hostile_dissolver_is_refused(tmp_path, file, changes, refused):
     (tmp_path / file).write_text(json.dumps(json.loads((tmp_path / file).read_text()) | changes))
     with refused(*changes):
         DiffusionDissolver.from_pretrained(tmp_path)
+
+
+def test_a_detector_of_ones_own_code(tmp_path):
+    """Registered as any transformers model: nothing in its folder says that the package has the class."""
+    AutoConfig.register("from_elsewhere", ConfigFromElsewhere)
+    AutoModel.register(ConfigFromElsewhere, ModelFromElsewhere)
+    model = ModelFromElsewhere(ConfigFromElsewhere(image_size=8, backbone_config=SmallResNetConfig(hidden_sizes=[8], depths=[1])))
+    model.fit_reference([images(6)], progress=False).eval().save_pretrained(tmp_path)
+    loaded = AutoModel.from_pretrained(tmp_path)
+    assert type(loaded) is ModelFromElsewhere
+    assert loaded(images(3, 1)).scores.tolist() == model(images(3, 1)).scores.tolist()
+    assert "auto_map" not in json.loads((tmp_path / "config.json").read_text())
+    assert not list(tmp_path.glob("*.py"))
+    write_card(tmp_path, loaded)
+    assert f"import {__name__}  # the code of ModelFromElsewhere" in (tmp_path / "README.md").read_text()

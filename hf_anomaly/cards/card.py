@@ -13,6 +13,7 @@ from transformers import PreTrainedModel
 
 from ..errors import InputError
 from ..files import replacing
+from ..untrusted import is_ours
 from ..version import __version__
 from .figures import FIGURES, FOLDER
 from .merging import METRICS, NOTED, TASK_NAME, merge_cards, read_card
@@ -155,6 +156,7 @@ def write_card(
         title=plain(name),
         address=plain(repo_id or name),
         model_class=type(model).__name__,
+        module=None if is_ours(type(model)) else type(model).__module__,
         dataset=plain(Path(results["dataset"]).name) if known else "",
         normal_label=plain(results.get("normal_label", "")),
         image_size=config.image_size,
