@@ -14,7 +14,7 @@ from transformers import AutoImageProcessor, pipeline
 
 from hf_anomaly import AnomalyImageProcessor, InputError, SharedAEConfig, SharedAEModel
 from hf_anomaly.cli import main
-from hf_anomaly.data import Reading, decode_image, file_name, formats, load_one_class, prepare, read_image, stream_one_class
+from hf_anomaly.data import Reading, decode_image, file_name, formats, load_one_class, prepare, stream_one_class
 from hf_anomaly.data.formats import apply_window, image_suffixes, parse_window, read_slices
 from hf_anomaly.data.transforms import decode_mask
 from hf_anomaly.image_processing import to_eight_bit_image
@@ -28,6 +28,10 @@ RAMP = (np.arange(64).reshape(8, 8) * 1000).astype(np.uint16)
 @pytest.fixture(autouse=True)
 def _own_cache(tmp_path_factory, monkeypatch):
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path_factory.mktemp("cache"))
+
+
+def read_image(path, window=None):
+    return decode_image({"path": str(path)}, str(path), window)
 
 
 def slow_window(values, low, high):

@@ -113,6 +113,12 @@ def test_files_are_held_out_by_their_content(tmp_path):
     assert here.split_hash == there.split_hash
 
 
+def test_of_digits_the_zero_is_normal():
+    splits = stream_one_class("digits", head=10)
+    assert splits.normal_label == "0"
+    assert len(splits.calibration) == 2
+
+
 def test_a_limit_and_epochs():
     splits = load(Source(), max_train_images=30)
     assert len(splits.reference) == 16
@@ -146,6 +152,7 @@ def test_class_names_and_classes(refused):
         ({"label_column": "y"}, ("no column 'y'", "image, label")),
         ({"image_column": "y"}, ("no column 'y'", "image, label")),
         ({"head": 1}, ("head must be at least 2",)),
+        ({"max_train_images": 0}, ("max_train_images at least 1",)),
         ({"calibration_fraction": 1}, ("[0, 1)",)),
         ({"evaluation_only": True, "eval_split": "validation", "label_column": "y"}, ("'y'",)),
     ],

@@ -2,7 +2,7 @@
 
 from .caching import shrink_images
 from .content import content_digest, find_copies
-from .formats import Reading, read_image
+from .formats import Reading
 from .loading import OneClassSplits, check_images, check_pixels, load_one_class, load_unlabelled
 from .protocols import Division
 from .recipes import RECIPES, DatasetRecipe, find_recipe
@@ -27,7 +27,6 @@ __all__ = [
     "load_one_class",
     "load_unlabelled",
     "prepare",
-    "read_image",
     "shrink_images",
     "stream_one_class",
 ]

@@ -218,31 +218,23 @@ def is_medical(path: str | os.PathLike[str]) -> bool:
     return os.fspath(path).lower().endswith(MEDICAL_SUFFIXES)
 
 
-def read_image(path: str | os.PathLike[str], window: Window = None) -> PIL.Image.Image:
-    """Any image file with 8 bits a channel: L, RGB, or what mode an 8-bit file has.
+def read_slice(path: str | os.PathLike[str], window: Window = None) -> PIL.Image.Image:
+    """The only slice of a DICOM or NIfTI file.
 
     Raises:
-        InputError: unreadable; more than 8 bits without a window; several slices; the library for it is not installed.
+        InputError: unreadable; several slices; no window; the library for it is not installed.
     """
-    if is_medical(path):
-        slices = read_slices(path, Reading(window))
-        if len(slices) != 1:
-            raise InputError(f"{path} holds {len(slices)} slices, not one image: `hf-anomaly predict` scores them all; else cut it up")
-        return slices[0]
-    try:
-        image = open_raster(path)
-        check_depth(image, str(path), window)
-        load_pixels(image)
-    except OSError as error:
-        raise InputError(f"{path}: unreadable image ({' '.join(str(error).split())}); replace it by an intact one") from error
-    return to_eight_bits(image, window, str(path))
+    slices = read_slices(path, Reading(window))
+    if len(slices) != 1:
+        raise InputError(f"{path} holds {len(slices)} slices, not one image: `hf-anomaly predict` scores them all; else cut it up")
+    return slices[0]
 
 
 def read_slices(path: str | os.PathLike[str], reading: Reading) -> list[PIL.Image.Image]:
     """The slices of a NIfTI volume, or the frames of a DICOM file, L or RGB, 8 bits; `info["slice"]` of each is its number in the file, from 0 on.
 
     Raises:
-        InputError: as `read_image`.
+        InputError: as `read_slice`.
     """
     read = _read_nifti if os.fspath(path).lower().endswith(NIFTI_SUFFIXES) else _read_dicom
     try:
@@ -264,7 +256,7 @@ def slice_files(path: Path, reading: Reading) -> list[Path]:
     """The slices of a DICOM or NIfTI file as PNG files, cut once and kept below the cache of datasets.
 
     Raises:
-        InputError: as `read_image`.
+        InputError: as `read_slice`.
     """
     import datasets
 

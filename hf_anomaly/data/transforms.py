@@ -24,7 +24,7 @@ from .formats import (
     is_white_zero,
     load_pixels,
     open_raster,
-    read_image,
+    read_slice,
     stored_values,
     to_eight_bits,
 )
@@ -80,7 +80,7 @@ def open_image(value: dict[str, Any] | PIL.Image.Image | np.ndarray, where: str,
             raise InputError(f"{where}: an array must be uint8 of shape (H, W), (H, W, 1) or (H, W, 3), not {value.dtype} {value.shape}")
         return PIL.Image.fromarray(value[:, :, 0] if value.shape[2:] == (1,) else value)
     if isinstance(value, dict) and value.get("bytes") is None and value.get("path") is not None and is_medical(value["path"]):
-        return read_image(value["path"], window)
+        return read_slice(value["path"], window)
     if isinstance(value, PIL.Image.Image):
         image = value
     elif isinstance(value, dict) and (value.get("bytes") is not None or value.get("path") is not None):
