@@ -14,7 +14,7 @@ from .data.formats import FULL, Reading, Window, apply_window, check_depth, chec
 from .data.transforms import decode_image, upright
 from .detector import AnomalyDetectorConfig, AnomalyDetectorOutput
 from .errors import InputError
-from .ops.maps import resize_maps
+from .ops.resizing import resize
 from .saving import auto_map, write_remote_code
 
 
@@ -278,6 +278,6 @@ class AnomalyImageProcessor(PilBackend):
         maps = maps.detach().float()
         sizes = target_sizes or [maps.shape[-2:]] * len(scores)
         return [
-            {"score": score, "anomaly_map": resize_maps(one[None], size)[0, 0]}
+            {"score": score, "anomaly_map": resize(one[None], tuple(size))[0, 0]}
             for score, one, size in zip(scores, maps, sizes, strict=True)
         ]

@@ -7,10 +7,11 @@ import numpy as np
 import PIL.Image
 import torch
 
+from .detector import AnomalyDetector
 from .errors import InputError
 from .files import writing
-from .image_processing import to_eight_bit_image
-from .ops.maps import resize_maps
+from .image_processing import AnomalyImageProcessor, to_eight_bit_image
+from .ops.resizing import resize
 
 
 def write_image(image: PIL.Image.Image, path: str | os.PathLike) -> None:
@@ -78,13 +79,30 @@ def overlay_anomaly_map(
     if not torch.isfinite(values).all():
         raise InputError("anomaly_map holds NaN or infinite values: it cannot be painted")
     picture = enlarge(to_eight_bit_image(image), least_size).convert("RGB").convert("L")
-    values = resize_maps(values.view(1, 1, *values.shape[-2:]), (picture.height, picture.width))[0, 0].numpy()
+    values = resize(values.view(1, 1, *values.shape[-2:]), (picture.height, picture.width))[0, 0].numpy()
     heat = ((values - low) / (high - low)).clip(0, 1)
     opacity = alpha * heat[..., None] ** 1.5  # so that what is usual leaves but a trace
     painted = (1 - opacity) * DIMMED * np.asarray(picture)[..., None] + opacity * 255 * colors[
         np.rint(heat * (len(colors) - 1)).astype(int)
     ]
     return PIL.Image.fromarray(np.rint(painted).astype(np.uint8))
+
+
+def why_no_overlay(model: AnomalyDetector) -> str:
+    """Why there is no overlay of a detector's maps, for a person; "" where there is one."""
+    if not model.supports_anomaly_maps:
+        return model.unsupported_maps_reason
+    if model.config.anomaly_map_range is None:
+        return "the detector does not know how high the maps of normal images are: calibrate it and save it again"
+    return ""
+
+
+@torch.no_grad()
+def paint(model: AnomalyDetector, processor: AnomalyImageProcessor, image: PIL.Image.Image) -> PIL.Image.Image:
+    """An image with the map that a detector makes of it, at a size to look at; see `overlay_anomaly_map` and `why_no_overlay`."""
+    pixel_values = processor(images=image, return_tensors="pt")["pixel_values"].to(model.device)
+    maps = model.eval()(pixel_values, output_anomaly_maps=True).anomaly_maps
+    return overlay_anomaly_map(image, maps[0], value_range=model.config.anomaly_map_range, least_size=VISIBLE)
 
 
 def enlarge(image: PIL.Image.Image, least_size: int) -> PIL.Image.Image:
@@ -109,7 +127,7 @@ def image_grid(
     from PIL import ImageDraw
 
     margin, header = 4, 20
-    cells = [[enlarge(_picture(image), least_size) for image in row] for row in rows]
+    cells = [[enlarge(to_picture(image), least_size) for image in row] for row in rows]
     width = max(cell.width for row in cells for cell in row) + margin
     heights = [max(cell.height for cell in row) + margin for row in cells]
     measure = ImageDraw.Draw(PIL.Image.new("RGB", (1, 1)))
@@ -127,6 +145,7 @@ def image_grid(
     return grid
 
 
-def _picture(image: torch.Tensor) -> PIL.Image.Image:
+def to_picture(image: torch.Tensor) -> PIL.Image.Image:
+    """An image (C, H, W) in [−1, 1], gray or RGB, as 8 bits."""
     array = ((image.detach().cpu().float() + 1) * 127.5).round().clamp(0, 255).byte().numpy()
-    return to_eight_bit_image(np.moveaxis(array, 0, -1)).convert("RGB")
+    return to_eight_bit_image(np.moveaxis(array, 0, -1))

@@ -221,7 +221,7 @@ def test_one_class_has_no_values(value):
     [
         (np.array([[[0.0]], [[np.nan]]]), np.zeros((2, 1, 1)), ["maps", "image 1", "NaN"]),
         (np.array([[1e300]]), np.zeros((1, 1)), ["maps", "image 0", "infinite"]),
-        (np.zeros((2, 4, 4)), np.zeros((2, 8, 8)), ["4×4", "8×8", "resize_maps"]),
+        (np.zeros((2, 4, 4)), np.zeros((2, 8, 8)), ["4×4", "8×8", "ops.resizing"]),
         (np.zeros((2, 4, 4)), np.zeros((1, 4, 4)), ["maps", "2 of", "1 of"]),
         (np.zeros((2, 3, 4, 4)), np.zeros((2, 4, 4)), ["maps", "(2, 3, 4, 4)"]),
         (np.zeros((2, 4, 4)), np.full((2, 4, 4), "a"), ["masks", "<U1"]),

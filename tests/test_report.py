@@ -248,8 +248,6 @@ def test_what_cannot_be(detector, processor, tmp_path, refused, monkeypatch):
         write_report(detector, processor, images([0]).select([]), path, data_name="mine")
     with refused("num_examples", "0"):
         write_report(detector, processor, images([0]), path, num_examples=0)
-    with refused("rates", "1.0"):
-        write_report(detector, processor, images([0]), path, rates=(1.0,))
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     with refused("pip install 'hf-anomaly[plots]'"):
         write_report(detector, processor, images([0]), path)

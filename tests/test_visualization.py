@@ -16,7 +16,8 @@ from transformers import AutoModel
 
 from hf_anomaly import AnomalyDetectorOutput, AnomalyImageProcessor, SharedAEConfig, SharedAEModel, overlay_anomaly_map
 from hf_anomaly.calibration import normal_map_range
-from hf_anomaly.ops.maps import map_levels, resize_maps
+from hf_anomaly.ops.maps import map_levels
+from hf_anomaly.ops.resizing import resize
 from hf_anomaly.visualization import DIMMED, HEAT, VISIBLE, enlarge
 
 ROOT = Path(__file__).parents[1]
@@ -146,14 +147,14 @@ def slow_bilinear(array, height, width):
 
 def test_stretching_is_bilinear():
     maps = torch.rand(2, 1, 4, 5, generator=torch.Generator().manual_seed(0))
-    for one, stretched in zip(maps, resize_maps(maps, (9, 13)), strict=True):
+    for one, stretched in zip(maps, resize(maps, (9, 13)), strict=True):
         np.testing.assert_allclose(stretched[0], slow_bilinear(one[0].numpy(), 9, 13), atol=1e-6)
 
 
 def test_a_peak_survives_shrinking():
     maps = torch.zeros(1, 1, 32, 32)
     maps[..., 9, 22] = 1
-    small = resize_maps(maps, (8, 8))[0, 0]
+    small = resize(maps, (8, 8))[0, 0]
     assert divmod(int(small.argmax()), 8) == (2, 5)
     assert small.sum().item() == pytest.approx(8 * 8 / (32 * 32))
 

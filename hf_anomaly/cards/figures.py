@@ -8,6 +8,8 @@ from pathlib import Path
 import numpy as np
 import PIL.Image
 
+from ..errors import InputError
+
 logger = logging.getLogger(__name__)
 
 FOLDER = "figures"
@@ -16,6 +18,22 @@ FIGURES = {  # file → what it shows, in the card's order
     "roc.png": "ROC curve on the evaluation split",
     "examples.png": "Images of the evaluation split with the lowest, the median and the highest score, normal ones first; below them the anomaly maps, if any",
 }
+
+
+def new_figure(what: str, **settings):
+    """An empty figure of matplotlib.
+
+    Raises:
+        InputError: matplotlib is missing; `what` needs it.
+    """
+    try:
+        from matplotlib.backends.backend_agg import FigureCanvasAgg
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise InputError(f"{what} matplotlib: pip install 'hf-anomaly[plots]'") from error
+    figure = Figure(layout="constrained", **settings)
+    FigureCanvasAgg(figure)
+    return figure
 
 
 def write_figures(
@@ -37,18 +55,16 @@ def write_figures(
     folder = Path(folder, FOLDER)
     shutil.rmtree(folder, ignore_errors=True)
     try:
-        from matplotlib.backends.backend_agg import FigureCanvasAgg
-        from matplotlib.figure import Figure
-    except ImportError:
-        logger.warning("The card gets no figures, matplotlib is missing: pip install 'hf-anomaly[plots]'")
+        new_figure("the card's figures need")
+    except InputError as error:
+        logger.warning("%s", error)
         return
     drawn = {"scores.png": draw_scores, "roc.png": draw_roc} | ({"examples.png": _examples} if examples else {})
     staging = folder.with_name(f".{FOLDER}.tmp")
     shutil.rmtree(staging, ignore_errors=True)
     staging.mkdir(parents=True)
     for name, draw in drawn.items():
-        figure = Figure(layout="constrained")
-        FigureCanvasAgg(figure)
+        figure = new_figure("the card's figures need")
         draw(figure, *((examples,) if draw is _examples else (np.asarray(scores), np.asarray(labels), threshold)))
         figure.savefig(staging / name, dpi=80, metadata={"Software": None})
     os.replace(staging, folder)

@@ -12,7 +12,7 @@ from ..data.transforms import decode_image
 from ..detector import AnomalyDetector
 from ..dissolving import Dissolver
 from ..image_processing import AnomalyImageProcessor
-from ..visualization import enlarge, overlay_anomaly_map
+from ..visualization import enlarge, overlay_anomaly_map, to_picture, why_no_overlay
 
 RATE_STEP = 0.005  # of the slider
 _SMALLEST, _LARGEST = 256, 1024  # px: smaller images are enlarged to be seen, larger ones shrunk to be sent
@@ -71,7 +71,7 @@ def analyse(
     """
     shown = _displayed(image)
     pixel_values = processor(images=image, return_tensors="pt")["pixel_values"].to(model.device)
-    reason = why_no_map(model)
+    reason = why_no_overlay(model)
     outputs = model(pixel_values, output_anomaly_maps=not reason)
     (result,) = processor.post_process_anomaly_detection(outputs, target_sizes=[shown.size[::-1]])
     return Analysis(
@@ -102,15 +102,6 @@ def rate_range(model: AnomalyDetector) -> tuple[float, float, float]:
     return round(lowest, 3), highest, round(first, 3)
 
 
-def why_no_map(model: AnomalyDetector) -> str:
-    """Why `analyse` gives no overlay, for a person; "" where it does."""
-    if not model.supports_anomaly_maps:
-        return model.unsupported_maps_reason
-    if model.config.anomaly_map_range is None:
-        return "the detector does not know how high the maps of normal images are: calibrate it and save it again"
-    return ""
-
-
 @torch.no_grad()
 def dissolved_versions(
     dissolver: Dissolver, pixel_values: torch.Tensor, timesteps: list[int] | None = None
@@ -131,12 +122,7 @@ def dissolved_versions(
         captions, drawn = [f"{dissolver.symbol} = {t}" for t in timesteps], torch.tensor(timesteps)
     dissolver.to(pixel_values.device)
     versions = dissolver(pixel_values.expand(len(captions), -1, -1, -1), drawn)
-    return [(_to_image(one), caption) for one, caption in zip([*pixel_values, *versions], ["input", *captions], strict=True)]
-
-
-def _to_image(pixel_values: torch.Tensor) -> PIL.Image.Image:
-    levels = ((pixel_values.float() + 1) * 127.5).round().clamp(0, 255).byte().cpu()
-    return _displayed(PIL.Image.fromarray(levels[0].numpy() if len(levels) == 1 else levels.permute(1, 2, 0).numpy()))
+    return [(_displayed(to_picture(one)), caption) for one, caption in zip([*pixel_values, *versions], ["input", *captions], strict=True)]
 
 
 def _displayed(image: PIL.Image.Image) -> PIL.Image.Image:

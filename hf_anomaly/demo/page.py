@@ -10,7 +10,8 @@ from ..detector import AnomalyDetector
 from ..dissolving import Dissolver
 from ..errors import InputError
 from ..image_processing import AnomalyImageProcessor
-from .analysis import RATE_STEP, Verdict, analyse, judge, open_upload, rate_range, why_no_map
+from ..visualization import why_no_overlay
+from .analysis import RATE_STEP, Verdict, analyse, judge, open_upload, rate_range
 
 if TYPE_CHECKING:
     import gradio
@@ -112,7 +113,7 @@ def build_demo(
                 )
             with gr.Column():
                 result = gr.HTML(_BLANK, elem_id="result", container=True, padding=True)
-                reason = why_no_map(model)
+                reason = why_no_overlay(model)
                 overlay = gr.Image(
                     label="Anomaly map",
                     height=320,

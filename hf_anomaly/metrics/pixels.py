@@ -55,7 +55,7 @@ class PixelMetrics:
         maps, masks = _images("maps", maps), _images("masks", masks)
         if maps.shape != masks.shape:
             raise InputError(
-                f"maps: {_size(maps)}, but masks: {_size(masks)}; stretch the maps to the masks' size, see ops.maps.resize_maps"
+                f"maps: {_size(maps)}, but masks: {_size(masks)}; stretch the maps to the masks' size, see ops.resizing.resize"
             )
         with np.errstate(over="ignore"):  # becomes infinite, and is refused below
             maps = maps.astype(np.float32, copy=False)

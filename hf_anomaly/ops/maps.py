@@ -1,22 +1,9 @@
-"""Anomaly maps: their size, what is usual in them, and how they are smoothed."""
+"""Anomaly maps: what is usual in them, and how they are smoothed."""
 
 import torch
 import torch.nn.functional as F
 
 _WINDOW_PIXELS = 2**24  # of all windows that are held at once, of at least one image's
-
-
-def resize_maps(maps: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
-    """Stretches maps to another height and width, as the image processor stretched the image.
-
-    Args:
-        maps: (B, 1, h, w) float.
-        size: (H, W) in pixels.
-
-    Returns:
-        (B, 1, H, W), bilinear between the pixels' centres; smaller sizes average, so that no peak falls between the pixels.
-    """
-    return F.interpolate(maps, size=tuple(size), mode="bilinear", align_corners=False, antialias=True)
 
 
 def map_levels(maps: torch.Tensor) -> torch.Tensor:

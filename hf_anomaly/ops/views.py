@@ -33,15 +33,16 @@ class View(IntEnum):
 
 _GEOMETRY = slice(View.FLIP, View.BRIGHTNESS)
 _IDENTITY = (0.0, 0.0, 0.0, 1.0, 1.0, 1.0, 1.0, 1.0, 0.0, 0.0)
+_CROP_RATIO = (3 / 4, 4 / 3)  # smallest and largest width / height of a crop, relative to that of the image
 _CHUNK_SIZE = 2**20  # numbers that are changed at once: with temporaries of many times that, 224 px take a CPU three times as long
 
 
-def identity_views(n: int, device: torch.device | str | None = None) -> Tensor:
+def identity_views(n: int) -> Tensor:
     """n views that change nothing, (n, 10) float32."""
-    return torch.tensor(_IDENTITY, dtype=torch.float32, device=device).repeat(n, 1)
+    return torch.tensor(_IDENTITY, dtype=torch.float32).repeat(n, 1)
 
 
-def crops_views(n: int, scale: float = 0.54, device: torch.device | str | None = None) -> Tensor:
+def crops_views(n: int, scale: float = 0.54) -> Tensor:
     """n fixed crops without flip or change of colour: upper left, upper right, lower left, lower right, centre, and again.
 
     Args:
@@ -55,10 +56,10 @@ def crops_views(n: int, scale: float = 0.54, device: torch.device | str | None =
         InputError: `scale` outside (0, 1].
     """
     _check_range("scale", (scale, scale), 0.0, 1.0, open_low=True)
-    views = identity_views(n, device)
+    views = identity_views(n)
     half = math.sqrt(scale)
-    corners = torch.tensor([(-1, -1), (1, -1), (-1, 1), (1, 1), (0, 0)], dtype=torch.float32, device=device)
-    views[:, View.CENTER_X : View.HALF_WIDTH] = (1 - half) * corners[torch.arange(n, device=device) % len(corners)]
+    corners = torch.tensor([(-1, -1), (1, -1), (-1, 1), (1, 1), (0, 0)], dtype=torch.float32)
+    views[:, View.CENTER_X : View.HALF_WIDTH] = (1 - half) * corners[torch.arange(n) % len(corners)]
     views[:, View.HALF_WIDTH : View.BRIGHTNESS] = half
     return views
 
@@ -68,17 +69,15 @@ def draw_views(
     *,
     num_channels: int,
     crop_scale: tuple[float, float] = (0.54, 1.0),
-    crop_ratio: tuple[float, float] = (3 / 4, 4 / 3),
     jitter: tuple[float, float, float, float] = (0.4, 0.4, 0.4, 0.1),
     jitter_probability: float = 0.8,
     gray_probability: float = 0.2,
     flip_probability: float = 0.5,
     generator: torch.Generator | None = None,
-    device: torch.device | str | None = None,
 ) -> Tensor:
     """Random parameters of n views, drawn independently (SimCLR, Chen et al., arXiv 2002.05709, appendix A; strengths of CSI and DIA).
 
-    The crop's area is uniform in `crop_scale`; the logarithm of its aspect ratio is uniform in `crop_ratio`, narrowed where the
+    The crop's area is uniform in `crop_scale`; the logarithm of its aspect ratio is uniform between those of 3/4 and 4/3, narrowed where the
     crop would not fit the image; its position is uniform where it fits. (The usual rejection of crops that do not fit would favour
     small areas, and needs a loop.)
 
@@ -86,14 +85,11 @@ def draw_views(
         n: number of views.
         num_channels: of the images; unless it is 3, saturation, hue and gray are left at the identity.
         crop_scale: smallest and largest share of the image's area, in (0, 1].
-        crop_ratio: smallest and largest width / height of the crop, relative to that of the image.
         jitter: strengths (b, c, s, h): brightness, contrast and saturation factors are uniform in [max(0, 1 − b), 1 + b] and so
             on, the hue shift in [−h, h] turns, h ≤ 0.5.
         jitter_probability: of the jitter, all four together.
         gray_probability, flip_probability: of either.
-        generator: the source of randomness; the global one by default. Its numbers are drawn on its own device, so that a CPU
-            generator gives the same views on every device.
-        device: of the result.
+        generator: the source of randomness, on the CPU; the global one by default.
 
     Returns:
         (n, 10) float32; the columns are those of `View`.
@@ -102,7 +98,6 @@ def draw_views(
         InputError: a probability, scale, ratio or strength out of its range.
     """
     _check_range("crop_scale", crop_scale, 0.0, 1.0, open_low=True)
-    _check_range("crop_ratio", crop_ratio, 0.0, math.inf, open_low=True)
     if len(jitter) != 4:
         raise InputError(f"jitter: {jitter} has {len(jitter)} entries; give brightness, contrast, saturation and hue")
     _check_range("jitter", (min(jitter), max(jitter)), 0.0, math.inf)
@@ -114,14 +109,13 @@ def draw_views(
     ):
         _check_range(name, (p, p), 0.0, 1.0)
 
-    source = device if generator is None else generator.device
-    u = torch.rand(n, 11, dtype=torch.float32, generator=generator, device=source).to(device)
-    views = identity_views(n, u.device)
+    u = torch.rand(n, 11, dtype=torch.float32, generator=generator)
+    views = identity_views(n)
     views[:, View.FLIP] = (u[:, 0] < flip_probability).float()
 
     log_area = torch.lerp(torch.full_like(u[:, 1], crop_scale[0]), torch.full_like(u[:, 1], crop_scale[1]), u[:, 1]).log()
     # width² = area·ratio ≤ 1 and height² = area/ratio ≤ 1, that is |log ratio| ≤ −log area.
-    low, high = (torch.full_like(log_area, math.log(r)).clamp(min=log_area, max=-log_area) for r in crop_ratio)
+    low, high = (torch.full_like(log_area, math.log(r)).clamp(min=log_area, max=-log_area) for r in _CROP_RATIO)
     log_ratio = torch.lerp(low, high, u[:, 2])
     half = torch.stack([log_area + log_ratio, log_area - log_ratio], dim=1).div(2).exp().clamp(max=1.0)
     views[:, View.HALF_WIDTH : View.BRIGHTNESS] = half

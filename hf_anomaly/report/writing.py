@@ -4,7 +4,6 @@ import base64
 import io
 import math
 import os
-from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -13,17 +12,16 @@ import torch
 from torch.utils.data import DataLoader
 
 from ..calibration import drift_check
-from ..cards.figures import draw_precision_recall, draw_roc, draw_scores
+from ..cards.figures import draw_precision_recall, draw_roc, draw_scores, new_figure
 from ..data import collate, decode_image, file_name, prepare
 from ..detector import AnomalyDetector
 from ..errors import InputError
 from ..files import writing
-from ..image_processing import to_eight_bit_image
 from ..metrics import bootstrap_intervals, image_metrics
 from ..training.evaluation import INTERVAL_CONFIDENCE, results_by_class
 from ..training.localization import evaluate_maps
 from ..version import __version__
-from ..visualization import VISIBLE, overlay_anomaly_map
+from ..visualization import VISIBLE, overlay_anomaly_map, why_no_overlay
 
 RATES = (0.01, 0.05, 0.1, 0.2)
 LARGEST_PICTURE = 256  # px, of an example's longer side: the page stays small
@@ -41,7 +39,6 @@ def write_report(
     data_name: str = "a dataset",
     split_hash: str | None = None,
     num_examples: int = 6,
-    rates: tuple[float, ...] = RATES,
     batch_size: int = 64,
 ) -> Path:
     """Writes one HTML page which needs no other file: metrics with bootstrap intervals, pixel-level ones where there are maps and masks, ROC and
@@ -59,24 +56,20 @@ def write_report(
         title: default: the name of the place that the detector came from.
         data_name, split_hash: of the images, for the head of the page.
         num_examples: how many images each row of examples shows.
-        rates: target false-positive rates of the table, besides the detector's own.
         batch_size: images scored at once.
 
     Returns:
         `path`.
 
     Raises:
-        InputError: no images, matplotlib is missing, a rate or number out of range, or an unreadable image.
+        InputError: no images, matplotlib is missing, a number out of range, or an unreadable image.
         NotFittedError: before `fit_reference`.
     """
-    render = _renderer()  # before anything is scored
+    new_figure("the page's curves need")  # before anything is scored
     if len(dataset) == 0:
         raise InputError(f"{data_name} holds no images: there is nothing to report on")
     if num_examples < 1:
         raise InputError(f"num_examples must be at least 1, got {num_examples}")
-    for rate in rates:
-        if not 0 < rate < 1:
-            raise InputError(f"rates must lie strictly between 0 and 1, got {rate}")
     scores, _ = model.score(DataLoader(prepare(dataset, processor), batch_size=batch_size, collate_fn=collate))
     labels = np.asarray(dataset["label"][:]) if has_labels else None
     calibration = model.calibration if model.calibration.is_calibrated else None
@@ -100,11 +93,11 @@ def write_report(
         if labels is None or calibration is None or not (labels == 0).any()
         else drift_check(scores[labels == 0], calibration.scores),
         own_rate=model.config.false_positive_rate,
-        thresholds=[] if calibration is None else _thresholds(model, scores, labels, rates),
+        thresholds=[] if calibration is None else _thresholds(model, scores, labels),
         num_calibration=0 if calibration is None else calibration.scores.numel(),
-        figures={name: render(draw, numbers, labels, threshold) for name, draw in drawn.items()},
+        figures={name: _render(draw, numbers, labels, threshold) for name, draw in drawn.items()},
         examples=_examples(model, processor, dataset, scores, labels, num_examples),
-        maps=_has_maps(model),
+        maps=not why_no_overlay(model),
         infinity=math.inf,
         version=__version__,
     )
@@ -145,11 +138,11 @@ def _facts(model, dataset, labels, data_name: str, split_hash: str | None) -> di
     return facts | ({"Split hash": split_hash} if split_hash else {})
 
 
-def _thresholds(model, scores: torch.Tensor, labels: np.ndarray | None, rates) -> list[dict]:
+def _thresholds(model, scores: torch.Tensor, labels: np.ndarray | None) -> list[dict]:
     """For each target rate the threshold, and what it does on these images; None where there is no such image."""
     own = model.config.false_positive_rate
     rows = []
-    for rate in sorted({own, *rates}):
+    for rate in sorted({own, *RATES}):
         threshold = model.calibration.threshold_at(None if rate == own else rate)
         flagged = (scores > threshold).numpy()
         row = {"rate": rate, "is_own": rate == own, "threshold": threshold, "flagged": int(flagged.sum())}
@@ -168,23 +161,13 @@ def _share(values: np.ndarray) -> float | None:
 # Pictures -------------------------------------------------------------------------------------------------------------------------
 
 
-def _renderer() -> Callable[..., str]:
-    """What turns a drawing of `cards.figures` into a data URI."""
-    try:
-        from matplotlib.backends.backend_agg import FigureCanvasAgg
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise InputError("the page's curves need matplotlib: pip install 'hf-anomaly[plots]'") from error
-
-    def render(draw, *values) -> str:
-        figure = Figure(layout="constrained")
-        FigureCanvasAgg(figure)
-        draw(figure, *values)
-        file = io.BytesIO()
-        figure.savefig(file, format="png", dpi=160, metadata={"Software": None})
-        return _data_uri(file.getvalue())
-
-    return render
+def _render(draw, *values) -> str:
+    """A drawing of `cards.figures` as a data URI."""
+    figure = new_figure("the page's curves need")
+    draw(figure, *values)
+    file = io.BytesIO()
+    figure.savefig(file, format="png", dpi=160, metadata={"Software": None})
+    return _data_uri(file.getvalue())
 
 
 def _data_uri(png: bytes) -> str:
@@ -195,10 +178,6 @@ def _picture(image: PIL.Image.Image) -> str:
     file = io.BytesIO()
     (image if image.mode == "L" else image.convert("RGB")).save(file, format="PNG")  # as the detector sees it; PNG knows few other modes
     return _data_uri(file.getvalue())
-
-
-def _has_maps(model) -> bool:
-    return model.supports_anomaly_maps and model.config.anomaly_map_range is not None
 
 
 def _examples(model, processor, dataset, scores: torch.Tensor, labels: np.ndarray | None, count: int) -> list[dict]:
@@ -227,9 +206,9 @@ def _shown(model, processor, dataset, rows: list[int], scores: torch.Tensor, lab
     records = [dataset[row] for row in rows]
     numbers = [record.get("row", row) for row, record in zip(rows, records, strict=True)]
     window = getattr(processor, "window", None)
-    images = [to_eight_bit_image(decode_image(record["image"], f"row {n}", window)) for n, record in zip(numbers, records, strict=True)]
+    images = [decode_image(record["image"], f"row {n}", window) for n, record in zip(numbers, records, strict=True)]
     maps = None
-    if _has_maps(model):
+    if not why_no_overlay(model):
         pixel_values = processor(images=images, return_tensors="pt")["pixel_values"].to(model.device)
         maps = model.eval()(pixel_values, output_anomaly_maps=True).anomaly_maps
     p_values = model.p_values(scores[rows].to(model.device)).tolist() if model.calibration.is_calibrated else [None] * len(rows)

@@ -11,6 +11,7 @@ import PIL.Image
 import torch
 from accelerate import PartialState
 
+from ..cards.figures import new_figure
 from ..data import decode_image
 from ..data.recipes import RECIPES, find_recipe
 from ..dissolving import DISSOLVERS, DiffusionDissolver
@@ -206,14 +207,7 @@ class RocCurves(Figure):
 
 def _canvas():
     """An empty figure of matplotlib. Raises InputError: it is missing."""
-    try:
-        from matplotlib.backends.backend_agg import FigureCanvasAgg
-        from matplotlib.figure import Figure as Canvas
-    except ImportError as error:
-        raise InputError("this picture needs matplotlib: pip install 'hf-anomaly[plots]'") from error
-    canvas = Canvas(layout="constrained", dpi=130)
-    FigureCanvasAgg(canvas)
-    return canvas
+    return new_figure("this picture needs", dpi=130)
 
 
 def _picture(figure) -> PIL.Image.Image:

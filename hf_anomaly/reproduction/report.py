@@ -8,8 +8,8 @@ from pathlib import Path
 import numpy as np
 
 from ..cards.card import shown_command
+from ..cards.figures import new_figure
 from ..data.recipes import RECIPES
-from ..errors import InputError
 from ..files import replacing
 from .budgets import BUDGETS
 from .cells import MEAN, Number, Row, Section, Table
@@ -78,7 +78,7 @@ def _results(section: Section, row: Row, method: str, selection: Selection) -> d
     return {seed: result for seed, result in found.items() if result is not None}
 
 
-def mean_and_std(values: dict[int, float], seeds: tuple[int, ...]) -> str:
+def mean_and_std(values: dict[int, float], seeds: tuple[int, ...] = ()) -> str:
     """`0.987 ± 0.004`: the mean over seeds and their sample standard deviation; where seeds are missing, which ones it is of."""
     numbers = list(values.values())
     text = f"{np.mean(numbers):.3f}" + (f" ± {np.std(numbers, ddof=1):.3f}" if len(numbers) > 1 else "")
@@ -186,7 +186,7 @@ def _lines_by_row(section: Section, selection: Selection, everything: dict) -> l
     finished = [result for results in everything.values() for result in results.values()]
     titles = [section.row_title, *section.paper, *(METHODS[method].title for method in section.methods)]
     titles += ["train + calibration", "test: normal + anomalous", "split hashes"]
-    lines = ["| " + " | ".join(titles) + " |", "|" + "---|" * len(titles)]
+    rows = []
     instructions = selection.instructions(section.dataset)
     for row in section.rows if finished or instructions is None else ():  # without data the mean's row says it all
         of_row = [result for method in section.methods for result in everything[row, method].values()]
@@ -195,12 +195,12 @@ def _lines_by_row(section: Section, selection: Selection, everything: dict) -> l
             values = {seed: result["auroc"] for seed, result in everything[row, method].items()}
             entries.append(_entry(method, selection, values))
         entries += _data_entries(of_row)
-        lines.append("| " + " | ".join([row.title, *entries]) + " |")
+        rows.append([row.title, *entries])
     if section.with_mean:
         entries = [f"**{numbers[MEAN]:.3f}**" if MEAN in numbers else NOTHING for numbers in section.paper.values()]
         entries += [_entry(method, selection, _means(section, method, selection)) for method in section.methods]
-        lines.append("| " + " | ".join([MEAN, *entries, NOTHING, NOTHING, NOTHING]) + " |")
-    lines.append("")
+        rows.append([MEAN, *entries, NOTHING, NOTHING, NOTHING])
+    lines = [*_markdown_table(titles, rows), ""]
     for method in section.methods:
         results = [result for row in section.rows for result in everything[row, method].values()]
         if steps := [result["steps"] for result in results if result["steps"]]:
@@ -248,16 +248,8 @@ def plot(table: Table, selection: Selection, path: Path) -> Path:
     Raises:
         InputError: matplotlib is missing.
     """
-    try:
-        from matplotlib.backends.backend_agg import FigureCanvasAgg
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise InputError(
-            "the picture needs matplotlib: pip install 'hf-anomaly[plots]' and repeat the command, no finished cell is run again; or --plot false"
-        ) from error
     drawn = [(section, curves) for section in table.sections if (curves := _curves(section, selection))]
-    figure = Figure(figsize=(max(7, 5.5 * len(drawn)), 4.2), layout="constrained")
-    FigureCanvasAgg(figure)
+    figure = new_figure("the picture needs", figsize=(max(7, 5.5 * len(drawn)), 4.2))
     panels = figure.subplots(1, len(drawn), squeeze=False)[0]
     legend = {}
     for panel, (section, curves) in zip(panels, drawn, strict=True):

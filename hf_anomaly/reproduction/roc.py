@@ -10,6 +10,7 @@ from ..errors import InputError
 from .budgets import BUDGETS
 from .cells import Section, Table
 from .methods import BASELINES, METHODS
+from .report import mean_and_std
 from .running import Selection
 
 logger = logging.getLogger(__name__)
@@ -109,8 +110,6 @@ def draw(table: Table, drawn: list[tuple[Section, list[Curve]]], selection: Sele
         for curve in lines:
             trained, color = curve.method not in BASELINES, f"C{section.methods.index(curve.method) % 10}"
             missing = "" if curve.cells == curve.all_cells else f", {curve.cells} of {curve.all_cells} cells"
-            numbers = list(curve.auroc.values())
-            spread = f" ± {np.std(numbers, ddof=1):.3f}" if len(numbers) > 1 else ""
             title = section.titles.get(curve.method, METHODS[curve.method].title)
             panel.plot(
                 [0, *GRID],
@@ -118,7 +117,7 @@ def draw(table: Table, drawn: list[tuple[Section, list[Curve]]], selection: Sele
                 "-" if trained else "--",
                 color=color,
                 linewidth=1.6 if trained else 1,
-                label=f"{title}: {np.mean(numbers):.3f}{spread}{missing}",
+                label=f"{title}: {mean_and_std(curve.auroc)}{missing}",
             )
             if trained:
                 low, high = (curve.mean - curve.std).clip(0, 1), (curve.mean + curve.std).clip(0, 1)

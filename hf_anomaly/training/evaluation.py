@@ -18,7 +18,7 @@ from ..data.sources import dataset_label
 from ..detector import AnomalyDetector
 from ..files import replacing
 from ..metrics import balanced_accuracy, bootstrap_intervals, image_metrics, metrics_by_class
-from ..visualization import VISIBLE, overlay_anomaly_map
+from ..visualization import paint, why_no_overlay
 from .localization import evaluate_maps
 
 logger = logging.getLogger(__name__)
@@ -26,7 +26,9 @@ logger = logging.getLogger(__name__)
 INTERVAL_CONFIDENCE = 0.95  # of the intervals in the results
 
 
-def evaluate_detector(model: AnomalyDetector, processor, splits: OneClassSplits, score: Callable, *, batch_size: int) -> dict:
+def evaluate_detector(
+    model: AnomalyDetector, processor, splits: OneClassSplits, score: Callable, *, batch_size: int
+) -> tuple[dict, tuple | None]:
     """Results of a fitted detector, as `eval_results.json` holds them.
 
     Args:
@@ -38,7 +40,8 @@ def evaluate_detector(model: AnomalyDetector, processor, splits: OneClassSplits,
         `average_precision_interval`, [low, high] with `interval_confidence` (see `bootstrap_intervals`); `num_normal`, `num_anomalous`; `division` (see
         `Division`); for a calibrated detector the rates and the balanced accuracy at its threshold, and `drift_p_value`, of the normal images' scores
         against those of calibration (see `drift_check`); where there are several classes of anomalies, `by_class`, see `metrics_by_class`;
-        and, where the test split has a column `mask` and the detector gives maps, what `evaluate_maps` finds.
+        and, where the test split has a column `mask` and the detector gives maps, what `evaluate_maps` finds. And what `score` gave; None without a test
+        split.
     """
     results = dict.fromkeys(("auroc", "average_precision", "fpr_at_95_tpr", "f1_max"))
     results |= {
@@ -50,7 +53,7 @@ def evaluate_detector(model: AnomalyDetector, processor, splits: OneClassSplits,
         "division": splits.division.to_dict(),
     }
     if splits.test is None:
-        return results | {"reason": splits.test_missing_reason}
+        return results | {"reason": splits.test_missing_reason}, None
     scores, labels = score(prepare(splits.test, processor))
     results |= {"num_normal": int((labels == 0).sum()), "num_anomalous": int((labels == 1).sum())}
     if splits.test_missing_reason:
@@ -78,7 +81,7 @@ def evaluate_detector(model: AnomalyDetector, processor, splits: OneClassSplits,
             results |= evaluate_maps(model, processor, splits.test, batch_size)
         else:
             logger.info("No pixel-level metrics, though there are masks: %s", model.unsupported_maps_reason)
-    return results
+    return results, (scores, labels)
 
 
 def results_by_class(model: AnomalyDetector, dataset, scores: torch.Tensor, labels: torch.Tensor) -> dict[str, dict]:
@@ -136,7 +139,6 @@ def write_scores(path: Path, scores: np.ndarray, labels: np.ndarray) -> None:
         np.savez_compressed(file, scores=np.asarray(scores, dtype=np.float32), labels=np.asarray(labels, dtype=np.uint8))
 
 
-@torch.no_grad()
 def draw_figures(folder: str | os.PathLike, model: AnomalyDetector, processor, dataset, scores: torch.Tensor, labels: torch.Tensor) -> None:
     """The card's figures of an evaluation, see `write_figures`; of each class the images with the lowest, the median and the highest score.
 
@@ -148,11 +150,8 @@ def draw_figures(folder: str | os.PathLike, model: AnomalyDetector, processor, d
         rows = (labels == label).nonzero().flatten()
         ranked = rows[scores[rows].argsort()].tolist()
         for row in dict.fromkeys([ranked[0], ranked[len(ranked) // 2], ranked[-1]]):
-            image, overlay = decode_image(dataset[row]["image"], f"row {row}", processor.window), None
-            if model.supports_anomaly_maps and model.config.anomaly_map_range is not None:
-                pixel_values = processor(images=image, return_tensors="pt")["pixel_values"].to(model.device)
-                maps = model.eval()(pixel_values, output_anomaly_maps=True).anomaly_maps
-                overlay = overlay_anomaly_map(image, maps[0], value_range=model.config.anomaly_map_range, least_size=VISIBLE)
+            image = decode_image(dataset[row]["image"], f"row {row}", processor.window)
+            overlay = None if why_no_overlay(model) else paint(model, processor, image)
             examples.append((image, overlay, f"{('normal', 'anomalous')[label]}\nscore {scores[row]:.3g}"))
     threshold = model.calibration.threshold.item() if model.calibration.is_calibrated else None
     write_figures(folder, scores.numpy(), labels.numpy(), threshold=threshold, examples=examples)
