@@ -352,6 +352,13 @@ def test_calibrate_in_place_by_the_normal_ones_of_labelled_images(run, refused, 
     assert any("trained on images of the same name, site" in record.getMessage() for record in caplog.records)
 
 
+def test_calibrate_by_another_class_is_told(run, detector, tmp_path, caplog):
+    random_images(tmp_path / "site/train/fine", 3)
+    status, _, err = run("calibrate", detector, "--dataset_name", "site", "--output_dir", "here", "--false_positive_rate", ".3")
+    assert status == 0, err
+    assert any("Normal is 'fine' here, but the detector was trained on 'good'" in record.getMessage() for record in caplog.records)
+
+
 def test_calibrate_takes_a_split_of_that_name(run, without_maps, tmp_path):
     random_images(tmp_path / "site/train", 9)
     random_images(tmp_path / "site/calibration", 6, seed=2)

@@ -1,6 +1,7 @@
 """scripts/evaluate.py: which class is normal, and data without a training split."""
 
 import json
+from dataclasses import replace
 
 import numpy as np
 import PIL.Image
@@ -84,20 +85,26 @@ def test_images_that_the_training_drew_are_drawn_again(evaluate, detector):
         status, _, err = evaluate({}, "--protocol", "balanced", "--seed", "4")
         assert status == 2
         assert "was trained with --seed 3: with 4" in err.splitlines()[-1]
+        assert "seed must be" in evaluate({}, "--seed", "-1")[-1].splitlines()[-1]
     finally:
         (detector / "eval_results.json").unlink()
 
 
+def of_no_kind(splits):
+    """Without the classes, which say nothing of made-up scores."""
+    return replace(splits, test=splits.test.remove_columns("class_name"))
+
+
 @pytest.mark.parametrize(("shift", "direction"), [(0.0, None), (0.7, "higher"), (-0.7, "lower")])
 def test_normal_images_unlike_those_of_calibration_are_warned_of(shift, direction, caplog):
-    splits, processor = load_one_class("digits", evaluation_only=True), AnomalyImageProcessor.for_images(8, 1)
+    splits, processor = of_no_kind(load_one_class("digits", evaluation_only=True)), AnomalyImageProcessor.for_images(8, 1)
     model = CSIModel(CSIConfig(image_size=8, backbone_config=SmallResNetConfig(hidden_sizes=[8], depths=[1])))
     generator = torch.Generator().manual_seed(0)
     model.calibration.fit(torch.randn(300, generator=generator), 0.05)
     model.config.false_positive_rate = 0.05
     labels = torch.arange(600) % 2
     scores = torch.randn(600, generator=generator) + shift + 9 * labels  # the anomalies' scores say nothing of drift
-    results = evaluate_detector(model, processor, splits, lambda dataset: (scores, labels), batch_size=64)
+    results, _ = evaluate_detector(model, processor, splits, lambda dataset: (scores, labels), batch_size=64)
     if direction is None:
         assert results["drift_p_value"] > 0.01
         assert "calibrated" not in caplog.text
@@ -113,8 +120,8 @@ def test_rates_at_the_threshold(detector):
     model = CSIModel.from_pretrained(detector)
     model.calibration.fit(torch.arange(1.0, 20.0), 0.5)
     scores, labels = torch.tensor([1.0, 2, 3, 30, 40, 50, 4]), torch.tensor([0, 0, 0, 0, 1, 1, 1])
-    splits, processor = load_one_class("digits"), AnomalyImageProcessor.for_images(8, 1)
-    results = evaluate_detector(model, processor, splits, lambda dataset: (scores, labels), batch_size=4)
+    splits, processor = of_no_kind(load_one_class("digits")), AnomalyImageProcessor.for_images(8, 1)
+    results, _ = evaluate_detector(model, processor, splits, lambda dataset: (scores, labels), batch_size=4)
     assert (results["num_normal"], results["num_anomalous"]) == (4, 3)
     assert results["false_positive_rate_at_threshold"] == pytest.approx(1 / 4)
     assert results["true_positive_rate_at_threshold"] == pytest.approx(2 / 3)

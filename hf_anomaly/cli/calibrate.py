@@ -1,7 +1,6 @@
 """`hf-anomaly calibrate MODEL …`"""
 
 import logging
-import math
 
 from .parsing import model_first
 
@@ -28,34 +27,28 @@ def parse(argv: list[str]) -> list[str]:
 def run(argv: list[str]) -> None:
     from dataclasses import dataclass, field
 
-    import torch
     from torch.utils.data import DataLoader
 
     from ..data import collate, prepare
     from ..data.sources import dataset_label
     from ..files import check_output
     from ..training import EvaluationDataArguments, parse_arguments
-    from ..training.arguments import check_ranges
+    from ..training.arguments import ScoringArguments
     from ..training.runs import load_detector, load_splits, recorded_results, threshold_line
 
-    @dataclass
-    class CalibrationArguments:
+    @dataclass(kw_only=True)
+    class CalibrationArguments(ScoringArguments):
         """What is calibrated, and how."""
 
-        model: str = field(metadata={"help": "Folder or Hub id of a saved detector."})
         output_dir: str = field(metadata={"help": "Where the calibrated detector goes."})
-        revision: str | None = field(default=None, metadata={"help": "Branch, tag or commit of a Hub model."})
         false_positive_rate: float | None = field(
             default=None, metadata={"help": "Share of normal images that may be flagged. Default: the detector's own."}
         )
-        batch_size: int = field(default=64, metadata={"help": "Images scored at once."})
-        device: str = field(default="cuda" if torch.cuda.is_available() else "cpu", metadata={"help": "Device to score on."})
 
     args, data_args = parse_arguments(
         CalibrationArguments, EvaluationDataArguments, description=HELP, program="hf-anomaly calibrate", argv=argv
     )
     check_output("--output_dir", args.output_dir, folder=True)
-    check_ranges(args, {"batch_size": (1, math.inf)})
     data_args.refuse_training_flags("is of the training images, and all of these calibrate")
     data_args.refuse_given(("eval_split", "protocol", "streaming"), "is of training and evaluation, and all of these images calibrate")
     data_args.calibration_fraction = 0.0
@@ -67,6 +60,11 @@ def run(argv: list[str]) -> None:
         logger.warning(
             "The detector was trained on images of the same name, %s: those that it was trained on would make the threshold too low for new ones",
             dataset_label(splits.source),
+        )
+    trained_on = model.config.normal_label
+    if trained_on is not None and splits.normal_label not in (trained_on, "normal"):  # "normal" are images without labels, too
+        logger.warning(
+            "Normal is %r here, but the detector was trained on %r: --normal_label says otherwise", splits.normal_label, trained_on
         )
     images = splits.train if splits.calibration is None else splits.calibration
     former = model.calibration.threshold.item() if model.calibration.is_calibrated else None

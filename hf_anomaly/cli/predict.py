@@ -59,7 +59,7 @@ def parse(argv: list[str]) -> Namespace:
     parser.option("split", "of a dataset (default: its only one)")
     parser.option("dataset_config_name", "configuration of a Hub dataset")
     parser.option("dataset_revision", "branch, tag or commit of a Hub dataset")
-    parser.option("image_column", "of a dataset (default: its first image column)")
+    parser.option("image_column", "of a dataset (default: image, or its only image column)")
     parser.window_option("as in training")
     args = parser.parse(argv)
     if args.output is not None and Path(args.output).suffix not in SUFFIXES:
@@ -91,7 +91,7 @@ def run(args: Namespace) -> None:
     model.require_fitted()
     processor.window = window or processor.window
     if args.save_maps is not None:
-        check_maps(model, args.model)
+        check_maps(model)
         Path(args.save_maps).mkdir(parents=True, exist_ok=True)
     pipe = AnomalyDetectionPipeline(model, processor, device=args.device)
     skipped: list[str] = []

@@ -20,10 +20,7 @@ def parse(argv: list[str]) -> list[str]:
 
 
 def run(argv: list[str]) -> None:
-    import math
     from dataclasses import dataclass, field
-
-    import torch
 
     from ..data import load_unlabelled
     from ..data.sources import dataset_label
@@ -31,30 +28,25 @@ def run(argv: list[str]) -> None:
     from ..files import check_output
     from ..report import write_report
     from ..training import EvaluationDataArguments, parse_arguments
-    from ..training.arguments import check_ranges
+    from ..training.arguments import ScoringArguments
     from ..training.commands.evaluate import load_for_evaluation
     from ..training.runs import load_detector
 
-    @dataclass
-    class ReportArguments:
+    @dataclass(kw_only=True)
+    class ReportArguments(ScoringArguments):
         """What the page is on."""
 
-        model: str = field(metadata={"help": "Folder or Hub id of a saved detector."})
-        revision: str | None = field(default=None, metadata={"help": "Branch, tag or commit of a Hub model."})
         output: str = field(default="report.html", metadata={"help": "The page."})
         unlabelled: bool = field(default=False, metadata={"help": "Take the labels of the images, if any, for unknown."})
         num_examples: int = field(default=6, metadata={"help": "Images in each row of examples."})
         seed: int | None = field(
             default=None, metadata={"help": "Seed of the training run, for --protocol balanced. Default: as recorded beside the model."}
         )
-        batch_size: int = field(default=64, metadata={"help": "Images scored at once."})
-        device: str = field(default="cuda" if torch.cuda.is_available() else "cpu", metadata={"help": "Device to score on."})
 
     args, data_args = parse_arguments(ReportArguments, EvaluationDataArguments, description=HELP, program="hf-anomaly report", argv=argv)
     if data_args.streaming:
         raise InputError("the page shows images out of the dataset, which --streaming does not keep: leave it out")
     check_output("--output", args.output)
-    check_ranges(args, {"batch_size": (1, math.inf)})
     data_args.refuse_training_flags("is of the training images, which the page does not show")
     if args.unlabelled:
         data_args.refuse_given(("protocol", "label_column", "normal_label"), "says who is normal, which --unlabelled takes for unknown")

@@ -217,7 +217,7 @@ class DataArguments:
     normal_label: str | None = field(
         default=None, metadata={"help": "Name or number of the normal class. Default: 'normal' or 'good', the only class, or digit 0."}
     )
-    image_column: str | None = field(default=None, metadata={"help": "Column with the images. Default: the first image column."})
+    image_column: str | None = field(default=None, metadata={"help": "Column with the images. Default: 'image', or the only image column."})
     label_column: str | None = field(
         default=None, metadata={"help": "Column with the labels. Default: 'label', 'labels' or the only class column."}
     )
@@ -338,6 +338,19 @@ class EvaluationDataArguments(DataArguments):
         given = {"window": self.reading.window, "slice_axis": self.slice_axis, "central_slices": self.central_slices}
         self.reading = replace(processor.reading, **{name: value for name, value in given.items() if value is not None})
         processor.window = self.reading.window
+
+
+@dataclass(kw_only=True)
+class ScoringArguments:
+    """Which detector scores, and how; for subclasses."""
+
+    model: str = field(metadata={"help": "Folder or Hub id of a saved detector."})
+    revision: str | None = field(default=None, metadata={"help": "Branch, tag or commit of a Hub model."})
+    batch_size: int = field(default=64, metadata={"help": "Images scored at once."})
+    device: str = field(default="cuda" if torch.cuda.is_available() else "cpu", metadata={"help": "Device to score on."})
+
+    def __post_init__(self):
+        check_ranges(self, {"batch_size": (1, math.inf)})
 
 
 def parse_arguments(*classes: type, description: str, argv: list[str] | None = None, program: str | None = None) -> tuple:

@@ -37,7 +37,7 @@ from ..ops.distributed import local_main_process_first
 from ..untrusted import load_without_code
 from .arguments import AnomalyTrainingArguments, DataArguments
 from .evaluation import bfloat16_agreement, draw_figures, evaluate_detector, write_scores
-from .trainers import AnomalyTrainer, hub_name, push_output
+from .trainers import AnomalyTrainer, check_checkpoint, hub_name, push_output
 
 logger = logging.getLogger(__name__)
 
@@ -249,7 +249,8 @@ def write_json(path: Path, content: dict) -> None:
 
 
 def check_first(args) -> None:
-    """Before anything long runs, what would else end the run after it: flags that choose by the results; and makes the repository of `--push_to_hub`."""
+    """Before anything long runs, what would else end the run after it; and makes the repository of `--push_to_hub`."""
+    check_checkpoint(args.resume_from_checkpoint)
     _refuse_choices(args)
     if args.push_to_hub and args.process_index == 0:
         create_repository(hub_name(args), private=args.hub_private_repo, token=args.hub_token)
@@ -454,14 +455,11 @@ def train_detector(
         model.save_pretrained(folder)
         processor.save_pretrained(folder)
 
-    scored = []
-
     def score(dataset):
         prediction = trainer.predict(dataset)
-        scored[:] = torch.from_numpy(prediction.predictions), torch.from_numpy(prediction.label_ids)
-        return tuple(scored)
+        return torch.from_numpy(prediction.predictions), torch.from_numpy(prediction.label_ids)
 
-    results = evaluate_detector(model, processor, splits, score, batch_size=args.eval_batch_size)
+    results, scored = evaluate_detector(model, processor, splits, score, batch_size=args.eval_batch_size)
     results |= {
         "seconds": round(time.time() - started, 1),
         "command": shown_command(command or []),
@@ -478,7 +476,7 @@ def train_detector(
         if images is not None:
             results |= bfloat16_agreement(model, prepare(images, processor), args.eval_batch_size)
         write_json(folder / "eval_results.json", results)
-        if scores_file is not None and scored:
+        if scores_file is not None and scored is not None:
             write_scores(scores_file, *scored)
         if args.card_figures and splits.test_missing_reason is None:
             draw_figures(folder, model, processor, splits.test, *scored)

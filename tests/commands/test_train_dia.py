@@ -72,7 +72,8 @@ def test_evaluate_gives_the_same_results(digits, tmp_path):
     assert status == 0, err
     again, results = json.loads(out), results_of(folder)
     assert again == json.loads((tmp_path / "again.json").read_text())
-    for name in again.keys() - {"seconds", "split_hash", "division"}:  # the hash of the evaluated rows alone
+    assert again["by_class"] == {name: pytest.approx(found) for name, found in results["by_class"].items()}
+    for name in again.keys() - {"seconds", "split_hash", "division", "by_class"}:  # the hash of the evaluated rows alone
         assert again[name] == pytest.approx(results[name]), name
     assert again["division"] == results["division"] | {"split_hash": again["split_hash"]}
 
@@ -126,6 +127,17 @@ def test_heuristic_dissolvers(train, tmp_path, dissolver, more, settings):
 def test_a_dissolver_trained_before(train, digits, tmp_path):
     folder, _ = train(tmp_path / "run", "--dissolver", digits[0] / "dissolver", "--t_min", 50, "--dissolved_variants", 0)
     assert AutoModel.from_pretrained(folder).config.dissolver_settings == {"t_min": 50, "t_max": 130}
+
+
+def test_a_dissolver_trained_before_keeps_its_timesteps(train, digits, tmp_path):
+    """Of a recipe, which has timesteps of its own."""
+    shutil.copytree(digits[0] / "dissolver", tmp_path / "dissolver")
+    notes = json.loads((tmp_path / "dissolver" / "dissolver_config.json").read_text())
+    notes |= {"t_min": 10, "t_max": 40}
+    (tmp_path / "dissolver" / "dissolver_config.json").write_text(json.dumps(notes))
+    folder, _ = train(tmp_path / "run", "--dataset", "digits", "--normal_label", 0, "--dissolver", tmp_path / "dissolver")
+    settings = json.loads((folder / "config.json").read_text())["dissolver_settings"]
+    assert (settings["t_min"], settings["t_max"]) == (10, 40)
 
 
 def test_a_dissolver_of_another_division_is_told(train, digits, tmp_path, caplog):

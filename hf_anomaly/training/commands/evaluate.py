@@ -5,21 +5,19 @@ The split hash covers the evaluated rows alone: no training data is needed, but 
 
 import json
 import logging
-import math
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import torch
 from torch.utils.data import DataLoader
 
 from ...data import collate, decode_image, file_name
 from ...data.sources import dataset_label
 from ...errors import InputError
 from ...files import check_output, shortened, writing
-from ...visualization import VISIBLE, overlay_anomaly_map, write_image
+from ...visualization import paint, why_no_overlay, write_image
 from .. import DataArguments, EvaluationDataArguments, parse_arguments
-from ..arguments import check_ranges
+from ..arguments import ScoringArguments, check_ranges
 from ..baselines import compare_with_baselines
 from ..evaluation import evaluate_detector
 from ..runs import load_detector, load_splits, recorded_results
@@ -27,12 +25,10 @@ from ..runs import load_detector, load_splits, recorded_results
 logger = logging.getLogger(__name__)
 
 
-@dataclass
-class EvaluationArguments:
+@dataclass(kw_only=True)
+class EvaluationArguments(ScoringArguments):
     """What is evaluated, and how."""
 
-    model: str = field(metadata={"help": "Folder or Hub id of a saved detector."})
-    revision: str | None = field(default=None, metadata={"help": "Branch, tag or commit of a Hub model."})
     seed: int | None = field(
         default=None,
         metadata={
@@ -53,8 +49,6 @@ class EvaluationArguments:
             "give the data arguments of the training."
         },
     )
-    batch_size: int = field(default=64, metadata={"help": "Images scored at once."})
-    device: str = field(default="cuda" if torch.cuda.is_available() else "cpu", metadata={"help": "Device to score on."})
 
 
 def load_for_evaluation(args, data_args: EvaluationDataArguments) -> tuple:
@@ -67,6 +61,7 @@ def load_for_evaluation(args, data_args: EvaluationDataArguments) -> tuple:
     Raises:
         InputError: what `load_detector` and `load_one_class` refuse, or a seed that does not say which images the detector was not trained on.
     """
+    check_ranges(args, {"seed": (0, 2**32)})
     results = recorded_results(args.model, args.revision)
     recorded = results.get("seed")
     if args.seed is None:
@@ -97,26 +92,21 @@ def load_for_evaluation(args, data_args: EvaluationDataArguments) -> tuple:
     return model, processor, splits
 
 
-def check_maps(model, name: str) -> None:
+def check_maps(model) -> None:
     """Refuses --save_maps before any image is scored, where nothing could come of it."""
-    if not model.supports_anomaly_maps:
-        raise InputError(f"--save_maps: {model.unsupported_maps_reason}")
-    if model.config.anomaly_map_range is None:
-        raise InputError(f"--save_maps: {name} does not know how high the maps of normal images are; calibrate it and save it again")
+    if reason := why_no_overlay(model):
+        raise InputError(f"--save_maps: {reason}")
 
 
-@torch.no_grad()
 def save_maps(model, processor, dataset, rows: list[int], folder: Path) -> None:
     """Writes these images with their maps over them as PNG files, named by rank, file (else row) and label."""
     folder.mkdir(parents=True, exist_ok=True)
     for rank, row in enumerate(rows, 1):
         record = dataset[row]
         image = decode_image(record["image"], f"row {record['row']}", processor.window)
-        outputs = model(processor(images=image, return_tensors="pt")["pixel_values"].to(model.device), output_anomaly_maps=True)
-        overlay = overlay_anomaly_map(image, outputs.anomaly_maps[0], value_range=model.config.anomaly_map_range, least_size=VISIBLE)
         found = Path(file_name(record["image"], f"row{record['row']}")).with_suffix("").as_posix().replace("/", "_")
         name = f"{rank:04d}_{shortened(found)}_{dataset.features['label'].int2str(record['label'])}.png"
-        write_image(overlay, folder / name)
+        write_image(paint(model, processor, image), folder / name)
 
 
 def load_for_baselines(args, data_args: DataArguments):
@@ -150,12 +140,11 @@ def main(argv: list[str], program: str) -> None:
     args, data_args = parse_arguments(EvaluationArguments, EvaluationDataArguments, description=__doc__, program=program, argv=argv)
     check_output("--output", args.output)
     check_output("--save_maps", args.save_maps, folder=True)
-    check_ranges(args, {"batch_size": (1, math.inf)})
     if not args.baselines:
         data_args.refuse_training_flags("is of the training images, which --baselines alone takes")
     model, processor, splits = load_for_evaluation(args, data_args)
     if args.save_maps is not None:
-        check_maps(model, args.model)
+        check_maps(model)
         if data_args.streaming:
             raise InputError("--save_maps picks images out of the dataset, which --streaming does not keep: leave one of them out")
         if args.num_maps < 1:
@@ -163,13 +152,10 @@ def main(argv: list[str], program: str) -> None:
 
     whole = load_for_baselines(args, data_args) if args.baselines else None  # refused before anything is scored
 
-    scored = []
-
     def score(dataset):
-        scored[:] = model.score(DataLoader(dataset, batch_size=args.batch_size, collate_fn=collate))
-        return tuple(scored)
+        return model.score(DataLoader(dataset, batch_size=args.batch_size, collate_fn=collate))
 
-    results = evaluate_detector(model, processor, splits, score, batch_size=args.batch_size)
+    results, scored = evaluate_detector(model, processor, splits, score, batch_size=args.batch_size)
     if whole is not None:
         results["baselines"] = compare_with_baselines(model, processor, whole.train, whole.test, batch_size=args.batch_size)
     results["seconds"] = round(time.time() - started, 1)
@@ -178,6 +164,6 @@ def main(argv: list[str], program: str) -> None:
         with writing(args.output) as file:
             file.write_text(f"{text}\n")
     print(text)
-    if args.save_maps is not None and scored:  # last, so that a full disk costs no results
+    if args.save_maps is not None and scored is not None:  # last, so that a full disk costs no results
         scores = scored[0]
         save_maps(model, processor, splits.test, scores.topk(min(args.num_maps, len(scores))).indices.tolist(), Path(args.save_maps))

@@ -19,7 +19,7 @@ from ...errors import InputError
 from ...files import read_json
 from ...image_processing import AnomalyImageProcessor
 from ...ops.distributed import local_main_process_first
-from .. import AnomalyTrainingArguments, DataArguments, check_checkpoint, check_same_run, parse_arguments
+from .. import AnomalyTrainingArguments, DataArguments, check_same_run, parse_arguments
 from ..arguments import check_ranges
 from ..denoising import PRETRAINING_NOTES, denoising_arguments, load_pretraining, pretrain, pretraining_run
 from ..runs import (
@@ -206,7 +206,6 @@ def main(argv: list[str], program: str) -> None:
         program=program,
         argv=argv,
     )
-    check_checkpoint(training_args.resume_from_checkpoint)
     choose_output_dir(training_args, "addp", data_args.dataset_name)
     check_first(training_args)
     splits, processor = load_training_images(data_args, training_args.seed)

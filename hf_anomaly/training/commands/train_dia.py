@@ -19,7 +19,7 @@ from ...detectors.dia.modeling_dia import DIAModel
 from ...dissolving import DISSOLVERS, DiffusionDissolver, Dissolver, dissolve_dataset
 from ...errors import InputError
 from ...ops.distributed import local_main_process_first
-from .. import AnomalyTrainingArguments, DataArguments, check_checkpoint, check_same_run, parse_arguments
+from .. import AnomalyTrainingArguments, DataArguments, check_same_run, parse_arguments
 from ..arguments import check_ranges, given_fields
 from ..denoising import denoising_arguments, train_dissolver
 from ..runs import (
@@ -257,8 +257,7 @@ def main(argv: list[str], program: str) -> None:
     )
     if training_args.learning_rate is None:  # what is pretrained shall not be unlearnt
         training_args.learning_rate = 1e-2 if detector_args.backbone is None else 1e-3
-    check_checkpoint(training_args.resume_from_checkpoint)
-    if data_args.recipe is not None:
+    if data_args.recipe is not None and dissolver_args.dissolver == "diffusion":  # a ready one has its own
         dissolver_args.take_timesteps(*data_args.recipe.timesteps)
     method = "csi" if dissolver_args.dissolver == "none" else "dia"
     choose_output_dir(training_args, method, data_args.dataset_name)

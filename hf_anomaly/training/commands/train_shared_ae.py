@@ -7,7 +7,7 @@ from transformers import set_seed
 
 from ...detectors.shared_ae.configuration_shared_ae import SharedAEConfig
 from ...detectors.shared_ae.modeling_shared_ae import SharedAEModel
-from .. import AnomalyTrainingArguments, DataArguments, check_checkpoint, parse_arguments
+from .. import AnomalyTrainingArguments, DataArguments, parse_arguments
 from ..runs import check_first, choose_output_dir, load_training_images, print_results, replace_earlier_run, train_detector
 
 
@@ -38,7 +38,6 @@ def main(argv: list[str], program: str) -> None:
     detector_args, data_args, training_args = parse_arguments(
         DetectorArguments, DataArguments, AnomalyTrainingArguments, description=__doc__, program=program, argv=argv
     )
-    check_checkpoint(training_args.resume_from_checkpoint)
     choose_output_dir(training_args, "shared-ae", data_args.dataset_name)
     check_first(training_args)
     splits, processor = load_training_images(data_args, training_args.seed)
