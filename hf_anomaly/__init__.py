@@ -17,26 +17,26 @@ if not os.environ.keys() & {"GOMP_SPINCOUNT", "OMP_WAIT_POLICY"}:
     os.environ["GOMP_SPINCOUNT"] = "10000"
 
 _HOMES = {  # public name -> its module
-    "ADDPConfig": "registry",
-    "ADDPForPreTraining": "registry",
-    "ADDPModel": "registry",
-    "AnomalyDetectionPipeline": "registry",
-    "AnomalyDetector": "registry",
-    "AnomalyDetectorConfig": "registry",
-    "AnomalyDetectorOutput": "registry",
-    "AnomalyImageProcessor": "registry",
-    "CSIConfig": "registry",
-    "CSIModel": "registry",
+    "ADDPConfig": "detectors.addp.configuration_addp",
+    "ADDPForPreTraining": "detectors.addp.modeling_addp",
+    "ADDPModel": "detectors.addp.modeling_addp",
+    "AnomalyDetectionPipeline": "pipeline",
+    "AnomalyDetector": "detector",
+    "AnomalyDetectorConfig": "detector",
+    "AnomalyDetectorOutput": "detector",
+    "AnomalyImageProcessor": "image_processing",
+    "CSIConfig": "detectors.csi.configuration_csi",
+    "CSIModel": "detectors.csi.modeling_csi",
     "DETECTORS": "registry",
-    "DIAConfig": "registry",
-    "DIAModel": "registry",
-    "HubError": "registry",
-    "InputError": "registry",
-    "NotFittedError": "registry",
-    "SharedAEConfig": "registry",
-    "SharedAEModel": "registry",
-    "SmallResNetBackbone": "registry",
-    "SmallResNetConfig": "registry",
+    "DIAConfig": "detectors.dia.configuration_dia",
+    "DIAModel": "detectors.dia.modeling_dia",
+    "HubError": "errors",
+    "InputError": "errors",
+    "NotFittedError": "errors",
+    "SharedAEConfig": "detectors.shared_ae.configuration_shared_ae",
+    "SharedAEModel": "detectors.shared_ae.modeling_shared_ae",
+    "SmallResNetBackbone": "backbones.modeling_small_resnet",
+    "SmallResNetConfig": "backbones.configuration_small_resnet",
     "AnomalyTrainer": "training",
     "AnomalyTrainingArguments": "training",
     "DiffusionDissolver": "dissolving",
@@ -57,6 +57,7 @@ __all__ = ["__version__", *_HOMES]
 
 def __getattr__(name: str):
     if name in _HOMES:
+        import_module(".registry", __name__)  # who asks for a name before a command has registered gets it registered, too
         return getattr(import_module(f".{_HOMES[name]}", __name__), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 

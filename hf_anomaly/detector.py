@@ -24,7 +24,7 @@ from .errors import HubError, InputError, NotFittedError
 from .hub import CommitInfo, hub_errors, push_folder
 from .ops.maps import map_levels
 from .ops.sampling import Sample
-from .saving import Home, auto_map, bring_companions, delete, outdated_companions, staged, write_remote_code
+from .saving import Home, auto_map, bring_companions, delete, outdated_companions, staged, weight_files, write_remote_code
 from .untrusted import check_attention, check_backbone_config, check_memory, check_shard_names
 from .version import __version__
 
@@ -626,7 +626,7 @@ class AnomalyDetector(PreTrainedModel):
         if ours is not None:  # transformers cannot load a config whose auto_map is null
             self.config.auto_map = ours
         outdated = outdated_companions(self._homes, target, self.config)
-        with staged(target, variant) as staging:
+        with staged(target, weight_files(variant)) as staging:
             super().save_pretrained(staging, variant=variant, **kwargs)
             try:
                 bring_companions(self._homes, target, staging, token)

@@ -5,7 +5,6 @@ from transformers.pipelines import PIPELINE_REGISTRY
 
 from .backbones.configuration_small_resnet import SmallResNetConfig
 from .backbones.modeling_small_resnet import SmallResNetBackbone
-from .detector import AnomalyDetector, AnomalyDetectorConfig, AnomalyDetectorOutput
 from .detectors.addp.configuration_addp import ADDPConfig
 from .detectors.addp.modeling_addp import ADDPForPreTraining, ADDPModel
 from .detectors.csi.configuration_csi import CSIConfig
@@ -14,7 +13,6 @@ from .detectors.dia.configuration_dia import DIAConfig
 from .detectors.dia.modeling_dia import DIAModel
 from .detectors.shared_ae.configuration_shared_ae import SharedAEConfig
 from .detectors.shared_ae.modeling_shared_ae import SharedAEModel
-from .errors import HubError, InputError, NotFittedError
 from .image_processing import AnomalyImageProcessor
 from .pipeline import TASK, AnomalyDetectionPipeline
 
@@ -34,26 +32,3 @@ for _config_class, _model_class in DETECTORS.items():
     AutoImageProcessor.register(_config_class, image_processor_classes={"pil": AnomalyImageProcessor})
 AutoModelForPreTraining.register(ADDPConfig, ADDPForPreTraining)
 PIPELINE_REGISTRY.register_pipeline(TASK, pipeline_class=AnomalyDetectionPipeline, pt_model=AutoModel, type="image")
-
-__all__ = [
-    "ADDPConfig",
-    "ADDPForPreTraining",
-    "ADDPModel",
-    "AnomalyDetectionPipeline",
-    "AnomalyDetector",
-    "AnomalyDetectorConfig",
-    "AnomalyDetectorOutput",
-    "AnomalyImageProcessor",
-    "CSIConfig",
-    "CSIModel",
-    "DETECTORS",
-    "DIAConfig",
-    "DIAModel",
-    "HubError",
-    "InputError",
-    "NotFittedError",
-    "SharedAEConfig",
-    "SharedAEModel",
-    "SmallResNetBackbone",
-    "SmallResNetConfig",
-]

@@ -49,34 +49,38 @@ def write_remote_code(folder: str | os.PathLike) -> None:
 
 
 @contextmanager
-def staged(target: str | os.PathLike, variant: str | None = None) -> Iterator[Path]:
-    """A temporary folder inside `target`, whose entries are renamed into it at the end, config.json last; after an error, none.
+def staged(target: str | os.PathLike, outdated: re.Pattern | None = None) -> Iterator[Path]:
+    """A temporary folder inside `target`, whose entries are renamed into it at the end, configs last; after an error, none.
 
     Args:
-        variant: of the weights that are saved. Those of others, such as "fp16", stay.
+        outdated: names of what goes there if it is not written anew.
 
     Raises:
         InputError: `target` is a file.
     """
     target = Path(target)
     if target.is_file():
-        raise InputError(f"cannot save a detector to {target}: it is a file; name a folder")
+        raise InputError(f"cannot save to {target}: it is a file; name a folder")
     target.mkdir(parents=True, exist_ok=True)
     staging = Path(tempfile.mkdtemp(prefix=".saving-", dir=target))
     try:
         yield staging
         names = {path.name for path in staging.iterdir()}
-        for name in sorted(names, key=lambda name: name == "config.json"):
+        for name in sorted(names, key=lambda name: name.endswith("config.json")):
             if (target / name).is_dir():  # which os.replace does not replace
                 delete(target / name)
             os.replace(staging / name, target / name)
-        of_variant = re.escape(f".{variant}" if variant else "")
-        weights = re.compile(rf"model{of_variant}(-\d+-of-\d+)?\.safetensors|model\.safetensors\.index{of_variant}\.json")
-        for path in list(target.iterdir()):  # an earlier save in other shards, which would be loaded instead
-            if path.name not in names and weights.fullmatch(path.name):
+        for path in list(target.iterdir()):
+            if path.name not in names and outdated is not None and outdated.fullmatch(path.name):
                 path.unlink()
     finally:
         shutil.rmtree(staging, ignore_errors=True)
+
+
+def weight_files(variant: str | None) -> re.Pattern:
+    """The names of all files of weights of a variant such as "fp16": an earlier save in other shards would be loaded instead."""
+    of_variant = re.escape(f".{variant}" if variant else "")
+    return re.compile(rf"model{of_variant}(-\d+-of-\d+)?\.safetensors|model\.safetensors\.index{of_variant}\.json")
 
 
 @dataclass

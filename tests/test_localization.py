@@ -121,7 +121,7 @@ def test_the_results_have_all_of_it(detector, processor, splits):
         scored["scores"], scored["labels"] = detector.score(batches, progress=False)
         return scored["scores"], scored["labels"]
 
-    results = evaluate_detector(detector, processor, splits, score, batch_size=4)
+    results, _ = evaluate_detector(detector, processor, splits, score, batch_size=4)
     scores, labels = scored["scores"].numpy(), scored["labels"].numpy()
     assert results["auroc"] == roc_auc_score(labels, scores)
     intervals = bootstrap_intervals(scores, labels, confidence=0.95)
@@ -138,7 +138,7 @@ def test_a_method_without_maps_says_so(processor, splits, caplog):
     caplog.set_level("INFO", "hf_anomaly")
     model = CSIModel(CSIConfig(image_size=SIZE, backbone_config=SmallResNetConfig(hidden_sizes=[8], depths=[1]))).eval()
     model.fit_reference([torch.rand(4, 1, SIZE, SIZE) * 2 - 1], progress=False)
-    results = evaluate_detector(model, processor, splits, lambda dataset: (torch.arange(6.0), torch.arange(6) // 3), batch_size=4)
+    results, _ = evaluate_detector(model, processor, splits, lambda dataset: (torch.arange(6.0), torch.arange(6) // 3), batch_size=4)
     assert results["auroc"] == 1
     assert "pixel_auroc" not in results
     assert model.unsupported_maps_reason in caplog.text

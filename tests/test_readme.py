@@ -8,6 +8,7 @@ from importlib import import_module
 from pathlib import Path
 
 import pytest
+from commands.running import run
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
@@ -37,7 +38,7 @@ def test_the_readme_has_its_commands():
 
 @pytest.mark.parametrize("script", sorted({command[0] for command in script_commands()}))
 def test_flags_exist(script):
-    usage = subprocess.run([sys.executable, script, "--help"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    usage = run(script.removeprefix("scripts/"), "--help")[1]
     for word in {word for command in script_commands() if command[0] == script for word in command[1:] if word.startswith("--")}:
         assert re.search(rf"^\s+{word}\b", usage, re.MULTILINE), f"{script} has no {word}"
 
@@ -47,9 +48,7 @@ def test_console_commands_are_understood():
     assert {command[0] for command in commands} >= {"train", "predict", "info", "dissolve", "push"}
     for name, *argv in commands:
         if name == "train":  # whose options are the scripts'
-            usage = subprocess.run(
-                [sys.executable, f"scripts/train_{argv[0]}.py", "--help"], cwd=ROOT, capture_output=True, text=True
-            ).stdout
+            usage = run(f"train_{argv[0]}.py", "--help")[1]
             assert all(f"{word} " in usage for word in argv if word.startswith("--"))
         else:
             import_module(f"hf_anomaly.cli.{name}").parse(argv)  # an InputError, if not

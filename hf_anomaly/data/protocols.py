@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
-from typing import TypeVar
 
 import numpy as np
 
@@ -14,7 +13,6 @@ from ..errors import InputError
 
 logger = logging.getLogger(__name__)
 
-T = TypeVar("T")
 TEST_FRACTION = 0.2
 Rows = tuple[np.ndarray, np.ndarray]  # of the images to train on and to test on, in the source's order
 
@@ -54,15 +52,6 @@ PROTOCOLS: dict[str, Callable[[np.ndarray, str, int], Rows]] = {
 
 
 # Which classes there are
-
-
-def one_vs_rest(divide: Callable[[str], T], labels: Iterable[str]) -> Iterator[T]:
-    """One division for every class: it is normal, all others are anomalies.
-
-    Args:
-        divide: normal class → the division, such as `partial(recipe.load, data_dir)`.
-    """
-    return map(divide, labels)
 
 
 def subclass_vs_superclass(superclasses: Mapping[str, Sequence[str]], normal_label: str) -> dict[str, str]:
@@ -121,7 +110,7 @@ class Division:
     Attributes:
         recipe: name of the recipe; None without one.
         protocol: as in `load_one_class`; "stream" where nothing but a head was looked at.
-        seed: of the draws; None where nothing was drawn by it.
+        seed: of the draws.
         normal_label: the class taken as normal.
         classes: source's class → what it counts as, if not all count as themselves.
         contamination: r, the anomalies' share of the training set.
@@ -131,7 +120,7 @@ class Division:
 
     recipe: str | None
     protocol: str
-    seed: int | None
+    seed: int
     normal_label: str
     classes: dict[str, str] | None
     contamination: float

@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
 from dataclasses import dataclass, field
-from functools import partial
 from pathlib import Path
 
 from ..errors import InputError
 from .loading import OneClassSplits, load_one_class
-from .protocols import one_vs_rest, subclass_vs_superclass
+from .protocols import subclass_vs_superclass
 
 DATA_DIR_VARIABLE = "HF_ANOMALY_DATA_DIR"
 DIGITS = tuple("0123456789")
@@ -131,10 +129,6 @@ class DatasetRecipe:
             seed=seed,
             recipe=self.name,
         )
-
-    def one_vs_rest(self, data_dir: str | os.PathLike[str] | None = None, **options) -> Iterator[OneClassSplits]:
-        """A division for each of the classes that take their turn as the normal one; `options` as in `load`."""
-        return one_vs_rest(partial(self.load, data_dir, **options), self.normal_labels)
 
 
 def find_recipe(name: str) -> DatasetRecipe:

@@ -3,7 +3,6 @@
 import hashlib
 import json
 import os
-import shutil
 import tempfile
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
@@ -17,6 +16,7 @@ from ..errors import HubError, InputError
 from ..files import canonical_json, read_json
 from ..hub import CommitInfo, hub_errors, push_folder
 from ..ops.resizing import resize
+from ..saving import staged
 
 CONFIG_NAME = "dissolver_config.json"
 
@@ -113,22 +113,8 @@ class Dissolver(ABC):
         Raises:
             InputError: `folder` is a file.
         """
-        folder = Path(folder)
-        if folder.exists() and not folder.is_dir():
-            raise InputError(f"cannot save a dissolver to {folder}: it is a file; name a folder")
-        folder.mkdir(parents=True, exist_ok=True)
-        staging = Path(tempfile.mkdtemp(prefix=".saving-", dir=folder))
-        new, replaced = staging / "new", staging / "replaced"
-        try:
-            new.mkdir()
-            replaced.mkdir()
-            self._write(new, training_notes)
-            for name in sorted(os.listdir(new), key=lambda name: name == CONFIG_NAME):
-                if (folder / name).is_dir():  # which a rename does not replace
-                    os.replace(folder / name, replaced / name)
-                os.replace(new / name, folder / name)
-        finally:
-            shutil.rmtree(staging, ignore_errors=True)
+        with staged(folder) as staging:
+            self._write(staging, training_notes)
 
     def push_to_hub(
         self,

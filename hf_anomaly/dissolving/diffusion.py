@@ -249,15 +249,12 @@ class DenoisingModel(torch.nn.Module):
         unet: `diffusers.UNet2DModel`, trained in place.
         scheduler: `diffusers.DDPMScheduler`; its prediction type sets the target (ε, v or x).
         max_timestep: t ~ U{0 … max_timestep − 1}; None takes the whole schedule. Dissolving looks at small t only.
-        loss: "l1" or "l2".
 
     Raises:
         InputError: an argument out of range.
     """
 
-    LOSSES = {"l1": F.l1_loss, "l2": F.mse_loss}
-
-    def __init__(self, unet, scheduler, max_timestep: int | None = None, loss: str = "l1"):
+    def __init__(self, unet, scheduler, max_timestep: int | None = None):
         super().__init__()
         self.resolution = _sample_size(unet)
         self.prediction_type = _prediction_type(scheduler)
@@ -265,9 +262,7 @@ class DenoisingModel(torch.nn.Module):
         self.max_timestep = num_timesteps if max_timestep is None else check_integer("max_timestep", max_timestep, 1)
         if self.max_timestep > num_timesteps:
             raise InputError(f"max_timestep {max_timestep} is beyond the schedule: use at most {num_timesteps}")
-        if loss not in self.LOSSES:
-            raise InputError(f"loss must be one of {', '.join(self.LOSSES)}, got {loss!r}")
-        self.unet, self.scheduler, self.loss = unet, _with_tables(scheduler), loss
+        self.unet, self.scheduler = unet, _with_tables(scheduler)
 
     def forward(self, pixel_values: Tensor, noise: Tensor | None = None, timesteps: Tensor | None = None) -> dict[str, Tensor]:
         """The denoising loss of a batch.
@@ -309,7 +304,7 @@ class DenoisingModel(torch.nn.Module):
             target = x
         else:
             target = self.scheduler.get_velocity(x, noise, timesteps)
-        return {"loss": self.LOSSES[self.loss](output, target)}
+        return {"loss": F.l1_loss(output, target)}
 
 
 def _predict_original(x_t: Tensor, output: Tensor, alpha_bar: Tensor, prediction_type: str) -> Tensor:

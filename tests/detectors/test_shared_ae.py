@@ -161,22 +161,6 @@ def test_maps_are_over_the_channels():
     np.testing.assert_allclose(maps.detach(), np.sqrt(((x.numpy() - image) ** 2).sum(1, keepdims=True)), rtol=1e-5)
 
 
-def test_the_terms_are_weighed_anew_without_training(refused):
-    model, x = detector().eval(), pixels(20)
-    model.fit_reference([x], progress=False).calibrate([x], progress=False)
-    ends = {}
-    for omega1 in (1, 0):
-        model.weigh_terms(omega1)
-        ends[omega1] = model(x).scores
-    assert not model.calibration.is_calibrated  # the threshold was for other scores
-    assert not torch.allclose(ends[0], ends[1])
-    model.weigh_terms(0.25)
-    torch.testing.assert_close(model(x).scores, 0.25 * ends[1] + 0.75 * ends[0])
-    assert (model.config.omega1, model.config.omega2) == (0.25, 0.75)
-    with refused("omega1", "1.2"):
-        model.weigh_terms(1.2)
-
-
 @pytest.mark.parametrize("other", [{"omega1": 1.0, "omega2": 0.0}, {"ablation": "one"}, {"score_from": "map"}])
 def test_the_calibration_does_not_outlive_its_scores(other, tmp_path, caplog):
     detector().eval().fit_reference([pixels()], progress=False).calibrate([pixels(20)], progress=False).save_pretrained(tmp_path)

@@ -24,7 +24,7 @@ class ADDPConfig(SelfContainedDetectorConfig):
         encoder: `"unet"` (Ronneberger et al. 2015); `"segnet"` (Badrinarayanan et al. 2017), whose decoder puts each value back to where max-pooling
             found it; or `"backbone"`, any `AutoBackbone`, with U-Net's decoder. Default: `"backbone"` where there is a `backbone_config`, else `"unet"`.
             The places that SegNet hands over tell where edges lie, of a part of the image never seen before, too: it is a weak skip connection.
-        backbone_config: any `AutoBackbone` configuration, as an object or a dict with `model_type`; default a `SmallResNetConfig` for `image_size`.
+        backbone_config: any `AutoBackbone` configuration, as an object or a dict with `model_type`; default a `SmallResNetConfig` of these channels.
         hidden_sizes: channels at full, half, a quarter … of the resolution, of encoder and decoder; with a backbone of the decoder, the last of them at
             the resolution of its last map. One entry a doubling and one more fits: six for strides of 32.
         latent_size: channels between encoder and decoder, the bottleneck. By default a position of it stands for 64 pixels, so that 2 channels are a

@@ -170,18 +170,6 @@ class SharedAEModel(SelfContainedDetector):
 
     # Score -------------------------------------------------------------------------------------------------------------------
 
-    def weigh_terms(self, omega1: float) -> "SharedAEModel":
-        """Sets ω1, and ω2 = 1 − ω1, of a trained detector. The calibration, which was for other scores, is dropped.
-
-        Raises:
-            InputError: `omega1` is not in [0, 1].
-        """
-        if not 0 <= omega1 <= 1:
-            raise InputError(f"omega1 must be between 0 and 1, got {omega1}")
-        self.config.omega1, self.config.omega2 = float(omega1), 1 - float(omega1)
-        self._drop_calibration()
-        return self
-
     def reconstruct(self, pixel_values: torch.Tensor) -> tuple[torch.Tensor, ...]:
         """z, z2, x1' and z1', or with ablation `"one"` z, z1, x1 and z1; latents (B, latent_size), images as `pixel_values`."""
         z = self.encoder1(pixel_values)
