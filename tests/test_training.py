@@ -31,6 +31,7 @@ from hf_anomaly import (
 from hf_anomaly.data import prepare
 from hf_anomaly.dissolving import DenoisingModel, DiffusionDissolver, build_scheduler, build_unet, dissolve_dataset
 from hf_anomaly.training import AnomalyTrainer, AnomalyTrainingArguments, DenoisingTrainer, DenoisingTrainingArguments
+from hf_anomaly.training.lars import LARS
 
 datasets.disable_progress_bars()
 
@@ -447,6 +448,44 @@ def test_a_resumed_run_is_the_uninterrupted_one(make, kind, tmp_path):
         assert len(losses(resumed)) == 12
         assert losses(resumed) == losses(whole)
         assert_same(weights(resumed), weights(whole))
+
+
+@pytest.mark.parametrize("kind", ["csi", "phases"])
+def test_lars(make, kind, tmp_path):
+    options = {"lars": True, "learning_rate": 1.0, "warmup_steps": 0.25, "weight_decay": 1e-6}
+    whole = make(kind, "whole", save_strategy="steps", save_steps=4, save_total_limit=None, **options)
+    whole.train()
+    assert losses(whole)[-1][1] < losses(whole)[0][1]
+    resumed = make(kind, "resumed", **options)
+    resumed.train(str(tmp_path / "whole" / "checkpoint-4"))
+    assert losses(resumed) == losses(whole)
+    assert_same(weights(resumed), weights(whole))
+    other = make(kind, "other", **options | {"lars": False, "learning_rate": 1e-3})
+    other.train()
+    assert losses(other)[-1] != losses(whole)[-1]
+
+
+def test_a_step_of_lars_is_that_of_the_formula():
+    """You et al. 2017, Algorithm 1, in NumPy, with the momentum of torch's SGD."""
+    rng = np.random.default_rng(0)
+    start = [rng.normal(size=shape) for shape in ((3, 4), (5,), (2,))]
+    start[2][:] = 0  # a bias as it begins
+    lr, momentum, decay, trust = 0.7, 0.9, 0.1, 0.01
+    parameters = [torch.nn.Parameter(torch.tensor(w)) for w in start]
+    optimizer = LARS(parameters, lr, momentum=momentum, weight_decay=decay, trust=trust)
+    expected, velocity = [w.copy() for w in start], [0.0] * 3
+    for _ in range(3):
+        for i, parameter in enumerate(parameters):
+            gradient = rng.normal(size=parameter.shape)
+            parameter.grad = torch.tensor(gradient)
+            w = expected[i]
+            norms = np.sqrt((w**2).sum()), np.sqrt((gradient**2).sum())
+            rate = trust * norms[0] / (norms[1] + decay * norms[0]) if norms[0] > 0 else 1.0
+            velocity[i] = momentum * velocity[i] + rate * (gradient + decay * w)
+            expected[i] = w - lr * velocity[i]
+        optimizer.step()
+    for parameter, w in zip(parameters, expected, strict=True):
+        np.testing.assert_allclose(parameter.detach().numpy(), w, rtol=1e-12)
 
 
 @pytest.mark.parametrize("kind", ["cached", "phases"])

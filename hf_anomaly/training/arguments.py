@@ -105,6 +105,14 @@ class ReproducibleArguments(TrainingArguments):
         default=0.99, metadata={"help": "Decay of the exponential moving average of the weights, which is what is saved; 0: none."}
     )
 
+    lars: bool = field(
+        default=False,
+        metadata={
+            "help": "Train by LARS, the optimizer of CSI's and DIA's authors, in place of --optim; they have --learning_rate 1 --warmup_steps 0.05 "
+            "--weight_decay 1e-6."
+        },
+    )
+
     cpu_threads: int | None = field(
         default=None,
         metadata={

@@ -46,7 +46,7 @@ _ONLY_FOR_SCORING = ("search_chunk_size", "false_positive_rate", "_name_or_path"
 
 # Arguments that a resumed optimizer would not take up, or that change what comes of a run. Steps may be added.
 _OPTIMIZATION = (
-    "learning_rate", "weight_decay", "optim", "optim_args", "adam_beta1", "adam_beta2", "adam_epsilon", "lr_scheduler_type", "lr_scheduler_kwargs",
+    "learning_rate", "weight_decay", "optim", "optim_args", "lars", "adam_beta1", "adam_beta2", "adam_epsilon", "lr_scheduler_type", "lr_scheduler_kwargs",
     "warmup_steps", "max_grad_norm", "ema_decay", "bf16", "fp16", "images_per_step", "gradient_accumulation_steps", "data_seed",
     "dataloader_drop_last",
 )  # fmt: skip

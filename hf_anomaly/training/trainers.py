@@ -24,6 +24,7 @@ from ..files import read_json
 from ..hub import CommitInfo, hub_errors, push_checkpoint, push_folder
 from ..metrics import image_metrics
 from ..ops.distributed import share_buffers
+from .lars import LARS
 from .phases import PhasedOptimizer, only
 
 logger = logging.getLogger(__name__)
@@ -143,6 +144,13 @@ class ReproducibleTrainer(Trainer):
         self._staging = False
         # Called only by Trainer's loop; a callback is its way to act between optimizer step and checkpoint.
         self.add_callback(_AverageCallback(self))
+
+    def create_optimizer(self, model=None):
+        if self.optimizer is None and self.args.lars:
+            parameters = (self.model if model is None else model).parameters()
+            trained = [parameter for parameter in parameters if parameter.requires_grad]
+            self.optimizer = LARS(trained, self.args.learning_rate, weight_decay=self.args.weight_decay)
+        return super().create_optimizer(model)
 
     # Steps --------------------------------------------------------------------------------------------------------------------
 
