@@ -207,6 +207,8 @@ def _protocol(division: dict) -> str:
         words.append(f"of the classes {classes} only" if len(classes) <= 200 else f"of {len(division['classes'])} classes only")
     if division.get("max_train_images") is not None:
         words.append(f"at most {division['max_train_images']} normal images to train on")
+    if division.get("group_column"):
+        words.append(f"calibration images held out by {plain(division['group_column'])}")
     if division.get("contamination"):
         words.append(f"a contamination of {division['contamination']:g}")
     return ", ".join(words)

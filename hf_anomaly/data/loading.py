@@ -17,6 +17,7 @@ import numpy as np
 from ..errors import InputError
 from .content import content_digest, find_copies, paths_beside
 from .formats import Reading, Window
+from .groups import draw_groups, groups_by_column, groups_by_volume
 from .protocols import PROTOCOLS, Division, contaminate, subset
 from .sources import (
     IN_MEMORY,
@@ -93,6 +94,7 @@ def load_one_class(
     classes: Mapping[str, str] | None = None,
     image_column: str | None = None,
     label_column: str | None = None,
+    group_column: str | None = None,
     calibration_fraction: float = 0.2,
     eval_split: str = "test",
     evaluation_only: bool = False,
@@ -127,6 +129,8 @@ def load_one_class(
         classes: source's class → what it counts as: several may become one. Images of classes that are not listed are left out.
         image_column: by default `image`, or the only `Image` column other than `mask`.
         label_column: by default `label`, `labels`, or the only `ClassLabel` column.
+        group_column: what belongs together, such as the patient: no group both trains and calibrates, and test images of groups that do are warned of.
+            By default slices of one volume belong together. With protocol "official" alone.
         calibration_fraction: share of the training normals, in [0, 1), to hold out, unless the source has a split called "calibration".
         eval_split: "test" or "validation" (in the source also val, valid, dev): what becomes `test`.
         evaluation_only: load `test` alone. A training split then only tells the normal class; a labelled source of nothing but a training
@@ -160,6 +164,8 @@ def load_one_class(
         raise InputError(f"protocol={protocol!r} is none of 'official', {', '.join(map(repr, PROTOCOLS))}")
     if max_train_images is not None and max_train_images < 1:
         raise InputError(f"max_train_images must be at least 1, got {max_train_images}")
+    if group_column is not None and protocol != "official":
+        raise InputError(f"group_column goes with protocol 'official': {protocol!r} divides image by image")
     if not 0 <= contamination < 1:
         raise InputError(f"contamination={contamination} is outside [0, 1): it is the anomalies' share of the training images")
 
@@ -193,6 +199,7 @@ def load_one_class(
         name: _one_class(source, splits[name], image_column, labels[name], normal_label, name, rows[name], evaluated=name == eval_split)
         for name in wanted
     }
+    groups = {name: _groups(splits[name], split, group_column, name, source) for name, split in data.items() if "train" in data}
     anomalies = None  # of the training split
     normals = {name: np.flatnonzero(np.asarray(split["label"][:]) == 0) for name, split in data.items()}
     headers = {}
@@ -208,11 +215,12 @@ def load_one_class(
         if name == "train":
             anomalies = data[name].select(np.setdiff1d(np.arange(len(data[name])), normals[name]))
         data[name] = data[name].select(normals[name])
+        groups[name] = None if groups[name] is None else groups[name][normals[name]]
         headers[name] = check_images(data[name], name, reading.window)
 
     train, calibration = data.get("train"), data.get("calibration")
     if train is not None and calibration is None and calibration_fraction > 0:
-        train, calibration = _hold_out(train, calibration_fraction, seed, source)
+        train, calibration = _hold_out(train, calibration_fraction, seed, source, groups["train"])
     if train is not None and max_train_images is not None:
         train = train.select(subset(len(train), max_train_images, seed))
     if train is not None and contamination > 0:
@@ -239,6 +247,7 @@ def load_one_class(
             ("calibration", calibration, "the threshold will be too low for new images"),
             (eval_split, test, "the results will not tell how new images are scored"),
         )
+        _warn_of_shared_groups(groups, group_column or "volume")
     split_hash = _split_hash(protocol, {"train": train, "calibration": calibration, "test": test})
     return OneClassSplits(
         train=train,
@@ -250,7 +259,15 @@ def load_one_class(
         normal_label=normal_label,
         split_hash=split_hash,
         division=Division(
-            recipe, protocol, seed, normal_label, None if classes is None else dict(classes), contamination, max_train_images, split_hash
+            recipe,
+            protocol,
+            seed,
+            normal_label,
+            None if classes is None else dict(classes),
+            contamination,
+            max_train_images,
+            split_hash,
+            group_column,
         ),
         reference=train,
     )
@@ -557,12 +574,30 @@ def _contaminated(train: datasets.Dataset, anomalies: datasets.Dataset, share: f
     return together.select(np.argsort(together["row"][:], kind="stable"))
 
 
-def _hold_out(normals: datasets.Dataset, fraction: float, seed: int, source: str) -> Iterable[datasets.Dataset]:
-    """(train, calibration), both in the source's order. scikit-learn draws from NumPy's frozen RandomState: the same rows everywhere."""
+def _groups(split: datasets.Dataset, images: datasets.Dataset, column: str | None, name: str, source: str) -> np.ndarray | None:
+    """What each image belongs to; None if that is not known."""
+    if column is None:
+        return groups_by_volume(images)
+    return groups_by_column(split, column, f"split {name!r} of {source!r}") if name == "train" or column in split.column_names else None
+
+
+def _hold_out(normals: datasets.Dataset, fraction: float, seed: int, source: str, groups: np.ndarray | None) -> Iterable[datasets.Dataset]:
+    """(train, calibration), both in the source's order. scikit-learn draws from NumPy's frozen RandomState: the same rows everywhere.
+
+    Args:
+        groups: (n,), what each image belongs to; None: each by itself.
+    """
     from sklearn.model_selection import train_test_split
 
     if len(normals) < 2:
         raise InputError(f"{source!r} has a single normal training image, none to hold out; add images or set calibration_fraction=0")
+    if groups is not None and len(set(groups)) == 1:
+        logger.warning(
+            "All normal training images of %r belong together: those held out are like those trained on, and new ones score higher", source
+        )
+    elif groups is not None and len(set(groups)) < len(normals):
+        held_out = draw_groups(groups, fraction, seed)
+        return normals.select(np.flatnonzero(~held_out)), normals.select(np.flatnonzero(held_out))
     size = min(max(round(fraction * len(normals)), 1), len(normals) - 1)
     parts = train_test_split(np.arange(len(normals)), test_size=size, random_state=seed)
     return tuple(normals.select(np.sort(rows)) for rows in parts)
@@ -582,6 +617,20 @@ def _warn_of_copies(train: datasets.Dataset, *others: tuple[str, datasets.Datase
                 name,
                 first["image"]["path"] or f"in row {first['row']}",
                 consequence,
+            )
+
+
+def _warn_of_shared_groups(groups: dict[str, np.ndarray | None], what: str) -> None:
+    """Warns of images of other splits that belong to what trains; the images held out of the training split are its own."""
+    for name in groups.keys() - {"train"}:
+        if groups["train"] is not None and groups[name] is not None and (shared := np.isin(groups[name], groups["train"]).sum()):
+            logger.warning(
+                "%d of %d images of split %r are of a %s that trains, too: new ones may score higher; divide by %s",
+                shared,
+                len(groups[name]),
+                name,
+                what,
+                what,
             )
 
 

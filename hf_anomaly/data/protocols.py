@@ -116,6 +116,7 @@ class Division:
         contamination: r, the anomalies' share of the training set.
         max_train_images: n, the limit of normal training images; None: all.
         split_hash: see `OneClassSplits`.
+        group_column: what kept images together; None: nothing, or the volumes that slices come from.
     """
 
     recipe: str | None
@@ -126,6 +127,7 @@ class Division:
     contamination: float
     max_train_images: int | None
     split_hash: str
+    group_column: str | None = None
 
     def to_dict(self) -> dict:
         return asdict(self)

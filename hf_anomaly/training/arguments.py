@@ -229,6 +229,13 @@ class DataArguments:
     label_column: str | None = field(
         default=None, metadata={"help": "Column with the labels. Default: 'label', 'labels' or the only class column."}
     )
+    group_column: str | None = field(
+        default=None,
+        metadata={
+            "help": "Column with what belongs together, such as the patient: no group both trains and calibrates, and test images of groups that train are "
+            "warned of. Default: slices of one volume belong together."
+        },
+    )
     image_size: int | None = field(
         default=None, metadata={"help": "Images are resized to this. Default: their own size up to 64, else 64."}
     )
@@ -285,6 +292,8 @@ class DataArguments:
             self.refuse_given(("stream_head", "shuffle_buffer"), "is of --streaming alone")
         self._take_recipe()
         self.reading = Reading(parse_window(self.window), 2 if self.slice_axis is None else self.slice_axis, self.central_slices)
+        if self.streaming:
+            self.refuse_given(("group_column",), "does not go with --streaming, which holds out image by image")
         if self.streaming and (self.protocol != "official" or self.contamination):
             raise InputError(f"--streaming knows the source's own splits alone, not --protocol {self.protocol} or --contamination")
 
@@ -339,7 +348,7 @@ class EvaluationDataArguments(DataArguments):
 
     def refuse_training_flags(self, why: str) -> None:
         """Refuses flags that say which images train, where none are taken."""
-        self.refuse_given(("max_train_images", "contamination", "calibration_fraction"), why)
+        self.refuse_given(("max_train_images", "contamination", "calibration_fraction", "group_column"), why)
 
     def read_as(self, processor: AnomalyImageProcessor) -> None:
         """What no flag says of windows and slices is as in the detector's training; the processor takes the window."""

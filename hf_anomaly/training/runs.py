@@ -143,7 +143,9 @@ def load_splits(data: DataArguments, seed: int = 0, *, evaluation_only: bool = F
     }
     if data.streaming:
         return stream_one_class(data.dataset_name, head=data.stream_head, shuffle_buffer=data.shuffle_buffer, **common)
-    return load_one_class(data.dataset_name, protocol=data.protocol, contamination=data.contamination, **common)
+    return load_one_class(
+        data.dataset_name, protocol=data.protocol, contamination=data.contamination, group_column=data.group_column, **common
+    )
 
 
 def processor_for(splits: OneClassSplits, data: DataArguments) -> AnomalyImageProcessor:

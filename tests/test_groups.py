@@ -1,0 +1,131 @@
+"""Images that belong together: patients, and slices of a volume."""
+
+import json
+
+import numpy as np
+import PIL.Image
+import pytest
+from commands.running import run
+from datasets import Dataset, DatasetDict, Features, Image, Value
+
+from hf_anomaly import InputError, load_one_class
+from hf_anomaly.data.formats import Reading
+from hf_anomaly.data.groups import draw_groups
+
+
+def images(patients, first=0):
+    pixels = [PIL.Image.fromarray(np.full((8, 8), first + i, np.uint8)) for i in range(len(patients))]
+    features = Features({"image": Image(), "patient": Value("int64"), "label": Value("string")})
+    return Dataset.from_dict({"image": pixels, "patient": patients, "label": ["normal"] * len(patients)}, features)
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_whole_groups_are_drawn(seed):
+    groups = np.random.default_rng(seed).integers(0, 9, 60).astype(str)
+    held = draw_groups(groups, 0.2, seed)
+    names = set(groups[held])
+    assert not names & set(groups[~held])
+    assert names
+    # One group more or fewer, in the order drawn, is no nearer to the share; of groups of at most m images none is further off than m / 2.
+    assert abs(held.sum() - 12) <= max(np.unique(groups, return_counts=True)[1]) / 2
+    assert (draw_groups(groups, 0.2, seed) == held).all()
+
+
+@pytest.mark.parametrize("share", [0.01, 0.99])
+def test_one_group_is_drawn_at_least_and_one_is_left(share):
+    held = draw_groups(np.array(["a", "b", "a", "c"]), share, 0)
+    assert 0 < len(set(np.array(["a", "b", "a", "c"])[held])) < 3
+
+
+def test_no_patient_trains_and_calibrates(caplog):
+    patients = [i // 5 for i in range(50)]
+    splits = load_one_class(images(patients), group_column="patient")
+    sides = [{patients[row] for row in split["row"][:]} for split in (splits.train, splits.calibration)]
+    assert len(sides[1]) == 2
+    assert sides[0] | sides[1] == set(range(10))
+    assert not sides[0] & sides[1]
+    assert splits.division.group_column == "patient"
+    assert load_one_class(images(patients), group_column="patient", seed=1).calibration["row"][:] != splits.calibration["row"][:]
+    assert not caplog.records
+
+
+def test_groups_of_one_image_change_nothing():
+    whole = images(list(range(50)))
+    assert load_one_class(whole, group_column="patient").split_hash == load_one_class(whole).split_hash
+
+
+def test_only_normal_images_count():
+    whole = images([0, 0, 1, 1, 2, 2])
+    labels = ["normal", "normal", "normal", "normal", "tumour", "tumour"]
+    whole = whole.remove_columns("label").add_column("label", labels)
+    splits = load_one_class(whole, group_column="patient")
+    assert sorted([splits.train["row"][:], splits.calibration["row"][:]]) == [[0, 1], [2, 3]]
+
+
+def test_patients_that_also_test_are_told_of(caplog):
+    splits = DatasetDict(train=images([0, 0, 1, 1]), test=images([1, 7, 1], first=9))
+    load_one_class(splits, group_column="patient")
+    assert "2 of 3 images of split 'test' are of a patient that trains, too" in caplog.text
+    caplog.clear()
+    load_one_class(DatasetDict(train=images([0, 0, 1, 1]), test=images([7], first=9).remove_columns("patient")), group_column="patient")
+    assert "patient" not in caplog.text
+
+
+def test_a_single_patient(caplog):
+    splits = load_one_class(images([3] * 10), group_column="patient")
+    assert len(splits.calibration) == 2
+    assert "belong together" in caplog.text
+
+
+def test_what_is_refused():
+    with pytest.raises(InputError, match=r"split 'train' of .* has no column 'person'; its columns: image, patient, label"):
+        load_one_class(images([1, 2]), group_column="person")
+    with pytest.raises(InputError, match=r"row 1 of split 'train' of .* says nothing in column 'patient'"):
+        load_one_class(images([1, None, 2]), group_column="patient")
+    with pytest.raises(InputError, match="'balanced' divides image by image"):
+        load_one_class(images([1, 2]), group_column="patient", protocol="balanced")
+
+
+def test_slices_of_a_volume_belong_together(tmp_path, monkeypatch):
+    nibabel = pytest.importorskip("nibabel")
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
+    (tmp_path / "scans").mkdir()
+    for i in range(5):
+        volume = np.random.default_rng(i).integers(0, 99, (8, 8, 6)).astype(np.int16)
+        nibabel.save(nibabel.Nifti1Image(volume, np.eye(4)), tmp_path / "scans" / f"{i}.nii")
+    splits = load_one_class(tmp_path / "scans", reading=Reading((0, 99)))
+    assert len(splits.train) == 24
+    assert len({value["path"].rsplit("/", 1)[1].split("-")[0] for value in splits.calibration["image"]}) == 1
+
+
+def test_command(tmp_path):
+    lines = ["file_name,patient"]
+    for i in range(20):
+        PIL.Image.fromarray(np.random.default_rng(i).integers(0, 256, (8, 8), dtype=np.uint8)).save(tmp_path / f"{i}.png")
+        lines.append(f"{i}.png,{i // 4}")
+    (tmp_path / "list.csv").write_text("\n".join(lines))
+    tiny = [
+        "--max_steps",
+        1,
+        "--hidden_sizes",
+        4,
+        4,
+        4,
+        "--latent_size",
+        4,
+        "--disable_tqdm",
+        "true",
+        "--use_cpu",
+        "true",
+        "--report_to",
+        "none",
+    ]
+    argv = ["--dataset_name", tmp_path / "list.csv", "--group_column", "patient", "--output_dir", tmp_path / "run"]
+    status, _, err = run("train_shared_ae.py", *argv, *tiny)
+    assert status == 0, err
+    results = json.loads((tmp_path / "run" / "eval_results.json").read_text())
+    assert (results["num_train"], results["num_calibration"], results["division"]["group_column"]) == (16, 4, "patient")
+    assert "calibration images held out by patient" in (tmp_path / "run" / "README.md").read_text()
+    status, _, err = run("train_shared_ae.py", *argv, "--streaming", "true", *tiny)
+    assert status == 2
+    assert "--group_column does not go with --streaming" in err
