@@ -60,7 +60,7 @@ def to_eight_bit_image(image: "PIL.Image.Image | np.ndarray | torch.Tensor", nam
 
 
 def read_any_image(image, name: str, window: Window = None, timeout: float = 30.0) -> PIL.Image.Image:
-    """As `to_eight_bit_image`, also of the path or http(s) URL of a file.
+    """As `to_eight_bit_image`, also of the path or http(s) URL of a file, or of `{"bytes", "path"}` as `datasets.Image(decode=False)` gives it.
 
     Args:
         timeout: seconds to wait for a URL.
@@ -72,6 +72,8 @@ def read_any_image(image, name: str, window: Window = None, timeout: float = 30.
         return decode_image({"bytes": _download(image, timeout)}, image, window)
     if isinstance(image, (str, os.PathLike)):
         return decode_image({"path": os.fspath(image)}, name, window)
+    if isinstance(image, dict) and image.keys() <= {"bytes", "path"}:  # of a row that anybody may have written no address is fetched
+        return decode_image(image, name, window)
     if isinstance(image, PIL.Image.Image):
         return decode_image(image, getattr(image, "filename", None) or name, window)
     if hasattr(image, "__array__"):

@@ -82,9 +82,10 @@ class AnomalyDetectionPipeline(Pipeline):
         """Scores one image or several.
 
         Args:
-            inputs: an image, as the path or http(s) URL of a file, a PIL image, or an array (H, W), (H, W, C) or (C, H, W) of uint8 or of floats in
-                [0, 1]; several, as a list, a 4-dimensional array or a column `dataset["image"]`; or a torch dataset (transformers' `KeyDataset`), a
-                generator or a streamed column, whose results come one by one while the memory stays constant.
+            inputs: an image, as the path or http(s) URL of a file, a PIL image, an array (H, W), (H, W, C) or (C, H, W) of uint8 or of floats in
+                [0, 1], or `{"bytes", "path"}` as a dataset holds it undecoded; several, as a list, a 4-dimensional array or a column
+                `dataset["image"]`; or a torch dataset (transformers' `KeyDataset`), a generator or a streamed column, whose results come one by one
+                while the memory stays constant.
             batch_size: images scored at once; 1 by default.
             num_workers: processes that read and prepare the images; 0, none, by default.
             threshold: flag the scores strictly above this one.
@@ -245,7 +246,7 @@ def _images(inputs) -> tuple[Dataset, bool | None]:
     """The images as a dataset, and how results are wanted: True, as a list; False, one by one; None, for a single image."""
     if hasattr(inputs, "column_names"):
         raise InputError("a whole dataset was given: give its column of images, such as dataset['image']")
-    if isinstance(inputs, (str, os.PathLike, PIL.Image.Image)):
+    if isinstance(inputs, (str, os.PathLike, PIL.Image.Image, dict)):
         return _Rows([inputs], "the image"), None
     if isinstance(inputs, (np.ndarray, torch.Tensor)):
         return (_Rows(inputs, "images[{}]"), True) if inputs.ndim == 4 else (_Rows([inputs], "the image"), None)

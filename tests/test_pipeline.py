@@ -5,6 +5,7 @@ import json
 import threading
 from functools import partial
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 
 import numpy as np
 import PIL.Image
@@ -102,6 +103,8 @@ def test_loading_asks_nothing(folder, monkeypatch):
 def test_kinds_of_input(pipe, folder, images, expected, batch_size):
     paths = [str(folder / f"{i}.png") for i in range(len(images))]
     column = Dataset.from_dict({"image": paths}, features=Features({"image": Image()}))
+    undecoded = column.cast_column("image", Image(decode=False))  # as `load_one_class` gives them
+    embedded = [{"bytes": path.read_bytes(), "path": None} for path in map(Path, paths)]
     arrays = [np.asarray(image) for image in images]
     for inputs in (
         images,
@@ -109,15 +112,22 @@ def test_kinds_of_input(pipe, folder, images, expected, batch_size):
         [folder / "0.png", images[1], arrays[2], torch.tensor(arrays[3])[None], arrays[4] / 255.0],
         tuple(images),
         column["image"],
+        undecoded["image"],
+        embedded,
     ):
         results = pipe(inputs, batch_size=batch_size)
         assert type(results) is list
         same(results, expected)
-    for stream in (KeyDataset(column, "image"), (image for image in images), column.to_iterable_dataset()["image"]):
+    streams = (
+        *(KeyDataset(rows, "image") for rows in (column, undecoded)),
+        (image for image in images),
+        column.to_iterable_dataset()["image"],
+    )
+    for stream in streams:
         results = pipe(stream, batch_size=batch_size)
         assert not isinstance(results, list)
         same(list(results), expected)
-    for single in (images[1], paths[1], arrays[1], torch.tensor(arrays[1])):
+    for single in (images[1], paths[1], arrays[1], torch.tensor(arrays[1]), undecoded[1]["image"], embedded[1]):
         same([pipe(single, batch_size=batch_size)], expected[1:2])
     assert pipe([]) == []
     stack = np.stack([np.asarray(images[0]), 255 - np.asarray(images[0])])[:, None]
@@ -217,6 +227,11 @@ def test_errors_name_the_culprit(pipe, images, folder, tmp_path, refused):
         pipe([images[0], np.full((4, 4), np.nan)])
     with refused("images[0]", "dict"):
         pipe([{"image": images[0]}])
+    with refused("the image", "dict"):
+        pipe({"image": images[0]})
+    for value, words in (({"bytes": None, "path": str(broken)}, [broken]), ({"bytes": b"", "path": None}, ["images[1]"])):
+        with refused("unreadable", *words):
+            pipe([images[0], value])
     with refused("int"):
         pipe(3)
     with refused("batch_size", "0"):
@@ -250,6 +265,8 @@ def test_urls(pipe, folder, expected, refused):
         for name, word in (("none.png", "404"), ("config.json", "unknown image format")):
             with refused(f"{url}/{name}", word):
                 pipe([f"{url}/0.png", f"{url}/{name}"])
+        with refused(f"{url}/0.png", "No such file"):  # what a row of a dataset names is not fetched
+            pipe({"bytes": None, "path": f"{url}/0.png"})
     finally:
         server.shutdown()
         server.server_close()
