@@ -659,6 +659,14 @@ def test_prepare_and_collate(tmp_path):
     assert torch.equal(test[1]["pixel_values"], expected)
 
 
+def test_collate_leaves_what_is_no_number():
+    rows = [{"pixel_values": torch.zeros(1, 2, 2), "site": site, "age": age, "dose": 0.5} for site, age in (("A", 40), ("B", None))]
+    batch = collate(rows)
+    assert batch["site"] == ["A", "B"]
+    assert batch["age"] == [40, None]
+    assert batch["dose"].tolist() == [0.5, 0.5]
+
+
 @pytest.mark.parametrize(("shape", "channels"), [((8, 8), 1), ((8, 8, 3), 3)])
 def test_dissolved_images_stay_levels(shape, channels):
     views = [[pixels(2 * i, shape), pixels(2 * i + 1, shape)] for i in range(3)]

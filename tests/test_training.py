@@ -220,6 +220,26 @@ def test_named_losses_are_of_one_run(make):
         assert loss == pytest.approx(contrastive + shift, rel=1e-3)
 
 
+@pytest.mark.parametrize("kind", ["csi", "cached", "phases"])
+def test_further_columns_stay_out_of_the_model(make, kind):
+    plain, wider = make(kind, "plain", max_steps=3), make(kind, "wider", max_steps=3)
+    count = BATCH * EPOCH
+    dataset = wider.train_dataset.with_format(None).add_column("patient", [i // 4 for i in range(count)]).add_column("site", ["A"] * count)
+    wider.train_dataset = wider.reference_dataset = prepare(dataset, PROCESSOR, extra_columns=["patient", "site"])
+    for trainer in (plain, wider):
+        trainer.train()
+        trainer.fit_reference()
+    assert_same(weights(wider), weights(plain))
+    assert np.array_equal(*(trainer.predict(plain.train_dataset).predictions for trainer in (wider, plain)))
+
+
+def test_dissolved_images_are_not_left_out_unnoticed(make):
+    trainer = make(max_steps=1)
+    trainer.train_dataset = make("cached", "other").train_dataset
+    with pytest.raises(TypeError, match="dissolved_pixel_values"):
+        trainer.train()
+
+
 # Faster ways of the same
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import suppress
+from numbers import Real
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -203,7 +204,7 @@ class PixelTransform:
     Args:
         processor: an image processor, called as `processor(images=[PIL, …], return_tensors="pt")["pixel_values"]`; its `window`, if it has one, is that
             of images of more than 8 bits.
-        extra_columns: further columns to hand on unchanged.
+        extra_columns: further columns to hand on unchanged. Training ignores them unless the detector's `forward` names them.
 
     Raises:
         InputError: on call, for a missing column or an image that cannot be decoded.
@@ -275,8 +276,8 @@ def prepare(
     return dataset.map(transform, batched=True, batch_size=16, remove_columns=columns) if is_stream else dataset.with_transform(transform)
 
 
-def collate(features: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
-    """Stacks rows: tensors of shape S to (B, *S), numbers to (B,); `labels` is int64.
+def collate(features: list[dict[str, Any]]) -> dict[str, torch.Tensor | list[Any]]:
+    """Stacks rows: tensors of shape S to (B, *S), numbers to (B,); `labels` is int64. Anything else, such as names, stays a list of B.
 
     Args:
         features: rows as a dataset with a `PixelTransform` gives them, all with the same keys and shapes.
@@ -286,11 +287,13 @@ def collate(features: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
     """
     if "pixel_values" not in features[0]:
         raise InputError(f"rows of a dataset have {', '.join(features[0])}, but no pixel_values: pass prepare(dataset, processor)")
-    batch: dict[str, torch.Tensor] = {}
+    batch: dict[str, torch.Tensor | list[Any]] = {}
     for key in features[0]:
         values = [row[key] for row in features]
         if isinstance(values[0], torch.Tensor):
             batch[key] = torch.stack(values)
+        elif key == "labels":
+            batch[key] = torch.tensor(values, dtype=torch.int64)
         else:
-            batch[key] = torch.tensor(values, dtype=torch.int64 if key == "labels" else None)
+            batch[key] = torch.tensor(values) if all(isinstance(value, Real) for value in values) else values
     return batch

@@ -1,5 +1,6 @@
 """Trainers: transformers' own loop, made exactly resumable and process-count independent, for detectors and dissolvers."""
 
+import inspect
 import json
 import logging
 import os
@@ -28,6 +29,9 @@ from .lars import LARS
 from .phases import PhasedOptimizer, only
 
 logger = logging.getLogger(__name__)
+
+# Handed to a detector even if its `forward` does not know it, which is then an error: left out, it would be missed by nobody.
+_NEVER_LEFT_OUT = ("pixel_values", "labels", "dissolved_pixel_values", "phase")
 
 _AVERAGE_FILE = "ema.safetensors"
 _RUN_FILE = "run.json"
@@ -418,6 +422,9 @@ class AnomalyTrainer(ReproducibleTrainer):
         )
         self.reference_dataset = train_dataset if reference_dataset is None else reference_dataset
         self.calibration_dataset = calibration_dataset
+        parameters = inspect.signature(model.forward).parameters
+        takes_all = any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values())
+        self._taken = None if takes_all else {*parameters, *_NEVER_LEFT_OUT}
         self._micro_batches: list[dict] = []  # of an accumulated batch, until it is whole
         # fp16's scaler would unscale the gradients of shared parameters once a phase; the other two keep their own optimizers.
         if model.phases and (args.fp16 or self.is_fsdp_enabled or self.is_deepspeed_enabled):
@@ -461,8 +468,10 @@ class AnomalyTrainer(ReproducibleTrainer):
         return total
 
     def model_inputs(self, inputs):
+        """A batch without the columns that the detector's `forward` does not name, and `epoch`."""
         refuse_anomalies(inputs.get("labels"), "training")
-        return {**inputs, "epoch": self._epoch()}
+        taken = {name: value for name, value in inputs.items() if self._taken is None or name in self._taken}
+        return {**taken, "epoch": self._epoch()}
 
     def _epoch(self) -> float:
         """Epochs done. A stream has no length: there as many images as the reference holds make one."""
