@@ -1,8 +1,10 @@
 """Folders of files, files that appear whole or not at all, and the bytes that fingerprints are made of."""
 
+import csv
+import io
 import json
 import os
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -94,6 +96,15 @@ def read_json(path: str | os.PathLike) -> dict:
     if not isinstance(content, dict):
         raise InputError(f"{path} must hold a JSON object, got {type(content).__name__}: restore or delete it")
     return content
+
+
+def csv_text(rows: Iterable[dict]) -> str:
+    """Rows as CSV, with the columns that any of them has, in the order in which they come."""
+    rows, text = list(rows), io.StringIO()
+    writer = csv.DictWriter(text, list(dict.fromkeys(name for row in rows for name in row)), lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    return text.getvalue()
 
 
 def canonical_json(value: dict) -> bytes:

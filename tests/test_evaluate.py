@@ -1,14 +1,16 @@
 """scripts/evaluate.py: which class is normal, and data without a training split."""
 
+import csv
 import json
 from dataclasses import replace
 
+import datasets
 import numpy as np
 import PIL.Image
 import pytest
 import torch
 
-from hf_anomaly import AnomalyImageProcessor, CSIConfig, CSIModel, SmallResNetConfig, load_one_class
+from hf_anomaly import AnomalyImageProcessor, CSIConfig, CSIModel, SmallResNetConfig, image_metrics, load_one_class
 from hf_anomaly.training.evaluation import evaluate_detector
 
 
@@ -28,13 +30,13 @@ def detector(tmp_path_factory):
 def evaluate(detector, tmp_path, run_evaluation):
     """Evaluates folders of these names with as many images; gives the exit status, the results and the log."""
 
-    def evaluate(counts, *argv):
+    def evaluate(counts, *argv, model=detector, dataset=tmp_path, **options):
         for name, count in counts.items():
             (tmp_path / name).mkdir(parents=True)
             for i in range(count):
                 array = np.random.default_rng(i).integers(0, 256, (8, 8), dtype=np.uint8)
                 PIL.Image.fromarray(array).save(tmp_path / name / f"{i}.png")
-        return run_evaluation(detector, tmp_path, *argv)
+        return run_evaluation(model, dataset, *argv, *(word for name, value in options.items() for word in (f"--{name}", str(value))))
 
     return evaluate
 
@@ -60,6 +62,57 @@ def test_a_dataset_without_that_class_is_refused(evaluate):
     assert (status, results) == (2, None)
     assert "error: normal_label='fine' is no label of" in err.splitlines()[-1]
     assert "its labels: 'good' (1), 'hole' (1)" in err.splitlines()[-1]
+
+
+def read_table(path):
+    with open(path, newline="") as file:
+        return list(csv.DictReader(file))
+
+
+@pytest.mark.parametrize("calibrated", [True, False])
+def test_a_table_of_scores(evaluate, detector, tmp_path, calibrated):
+    model = CSIModel.from_pretrained(detector)
+    if calibrated:
+        model.calibrate([{"pixel_values": torch.rand(30, 1, 8, 8) * 2 - 1}])
+    model.save_pretrained(tmp_path / "model")
+    AnomalyImageProcessor.for_images(8, 1).save_pretrained(tmp_path / "model")
+    images, scores = tmp_path / "images", tmp_path / "new" / "scores.csv"
+    status, results, err = evaluate({"images/test/fine": 3, "images/test/hole": 2}, model=tmp_path / "model", dataset=images, scores=scores)
+    assert status == 0, err
+    rows = read_table(scores)
+    assert list(rows[0]) == ["image", "row", "class_name", "label", "score", *(["p_value", "flagged"] if calibrated else [])]
+    names = [f"fine/{i}" for i in range(3)] + [f"hole/{i}" for i in range(2)]
+    assert [row["image"] for row in rows] == [str(images / "test" / f"{name}.png") for name in names]
+    assert [(row["row"], row["class_name"]) for row in rows] == [(str(i), name.split("/")[0]) for i, name in enumerate(names)]
+    assert [row["label"] for row in rows] == ["normal"] * 3 + ["anomaly"] * 2
+    numbers = torch.tensor([float(row["score"]) for row in rows])
+    assert image_metrics(numbers.numpy(), np.array([0, 0, 0, 1, 1]))["auroc"] == results["auroc"]
+    if calibrated:
+        assert [float(row["p_value"]) for row in rows] == model.p_values(numbers).tolist()
+        assert [row["flagged"] for row in rows] == [str(flag) for flag in model.is_anomalous(numbers).tolist()]
+
+
+def test_a_table_of_scores_without_files_or_rows(run_evaluation, detector, tmp_path):
+    """Embedded images, and a stream of them."""
+    labels = [0, 0, 0, 1, 1]
+    array = np.random.default_rng(0).integers(0, 256, (5, 8, 8), dtype=np.uint8)
+    columns = {"image": list(map(PIL.Image.fromarray, array)), "label": labels}
+    features = datasets.Features({"image": datasets.Image(), "label": datasets.ClassLabel(names=["fine", "hole"])})
+    (tmp_path / "data").mkdir()
+    datasets.Dataset.from_dict(columns, features).to_parquet(tmp_path / "data" / "test-0.parquet")
+    for name, more in (("rows.csv", []), ("stream.csv", ["--streaming", "true"])):
+        status, _, err = run_evaluation(detector, tmp_path / "data", "--scores", str(tmp_path / name), *more)
+        assert status == 0, err
+    rows, streamed = (read_table(tmp_path / name) for name in ("rows.csv", "stream.csv"))
+    assert [row["image"] for row in rows] == [row["row"] for row in rows] == list("01234")
+    assert [{name: value for name, value in row.items() if name != "class_name"} for row in rows] == streamed
+
+
+def test_a_table_that_cannot_be_written_is_refused_first(run_evaluation, detector, tmp_path):
+    for path, words in ((tmp_path, "it is a folder"), (tmp_path / "scores.json", "the name must end in .csv")):
+        status, results, err = run_evaluation(detector, "digits", "--scores", str(path))
+        assert (status, results) == (2, None)
+        assert f"--scores {path}: {words}" in err.splitlines()[-1]
 
 
 @pytest.mark.parametrize(("trained", "warned"), [("balanced", True), ("official", False), ("stream", False)])

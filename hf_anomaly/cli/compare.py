@@ -1,13 +1,11 @@
 """`hf-anomaly compare MODEL …`"""
 
-import csv
-import io
 import json
 from argparse import Namespace
 from pathlib import Path
 
 from ..errors import InputError
-from ..files import check_output, writing
+from ..files import check_output, csv_text, writing
 from .parsing import Parser
 
 
@@ -42,8 +40,4 @@ def run(args: Namespace) -> None:
 
 
 def _csv(rows: list[dict]) -> str:
-    text = io.StringIO()
-    writer = csv.DictWriter(text, list(dict.fromkeys(name for row in rows for name in row)), lineterminator="\n")
-    writer.writeheader()
-    writer.writerows({**row, "settings": json.dumps(row["settings"]), "seeds": " ".join(map(str, row["seeds"]))} for row in rows)
-    return text.getvalue()
+    return csv_text({**row, "settings": json.dumps(row["settings"]), "seeds": " ".join(map(str, row["seeds"]))} for row in rows)

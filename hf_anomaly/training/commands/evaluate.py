@@ -9,12 +9,13 @@ import time
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import torch
 from torch.utils.data import DataLoader
 
 from ...data import collate, decode_image, file_name
 from ...data.sources import dataset_label
 from ...errors import InputError
-from ...files import check_output, shortened, writing
+from ...files import check_output, csv_text, shortened, writing
 from ...visualization import paint, why_no_overlay, write_image
 from .. import DataArguments, EvaluationDataArguments, parse_arguments
 from ..arguments import ScoringArguments, check_ranges
@@ -37,6 +38,13 @@ class EvaluationArguments(ScoringArguments):
         },
     )
     output: str | None = field(default=None, metadata={"help": "Also write the JSON to this file."})
+    scores: str | None = field(
+        default=None,
+        metadata={
+            "help": "Also write a table of the images in their order, .csv: image (its file, else its row), row, class_name (not of a stream), label, score, "
+            "and of a calibrated detector p_value and flagged."
+        },
+    )
     save_maps: str | None = field(
         default=None, metadata={"help": "Also write the highest-scoring images to this folder, anomaly maps over them."}
     )
@@ -109,6 +117,19 @@ def save_maps(model, processor, dataset, rows: list[int], folder: Path) -> None:
         write_image(paint(model, processor, image), folder / name)
 
 
+def rows_of_scores(model, dataset, scores: torch.Tensor, labels: torch.Tensor) -> list[dict]:
+    """What `--scores` writes of the evaluated images, a row each; `dataset`, if no stream, and scores (N,) and labels (N,) are in one order."""
+    columns = {"image": range(len(scores)), "row": range(len(scores))}
+    if hasattr(dataset, "__len__"):
+        files = (value["path"] or row for value, row in zip(dataset["image"], dataset["row"], strict=True))
+        columns = {"image": files, **{name: dataset[name] for name in ("row", "class_name") if name in dataset.column_names}}
+    columns |= {"label": (("normal", "anomaly")[label] for label in labels.tolist()), "score": scores.tolist()}
+    if model.calibration.is_calibrated:
+        scores = scores.to(model.device)
+        columns |= {"p_value": model.p_values(scores).tolist(), "flagged": model.is_anomalous(scores).tolist()}
+    return [dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)]
+
+
 def load_for_baselines(args, data_args: DataArguments):
     """The splits with the images that the detector's run trained on, as far as its record tells which.
 
@@ -139,6 +160,9 @@ def main(argv: list[str], program: str) -> None:
     started = time.time()
     args, data_args = parse_arguments(EvaluationArguments, EvaluationDataArguments, description=__doc__, program=program, argv=argv)
     check_output("--output", args.output)
+    check_output("--scores", args.scores)
+    if args.scores is not None and Path(args.scores).suffix != ".csv":
+        raise InputError(f"--scores {args.scores}: the name must end in .csv")
     check_output("--save_maps", args.save_maps, folder=True)
     if not args.baselines:
         data_args.refuse_training_flags("is of the training images, which --baselines alone takes")
@@ -164,6 +188,9 @@ def main(argv: list[str], program: str) -> None:
         with writing(args.output) as file:
             file.write_text(f"{text}\n")
     print(text)
-    if args.save_maps is not None and scored is not None:  # last, so that a full disk costs no results
+    if args.scores is not None and scored is not None:  # these two last, so that a full disk costs no results
+        with writing(args.scores) as file:
+            file.write_text(csv_text(rows_of_scores(model, splits.test, *scored)), encoding="utf-8")
+    if args.save_maps is not None and scored is not None:
         scores = scored[0]
         save_maps(model, processor, splits.test, scores.topk(min(args.num_maps, len(scores))).indices.tolist(), Path(args.save_maps))
