@@ -73,7 +73,7 @@ def adversaries(**settings):
 def make(tmp_path):
     """Makes a trainer of one of the kinds below, always of the same initial weights and images."""
 
-    def make(kind="csi", folder="run", *, eval_dataset=None, train_dataset=None, callbacks=None, **arguments):
+    def make(kind="csi", folder="run", *, eval_dataset=None, train_dataset=None, callbacks=None, optimizers=None, **arguments):
         common = {
             "output_dir": str(tmp_path / folder),
             "max_steps": 12,
@@ -103,6 +103,7 @@ def make(tmp_path):
             eval_dataset=None if eval_dataset is None else prepare(eval_dataset, PROCESSOR),
             processing_class=PROCESSOR,
             callbacks=callbacks,
+            **({} if optimizers is None else {"optimizers": optimizers(model)}),
         )
 
     return make
@@ -506,6 +507,38 @@ def test_a_step_of_lars_is_that_of_the_formula():
         optimizer.step()
     for parameter, w in zip(parameters, expected, strict=True):
         np.testing.assert_allclose(parameter.detach().numpy(), w, rtol=1e-12)
+
+
+def sgd(model):
+    optimizer = torch.optim.SGD(model.parameters(), 0.05, momentum=0.9)
+    return optimizer, torch.optim.lr_scheduler.StepLR(optimizer, step_size=4, gamma=0.1)
+
+
+def test_an_optimizer_of_ones_own(make, tmp_path):
+    """It is what trains, with its schedule, and is resumed exactly."""
+    rates = []
+
+    class Note(TrainerCallback):
+        def on_step_begin(self, args, state, control, optimizer, **kwargs):
+            rates.append(optimizer.param_groups[0]["lr"])
+
+    options = {"optimizers": sgd, "ema_decay": 0}
+    whole = make("csi", "whole", save_strategy="steps", save_steps=1, save_total_limit=None, callbacks=[Note()], **options)
+    whole.train()
+    assert rates == pytest.approx([0.05] * 4 + [0.005] * 4 + [0.0005] * 4)
+    for step in (EPOCH, EPOCH + 1):
+        resumed = make("csi", f"resumed-{step}", **options)
+        resumed.train(str(tmp_path / "whole" / f"checkpoint-{step}"))
+        assert losses(resumed) == losses(whole)
+        assert_same(weights(resumed), weights(whole))
+    scheduled = make("csi", "scheduled", optimizers=lambda model: (sgd(model)[0], None), lr_scheduler_type="constant", max_steps=2)
+    scheduled.train()
+    assert scheduled.lr_scheduler.get_last_lr() == [0.05]
+
+
+def test_phases_have_their_own_optimizers(make, refused):
+    with refused("SharedAEModel", "leave out optimizers"):
+        make("phases", optimizers=sgd)
 
 
 @pytest.mark.parametrize("kind", ["cached", "phases"])

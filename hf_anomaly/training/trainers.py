@@ -390,10 +390,12 @@ class AnomalyTrainer(ReproducibleTrainer):
         calibration_dataset: prepared normals, disjoint from the other two.
         processing_class: the image processor, saved beside the model.
         callbacks: as in `Trainer`.
+        optimizers: an optimizer of `model.parameters()` and its schedule, in place of what `args` say; either may be None. A resumed run takes both
+            up from the checkpoint.
         run: as in `ReproducibleTrainer`.
 
     Raises:
-        InputError: a detector with phases under fp16, FSDP or DeepSpeed.
+        InputError: a detector with phases under fp16, FSDP or DeepSpeed, or with `optimizers`: each phase has its own.
     """
 
     def __init__(
@@ -408,8 +410,11 @@ class AnomalyTrainer(ReproducibleTrainer):
         processing_class=None,
         data_collator=collate,
         callbacks=None,
+        optimizers=(None, None),
         run=None,
     ):
+        if model.phases and any(part is not None for part in optimizers):
+            raise InputError(f"{type(model).__name__} trains in phases, each with an optimizer of its own: leave out optimizers")
         super().__init__(
             model,
             args,
@@ -419,6 +424,7 @@ class AnomalyTrainer(ReproducibleTrainer):
             eval_dataset=eval_dataset,
             processing_class=processing_class,
             callbacks=callbacks,
+            optimizers=optimizers,
         )
         self.reference_dataset = train_dataset if reference_dataset is None else reference_dataset
         self.calibration_dataset = calibration_dataset
