@@ -73,7 +73,9 @@ def adversaries(**settings):
 def make(tmp_path):
     """Makes a trainer of one of the kinds below, always of the same initial weights and images."""
 
-    def make(kind="csi", folder="run", *, eval_dataset=None, train_dataset=None, callbacks=None, optimizers=None, **arguments):
+    def make(
+        kind="csi", folder="run", *, eval_dataset=None, train_dataset=None, callbacks=None, optimizers=None, metrics=None, **arguments
+    ):
         common = {
             "output_dir": str(tmp_path / folder),
             "max_steps": 12,
@@ -103,6 +105,7 @@ def make(tmp_path):
             eval_dataset=None if eval_dataset is None else prepare(eval_dataset, PROCESSOR),
             processing_class=PROCESSOR,
             callbacks=callbacks,
+            compute_metrics=metrics,
             **({} if optimizers is None else {"optimizers": optimizers(model)}),
         )
 
@@ -431,6 +434,25 @@ def test_evaluation_scores_the_averaged_weights(make, tmp_path):
     trainer.model.reset_reference()
     trainer.model.load_state_dict(CSIModel.from_pretrained(tmp_path / "run" / "checkpoint-6").state_dict())
     assert predict() != logged
+
+
+def test_metrics_of_ones_own(make):
+    def metrics(prediction):
+        scores, labels = prediction.predictions, prediction.label_ids
+        return {"gap": scores[labels == 1].mean() - scores[labels == 0].mean()}  # a NumPy number, which JSON does not know
+
+    options = {"eval_strategy": "steps", "eval_steps": 2, "save_strategy": "steps", "save_steps": 2, "max_steps": 4}
+    options |= {"load_best_model_at_end": True, "metric_for_best_model": "gap", "greater_is_better": True}
+    trainer = make(eval_dataset=images(11, 1, 5), metrics=metrics, **options)
+    trainer.train()
+    gaps = {entry["step"]: entry["eval_gap"] for entry in trainer.state.log_history if "eval_gap" in entry}
+    assert list(gaps) == [2, 4]
+    assert trainer.state.best_global_step == max(gaps, key=gaps.get)
+    trainer.fit_reference()
+    found = trainer.evaluate()
+    assert {"eval_auroc", "eval_f1_max"} < set(found)
+    prediction = trainer.predict(trainer.eval_dataset)
+    assert prediction.metrics["test_gap"] == metrics(prediction)["gap"]
 
 
 def test_training_again_starts_unfitted(make):

@@ -15,7 +15,15 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch.utils.data import DataLoader
 from transformers import Trainer, TrainerCallback
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, HubStrategy, PredictionOutput, get_last_checkpoint, rotate_checkpoints
+from transformers.trainer_utils import (
+    PREFIX_CHECKPOINT_DIR,
+    EvalPrediction,
+    HubStrategy,
+    PredictionOutput,
+    denumpify_detensorize,
+    get_last_checkpoint,
+    rotate_checkpoints,
+)
 
 from ..cards import write_card
 from ..data import collate
@@ -389,6 +397,7 @@ class AnomalyTrainer(ReproducibleTrainer):
         reference_dataset: prepared normals that scoring compares with; default `train_dataset`.
         calibration_dataset: prepared normals, disjoint from the other two.
         processing_class: the image processor, saved beside the model.
+        compute_metrics: further metrics of `predict` and `evaluate`, from an `EvalPrediction` of scores (N,) and labels (N,), as {name: number}.
         callbacks: as in `Trainer`.
         optimizers: an optimizer of `model.parameters()` and its schedule, in place of what `args` say; either may be None. A resumed run takes both
             up from the checkpoint.
@@ -409,6 +418,7 @@ class AnomalyTrainer(ReproducibleTrainer):
         calibration_dataset=None,
         processing_class=None,
         data_collator=collate,
+        compute_metrics=None,
         callbacks=None,
         optimizers=(None, None),
         run=None,
@@ -423,6 +433,7 @@ class AnomalyTrainer(ReproducibleTrainer):
             train_dataset=train_dataset,
             eval_dataset=eval_dataset,
             processing_class=processing_class,
+            compute_metrics=compute_metrics,
             callbacks=callbacks,
             optimizers=optimizers,
         )
@@ -520,7 +531,10 @@ class AnomalyTrainer(ReproducibleTrainer):
             if not fitted_before:
                 self.model.reset_reference()
         scores, labels = scores.numpy(), None if labels is None else labels.numpy()
-        metrics = {} if labels is None else {f"{metric_key_prefix}_{name}": value for name, value in image_metrics(scores, labels).items()}
+        metrics = {} if labels is None else image_metrics(scores, labels)
+        if labels is not None and self.compute_metrics is not None:
+            metrics |= denumpify_detensorize(self.compute_metrics(EvalPrediction(scores, labels)))
+        metrics = {f"{metric_key_prefix}_{name}": value for name, value in metrics.items()}
         return PredictionOutput(predictions=scores, label_ids=labels, metrics=metrics)
 
     def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix="eval") -> dict[str, float | None]:
