@@ -609,6 +609,16 @@ def test_the_best_checkpoint_is_loaded_with_its_average(make, tmp_path):
         assert torch.equal(buffer, saved[name])
 
 
+@pytest.mark.parametrize("metric", ["loss", "eval_loss", "aurok", None])
+def test_a_metric_that_is_not_measured_chooses_nothing(make, metric, refused):
+    """None: Trainer takes the loss, which no evaluation has."""
+    options = {"eval_strategy": "steps", "eval_steps": 3, "save_steps": 3, "save_strategy": "steps", "load_best_model_at_end": True}
+    with refused(f"metric_for_best_model={metric or 'loss'!r}", "auroc, average_precision, fpr_at_95_tpr, f1_max"):
+        make(eval_dataset=images(11, 1, 5), metric_for_best_model=metric, **options)
+    for known in ("eval_auroc", "fpr_at_95_tpr"):
+        make(eval_dataset=images(11, 1, 5), metric_for_best_model=known, **options)
+
+
 def test_resuming_keeps_the_best_checkpoint(make, tmp_path):
     options = {"eval_strategy": "steps", "eval_steps": 3, "save_strategy": "steps", "save_steps": 3, "save_total_limit": 3}
     options |= {"load_best_model_at_end": True, "metric_for_best_model": "auroc", "eval_dataset": images(11, 1, 5)}

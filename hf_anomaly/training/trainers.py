@@ -383,6 +383,15 @@ class _AverageCallback(TrainerCallback):
             self.trainer._average.step(self.trainer.model.parameters())
 
 
+def _check_metric(name: str | None) -> None:
+    """Refuses a metric to choose by that `evaluate` does not give, such as Trainer's own default, the loss."""
+    measured = list(image_metrics([0], [0]))
+    if name is not None and name.removeprefix("eval_") not in measured:
+        raise InputError(
+            f"metric_for_best_model={name!r} is not measured: give {', '.join(measured)} or, with compute_metrics, one of your own"
+        )
+
+
 class AnomalyTrainer(ReproducibleTrainer):
     """Trains any `AnomalyDetector`; then `fit_reference` and `calibrate` make it ready to score.
 
@@ -404,7 +413,8 @@ class AnomalyTrainer(ReproducibleTrainer):
         run: as in `ReproducibleTrainer`.
 
     Raises:
-        InputError: a detector with phases under fp16, FSDP or DeepSpeed, or with `optimizers`: each phase has its own.
+        InputError: a detector with phases under fp16, FSDP or DeepSpeed, or with `optimizers`: each phase has its own; or a `metric_for_best_model` that
+            is not measured.
     """
 
     def __init__(
@@ -425,6 +435,8 @@ class AnomalyTrainer(ReproducibleTrainer):
     ):
         if model.phases and any(part is not None for part in optimizers):
             raise InputError(f"{type(model).__name__} trains in phases, each with an optimizer of its own: leave out optimizers")
+        if args.eval_strategy != "no" and compute_metrics is None:  # with one only the first evaluation tells which metrics there are
+            _check_metric(args.metric_for_best_model)
         super().__init__(
             model,
             args,
