@@ -408,7 +408,7 @@ def test_fitting_does_not_depend_on_the_batches(build):
     one.fit_reference([x], progress=False)
     many.fit_reference([{"pixel_values": part, "labels": torch.zeros(len(part))} for part in x.split(3)], progress=False)
     for (name, left), right in zip(states(one).items(), states(many).values(), strict=True):
-        torch.testing.assert_close(left, right, rtol=1e-5, atol=1e-6, msg=name)
+        torch.testing.assert_close(left, right, rtol=1e-5, atol=1e-6, msg=lambda text, name=name: f"{name}: {text}")
 
 
 @pytest.mark.parametrize("training", [True, False])
