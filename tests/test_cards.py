@@ -300,12 +300,13 @@ def test_without_a_test_split(folder):
     assert "On the evaluation split" not in body
 
 
-@pytest.mark.parametrize("results", [{}, {"seed": 3}])
+@pytest.mark.parametrize("results", [{}, {"seed": 3}, {"eval_auroc": 0.9}])
 def test_without_known_results(tmp_path, results):
     write_card(tmp_path, detector(), results)
     text = (tmp_path / "README.md").read_text()
-    assert "Not recorded" in text
-    assert "Not measured: the detector was not evaluated" in text
+    assert "## Training data\n\nNot recorded.\n" in text
+    assert "## Results\n\nNot recorded in this card.\n" in text
+    assert "Not measured" not in text  # which nobody knows
 
 
 def test_without_calibration(folder):

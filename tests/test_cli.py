@@ -710,7 +710,7 @@ def test_a_blur_beside_a_detector(run, refused, scans, detector):
 def test_info_without_results_and_calibration(run, refused, without_maps):
     status, out, _ = run("info", without_maps)
     assert status == 0
-    for fact in ("CSIModel", "no p-values", "unknown", "none measured", "Not a medical device"):
+    for fact in ("CSIModel", "no p-values", "unknown: not recorded", "none recorded", "Not a medical device"):
         assert fact in out
     refused(["info", "no-model"], "no-model")
 
@@ -723,6 +723,10 @@ def test_a_folder_with_odd_results(run, refused, detector, tmp_path):
     assert status == 0, err
     assert "AUROC 0.5000" in out
     assert "\x1b" not in out
+    Path("model/eval_results.json").write_text(json.dumps({"eval_auroc": 0.5}))  # as `trainer.save_metrics` writes it
+    out = run("info", "model")[1]
+    assert "unknown: not recorded in eval_results.json" in out
+    assert "none recorded in eval_results.json" in out
     Path("model/eval_results.json").write_text(json.dumps({"dataset": "scans", "num_train": None}))
     assert "scans, a stream of images" in run("info", "model")[1]
     Path("model/eval_results.json").write_text(json.dumps({"dataset": "scans", "num_train": 21, "division": {"contamination": 0.05}}))

@@ -144,7 +144,7 @@ def write_card(
         InputError: other runs that are not like this one, or a bad licence or dataset id.
     """
     folder = Path(folder)
-    results = {"reason": "the detector was not evaluated"} | (results or {})
+    results = results or {}
     config, known = model.config, "dataset" in results
     defaults = type(config)(image_size=config.image_size, num_channels=config.num_channels).to_dict()
     hidden = {*config.recorded_fields, "backbone_config"}

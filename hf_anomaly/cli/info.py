@@ -39,7 +39,9 @@ def describe(model, results: dict) -> dict[str, str]:
         "parameters": f"{parameters:,}, in {str(model.dtype).removeprefix('torch.')}",
         "anomaly maps": "yes" if model.supports_anomaly_maps else f"no: {model.unsupported_maps_reason}",
         "normal": config.normal_label or "unknown",
-        "trained on": f"{results['dataset']}, {_images_of(results)}" if "dataset" in results else "unknown: no eval_results.json",
+        "trained on": f"{results['dataset']}, {_images_of(results)}"
+        if "dataset" in results
+        else "unknown: not recorded in eval_results.json",
     }
     if getattr(config, "dissolver", None):
         facts["dissolver"] = f"{config.dissolver} {json.dumps(config.dissolver_settings or {})}"
@@ -59,7 +61,7 @@ def describe(model, results: dict) -> dict[str, str]:
         images = f"on {known['num_normal']} normal and {known['num_anomalous']} anomalous images of {known['dataset']}"
         facts["results"] = f"{', '.join(measured)}, {images} (split {str(known['split_hash'])[:12]})"
     else:
-        facts["results"] = str(results.get("reason") or "none measured")
+        facts["results"] = str(results.get("reason") or "none recorded in eval_results.json")
     facts["made by"] = f"hf-anomaly {config.hf_anomaly_version}"
     facts["limits"] = "it knows the images it was trained on: calibrate again for another device or population. Not a medical device."
     return facts
