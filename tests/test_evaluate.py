@@ -125,12 +125,13 @@ def test_another_protocol_than_in_training_is_warned_of(evaluate, detector, tmp_
     assert ("may be among those it was trained on" in caplog.text) == warned
 
 
-def test_images_that_the_training_drew_are_drawn_again(evaluate, detector):
+@pytest.mark.parametrize("recorded", [{"seed": 3}, {"seed": 42, "division": {"protocol": "balanced", "seed": 3}}])
+def test_images_that_the_training_drew_are_drawn_again(evaluate, detector, recorded):
     """Another seed would draw test images that the detector was trained on."""
     status, _, err = evaluate({"fine": 10, "good": 10}, "--protocol", "balanced")
     assert status == 2
     assert "give --seed" in err.splitlines()[-1]
-    (detector / "eval_results.json").write_text('{"seed": 3}')
+    (detector / "eval_results.json").write_text(json.dumps(recorded))
     try:
         status, recorded, err = evaluate({}, "--protocol", "balanced")
         assert status == 0, err

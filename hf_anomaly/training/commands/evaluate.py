@@ -71,7 +71,8 @@ def load_for_evaluation(args, data_args: EvaluationDataArguments) -> tuple:
     """
     check_ranges(args, {"seed": (0, 2**32)})
     results = recorded_results(args.model, args.revision)
-    recorded = results.get("seed")
+    drawn = (results.get("division") or {}).get("seed")  # from Python the images may be drawn with another seed than the training's
+    recorded = drawn if isinstance(drawn, int) else results.get("seed")
     if args.seed is None:
         args.seed = recorded
     if data_args.protocol == "balanced" and args.seed is None:
@@ -145,7 +146,7 @@ def load_for_baselines(args, data_args: DataArguments):
     if splits.test_missing_reason:
         raise InputError(f"--baselines: besides the training images there is nothing to test on, {splits.test_missing_reason}")
     recorded, division = recorded_results(args.model, args.revision), splits.division
-    there = {**(recorded.get("division") or {}), **recorded}
+    there = {**recorded, **{name: value for name, value in (recorded.get("division") or {}).items() if value is not None}}
     here = {"dataset": dataset_label(splits.source), "num_train": len(splits.train), "seed": args.seed, "protocol": division.protocol}
     if not recorded:
         logger.warning("%s does not tell which images it was trained on: --baselines takes those of --seed %d", args.model, args.seed or 0)
