@@ -39,6 +39,7 @@ _HOMES = {  # public name -> its module
     "SmallResNetConfig": "backbones.configuration_small_resnet",
     "AnomalyTrainer": "training",
     "AnomalyTrainingArguments": "training",
+    "train_detector": "training.runs",
     "DiffusionDissolver": "dissolving",
     "Dissolver": "dissolving",
     "GaussianDissolver": "dissolving",

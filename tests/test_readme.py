@@ -68,7 +68,7 @@ def test_python_blocks_run(tmp_path):
     result = subprocess.run([sys.executable, "-c", "import pytest\n" + code + check], cwd=tmp_path, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
     assert len(list(tmp_path.glob("overlay?.png"))) == 4
-    assert (tmp_path / "runs" / "python" / "model.safetensors").is_file()
+    assert {"model.safetensors", "eval_results.json", "README.md"} <= {path.name for path in (tmp_path / "runs" / "python").iterdir()}
 
 
 def test_ci_runs_the_test_command_of_the_readme():

@@ -399,23 +399,28 @@ def train_detector(
     *,
     train_dataset=None,
     dissolving: dict | None = None,
-    started: float,
+    started: float | None = None,
     command: list[str] | None = None,
     scores_file: Path | None = None,
 ) -> dict:
     """Trains, fits, calibrates, evaluates and saves a detector with its processor, card and results in `args.output_dir`.
 
     Args:
-        model: a new detector.
+        model: a new detector; it holds the result.
+        splits: of `load_one_class` or `stream_one_class`.
         train_dataset: the training images if they have more columns than `splits.train`, such as dissolved ones.
         dissolving: what these columns hang on, for `describe_run`.
-        started: `time.time()` at the start of the run.
+        started: `time.time()` at the start of the run, for `seconds` in the results; None: now.
         command: the command line, for the card.
         scores_file: where the scores and labels of the test images go, see `write_scores`; None: nowhere.
 
     Returns:
         What `eval_results.json` holds.
+
+    Raises:
+        InputError: arguments that would choose by the images that are evaluated, or what `AnomalyTrainer` refuses.
     """
+    started = time.time() if started is None else started
     if args.card_figures and num_images(splits.train) is None:
         raise InputError("--card_figures picks images out of the evaluation split, which --streaming does not keep: leave one of them out")
     fit_batch_size(args, num_images(splits.train))
