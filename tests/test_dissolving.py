@@ -1,8 +1,10 @@
 """The dissolvers against oracles and diffusers' own scheduler, and their folders in plain diffusers."""
 
+import importlib
 import json
 import math
 import os
+import sys
 
 import numpy as np
 import pytest
@@ -379,6 +381,58 @@ def test_fingerprints_differ(diffusion):
     ]
     assert len(set(fingerprints)) == len(fingerprints)
     assert all(len(fingerprint) == 64 for fingerprint in fingerprints)
+
+
+def test_fingerprints_of_the_package_stay():
+    """Caches and runs of earlier versions are found by them."""
+    assert MedianDissolver(3).fingerprint() == "52d07dc6da87a3b2dd9bed3c2708f351e96c7b4533c81dfa3e38c0d55960269b"
+    assert ResizeDissolver().fingerprint() == "35a92619b2d7d67791d8e45d0385c90fdf15bf0793471cab0ed76741fcbc19e2"
+
+
+@pytest.mark.parametrize("base", [IdentityDissolver, MedianDissolver])
+def test_fingerprints_cover_the_code_of_an_own_class(base, tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setattr(sys, "dont_write_bytecode", True)
+    source = f"from hf_anomaly import {base.__name__}\n\nclass Mixin:\n    scale = 1\n\nclass Own(Mixin, {base.__name__}):\n    shift = 2\n"
+    fingerprints = [base().fingerprint()]
+    for code in (source, source, source.replace("scale = 1", "scale = 3"), source.replace("shift = 2", "shift = 4")):
+        (tmp_path / "own_dissolver.py").write_text(code)
+        monkeypatch.delitem(sys.modules, "own_dissolver", raising=False)
+        fingerprints.append(importlib.import_module("own_dissolver").Own().fingerprint())
+    assert fingerprints[1] == fingerprints[2]
+    assert len(set(fingerprints)) == 4
+    monkeypatch.delitem(sys.modules, "own_dissolver")
+    namespaces = [{"__name__": "notebook"}, {"__name__": "notebook"}]  # whose classes have no file
+    for namespace in namespaces:
+        exec(source, namespace)
+    one, other = (namespace["Own"] for namespace in namespaces)
+    assert one().fingerprint() == one().fingerprint() != other().fingerprint()
+
+
+def test_settings_of_an_own_class_are_complete(tmp_path, refused):
+    class Darker(MedianDissolver):
+        def __init__(self, kernel_size=3, *, strength):
+            super().__init__(kernel_size)
+            self.strength = strength
+
+    class Told(Darker):
+        def settings(self):
+            return {**super().settings(), "strength": self.strength}
+
+    class Network(Darker):
+        def _weights(self):
+            yield bytes([self.strength])
+
+    class Anything(MedianDissolver):
+        def __init__(self, *args, **options):
+            super().__init__(*args, **options)
+
+    for use in (Darker.fingerprint, lambda dissolver: dissolver.save_pretrained(tmp_path)):
+        with refused("Darker takes strength", "settings()"):
+            use(Darker(strength=1))
+    for own in (Told, Network):
+        assert own(strength=1).fingerprint() != own(strength=2).fingerprint()
+    assert Anything(3).fingerprint() != Anything(5).fingerprint()
 
 
 # Training ------------------------------------------------------------------------------------------------------------------------

@@ -177,7 +177,7 @@ def test_default_cache_folder(tmp_path, monkeypatch):
 def test_fresh_process(tmp_path, diffusion):
     """Fingerprints are stable across processes, so the cache is found there too; a bad name offline is one line."""
     diffusion.save_pretrained(tmp_path / "d")
-    dissolved = dissolve_dataset(toy_dataset(), MedianDissolver(3), Processor(), cache_dir=tmp_path / "cache")
+    dissolved = dissolve_dataset(toy_dataset(), CountingMedian(3), Processor(), cache_dir=tmp_path / "cache")
     script = """
 import json, sys, hf_anomaly
 from test_dissolving_cache import CountingMedian, DiffusionDissolver, Processor, dissolve_dataset, images_of, np, toy_dataset

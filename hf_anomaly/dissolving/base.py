@@ -1,9 +1,11 @@
 """What all dissolvers share: the resolution rule, fingerprints, saving and loading."""
 
 import hashlib
+import inspect
 import json
 import os
 import tempfile
+import uuid
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from pathlib import Path
@@ -37,6 +39,13 @@ class Dissolver(ABC):
     choices: list[int] | None = None  # all that it draws from, where they are few
     resolution: int | None = None
     device = torch.device("cpu")
+    _own_code = b""  # of a class from outside this package; without it fingerprints of the package's own outlast its versions
+
+    def __init_subclass__(cls, **options):
+        super().__init_subclass__(**options)
+        # Read now: the file may be edited while what was read of it goes on running.
+        own = [base for base in cls.__mro__ if base.__module__.partition(".")[0] not in (__name__.partition(".")[0], "abc", "builtins")]
+        cls._own_code = "\n".join(map(_source, own)).encode()
 
     @torch.no_grad()
     def __call__(self, pixel_values: Tensor, timesteps: Tensor | None = None) -> Tensor:
@@ -87,16 +96,33 @@ class Dissolver(ABC):
         return self
 
     def settings(self) -> dict:
-        """The constructor's arguments that JSON can hold."""
+        """The constructor's arguments, as JSON can hold them; those that it cannot, such as networks, are `_weights`' to tell."""
         return {}
 
     def _weights(self) -> Iterator[bytes]:
         """What the result depends on besides the settings."""
         return iter(())
 
+    def _description(self) -> dict:
+        """Kind and settings, from which the dissolver can be made again."""
+        settings = self.settings()
+        if type(self)._weights is Dissolver._weights:
+            variable = () if not settings else (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
+            parameters = inspect.signature(type(self)).parameters.values()
+            if left_out := [one.name for one in parameters if one.name not in settings and one.kind not in variable]:
+                raise InputError(
+                    f"{type(self).__name__} takes {', '.join(left_out)}, which its settings() leave out: return there all that the constructor takes"
+                )
+        return {"kind": self.kind, **settings}
+
     def fingerprint(self) -> str:
-        """SHA-256, in hex, over settings and weights: the same in every process and on every device."""
-        digest = hashlib.sha256(canonical_json({"kind": self.kind, **self.settings()}))
+        """SHA-256, in hex, over settings and weights: the same in every process and on every device. Of a class from outside this package the source
+        counts, too; what it calls elsewhere does not. Where there is no source to read, as in a notebook, every definition of the class is another one.
+
+        Raises:
+            InputError: the constructor takes what `settings` leaves out.
+        """
+        digest = hashlib.sha256(canonical_json(self._description()) + self._own_code)
         for part in self._weights():
             digest.update(part)
         return digest.hexdigest()
@@ -111,7 +137,7 @@ class Dissolver(ABC):
             training_notes: anything worth keeping about the training, as JSON can hold it, under the key `training`.
 
         Raises:
-            InputError: `folder` is a file.
+            InputError: `folder` is a file, or as `fingerprint`.
         """
         with staged(folder) as staging:
             self._write(staging, training_notes)
@@ -154,7 +180,7 @@ class Dissolver(ABC):
         write_dissolver_card(folder, self.kind, self.settings(), repo_id=repo_id)
 
     def _write(self, folder: Path, training_notes: dict | None) -> None:
-        config = {"kind": self.kind, **self.settings()} | ({} if training_notes is None else {"training": training_notes})
+        config = self._description() | ({} if training_notes is None else {"training": training_notes})
         (folder / CONFIG_NAME).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
 
     @classmethod
@@ -189,6 +215,15 @@ class Dissolver(ABC):
             return dissolver_class(**config)
         except TypeError as error:
             raise InputError(f"{root / CONFIG_NAME}: {error}; correct the file") from error
+
+
+def _source(class_: type) -> str:
+    """Module, name and source of a class; if there is no source to read, something that no other class has."""
+    try:
+        source = inspect.getsource(class_)
+    except (OSError, TypeError, SyntaxError):
+        source = uuid.uuid4().hex
+    return f"{class_.__module__}.{class_.__qualname__}\n{source}"
 
 
 def working_size(height: int, width: int, resolution: int | None) -> tuple[int, int]:
