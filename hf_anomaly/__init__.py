@@ -40,6 +40,7 @@ _HOMES = {  # public name -> its module
     "AnomalyTrainer": "training",
     "AnomalyTrainingArguments": "training",
     "train_detector": "training.runs",
+    "DISSOLVERS": "dissolving",
     "DiffusionDissolver": "dissolving",
     "Dissolver": "dissolving",
     "GaussianDissolver": "dissolving",

@@ -1,10 +1,12 @@
 """The dissolvers against oracles and diffusers' own scheduler, and their folders in plain diffusers."""
 
 import importlib
+import inspect
 import json
 import math
 import os
 import sys
+import textwrap
 
 import numpy as np
 import pytest
@@ -26,6 +28,7 @@ from hf_anomaly.dissolving import (
     build_unet,
     default_resolution,
     dissolving_quality,
+    draw_integers,
     network_resolution,
 )
 
@@ -433,6 +436,75 @@ def test_settings_of_an_own_class_are_complete(tmp_path, refused):
     for own in (Told, Network):
         assert own(strength=1).fingerprint() != own(strength=2).fingerprint()
     assert Anything(3).fingerprint() != Anything(5).fingerprint()
+
+
+# Own dissolvers ------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def mask(monkeypatch):
+    """The class that the docstring of `Dissolver` shows, entered in DISSOLVERS."""
+    lines = inspect.getdoc(Dissolver).partition("Attributes:")[0].splitlines()
+    monkeypatch.setitem(DISSOLVERS, "mask", None)
+    namespace = {"DISSOLVERS": DISSOLVERS, "Dissolver": Dissolver, "draw_integers": draw_integers, "torch": torch}
+    exec(textwrap.dedent("\n".join(line for line in lines if line.startswith("    "))), namespace)
+    return namespace["MaskDissolver"]
+
+
+def test_a_random_dissolver(mask, tmp_path):
+    x, dissolver = images(3, 2, 8, 8), mask(0.25)
+    seeds = torch.tensor([5, 6, 5])
+    dissolved = dissolver(x, seeds)
+    kept = dissolved == x
+    assert 0.6 < kept.float().mean() < 0.9
+    assert torch.equal(kept[:, 0], kept[:, 1])
+    assert torch.equal(kept[0], kept[2])
+    assert not torch.equal(kept[0], kept[1])
+    assert torch.equal(dissolver(x[1:2], seeds[1:2]), dissolved[1:2]), "whatever its companions"
+    assert len(dissolver.spread_timesteps(4)) == 4
+    dissolver.save_pretrained(tmp_path)
+    for loaded in (Dissolver.from_pretrained(tmp_path), mask.from_pretrained(tmp_path)):
+        assert loaded.fingerprint() == dissolver.fingerprint() != mask().fingerprint()
+
+
+def test_an_own_class_loads_what_it_saved(mask, tmp_path, monkeypatch, refused):
+    class Networked(mask):
+        kind = "networked"
+
+        def __init__(self, network, share=0.5):
+            super().__init__(share)
+            self.network = network
+
+        def _weights(self):
+            yield self.network
+
+        def _write(self, folder, training_notes):
+            super()._write(folder, training_notes)
+            (folder / "network").write_bytes(self.network)
+
+        @classmethod
+        def from_pretrained(cls, folder):
+            return cls((folder / "network").read_bytes())
+
+    Networked(b"weights").save_pretrained(tmp_path / "n")
+    mask().save_pretrained(tmp_path / "m")
+    monkeypatch.delitem(DISSOLVERS, "mask")
+    assert type(mask.from_pretrained(tmp_path / "m")) is mask
+    for name, kind in (("m", "mask"), ("n", "networked")):
+        with refused(tmp_path / name, repr(kind), "hf_anomaly.DISSOLVERS"):
+            Dissolver.from_pretrained(tmp_path / name)
+    monkeypatch.setitem(DISSOLVERS, "networked", Networked)
+    assert Dissolver.from_pretrained(tmp_path / "n").network == b"weights"
+    with refused("'mask' is not one of"):
+        MedianDissolver.from_pretrained(tmp_path / "m")
+
+
+def test_a_random_dissolver_must_say_what_it_draws(refused):
+    class Random(IdentityDissolver):
+        is_deterministic = False
+
+    with refused("Random", "sample_timesteps"):
+        Random()(images(2, 1, 8, 8))
 
 
 # Training ------------------------------------------------------------------------------------------------------------------------

@@ -13,7 +13,16 @@ import pytest
 import torch
 from PIL import Image
 
-from hf_anomaly.dissolving import DiffusionDissolver, GaussianDissolver, MedianDissolver, build_scheduler, build_unet, dissolve_dataset
+from hf_anomaly.dissolving import (
+    DiffusionDissolver,
+    GaussianDissolver,
+    IdentityDissolver,
+    MedianDissolver,
+    build_scheduler,
+    build_unet,
+    dissolve_dataset,
+    draw_integers,
+)
 
 
 def diffusion_dissolver(num_channels=1):
@@ -118,6 +127,31 @@ def test_a_variant_for_every_kernel_size(blur, tmp_path):
     single = dissolve_dataset(toy_dataset(), blur(7), Processor(), cache_dir=tmp_path)
     for row, other in zip(dissolved, single, strict=True):
         assert torch.equal(pixels(row)[1:], pixels(other))
+
+
+class Rolled(IdentityDissolver):
+    """By a random number of columns."""
+
+    is_deterministic = False
+
+    def _dissolve(self, x, timesteps):
+        return torch.stack([image.roll(t, -1) for image, t in zip(x, timesteps.tolist(), strict=True)])
+
+
+class Random(Rolled):
+    def sample_timesteps(self, batch_size, device="cpu", generator=None):
+        return draw_integers(0, 16, batch_size, device, generator)
+
+
+def test_variants_of_an_own_random_dissolver(tmp_path, refused):
+    dissolved = dissolve_dataset(toy_dataset(), Random(), Processor(), num_variants=8, cache_dir=tmp_path)
+    timesteps = Random().sample_timesteps(7 * 8, generator=torch.Generator().manual_seed(0)).view(7, 8)
+    assert len(timesteps.unique()) > 8
+    for row, image, drawn in zip(dissolved, toy_dataset()["image"][:], timesteps.tolist(), strict=True):
+        expected = [np.roll(np.asarray(image), t, -1) for t in drawn]
+        np.testing.assert_array_equal([np.asarray(variant) for variant in images_of(row)], expected)
+    with refused("Rolled", "sample_timesteps"):
+        dissolve_dataset(toy_dataset(), Rolled(), Processor(), cache_dir=tmp_path)
 
 
 def test_cache_is_found_again(tmp_path):

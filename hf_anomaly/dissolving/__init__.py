@@ -3,7 +3,7 @@
 DIA, "Dissolving Is Amplifying: Towards Fine-Grained Anomaly Detection" (ECCV 2024, arXiv 2302.14696), Section 3.1 and appendix B.
 """
 
-from .base import Dissolver
+from .base import Dissolver, draw_integers
 from .caching import dissolve_dataset
 from .diffusion import (
     DenoisingModel,
@@ -17,6 +17,7 @@ from .diffusion import (
 from .heuristic import GaussianDissolver, IdentityDissolver, MedianDissolver, ResizeDissolver
 from .quality import DissolvingQuality, dissolving_quality
 
+# kind -> class; own ones are entered here. `Dissolver.from_pretrained` finds them by it.
 DISSOLVERS: dict[str, type[Dissolver]] = {
     "diffusion": DiffusionDissolver,
     "gaussian": GaussianDissolver,
@@ -41,5 +42,6 @@ __all__ = [
     "default_resolution",
     "dissolve_dataset",
     "dissolving_quality",
+    "draw_integers",
     "network_resolution",
 ]

@@ -26,6 +26,27 @@ CONFIG_NAME = "dissolver_config.json"
 class Dissolver(ABC):
     """Base of all dissolvers. Images larger than `resolution` are resized down to it (bilinear, antialiased), dissolved and resized back.
 
+    An own one has a `kind` of its own, `_dissolve`, and `settings` if its constructor takes anything. A deterministic one gives one variant of an image;
+    in any other all that is random follows from the timesteps, of which each image has one: a strength, or the seed of what is drawn for that image.
+
+        class MaskDissolver(Dissolver):
+            kind, is_deterministic, symbol = "mask", False, "seed"
+
+            def __init__(self, share: float = 0.5):
+                self.share = share
+
+            def settings(self):
+                return {"share": self.share}
+
+            def sample_timesteps(self, batch_size, device="cpu", generator=None):
+                return draw_integers(0, 2**31, batch_size, device, generator)  # of hf_anomaly.dissolving
+
+            def _dissolve(self, x, timesteps):
+                drawn = [torch.rand(x.shape[-2:], generator=torch.Generator().manual_seed(seed)) for seed in timesteps.tolist()]
+                return x * (torch.stack(drawn)[:, None] > self.share).to(x)
+
+        DISSOLVERS["mask"] = MaskDissolver  # now Dissolver.from_pretrained loads it, and train_dia's --dissolver takes it
+
     Attributes:
         kind: the dissolver's name in `DISSOLVERS`.
         is_deterministic, symbol, choices: whether, under what name and from what few values a dissolver draws its timesteps.
@@ -87,8 +108,20 @@ class Dissolver(ABC):
     def sample_timesteps(
         self, batch_size: int, device: torch.device | str = "cpu", generator: torch.Generator | None = None
     ) -> Tensor | None:
-        """(B,) long, one t an image; None for a dissolver that is deterministic."""
+        """(B,) long, one t an image; None for a dissolver that is deterministic. With a generator the draw is made on the generator's device.
+
+        Raises:
+            InputError: the class is not deterministic, and has no such method of its own.
+        """
+        if not self.is_deterministic:
+            raise InputError(
+                f"{type(self).__name__} is not deterministic: give it a method sample_timesteps, which draws (B,) long, one random number an image"
+            )
         return None
+
+    def spread_timesteps(self, count: int = 5) -> list[int]:
+        """At most `count` timesteps, in order, to show what dissolving does."""
+        return self.sample_timesteps(count, generator=torch.Generator().manual_seed(0)).unique().tolist()
 
     def to(self, device: torch.device | str) -> "Dissolver":
         """Moves the dissolver to a device, in place."""
@@ -187,7 +220,7 @@ class Dissolver(ABC):
     def from_pretrained(
         cls, folder_or_hub_id: str | os.PathLike, revision: str | None = None, token: str | bool | None = None
     ) -> "Dissolver":
-        """Loads a dissolver that `save_pretrained` wrote; `Dissolver.from_pretrained` finds out its kind.
+        """Loads a dissolver that `save_pretrained` wrote; `Dissolver.from_pretrained` finds out its kind, which must be in `DISSOLVERS`.
 
         Args:
             folder_or_hub_id: a local folder or a Hub repository, of the dissolver itself or of a detector that holds it under `dissolver/`.
@@ -203,13 +236,16 @@ class Dissolver(ABC):
         root = locate(folder_or_hub_id, revision, token)
         config = read_config(root)
         kind = config.pop("kind", "diffusion")  # a plain DDPMPipeline has no dissolver_config.json
-        if not isinstance(kind, str) or kind not in DISSOLVERS:
-            raise InputError(f"{root / CONFIG_NAME}: kind {kind!r} is not one of {', '.join(DISSOLVERS)}; correct the file")
-        dissolver_class = DISSOLVERS[kind]
+        known = {**DISSOLVERS, cls.kind: cls} if hasattr(cls, "kind") else DISSOLVERS
+        if not isinstance(kind, str) or kind not in known:
+            raise InputError(
+                f"{root / CONFIG_NAME}: kind {kind!r} is not one of {', '.join(known)}; correct the file, or enter its class in hf_anomaly.DISSOLVERS"
+            )
+        dissolver_class = known[kind]
         if not issubclass(dissolver_class, cls):
             raise InputError(f"{root} holds a {kind!r} dissolver, not {cls.kind!r}: load it with Dissolver.from_pretrained")
-        if kind == "diffusion":
-            return dissolver_class.from_pretrained(root)
+        if dissolver_class is not cls and dissolver_class.from_pretrained.__func__ is not Dissolver.from_pretrained.__func__:
+            return dissolver_class.from_pretrained(root)  # such as one with networks
         config.pop("training", None)
         try:
             return dissolver_class(**config)
