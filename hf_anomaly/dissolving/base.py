@@ -234,8 +234,7 @@ class Dissolver(ABC):
         from . import DISSOLVERS
 
         root = locate(folder_or_hub_id, revision, token)
-        config = read_config(root)
-        kind = config.pop("kind", "diffusion")  # a plain DDPMPipeline has no dissolver_config.json
+        config, kind = read_config(root), dissolver_kind(root)
         known = {**DISSOLVERS, cls.kind: cls} if hasattr(cls, "kind") else DISSOLVERS
         if not isinstance(kind, str) or kind not in known:
             raise InputError(
@@ -246,9 +245,9 @@ class Dissolver(ABC):
             raise InputError(f"{root} holds a {kind!r} dissolver, not {cls.kind!r}: load it with Dissolver.from_pretrained")
         if dissolver_class is not cls and dissolver_class.from_pretrained.__func__ is not Dissolver.from_pretrained.__func__:
             return dissolver_class.from_pretrained(root)  # such as one with networks
-        config.pop("training", None)
+        settings = {name: value for name, value in config.items() if name not in ("kind", "training")}
         try:
-            return dissolver_class(**config)
+            return dissolver_class(**settings)
         except TypeError as error:
             raise InputError(f"{root / CONFIG_NAME}: {error}; correct the file") from error
 
@@ -293,7 +292,12 @@ def read_config(root: Path) -> dict:
     return read_json(path) if path.exists() else {}
 
 
-def locate(folder_or_hub_id: str | os.PathLike, revision: str | None, token: str | bool | None) -> Path:
+def dissolver_kind(root: Path) -> str:
+    """Of the dissolver in a folder that `locate` gave."""
+    return read_config(root).get("kind", "diffusion")  # a plain DDPMPipeline has no dissolver_config.json
+
+
+def locate(folder_or_hub_id: str | os.PathLike, revision: str | None = None, token: str | bool | None = None) -> Path:
     """The local folder, downloaded if need be, that holds the dissolver's files."""
     folder = Path(folder_or_hub_id)
     if not folder.is_dir():

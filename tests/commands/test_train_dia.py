@@ -4,6 +4,7 @@ import json
 import shutil
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import numpy as np
 import PIL.Image
@@ -13,6 +14,9 @@ from safetensors.torch import load_file
 from transformers import AutoImageProcessor, AutoModel
 
 from hf_anomaly.data import decode_image, load_one_class
+from hf_anomaly.data.recipes import RECIPES
+from hf_anomaly.dissolving import DISSOLVERS, Dissolver, MedianDissolver
+from hf_anomaly.training.commands.train_dia import DissolverArguments, make_dissolver
 
 from .running import METRICS, SCRIPTS, class_folders, pixels, results_of, run
 
@@ -138,6 +142,45 @@ def test_a_dissolver_trained_before_keeps_its_timesteps(train, digits, tmp_path)
     folder, _ = train(tmp_path / "run", "--dataset", "digits", "--normal_label", 0, "--dissolver", tmp_path / "dissolver")
     settings = json.loads((folder / "config.json").read_text())["dissolver_settings"]
     assert (settings["t_min"], settings["t_max"]) == (10, 40)
+
+
+def test_a_ready_dissolver_of_any_kind(train, tmp_path):
+    MedianDissolver(3).save_pretrained(tmp_path / "median")
+    folder, _ = train(tmp_path / "run", "--dissolver", tmp_path / "median")
+    config = AutoModel.from_pretrained(folder).config
+    assert (config.dissolver, config.dissolver_settings) == ("median", {"kernel_size": 3, "resolution": 32})
+    assert Dissolver.from_pretrained(folder).fingerprint() == MedianDissolver(3).fingerprint()
+    _, err = train(tmp_path / "other", "--dissolver", tmp_path / "median", "--t_min", 50, status=2)
+    assert f"--t_min is of no use to --dissolver {tmp_path / 'median'}" in err.splitlines()[-1]
+    args = DissolverArguments(str(tmp_path / "median"))  # whose timesteps are not asked for, but a recipe's
+    assert make_dissolver(args, RECIPES["cifar_10"], SimpleNamespace(output_dir=tmp_path), None, None).kind == "median"
+
+
+def test_an_own_kind_of_dissolver(train, tmp_path, monkeypatch):
+    class Darker(Dissolver):
+        kind = "darker"
+
+        def __init__(self, strength=0.5):
+            self.strength = strength
+
+        def settings(self):
+            return {"strength": self.strength}
+
+        def _dissolve(self, x, timesteps):
+            return x * (1 - self.strength)
+
+    monkeypatch.setitem(DISSOLVERS, "darker", Darker)
+    folder, _ = train(tmp_path / "run", "--dissolver", "darker")
+    assert AutoModel.from_pretrained(folder).config.dissolver_settings == {"strength": 0.5}
+    Darker(0.2).save_pretrained(tmp_path / "darker")
+    folder, _ = train(tmp_path / "other", "--dissolver", tmp_path / "darker")
+    assert AutoModel.from_pretrained(folder).config.dissolver_settings == {"strength": 0.2}
+    _, err = train(tmp_path / "run", "--dissolver", "darker", "--blur_kernel_size", 3, status=2)
+    assert "--blur_kernel_size is of no use to --dissolver darker" in err.splitlines()[-1]
+    monkeypatch.setattr(Darker.__init__, "__defaults__", None)
+    _, err = train(tmp_path / "run", "--dissolver", "darker", status=2)
+    assert "--dissolver darker" in err.splitlines()[-1]
+    assert "strength" in err.splitlines()[-1]
 
 
 def test_a_dissolver_of_another_division_is_told(train, digits, tmp_path, caplog):

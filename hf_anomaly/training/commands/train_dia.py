@@ -17,6 +17,7 @@ from ...detectors.csi.modeling_csi import CSIModel
 from ...detectors.dia.configuration_dia import DIAConfig
 from ...detectors.dia.modeling_dia import DIAModel
 from ...dissolving import DISSOLVERS, DiffusionDissolver, Dissolver, dissolve_dataset
+from ...dissolving.base import dissolver_kind, locate
 from ...errors import InputError
 from ...ops.distributed import local_main_process_first
 from .. import AnomalyTrainingArguments, DataArguments, check_same_run, parse_arguments
@@ -38,7 +39,7 @@ logger = logging.getLogger(__name__)
 
 ONLY_DIA = ("similarity_design",)  # detector arguments that CSI has no use for
 _TRAINED = ("dissolver_steps", "dissolver_batch_size", "dissolver_learning_rate", "dissolver_max_timestep")
-USES = {  # dissolver -> the arguments that it has a use for; of "" one that was trained before
+USES = {  # dissolver -> the arguments that it has a use for; of "" one that is ready in a folder or on the Hub
     "diffusion": ("t_min", "t_max", "dissolving_resolution", "dissolved_variants", *_TRAINED),
     **dict.fromkeys(("gaussian", "median"), ("blur_kernel_size", "dissolving_resolution", "dissolved_variants")),
     "resize": ("dissolving_resolution", "dissolved_variants"),
@@ -46,6 +47,7 @@ USES = {  # dissolver -> the arguments that it has a use for; of "" one that was
     "none": (),
     "": ("t_min", "t_max", "dissolved_variants"),
 }
+_ANY_USES = ("dissolved_variants",)  # of a kind that is entered in DISSOLVERS, or a ready one that is no diffusion model
 
 
 @dataclass
@@ -54,7 +56,7 @@ class DissolverArguments:
 
     dissolver: str = field(
         default="diffusion",
-        metadata={"help": f"{', '.join(DISSOLVERS)}; none (CSI: no branch D); or a trained dissolver, as a folder or Hub id."},
+        metadata={"help": f"{', '.join(DISSOLVERS)}; none (CSI: no branch D); or a ready dissolver of any kind, as a folder or Hub id."},
     )
     t_min: int | None = field(
         default=None, metadata={"help": "Smallest diffusion timestep to dissolve at. Default: a ready dissolver's own, else 30."}
@@ -91,7 +93,10 @@ class DissolverArguments:
     def __post_init__(self):
         least = {"dissolved_variants": 0, "dissolver_steps": 1, "dissolver_batch_size": 1, "dissolver_learning_rate": 0}
         check_ranges(self, {name: (value, math.inf) for name, value in least.items()})
-        uses = USES.get(self.dissolver, USES[""])
+        self.refuse_useless(USES.get(self.dissolver, _ANY_USES if self.dissolver in DISSOLVERS else USES[""]))
+
+    def refuse_useless(self, uses: tuple[str, ...]) -> None:
+        """Raises InputError where a flag was given that is not one of these."""
         if useless := sorted(given_fields(self).difference(uses, ["dissolver"])):
             raise InputError(f"--{useless[0]} is of no use to --dissolver {self.dissolver}: leave it out")
 
@@ -198,28 +203,28 @@ class ContrastiveTrainingArguments(AnomalyTrainingArguments):
         return self.max_steps * self.images_per_step / num_images
 
 
-def make_dissolver(args: DissolverArguments, training_args, splits, processor) -> Dissolver | None:
-    """The dissolver that the arguments ask for, trained now if it has to be."""
+def make_dissolver(args: DissolverArguments, recipe, training_args, splits, processor) -> Dissolver | None:
+    """The dissolver that the arguments ask for, trained now if it has to be; the recipe of the dataset, if any, has timesteps where they have none."""
     folder = Path(training_args.output_dir, "dissolver")
     kernel = {} if args.blur_kernel_size is None else {"kernel_size": args.blur_kernel_size}
     resolution = {} if args.dissolving_resolution is None else {"resolution": args.dissolving_resolution}
-    if args.dissolver in ("gaussian", "median"):
-        return DISSOLVERS[args.dissolver](**kernel, **resolution)
     if args.dissolver == "none":
         return None
-    if args.dissolver == "resize":
-        return DISSOLVERS["resize"](**resolution)
-    if args.dissolver == "identity":
-        return DISSOLVERS["identity"]()
-    if args.dissolver != "diffusion":
-        close = difflib.get_close_matches(args.dissolver, [*DISSOLVERS, "none"], n=1)
-        if close and not Path(args.dissolver).exists():
-            raise InputError(
-                f"--dissolver {args.dissolver}: did you mean {close[0]}? A folder is written ./{args.dissolver}, a Hub id org/name"
-            )
-        dissolver = DiffusionDissolver.from_pretrained(args.dissolver, t_min=args.t_min, t_max=args.t_max)
+    if args.dissolver in DISSOLVERS and args.dissolver != "diffusion":
+        try:
+            return DISSOLVERS[args.dissolver](**kernel, **resolution)
+        except TypeError as error:  # of an own class
+            raise InputError(f"--dissolver {args.dissolver}: {error}; save one with save_pretrained, and give its folder") from error
+    ready = None if args.dissolver == "diffusion" else _find(args.dissolver)
+    if ready is not None and dissolver_kind(ready) != "diffusion":
+        args.refuse_useless(_ANY_USES)
+        return Dissolver.from_pretrained(ready)
+    if ready is not None:
+        dissolver = DiffusionDissolver.from_pretrained(ready, t_min=args.t_min, t_max=args.t_max)
         warn_of_other_division((dissolver.training_notes or {}).get("run") or {}, splits, args.dissolver)
         return dissolver
+    if recipe is not None:
+        args.take_timesteps(*recipe.timesteps)
     t_range = {"t_min": 30 if args.t_min is None else args.t_min, "t_max": 130 if args.t_max is None else args.t_max}
     run = describe_run(splits, processor, training_args.seed, dissolver=asdict(args))
     if training_args.resume_from_checkpoint and folder.is_dir():
@@ -249,6 +254,14 @@ def make_dissolver(args: DissolverArguments, training_args, splits, processor) -
     return dissolver
 
 
+def _find(name: str) -> Path:
+    """The local folder of a ready dissolver."""
+    close = difflib.get_close_matches(name, [*DISSOLVERS, "none"], n=1)
+    if close and not Path(name).exists():
+        raise InputError(f"--dissolver {name}: did you mean {close[0]}? A folder is written ./{name}, a Hub id org/name")
+    return locate(name)
+
+
 def main(argv: list[str], program: str) -> None:
     """Runs the command line `argv`; `program` is what comes before it, for help and card."""
     started = time.time()
@@ -257,8 +270,6 @@ def main(argv: list[str], program: str) -> None:
     )
     if training_args.learning_rate is None:  # what is pretrained shall not be unlearnt
         training_args.learning_rate = 1e-2 if detector_args.backbone is None else 1e-3
-    if data_args.recipe is not None and dissolver_args.dissolver == "diffusion":  # a ready one has its own
-        dissolver_args.take_timesteps(*data_args.recipe.timesteps)
     method = "csi" if dissolver_args.dissolver == "none" else "dia"
     choose_output_dir(training_args, method, data_args.dataset_name)
     check_first(training_args)
@@ -281,7 +292,7 @@ def main(argv: list[str], program: str) -> None:
     if detector_args.backbone is not None:
         model.load_backbone(detector_args.backbone)
 
-    dissolver, train_dataset = make_dissolver(dissolver_args, training_args, splits, processor), splits.train
+    dissolver, train_dataset = make_dissolver(dissolver_args, data_args.recipe, training_args, splits, processor), splits.train
     PartialState().wait_for_everyone()
     if dissolver_args.dissolver != "diffusion":
         replace_earlier_run(training_args, dissolver_args.dissolver)
