@@ -25,7 +25,7 @@ from hf_anomaly.ops import baselines
 from hf_anomaly.reproduction import METHODS, TABLES, Selection, budgets, contrastive, figures, find_table, roc, running
 from hf_anomaly.reproduction.budgets import Training
 from hf_anomaly.reproduction.cells import MEAN, Cell
-from hf_anomaly.reproduction.contrastive import DetectorLength
+from hf_anomaly.reproduction.contrastive import Contrastive, DetectorLength, Dissolving
 from hf_anomaly.reproduction.costs import Cost, cost
 from hf_anomaly.reproduction.report import markdown, mean_and_std, plot
 from hf_anomaly.training.baselines import pixel_matrix
@@ -195,6 +195,24 @@ def test_similarity_matrix(design):
             elif view < 2 * block and same_pair:
                 expected[anchor, view] = 1
     np.testing.assert_array_equal(figures.pair_signs(shifts, images, design), expected)
+
+
+def test_a_row_with_another_dissolver(small_contrastive, data_dir, tmp_path, monkeypatch):
+    dissolving = Dissolving("resize", {"resolution": 16}, model=None)
+    monkeypatch.setitem(METHODS, "dia_resize", Contrastive("DIA, resized", dissolving))
+    section = replace(find_table("dia/1").sections[0], methods=("dia_resize",))
+    monkeypatch.setitem(TABLES, "own", replace(find_table("dia/1"), id="own", sections=(section,)))
+    argv = ("--budget", "smoke", "--data_dir", data_dir, "--output_dir", tmp_path, "--seeds", 0)
+    status, out, err = reproduce("--table", "own", *argv)
+    assert status == 0, err
+    assert "| DIA, resized" in out
+    assert contrastive.DISSOLVERS["identity"]().fingerprint() == Dissolving("identity", model=None).load(None, []).fingerprint()
+
+
+def test_finished_cells_of_blurs_are_found_again():
+    recorded = {"kind": "median", "kernel_size": 3, "resolution": 64, "t_range": None, "model": None}
+    assert METHODS["dia_median_3_64px"].dissolving.settings(None) == recorded
+    assert METHODS["dia_median_3_64px"].least_image_size == 64
 
 
 def test_figures(small_contrastive, data_dir, tmp_path, caplog):

@@ -4,6 +4,7 @@ import shutil
 import time
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from transformers import set_seed
@@ -136,13 +137,13 @@ class Dissolving:
 
     Attributes:
         kind: a name in DISSOLVERS.
+        arguments: what its class is made with; of a diffusion model the resolution alone, for the record.
         t_range: t_min and t_max; None: the dataset's own.
-        model: the name of the method that trains the diffusion model.
+        model: the name of the method that trains the diffusion model; None: it is none.
     """
 
     kind: str = "diffusion"
-    kernel_size: int | None = None
-    resolution: int = 32
+    arguments: dict[str, Any] = field(default_factory=dict)
     t_range: tuple[int, int] | None = None
     model: str | None = "dissolver"
 
@@ -150,18 +151,24 @@ class Dissolving:
         if self.kind == "diffusion":
             low, high = self.range(cell)
             return DiffusionDissolver.from_pretrained(required[0], t_min=low, t_max=high)
-        return DISSOLVERS[self.kind](kernel_size=self.kernel_size, resolution=self.resolution)
+        return DISSOLVERS[self.kind](**self.arguments)
+
+    @property
+    def resolution(self) -> int:
+        return self.arguments.get("resolution", 32)
 
     def range(self, cell) -> tuple[int, int]:
         return self.t_range or RECIPES[cell.dataset].timesteps
 
     def settings(self, cell) -> dict:
         more = {} if self.model is None else {"t_range": self.range(cell), "model": CONTRASTIVE_METHODS[self.model].settings(cell)}
-        return {**asdict(self), **more}
+        # Flat and with a kernel_size, as results on disk have them.
+        flat = {"kernel_size": None, "resolution": self.resolution, **self.arguments}
+        return {"kind": self.kind, **flat, "t_range": self.t_range, "model": self.model, **more}
 
 
 def blur(kind: str, kernel_size: int, resolution: int = 32) -> Dissolving:
-    return Dissolving(kind, kernel_size, resolution, model=None)
+    return Dissolving(kind, {"kernel_size": kernel_size, "resolution": resolution}, model=None)
 
 
 @dataclass(frozen=True)
@@ -231,7 +238,9 @@ CONTRASTIVE_METHODS: dict[str, Method] = {
     **{f"dia_t{low}": Contrastive(f"DIA, t {low} to {high}", Dissolving(t_range=(low, high))) for low, high in STEP_RANGES},
     "dia_10_percent": Contrastive("DIA, diffusion model of 10 % of the images", Dissolving(model="dissolver_10_percent")),
     **{
-        f"dia_{size}px": Contrastive(f"DIA, dissolved at {size} px", Dissolving(resolution=size, model=f"dissolver_{size}px"))
+        f"dia_{size}px": Contrastive(
+            f"DIA, dissolved at {size} px", Dissolving("diffusion", {"resolution": size}, model=f"dissolver_{size}px")
+        )
         for size in _LARGER
     },
     **{
