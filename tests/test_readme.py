@@ -1,5 +1,6 @@
 """The README's commands parse and its code runs, in the order in which a reader meets them."""
 
+import json
 import re
 import shlex
 import subprocess
@@ -68,7 +69,11 @@ def test_python_blocks_run(tmp_path):
     result = subprocess.run([sys.executable, "-c", "import pytest\n" + code + check], cwd=tmp_path, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
     assert len(list(tmp_path.glob("overlay?.png"))) == 4
-    assert {"model.safetensors", "eval_results.json", "README.md"} <= {path.name for path in (tmp_path / "runs" / "python").iterdir()}
+    saved = tmp_path / "runs" / "python"
+    assert {"model.safetensors", "eval_results.json", "README.md"} <= {path.name for path in saved.iterdir()}
+    assert (tmp_path / "runs" / "by-steps" / "model.safetensors").is_file()
+    config, dissolver = (json.loads((saved / name).read_text()) for name in ("config.json", "dissolver/dissolver_config.json"))
+    assert {"kind": config["dissolver"], **config["dissolver_settings"]} == dissolver
 
 
 def test_ci_runs_the_test_command_of_the_readme():

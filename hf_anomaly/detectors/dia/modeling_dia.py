@@ -16,7 +16,7 @@ class DIAModel(CSIModel):
 
     Dissolved images come with the batch (`dissolved_pixel_values`, cached) or from `self.dissolver`, a `hf_anomaly.dissolving.Dissolver`, or whatever has
     its `to`, `is_deterministic`, `sample_timesteps` and `(pixel_values, timesteps) -> pixel_values`. It is no part of the weights and scoring does
-    without it.
+    without it, so that `save_pretrained` leaves it out: save it to `dissolver/` in the detector's folder, with which it goes from then on.
     """
 
     config_class = DIAConfig
