@@ -30,6 +30,7 @@ from hf_anomaly.reproduction.costs import Cost, cost
 from hf_anomaly.reproduction.report import markdown, mean_and_std, plot
 from hf_anomaly.training.baselines import pixel_matrix
 from hf_anomaly.training.evaluation import write_scores
+from hf_anomaly.training.runs import train_detector as train
 
 SCRIPT = Path(__file__).parents[1] / "scripts" / "reproduce.py"
 
@@ -207,6 +208,40 @@ def test_a_row_with_another_dissolver(small_contrastive, data_dir, tmp_path, mon
     assert status == 0, err
     assert "| DIA, resized" in out
     assert contrastive.DISSOLVERS["identity"]().fingerprint() == Dissolving("identity", model=None).load(None, []).fingerprint()
+
+
+def test_the_papers_budget_trains_and_scores_as_the_authors_do(data_dir, tmp_path, monkeypatch):
+    """LARS, ResNet-18's channels behind a stem of stride 1, and all of Eq. 10; here of fewer steps, and narrower."""
+    length = contrastive.DETECTOR_LENGTHS["paper"]
+    assert length.training.max_steps == 1250
+    short = replace(length, training=replace(length.training, min_steps=2, max_steps=2), backbone={"hidden_sizes": [8], "depths": [1]})
+    monkeypatch.setitem(contrastive.DETECTOR_LENGTHS, "paper", short)
+    trained = []
+    monkeypatch.setattr(contrastive, "train_detector", lambda model, *args, **_: trained.append((model, args)) or train(model, *args, **_))
+    argv = [
+        "--table",
+        "dia/1",
+        "--budget",
+        "paper",
+        "--datasets",
+        "pneumonia_mnist",
+        "--methods",
+        "csi",
+        "--seeds",
+        0,
+        "--data_dir",
+        data_dir,
+    ]
+    status, _, err = reproduce(*argv, "--output_dir", tmp_path)
+    assert status == 0, err
+    ((model, (_, _, args)),) = trained
+    assert (args.lars, args.learning_rate, args.warmup_steps, args.weight_decay) == (True, 1.0, 0.05, 1e-6)
+    config = model.config
+    assert (config.score_features, config.score_whitening, config.test_crop_scale) == ("projection", False, [0.54, 0.54])
+    assert config.score_cosine
+    assert config.score_norm
+    assert config.score_shift_logit
+    assert config.backbone_config.stem_stride == 1
 
 
 def test_finished_cells_of_blurs_are_found_again():

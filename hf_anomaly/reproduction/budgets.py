@@ -67,16 +67,36 @@ class Training:
         most = None if self.max_steps is None else 2 * self.max_steps
         return replace(self, epochs=2 * self.epochs, min_steps=2 * self.min_steps, max_steps=most)
 
+    def optimizer(self) -> dict:
+        """The training arguments that say how weights change."""
+        return {"learning_rate": self.learning_rate}
+
     def arguments(self, num_images: int, seed: int, folder: Path) -> AnomalyTrainingArguments:
         """Arguments of a silent run which leaves no checkpoints in its folder."""
         quiet = {"disable_tqdm": True, "report_to": "none", "logging_strategy": "no", "save_strategy": "no"}
-        args = AnomalyTrainingArguments(output_dir=str(folder), seed=seed, max_steps=1, learning_rate=self.learning_rate, **quiet)
+        args = AnomalyTrainingArguments(output_dir=str(folder), seed=seed, max_steps=1, **self.optimizer(), **quiet)
         batch = min(self.batch_size, num_images)
         args.per_device_train_batch_size = max(1, batch // args.world_size)
         args.max_steps = max(self.min_steps, self.epochs * (num_images // batch))
         if self.max_steps is not None:
             args.max_steps = min(args.max_steps, self.max_steps)
         return args
+
+
+@dataclass(frozen=True)
+class LARSTraining(Training):
+    """As the authors of CSI and DIA train.
+
+    Attributes:
+        learning_rate: LARS' peak.
+        warmup: the share of the steps in which it rises.
+    """
+
+    warmup: float = 0.05
+    weight_decay: float = 1e-6
+
+    def optimizer(self) -> dict:
+        return {"lars": True, "learning_rate": self.learning_rate, "warmup_steps": self.warmup, "weight_decay": self.weight_decay}
 
 
 def detector_settings(config: AnomalyDetectorConfig) -> dict:
