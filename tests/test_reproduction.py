@@ -4,10 +4,12 @@ import csv
 import gzip
 import json
 import os
+import re
 import shutil
 import struct
 import subprocess
 import sys
+import textwrap
 from dataclasses import replace
 from pathlib import Path
 
@@ -20,12 +22,13 @@ from commands.running import run
 from sklearn.metrics import roc_auc_score
 from torch import nn
 
+from hf_anomaly import reproduction
 from hf_anomaly.data.recipes import RECIPES
 from hf_anomaly.ops import baselines
 from hf_anomaly.reproduction import METHODS, TABLES, Selection, budgets, contrastive, figures, find_table, roc, running
 from hf_anomaly.reproduction.budgets import Training
 from hf_anomaly.reproduction.cells import MEAN, Cell
-from hf_anomaly.reproduction.contrastive import Contrastive, DetectorLength, Dissolving
+from hf_anomaly.reproduction.contrastive import DetectorLength, Dissolving
 from hf_anomaly.reproduction.costs import Cost, cost
 from hf_anomaly.reproduction.report import markdown, mean_and_std, plot
 from hf_anomaly.training.baselines import pixel_matrix
@@ -198,15 +201,16 @@ def test_similarity_matrix(design):
     np.testing.assert_array_equal(figures.pair_signs(shifts, images, design), expected)
 
 
-def test_a_row_with_another_dissolver(small_contrastive, data_dir, tmp_path, monkeypatch):
-    dissolving = Dissolving("resize", {"resolution": 16}, model=None)
-    monkeypatch.setitem(METHODS, "dia_resize", Contrastive("DIA, resized", dissolving))
-    section = replace(find_table("dia/1").sections[0], methods=("dia_resize",))
-    monkeypatch.setitem(TABLES, "own", replace(find_table("dia/1"), id="own", sections=(section,)))
-    argv = ("--budget", "smoke", "--data_dir", data_dir, "--output_dir", tmp_path, "--seeds", 0)
-    status, out, err = reproduce("--table", "own", *argv)
-    assert status == 0, err
-    assert "| DIA, resized" in out
+def test_a_row_of_ones_own(small_contrastive, data_dir, tmp_path, monkeypatch, capsys):
+    """The package's docstring, at the smallest budget."""
+    monkeypatch.setitem(METHODS, "dia_resize", None)  # and taken out again
+    code = reproduction.__doc__.split("dissolver:\n")[1]
+    for full, small in (("runs/mine", tmp_path), ("path/to/data", data_dir)):
+        assert full in code
+        code = code.replace(full, str(small))
+    exec(textwrap.dedent(code).replace("seeds=(0,)", "seeds=(0,), budget='smoke'"), {})
+    table = capsys.readouterr().out
+    assert re.search(r"\| DIA, resized \|.* \d\.\d{3} ", table)
     assert contrastive.DISSOLVERS["identity"]().fingerprint() == Dissolving("identity", model=None).load(None, []).fingerprint()
 
 
