@@ -19,8 +19,10 @@ import PIL.Image
 import pytest
 import torch
 from commands.running import run
+from huggingface_hub.utils import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
 from sklearn.metrics import roc_auc_score
 from torch import nn
+from transformers.utils.logging import disable_progress_bar
 
 from hf_anomaly import reproduction
 from hf_anomaly.data.recipes import RECIPES
@@ -398,6 +400,18 @@ def test_shards_that_need_the_same_dissolver_leave_each_others_alone(data_dir, t
     running.run_cell(cell, second, ["x"])
     assert (first.folder(cell) / "unet" / "config.json").stat() == before
     assert not (tmp_path / "work").exists()
+
+
+def test_bars_of_downloads_come_back():
+    shown = not are_progress_bars_disabled()
+    try:
+        disable_progress_bar()  # transformers' own, and with them those of downloads
+        enable_progress_bars()
+        with running.quiet():
+            assert are_progress_bars_disabled()
+        assert not are_progress_bars_disabled()
+    finally:
+        (enable_progress_bars if shown else disable_progress_bars)()
 
 
 def test_smoke_run(first):

@@ -280,11 +280,16 @@ def _load(
 def quiet() -> Iterator[None]:
     """Nothing is printed within but errors: Trainer prints, and the libraries log and draw bars into the one of the table."""
     import datasets
+    from huggingface_hub.utils import are_progress_bars_disabled, enable_progress_bars
     from transformers.utils import logging as transformers_logging
 
     ours = logging.getLogger("hf_anomaly")
     level, verbosity = ours.level, transformers_logging.get_verbosity()
-    bars = transformers_logging.is_progress_bar_enabled(), not datasets.are_progress_bars_disabled()
+    enable = {
+        transformers_logging.enable_progress_bar: transformers_logging.is_progress_bar_enabled(),
+        datasets.enable_progress_bars: not datasets.are_progress_bars_disabled(),
+        enable_progress_bars: not are_progress_bars_disabled(),  # of downloads, which transformers hides with its own
+    }
     ours.setLevel(logging.ERROR)
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
@@ -295,6 +300,6 @@ def quiet() -> Iterator[None]:
     finally:
         ours.setLevel(level)
         transformers_logging.set_verbosity(verbosity)
-        for enabled, enable in zip(bars, (transformers_logging.enable_progress_bar, datasets.enable_progress_bars), strict=True):
-            if enabled:
-                enable()
+        for show, were_shown in enable.items():
+            if were_shown:
+                show()
