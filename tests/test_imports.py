@@ -128,3 +128,14 @@ def test_threads_do_not_spin_long_unless_asked_to(given, then):
     statement = "import os, sys; sys.argv[0] = 'hf-anomaly'; import hf_anomaly; print(os.environ.get('GOMP_SPINCOUNT'))"
     done = subprocess.run([sys.executable, "-c", statement], env=environment | given, check=True, capture_output=True, text=True)
     assert done.stdout == f"{then}\n"
+
+
+def test_all_files_of_the_package_are_installed():
+    """Not only in a checkout: setuptools takes packages, and of other files what is listed."""
+    tomllib = pytest.importorskip("tomllib")
+    listed = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]["package-data"]["hf_anomaly"]
+    files = [path for path in PACKAGE.rglob("*") if path.is_file() and "__pycache__" not in path.parts]
+    assert all((path.parent / "__init__.py").is_file() for path in files)
+    others = [path for path in files if path.suffix != ".py"]
+    assert others
+    assert not [path for path in others if not any(path.relative_to(PACKAGE).match(pattern) for pattern in listed)]
