@@ -1,12 +1,13 @@
 """Images that belong together: patients, and slices of a volume."""
 
 import json
+import shutil
 
 import numpy as np
 import PIL.Image
 import pytest
 from commands.running import run
-from datasets import Dataset, DatasetDict, Features, Image, Value
+from datasets import ClassLabel, Dataset, DatasetDict, Features, Image, Value
 
 from hf_anomaly import InputError, load_one_class
 from hf_anomaly.data.formats import Reading
@@ -26,9 +27,14 @@ def test_whole_groups_are_drawn(seed):
     names = set(groups[held])
     assert not names & set(groups[~held])
     assert names
-    # One group more or fewer, in the order drawn, is no nearer to the share; of groups of at most m images none is further off than m / 2.
     assert abs(held.sum() - 12) <= max(np.unique(groups, return_counts=True)[1]) / 2
     assert (draw_groups(groups, 0.2, seed) == held).all()
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_a_group_that_is_too_large_is_not_drawn(seed):
+    held = draw_groups(np.array(["large"] * 1000 + ["b"] * 50 + ["c"] * 50), 0.2, seed)
+    assert held.sum() == 100
 
 
 @pytest.mark.parametrize("share", [0.01, 0.99])
@@ -71,6 +77,25 @@ def test_patients_that_also_test_are_told_of(caplog):
     assert "patient" not in caplog.text
 
 
+def test_groups_are_what_they_are_called(caplog):
+    """Whatever the type of the column: of 1, 1.0 and the second name of a class."""
+    train, test = images([1, 1, 2, 2]), images([1, 7], first=9)
+    load_one_class(DatasetDict(train=train, test=test.cast_column("patient", Value("float64"))), group_column="patient")
+    assert "1 of 2 images of split 'test'" in caplog.text
+    caplog.clear()
+    named = [
+        split.cast_column("patient", ClassLabel(names=[f"{i}{name}" for i in range(9)])) for split, name in ((train, "a"), (test, "b"))
+    ]
+    load_one_class(DatasetDict(train=named[0], test=named[1]), group_column="patient")
+    assert "split 'test'" not in caplog.text
+
+
+def test_a_large_group_is_told_of(caplog):
+    splits = load_one_class(images([0] * 9 + [1] * 9), group_column="patient")
+    assert len(splits.calibration) == 9
+    assert "9 of 18 normal training images are held out" in caplog.text
+
+
 def test_a_single_patient(caplog):
     splits = load_one_class(images([3] * 10), group_column="patient")
     assert len(splits.calibration) == 2
@@ -82,17 +107,32 @@ def test_what_is_refused():
         load_one_class(images([1, 2]), group_column="person")
     with pytest.raises(InputError, match=r"row 1 of split 'train' of .* says nothing in column 'patient'"):
         load_one_class(images([1, None, 2]), group_column="patient")
+    for nothing in ("", float("nan")):
+        values = [nothing, nothing] if nothing == "" else [1.0, nothing]
+        with pytest.raises(InputError, match=r"says nothing in column 'person'"):
+            load_one_class(images([1, 2]).add_column("person", values), group_column="person")
+    with pytest.raises(InputError, match=r"column 'person' of .* holds List.*not one name or number"):
+        load_one_class(images([1, 2]).add_column("person", [[1], [2]]), group_column="person")
+    with pytest.raises(InputError, match="contamination draws image by image"):
+        load_one_class(images([1, 2]), group_column="patient", contamination=0.1)
     with pytest.raises(InputError, match="'balanced' divides image by image"):
         load_one_class(images([1, 2]), group_column="patient", protocol="balanced")
 
 
-def test_slices_of_a_volume_belong_together(tmp_path, monkeypatch):
+def test_slices_of_a_volume_belong_together(tmp_path, monkeypatch, caplog):
     nibabel = pytest.importorskip("nibabel")
     monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
     (tmp_path / "scans").mkdir()
     for i in range(5):
         volume = np.random.default_rng(i).integers(0, 99, (8, 8, 6)).astype(np.int16)
         nibabel.save(nibabel.Nifti1Image(volume, np.eye(4)), tmp_path / "scans" / f"{i}.nii")
+    for name in ("train", "test"):
+        (tmp_path / "mixed" / name).mkdir(parents=True)
+        shutil.copy(tmp_path / "scans" / ("0.nii" if name == "train" else "1.nii"), tmp_path / "mixed" / name)
+        for i in range(9):
+            PIL.Image.fromarray(np.full((8, 8), 9 * (name == "train") + i, np.uint8)).save(tmp_path / "mixed" / name / f"{i}.png")
+    load_one_class(tmp_path / "mixed", reading=Reading((0, 99)))
+    assert "volume" not in caplog.text
     splits = load_one_class(tmp_path / "scans", reading=Reading((0, 99)))
     assert len(splits.train) == 24
     assert len({value["path"].rsplit("/", 1)[1].split("-")[0] for value in splits.calibration["image"]}) == 1

@@ -19,35 +19,44 @@ def groups_by_column(split: datasets.Dataset, column: str, where: str) -> np.nda
     """(n,) str: what this column says of each row.
 
     Raises:
-        InputError: there is no such column, or a row without a value.
+        InputError: there is no such column, it holds no names or numbers, or nothing in a row.
     """
+    import datasets
+
     if column not in split.column_names:
         raise InputError(f"{where} has no column {column!r}; its columns: {', '.join(split.column_names)}; give another group_column")
+    feature = split.features[column]
+    if not isinstance(feature, datasets.Value | datasets.ClassLabel):
+        raise InputError(f"column {column!r} of {where} holds {feature}, not one name or number an image; give another group_column")
     values = split.select_columns([column])[column][:]
-    if None in values:
-        raise InputError(f"row {values.index(None)} of {where} says nothing in column {column!r}; fill it in, or leave group_column out")
-    return np.asarray(values).astype(str)
+    missing = [i for i, value in enumerate(values) if value is None or value == "" or value != value]
+    if missing:
+        raise InputError(f"row {missing[0]} of {where} says nothing in column {column!r}; fill it in, or leave group_column out")
+    if isinstance(feature, datasets.ClassLabel):
+        return np.asarray(feature.int2str(values))
+    return np.asarray([str(int(value)) if isinstance(value, float) and value.is_integer() else str(value) for value in values])
 
 
-def groups_by_volume(images: datasets.Dataset) -> np.ndarray | None:
-    """(n,) str: of a slice the volume that it was cut from, of another image its row; None if there are no slices."""
+def groups_by_volume(images: datasets.Dataset, name: str) -> np.ndarray | None:
+    """(n,) str: of a slice the volume that it was cut from, of another image its row in the split `name`; None if there are no slices."""
     folders = [None if path is None else Path(path).parent for path in paths_of(images)]
     are_slices = [folder is not None and folder.parts[-3:-1] == SLICES for folder in folders]
     if not any(are_slices):
         return None
-    return np.asarray(
-        [folder.name if is_slice else f"row {i}" for i, (folder, is_slice) in enumerate(zip(folders, are_slices, strict=True))]
-    )
+    pairs = zip(folders, are_slices, strict=True)
+    return np.asarray([folder.name if is_slice else f"row {i} of {name}" for i, (folder, is_slice) in enumerate(pairs)])
 
 
 def draw_groups(groups: np.ndarray, share: float, seed: int) -> np.ndarray:
-    """(n,) bool: whole groups, drawn at random until they hold as near to a share of the n images as they can; at least one, and not all.
+    """(n,) bool: whole groups in random order, each taken if that brings their images nearer to a share of the n; at least one, and not all.
 
     Args:
         groups: (n,), two different ones at least.
     """
     names, inverse, sizes = np.unique(groups, return_inverse=True, return_counts=True)
-    order = np.random.RandomState([seed, 3]).permutation(len(names))
-    held = np.cumsum(sizes[order])[:-1]  # images in the first group, in the first two, …
-    number = 1 + np.abs(held - share * len(groups)).argmin()
-    return np.isin(inverse, order[:number])
+    taken, missing = [], share * len(groups)
+    for group in np.random.RandomState([seed, 3]).permutation(len(names)):
+        if abs(missing - sizes[group]) < abs(missing) and len(taken) < len(names) - 1:
+            taken.append(group)
+            missing -= sizes[group]
+    return np.isin(inverse, taken or [sizes.argmin()])

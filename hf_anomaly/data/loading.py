@@ -46,7 +46,7 @@ class OneClassSplits:
 
     Every dataset has the columns `image` (`Image(decode=False)`), `label` (`ClassLabel`: 0 normal, 1 anomaly) and `row` (int, the index in its source
     split, or in all of them one after another where the protocol pools them; not in a stream), and `test`, unless it is a stream, also `class_name`
-    (the class in the source, such as a kind of defect) and, where the source has masks, `mask` (`Image(decode=False)`, gray, above 0 where the anomaly
+    (the class, such as a kind of defect) and, where the source has masks, `mask` (`Image(decode=False)`, gray, above 0 where the anomaly
     is; None for an image without one, which is all normal). `train` and `calibration` hold normals only, or what contamination passes off as such.
 
     Attributes:
@@ -166,6 +166,8 @@ def load_one_class(
         raise InputError(f"max_train_images must be at least 1, got {max_train_images}")
     if group_column is not None and protocol != "official":
         raise InputError(f"group_column goes with protocol 'official': {protocol!r} divides image by image")
+    if group_column is not None and contamination > 0:
+        raise InputError("contamination draws image by image: it does not go with group_column")
     if not 0 <= contamination < 1:
         raise InputError(f"contamination={contamination} is outside [0, 1): it is the anomalies' share of the training images")
 
@@ -268,6 +270,7 @@ def load_one_class(
             max_train_images,
             split_hash,
             group_column,
+            None if evaluation_only else calibration_fraction,
         ),
         reference=train,
     )
@@ -577,7 +580,7 @@ def _contaminated(train: datasets.Dataset, anomalies: datasets.Dataset, share: f
 def _groups(split: datasets.Dataset, images: datasets.Dataset, column: str | None, name: str, source: str) -> np.ndarray | None:
     """What each image belongs to; None if that is not known."""
     if column is None:
-        return groups_by_volume(images)
+        return groups_by_volume(images, name)
     return groups_by_column(split, column, f"split {name!r} of {source!r}") if name == "train" or column in split.column_names else None
 
 
@@ -597,6 +600,10 @@ def _hold_out(normals: datasets.Dataset, fraction: float, seed: int, source: str
         )
     elif groups is not None and len(set(groups)) < len(normals):
         held_out = draw_groups(groups, fraction, seed)
+        if held_out.sum() > 2 * fraction * len(normals):
+            logger.warning(
+                "%d of %d normal training images are held out for calibration: they belong to one another", held_out.sum(), len(normals)
+            )
         return normals.select(np.flatnonzero(~held_out)), normals.select(np.flatnonzero(held_out))
     size = min(max(round(fraction * len(normals)), 1), len(normals) - 1)
     parts = train_test_split(np.arange(len(normals)), test_size=size, random_state=seed)

@@ -117,6 +117,7 @@ class Division:
         max_train_images: n, the limit of normal training images; None: all.
         split_hash: see `OneClassSplits`.
         group_column: what kept images together; None: nothing, or the volumes that slices come from.
+        calibration_fraction: of the training normals, held out where the source has no split for it; None where nothing was to train.
     """
 
     recipe: str | None
@@ -128,6 +129,7 @@ class Division:
     max_train_images: int | None
     split_hash: str
     group_column: str | None = None
+    calibration_fraction: float | None = None
 
     def to_dict(self) -> dict:
         return asdict(self)

@@ -137,7 +137,17 @@ def stream_one_class(
         source=name,
         normal_label=normal_label,
         split_hash=digest.hexdigest(),
-        division=Division(recipe, "stream", seed, normal_label, counted, 0.0, max_train_images, digest.hexdigest()),
+        division=Division(
+            recipe,
+            "stream",
+            seed,
+            normal_label,
+            counted,
+            0.0,
+            max_train_images,
+            digest.hexdigest(),
+            calibration_fraction=None if evaluation_only else calibration_fraction,
+        ),
         reference=reference,
         stream_digest=train_digest,
     )
