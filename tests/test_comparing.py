@@ -77,20 +77,64 @@ def test_what_makes_another_row(trained, other, shown):
 
 
 def test_what_is_no_other_row(trained):
-    """Which the score's speed, threshold and saving hang on, and not how a detector is trained."""
-    names = [trained("one", DIAConfig, 0, 0.9)]
-    names.append(
-        trained(
-            "other",
-            DIAConfig,
-            1,
-            0.8,
-            config={"search_chunk_size": 7, "num_calibration_scores": 3, "false_positive_rate": 0.1},
-            num_train=99,
-            seconds=5,
-        )
-    )
+    """On which speed, saving and logging hang, and not how a detector is trained."""
+    command = "train_dia.py --dissolver_steps 5 --seed 0 --output_dir 'my run'"
+    names = [trained("one", DIAConfig, 0, 0.9, config={"false_positive_rate": 0.1}, command=command)]
+    config = {"search_chunk_size": 7, "num_calibration_scores": 3, "false_positive_rate": 0.1}
+    command = "train_dia.py --seed 1 --output-dir=other --dissolver_steps 5 --logging_steps 5 --disable_tqdm true --save_strategy no"
+    names.append(trained("other", DIAConfig, 1, 0.8, config=config, num_train=99, seconds=5, command=command))
     assert [row["seeds"] for row in compare_runs(map(read_run, names))] == [[0, 1]]
+
+
+def test_what_only_the_command_tells(trained):
+    """Such as how long a first stage was trained."""
+    names = [trained(f"run{n}", DIAConfig, n, 0.9, command=f"train_dia.py --seed {n} --dissolver_steps {n}") for n in (2, 3)]
+    names.append(trained("default", DIAConfig, 4, 0.9, command="train_dia.py --seed 4"))
+    assert [row["settings"] for row in compare_runs(map(read_run, names))] == [{"dissolver_steps": "2"}, {"dissolver_steps": "3"}, {}]
+
+
+def test_runs_of_earlier_versions(trained):
+    """Whose optimizer nobody recorded: what it was is not known, and not that it was another one."""
+    new, old, other = (trained(name, DIAConfig, seed, 0.9) for seed, name in enumerate(("new", "old", "other")))
+    results = json.loads(Path(old, "eval_results.json").read_text())
+    del results["optimization"]
+    Path(old, "eval_results.json").write_text(json.dumps(results))
+    assert [row["settings"] for row in compare_runs(map(read_run, (new, old, other)))] == [{}, {"optimization": "not recorded"}]
+
+
+def test_what_takes_no_part_in_the_table(trained, capsys, caplog):
+    one, two = trained("one", DIAConfig, 0, 0.9), trained("two", DIAConfig, 0, None, reason="no test images")
+    Path("empty").mkdir()
+    cli.main(["compare", one, two, "empty"])
+    assert "| DIA | – | 0 | 100 | 0.900 | 0.450 |" in capsys.readouterr().out
+    assert "two has no AUROC: no test images" in caplog.text
+    assert "'empty' holds no detector" in caplog.text
+    with pytest.raises(SystemExit, match="2"):
+        cli.main(["compare", two, "empty"])
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        *(("auroc", value) for value in (float("nan"), 2, "x", [1])),
+        ("average_precision", "x"),
+        ("optimization", "x"),
+        ("dataset", ["a"]),
+        ("num_normal", {}),
+        ("steps", "many"),
+    ],
+)
+def test_damaged_results(trained, field, value):
+    name = trained("one", DIAConfig, 0, 0.9)
+    results = json.loads(Path(name, "eval_results.json").read_text())
+    Path(name, "eval_results.json").write_text(json.dumps({**results, field: value}))
+    with pytest.raises(InputError, match=f"one: {field} is .*: restore or delete its eval_results.json"):
+        read_run(name)
+
+
+def test_names_say_nothing_to_a_terminal(trained):
+    (row,) = compare_runs([read_run(trained("one", DIAConfig, 0, 0.9, dataset="\x1b[31m|scans"))])
+    assert comparison_markdown([row]).splitlines()[0].startswith("31m scans: normal is good")
 
 
 def test_other_test_images_make_another_table(trained):
@@ -158,8 +202,8 @@ def test_command(trained, capsys):
     [
         (["one", "--output", "table.pdf"], "--output table.pdf: give a name that ends in .md, .csv or .json"),
         (["one", "--baselines", "one/eval_results.json"], "one/eval_results.json holds no baselines"),
-        (["one", "empty"], "'empty' holds no detector"),
-        (["one", "resnet"], "'resnet' holds a ResNetConfig, which is no anomaly detector's"),
+        (["empty"], "'empty' holds no detector"),
+        (["resnet"], "'resnet' holds a ResNetConfig, which is no anomaly detector's"),
     ],
 )
 def test_what_is_refused(trained, capsys, argv, words):

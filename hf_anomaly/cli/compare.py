@@ -1,12 +1,15 @@
 """`hf-anomaly compare MODEL …`"""
 
 import json
+import logging
 from argparse import Namespace
 from pathlib import Path
 
 from ..errors import InputError
 from ..files import check_output, csv_text, writing
 from .parsing import Parser
+
+logger = logging.getLogger(__name__)
 
 
 def parse(argv: list[str]) -> Namespace:
@@ -30,7 +33,17 @@ def run(args: Namespace) -> None:
     from ..report import compare_runs, comparison_markdown, read_baselines, read_run
 
     baselines = [run for file in args.baselines for run in read_baselines(file)]
-    rows = compare_runs([*map(read_run, args.models), *baselines])
+    runs = []
+    for model in args.models:
+        try:
+            runs.append(read_run(model))
+        except InputError as error:  # runs/* may hold other things
+            if len(args.models) == 1:
+                raise
+            logger.warning("Left out: %s", error)
+    if not runs:
+        raise InputError("none of these was evaluated: give folders that training with labelled test images wrote")
+    rows = compare_runs([*runs, *baselines])
     text = comparison_markdown(rows)
     if args.output is not None:
         content = {".md": lambda: f"{text}\n", ".csv": lambda: _csv(rows), ".json": lambda: f"{json.dumps(rows, indent=2)}\n"}

@@ -3,6 +3,8 @@
 import json
 import logging
 import os
+import re
+import shlex
 import statistics
 from collections import defaultdict
 from collections.abc import Iterable
@@ -20,6 +22,12 @@ logger = logging.getLogger(__name__)
 
 TESTED_ON = ("dataset", "normal_label", "num_normal", "num_anomalous")  # of results: detectors compare where these are the same
 
+# Flags of a training command that change none of its results, or that stand in its results anyhow.
+_WITHOUT_EFFECT = re.compile(
+    "(seed|max_steps|dataset|dataset_name|dataset_id|data_dir|output_dir|cpu_threads|use_cpu|num_processes|disable_tqdm|report_to|run_name|card_figures"
+    "|license|resume_from_checkpoint|push_to_hub|per_device_eval_batch_size)|(log|logging|save|hub|dataloader)_.*"
+)
+
 
 @dataclass(frozen=True)
 class Run:
@@ -32,7 +40,7 @@ class Run:
         settings: what was chosen for the training, "a.b" for `b` in `a`.
 
     Raises:
-        InputError: the results have no AUROC.
+        InputError: the results have no AUROC, or something that no results hold.
     """
 
     name: str
@@ -41,9 +49,21 @@ class Run:
     settings: dict = field(default_factory=dict)
 
     def __post_init__(self):
-        if not isinstance(self.results.get("auroc"), int | float):
+        if self.results.get("auroc") is None:
             reason = self.results.get("reason") or "its eval_results.json is missing or holds none; give what a training script wrote"
             raise InputError(f"{self.name} has no AUROC: {reason}")
+        for names, kind in (
+            (METRICS, float | int | None),
+            (TESTED_ON, str | int | None),
+            (("steps",), int | None),
+            (("optimization",), dict | None),
+        ):
+            for name in names:
+                value = self.results.get(name)
+                if not isinstance(value, kind) or (names is METRICS and value is not None and not 0 <= value <= 1):
+                    raise InputError(
+                        f"{self.name}: {name} is {value!r}, which no evaluation wrote: restore or delete its eval_results.json"
+                    )
 
 
 def read_run(name_or_path: str | os.PathLike) -> Run:
@@ -58,11 +78,29 @@ def read_run(name_or_path: str | os.PathLike) -> Run:
     """
     name = os.fspath(name_or_path)
     config, results = load_config(name), recorded_results(name)
+    Run(name, "", results)  # refuses what is damaged
     division = {key: value for key, value in (results.get("division") or {}).items() if key not in ("seed", "split_hash", "normal_label")}
-    settings = {**settings_of(config), **division, **(results.get("optimization") or {})}
+    settings = {**settings_of(config), "false_positive_rate": config.false_positive_rate, **division, **(results.get("optimization") or {})}
+    settings = _flags(results.get("command")) | settings  # what is only in the command trained a first stage, say
     if settings.get("data_seed") == results.get("seed"):  # as it is unless somebody says otherwise
         settings.pop("data_seed", None)
     return Run(name, type(config).__name__.removesuffix("Config"), results, flat(json.loads(json.dumps(settings))))
+
+
+def _flags(command: str | None) -> dict[str, str]:
+    """The flags of a training command, and what they were given, as far as they may change its results."""
+    try:
+        words = shlex.split(command or "")
+    except ValueError:  # of a command that somebody wrote
+        return {}
+    flags: dict[str, list[str]] = {}
+    for word in words:
+        if word.startswith("--"):
+            flag, equals, value = word.removeprefix("--").partition("=")
+            values = flags.setdefault(flag.replace("-", "_"), [value] if equals else [])
+        elif flags:
+            values.append(word)
+    return {flag: " ".join(values) for flag, values in flags.items() if not _WITHOUT_EFFECT.fullmatch(flag)}
 
 
 def read_baselines(path: str | os.PathLike) -> list[Run]:
@@ -99,8 +137,7 @@ def compare_runs(runs: Iterable[Run]) -> list[dict]:
         _check_divisions([run for alike in table.values() for run in alike])
         for alike in table.values():
             first = alike[0]
-            same_method = [other[0].settings for other in table.values() if other[0].method == first.method]
-            differing = {name: value for name, value in first.settings.items() if any(other.get(name) != value for other in same_method)}
+            differing = _differing(first, [other[0] for other in table.values() if other[0].method == first.method])
             row = dict(zip(TESTED_ON, tested_on, strict=True)) | {"method": first.method, "settings": differing}
             row |= {"seeds": _seeds(alike), "steps": first.results.get("steps")}
             for metric in METRICS:
@@ -110,6 +147,19 @@ def compare_runs(runs: Iterable[Run]) -> list[dict]:
                     row[f"{metric}_std"] = statistics.stdev(values) if len(values) > 1 else None
             rows.append(row)
     return rows
+
+
+def _differing(run: Run, others: list[Run]) -> dict:
+    """The settings of a run that are not those of all others; of what a run of an earlier version did not record it is not known."""
+    recorded = {other.name: other.results.get("optimization") for other in (run, *others)}
+    differing = {
+        name: value
+        for name, value in run.settings.items()
+        if any(other.settings.get(name) != value for other in others if recorded[other.name] or name not in (recorded[run.name] or ()))
+    }
+    if not recorded[run.name] and any(recorded.values()):
+        differing["optimization"] = "not recorded"
+    return differing
 
 
 def _seeds(runs: list[Run]) -> list[int]:
