@@ -119,6 +119,12 @@ def test_the_numbers_are_in(folder):
     assert data["tags"] == ["anomaly-detection", "dia_anomaly"]
 
 
+@pytest.mark.parametrize("damaged", [None, [1], {"a": "x"}, {"a": {"auroc": 0.5}}, {"a": {"num_images": 3, "auroc": "x"}}])
+def test_damaged_kinds_are_refused(folder, damaged):
+    with pytest.raises(InputError, match=r"by_class in eval_results.json"):
+        card(folder, {**RESULTS, "by_class": damaged})
+
+
 @pytest.mark.parametrize("calibrated", [True, False])
 def test_kinds_of_anomalies_are_told(folder, calibrated):
     found = {"auroc": 0.75, "num_images": 3} | ({"true_positive_rate_at_threshold": 0.5} if calibrated else {})
@@ -149,6 +155,11 @@ def test_no_such_licence_or_dataset(folder, facts):
     with pytest.raises(InputError, match=r"such as|organisation/name"):
         write_card(folder, detector(), RESULTS, **facts)
     assert not list(folder.iterdir())
+
+
+def test_another_seed_of_the_division_is_told(folder):
+    assert "seed 43 (of the division 5), 321 steps" in card(folder, {**RESULTS, "division": {"protocol": "official", "seed": 5}})[0]
+    assert "seed 43, 321 steps" in card(folder, {**RESULTS, "division": {"protocol": "official", "seed": 43}})[0]
 
 
 def test_the_protocol_is_told(folder):

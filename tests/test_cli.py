@@ -352,6 +352,16 @@ def test_calibrate_in_place_by_the_normal_ones_of_labelled_images(run, refused, 
     assert any("trained on images of the same name, site" in record.getMessage() for record in caplog.records)
 
 
+def test_unlabelled_images_have_no_other_class(run, detector, tmp_path, caplog):
+    random_images(tmp_path / "site/train/fine", 3)
+    shutil.copytree(detector, "unlabelled")
+    config = json.loads(Path("unlabelled/config.json").read_text())
+    Path("unlabelled/config.json").write_text(json.dumps({**config, "normal_label": "normal"}))
+    status, _, err = run("calibrate", "unlabelled", "--dataset_name", "site", "--output_dir", "here", "--false_positive_rate", ".3")
+    assert status == 0, err
+    assert "Normal is" not in caplog.text
+
+
 def test_calibrate_by_another_class_is_told(run, detector, tmp_path, caplog):
     random_images(tmp_path / "site/train/fine", 3)
     status, _, err = run("calibrate", detector, "--dataset_name", "site", "--output_dir", "here", "--false_positive_rate", ".3")

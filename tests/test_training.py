@@ -14,7 +14,7 @@ import torch
 from datasets import ClassLabel, Dataset, Features, Image
 from PIL import Image as PILImage
 from safetensors.torch import load_file
-from transformers import TrainerCallback
+from transformers import TrainerCallback, TrainingArguments
 
 from hf_anomaly import (
     AnomalyImageProcessor,
@@ -22,11 +22,14 @@ from hf_anomaly import (
     CSIModel,
     DIAConfig,
     DIAModel,
+    GaussianDissolver,
     InputError,
     SharedAEConfig,
     SharedAEModel,
     SmallResNetBackbone,
     SmallResNetConfig,
+    load_one_class,
+    train_detector,
 )
 from hf_anomaly.data import prepare
 from hf_anomaly.dissolving import DenoisingModel, DiffusionDissolver, build_scheduler, build_unet, dissolve_dataset
@@ -491,6 +494,42 @@ def test_a_resumed_run_is_the_uninterrupted_one(make, kind, tmp_path):
         assert len(losses(resumed)) == 12
         assert losses(resumed) == losses(whole)
         assert_same(weights(resumed), weights(whole))
+
+
+def test_of_false_alarms_fewer_are_better(tmp_path):
+    options = {"output_dir": str(tmp_path), "report_to": "none", "metric_for_best_model": "fpr_at_95_tpr"}
+    assert AnomalyTrainingArguments(**options).greater_is_better is False
+    assert AnomalyTrainingArguments(**options, greater_is_better=True).greater_is_better is True
+    assert AnomalyTrainingArguments(**options | {"metric_for_best_model": "auroc"}).greater_is_better is True
+
+
+@pytest.mark.parametrize("on_the_fly", [True, False])
+def test_a_run_from_python_resumes_with_the_same_dissolver_alone(tmp_path, refused, on_the_fly):
+    splits = load_one_class("digits")
+
+    def run(kernel_size, **more):
+        model, dissolver = detector(DIAConfig), GaussianDissolver(kernel_size)
+        options = {"max_steps": 2, "save_steps": 2, "report_to": "none", "disable_tqdm": True, "use_cpu": True, **more}
+        args = AnomalyTrainingArguments(output_dir=str(tmp_path), per_device_train_batch_size=BATCH, **options)
+        dissolved = None
+        if on_the_fly:
+            model.dissolver = dissolver
+        else:
+            dissolved = dissolve_dataset(splits.train, dissolver, PROCESSOR, cache_dir=tmp_path / f"cache{kernel_size}")
+        return train_detector(model, PROCESSOR, splits, args, train_dataset=dissolved)
+
+    run(3)
+    assert run(3, max_steps=3, resume_from_checkpoint=True)["steps"] == 3
+    with refused("belongs to another run", "dissolving."):
+        run(5, max_steps=4, resume_from_checkpoint=True)
+
+
+def test_what_train_detector_refuses(tmp_path, refused):
+    with refused("TrainingArguments"):
+        train_detector(detector(), PROCESSOR, load_one_class("digits"), TrainingArguments(str(tmp_path)))
+    args = AnomalyTrainingArguments(output_dir=str(tmp_path), report_to="none")
+    with refused("evaluation_only"):
+        train_detector(detector(), PROCESSOR, load_one_class("digits", evaluation_only=True), args)
 
 
 @pytest.mark.parametrize("kind", ["csi", "phases"])

@@ -25,8 +25,8 @@ PRETRAINING_TEMPLATE = Path(__file__).with_name("pretraining.md")
 
 
 def plain(text: object) -> str:
-    """User text (a dataset's name, a label) on one line, without what Markdown or HTML would act on."""
-    return re.sub(r"[`<>|\[\]\r\n]", " ", str(text)).strip()
+    """User text (a dataset's name, a label) on one line, without what Markdown, HTML or a terminal would act on."""
+    return "".join(letter if letter.isprintable() and letter not in "`<>|[]" else " " for letter in str(text)).strip()
 
 
 def shown_command(words: list[str]) -> str:
@@ -163,6 +163,7 @@ def write_card(
         channels="gray" if config.num_channels == 1 else "RGB",
         known=known,
         protocol=_protocol(results.get("division") or {}),
+        division_seed=(results.get("division") or {}).get("seed"),
         anomalies_in_training=anomalies_in_training(results),
         results=results,
         rows=[(name, _with_interval(results, key)) for key, (_, name) in METRICS.items() if results.get(key) is not None],
@@ -216,12 +217,24 @@ def _protocol(division: dict) -> str:
 
 def _table_of_kinds(results: dict) -> list[list[str]]:
     """A row for each class of anomalies: name, number of images, AUROC and, if calibrated, the share that is flagged."""
-    rows = []
-    for name, found in results.get("by_class", {}).items():
+    rows, by_class = [], results.get("by_class", {})
+    if not _are_kinds(by_class):
+        raise InputError("by_class in eval_results.json is not what an evaluation wrote: restore or delete it")
+    for name, found in by_class.items():
         flagged = found.get("true_positive_rate_at_threshold")
         auroc = "–" if found["auroc"] is None else f"{found['auroc']:.4f}"
         rows.append([plain(name), str(found["num_images"]), auroc, *([] if flagged is None else [f"{flagged:.4f}"])])
     return rows
+
+
+def _are_kinds(by_class) -> bool:
+    """Whether this is what `metrics_by_class` gives."""
+    return isinstance(by_class, dict) and all(
+        isinstance(found, dict)
+        and isinstance(found.get("num_images"), int)
+        and all(isinstance(found.get(key), float | int | None) for key in ("auroc", "true_positive_rate_at_threshold"))
+        for found in by_class.values()
+    )
 
 
 def _table_of_runs(results: dict, others: Sequence[dict]) -> dict | None:

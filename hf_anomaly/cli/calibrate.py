@@ -62,7 +62,7 @@ def run(argv: list[str]) -> None:
             dataset_label(splits.source),
         )
     trained_on = model.config.normal_label
-    if trained_on is not None and splits.normal_label not in (trained_on, "normal"):  # "normal" are images without labels, too
+    if trained_on not in (None, "normal") and splits.normal_label not in (trained_on, "normal"):  # "normal" are images without labels, too
         logger.warning(
             "Normal is %r here, but the detector was trained on %r: --normal_label says otherwise", splits.normal_label, trained_on
         )

@@ -136,6 +136,8 @@ class ReproducibleArguments(TrainingArguments):
             self.resume_from_checkpoint = self.resume_from_checkpoint.lower() == "true"
         if self.data_seed is None:  # else the images' order hangs on the global random state too
             self.data_seed = self.seed
+        if (self.metric_for_best_model or "").endswith("fpr_at_95_tpr") and self.greater_is_better is None:
+            self.greater_is_better = False
         super().__post_init__()
         _check_parts(self)
         if self.cpu_threads is not None:

@@ -409,7 +409,7 @@ def train_detector(
         model: a new detector; it holds the result.
         splits: of `load_one_class` or `stream_one_class`.
         train_dataset: the training images if they have more columns than `splits.train`, such as dissolved ones.
-        dissolving: what these columns hang on, for `describe_run`.
+        dissolving: what these columns hang on, for `describe_run`. Default: the columns themselves, or the model's dissolver.
         started: `time.time()` at the start of the run, for `seconds` in the results; None: now.
         command: the command line, for the card.
         scores_file: where the scores and labels of the test images go, see `write_scores`; None: nowhere.
@@ -421,6 +421,12 @@ def train_detector(
         InputError: arguments that would choose by the images that are evaluated, or what `AnomalyTrainer` refuses.
     """
     started = time.time() if started is None else started
+    if not isinstance(args, AnomalyTrainingArguments):
+        raise InputError(f"args must be AnomalyTrainingArguments, got {type(args).__name__}")
+    if splits.train is None:
+        raise InputError("the splits hold no images to train on: load them without evaluation_only")
+    if dissolving is None:
+        dissolving = _what_dissolves(model, train_dataset)
     if args.card_figures and num_images(splits.train) is None:
         raise InputError("--card_figures picks images out of the evaluation split, which --streaming does not keep: leave one of them out")
     fit_batch_size(args, num_images(splits.train))
@@ -492,6 +498,14 @@ def train_detector(
         push_result(args)
     trainer.accelerator.wait_for_everyone()
     return results
+
+
+def _what_dissolves(model: AnomalyDetector, train_dataset) -> dict | None:
+    """What a checkpoint is to be resumed with, as far as it can be told."""
+    if train_dataset is not None:
+        return {"dataset": train_dataset._fingerprint}
+    fingerprint = getattr(getattr(model, "dissolver", None), "fingerprint", None)
+    return None if fingerprint is None else {"fingerprint": fingerprint()}
 
 
 def _how_to_go_on(args: AnomalyTrainingArguments, started: float) -> str:
