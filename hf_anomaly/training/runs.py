@@ -502,7 +502,7 @@ def train_detector(
 
 def _what_dissolves(model: AnomalyDetector, train_dataset) -> dict | None:
     """What a checkpoint is to be resumed with, as far as it can be told."""
-    if train_dataset is not None:
+    if train_dataset is not None and "dissolved_images" in (train_dataset.column_names or ()):
         return {"dataset": train_dataset._fingerprint}
     fingerprint = getattr(getattr(model, "dissolver", None), "fingerprint", None)
     return None if fingerprint is None else {"fingerprint": fingerprint()}
