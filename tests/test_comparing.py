@@ -122,6 +122,7 @@ def test_what_takes_no_part_in_the_table(trained, capsys, caplog):
         ("dataset", ["a"]),
         ("num_normal", {}),
         ("steps", "many"),
+        ("command", ["train_dia.py"]),
     ],
 )
 def test_damaged_results(trained, field, value):

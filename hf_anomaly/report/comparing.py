@@ -57,6 +57,7 @@ class Run:
             (TESTED_ON, str | int | None),
             (("steps",), int | None),
             (("optimization",), dict | None),
+            (("command",), str | None),
         ):
             for name in names:
                 value = self.results.get(name)
