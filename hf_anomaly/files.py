@@ -1,10 +1,10 @@
-"""Folders of files, files that appear whole or not at all, and the bytes that fingerprints are made of."""
+"""Folders of files, files that appear whole or not at all, tables as text, and the bytes that fingerprints are made of."""
 
 import csv
 import io
 import json
 import os
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -96,6 +96,11 @@ def read_json(path: str | os.PathLike) -> dict:
     if not isinstance(content, dict):
         raise InputError(f"{path} must hold a JSON object, got {type(content).__name__}: restore or delete it")
     return content
+
+
+def markdown_table(titles: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
+    """The lines of a table in Markdown."""
+    return [f"| {' | '.join(entries)} |" for entries in (titles, ["---"] * len(titles), *rows)]
 
 
 def csv_text(rows: Iterable[dict]) -> str:

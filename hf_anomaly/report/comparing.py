@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from ..cards.card import plain
 from ..cards.merging import METRICS
 from ..errors import InputError
-from ..files import read_json
+from ..files import markdown_table, read_json
 from ..ops.baselines import TITLES
 from ..training.runs import load_config, recorded_results, settings_of
 from ..training.trainers import flat
@@ -197,14 +197,13 @@ def comparison_markdown(rows: list[dict]) -> str:
     parts = []
     for (dataset, normal, num_normal, num_anomalous), table in tables.items():
         metrics = [metric for metric in METRICS if any(metric in row for row in table)]
-        lines = [["method", "settings", "seeds", "steps", *(METRICS[metric][1] for metric in metrics)]]
-        lines += [["---"] * len(lines[0])]
+        titles, lines = ["method", "settings", "seeds", "steps", *(METRICS[metric][1] for metric in metrics)], []
         for row in table:
             settings = ", ".join(f"{name} {str(value).strip('[]')}" for name, value in row["settings"].items())
             entries = [row["method"], settings, _ranges(row["seeds"]), row["steps"], *(_entry(row, metric) for metric in metrics)]
             lines.append(["–" if entry in ("", None) else plain(entry) for entry in entries])
         head = f"{plain(dataset)}: normal is {plain(normal)}; {num_normal} normal and {num_anomalous} anomalous test images"
-        parts.append("\n".join([head, "", *(f"| {' | '.join(line)} |" for line in lines)]))
+        parts.append("\n".join([head, "", *markdown_table(titles, lines)]))
     return "\n\n".join(parts)
 
 

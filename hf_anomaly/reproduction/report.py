@@ -10,7 +10,7 @@ import numpy as np
 from ..cards.card import shown_command
 from ..cards.figures import new_figure
 from ..data.recipes import RECIPES
-from ..files import replacing
+from ..files import csv_text, markdown_table, replacing
 from .budgets import BUDGETS
 from .cells import MEAN, Number, Row, Section, Table
 from .methods import BASELINES, METHODS
@@ -46,16 +46,8 @@ def _computed(table: Table, command: list[str]) -> tuple[str, str]:
     """Markdown and CSV of a table without cells."""
     entries = table.computed()
     lines = [f"# {table.id}: {table.title}", "", f"The paper: {table.paper}.", *table.notes, ""]
-    lines += _markdown_table(list(entries[0]), [list(line.values()) for line in entries])
-    text = io.StringIO()
-    writer = csv.DictWriter(text, list(entries[0]), lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(entries)
-    return "\n".join([*lines, "", *_command_lines(command)]), text.getvalue()
-
-
-def _markdown_table(titles: list[str], rows: list[list[str]]) -> list[str]:
-    return ["| " + " | ".join(entries) + " |" for entries in (titles, ["---"] * len(titles), *rows)]
+    lines += markdown_table(list(entries[0]), [list(line.values()) for line in entries])
+    return "\n".join([*lines, "", *_command_lines(command)]), csv_text(entries)
 
 
 def _command_lines(command: list[str]) -> list[str]:
@@ -161,7 +153,7 @@ def _lines_by_method(section: Section, selection: Selection, everything: dict) -
         entries.append(_joined(results, lambda result: str(result["steps"])))
         entries.append(f"{np.mean([result['seconds'] for result in results]):.0f}" if results else NOTHING)
         rows.append(entries)
-    lines = [*_markdown_table(titles, rows), ""]
+    lines = [*markdown_table(titles, rows), ""]
     if finished:
         train, test, hashes = _data_entries(finished)
         lines.append(f"Images: {train} (train + calibration), {test} (test: normal + anomalous); split hashes {hashes}.")
@@ -200,7 +192,7 @@ def _lines_by_row(section: Section, selection: Selection, everything: dict) -> l
         entries = [f"**{numbers[MEAN]:.3f}**" if MEAN in numbers else NOTHING for numbers in section.paper.values()]
         entries += [_entry(method, selection, _means(section, method, selection)) for method in section.methods]
         rows.append([MEAN, *entries, NOTHING, NOTHING, NOTHING])
-    lines = [*_markdown_table(titles, rows), ""]
+    lines = [*markdown_table(titles, rows), ""]
     for method in section.methods:
         results = [result for row in section.rows for result in everything[row, method].values()]
         if steps := [result["steps"] for result in results if result["steps"]]:

@@ -8,8 +8,8 @@ import shutil
 import sys
 import tempfile
 import time
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import NoReturn
@@ -275,6 +275,18 @@ def push_result(args, folder: str | os.PathLike | None = None) -> None:
         logger.info("Pushed: %s", push_output(args, folder))
 
 
+@contextmanager
+def _loading(name_or_path: str, failure: str) -> Iterator[None]:
+    """Says in one line what goes wrong while something is loaded."""
+    try:
+        with hub_errors(name_or_path, reading=True):
+            yield
+    except (HubError, InputError):
+        raise
+    except (OSError, ValueError) as error:
+        raise InputError(f"{name_or_path!r} {failure}: {' '.join(str(error).split())}") from error
+
+
 def load_detector(
     name_or_path: str, revision: str | None = None, device: str | None = None
 ) -> tuple[AnomalyDetector, AnomalyImageProcessor]:
@@ -294,14 +306,9 @@ def load_detector(
     except (RuntimeError, AssertionError) as error:  # what no device is called, and what torch was not built for
         reason = " ".join(str(error).split())[:200]
         raise InputError(f"--device {device}: {reason}; leave it out, or give cpu or cuda") from error
-    try:
-        with hub_errors(name_or_path, reading=True):
-            model = load_without_code(AutoModel, name_or_path, revision=revision)
-            processor = load_without_code(AutoImageProcessor, name_or_path, revision=revision)
-    except (HubError, InputError):
-        raise
-    except (OSError, ValueError) as error:
-        raise InputError(f"{name_or_path!r} cannot be loaded as a detector: {' '.join(str(error).split())}") from error
+    with _loading(name_or_path, "cannot be loaded as a detector"):
+        model = load_without_code(AutoModel, name_or_path, revision=revision)
+        processor = load_without_code(AutoImageProcessor, name_or_path, revision=revision)
     if not isinstance(model, AnomalyDetector):
         raise InputError(f"{name_or_path!r} holds a {type(model).__name__}, which is no anomaly detector")
     if not isinstance(processor, AnomalyImageProcessor):
@@ -321,13 +328,8 @@ def load_config(name_or_path: str, revision: str | None = None) -> AnomalyDetect
     """
     from transformers import AutoConfig
 
-    try:
-        with hub_errors(name_or_path, reading=True):
-            config = load_without_code(AutoConfig, name_or_path, revision=revision)
-    except (HubError, InputError):
-        raise
-    except (OSError, ValueError) as error:
-        raise InputError(f"{name_or_path!r} holds no detector: {' '.join(str(error).split())}") from error
+    with _loading(name_or_path, "holds no detector"):
+        config = load_without_code(AutoConfig, name_or_path, revision=revision)
     if not isinstance(config, AnomalyDetectorConfig):
         raise InputError(f"{name_or_path!r} holds a {type(config).__name__}, which is no anomaly detector's")
     return config
