@@ -21,9 +21,9 @@ from .groups import draw_groups, groups_by_column, groups_by_volume
 from .protocols import PROTOCOLS, Division, contaminate, subset
 from .sources import (
     IN_MEMORY,
-    NORMAL_NAMES,
     by_our_names,
     check_place,
+    default_normal_class,
     given_splits,
     hub_dataset,
     label_columns,
@@ -466,14 +466,10 @@ def _normal_class(
                 "into folders named by their class"
             )
         return "normal"
-    if normal_label is None and source == "digits":
-        return "0"
     if normal_label is None:
-        named = [label for label in seen if label.lower() in NORMAL_NAMES]
-        in_train = set(labels.get("train") or ())
-        if len(named) == 1 or (not named and len(in_train) == 1):
-            return (named or list(in_train))[0]
-        raise InputError(f"which class of {source!r} is normal? Give normal_label; {_counts(labels, *labels)}")
+        normal_label = default_normal_class(source, seen, set(labels.get("train") or ()))
+        if normal_label is None:
+            raise InputError(f"which class of {source!r} is normal? Give normal_label; {_counts(labels, *labels)}")
     if normal_label in seen:
         return normal_label
     feature = next(split.features[column] for name, split in splits.items() if labels[name])

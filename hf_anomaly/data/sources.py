@@ -6,7 +6,7 @@ import logging
 import os
 import re
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -40,6 +40,15 @@ MASK_FOLDERS = ("ground_truth", "groundtruth")  # pixel annotation: no images to
 MASK_NAMES = ("{name}_mask", "{name}")  # of the mask of an image {name}: MVTec AD's name, and a plain one
 ARCHIVES = ("zip", "tar", "gzip", "bz2", "xz", "zstd", "lz4")  # protocols of fsspec that read what lies within another file
 METADATA_FILES = ("metadata.csv", "metadata.jsonl", "metadata.parquet")  # where imagefolder finds further columns
+
+
+def default_normal_class(source: str, classes: Iterable[str], training_classes: Iterable[str]) -> str | None:
+    """The class that is normal where nobody says so: of scikit-learn's digits zero, else the one called normal, good or healthy, else the only one that
+    trains; None where that leaves a choice."""
+    if source == "digits":
+        return "0"
+    found = [label for label in classes if label.lower() in NORMAL_NAMES] or list(training_classes)
+    return found[0] if len(found) == 1 else None
 
 
 def given_splits(source: Any) -> dict[str, datasets.Dataset] | None:

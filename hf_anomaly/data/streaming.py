@@ -14,7 +14,7 @@ from .content import read_image_file
 from .formats import Reading
 from .loading import OneClassSplits, channels_and_sizes, check_images, class_asked_for, class_name, image_column_of, label_column_of
 from .protocols import Division
-from .sources import NORMAL_NAMES, by_our_names, load_or_refuse, read_source, with_bytes
+from .sources import by_our_names, default_normal_class, load_or_refuse, read_source, with_bytes
 
 if TYPE_CHECKING:
     import datasets
@@ -201,14 +201,13 @@ def _normal_class(
         if isinstance(feature, datasets.ClassLabel)
         else [class_name(row[column], feature) for row in split.select_columns([column]).take(100)]
     )
-    counted = list(dict.fromkeys(seen if classes is None else [classes[label] for label in seen if label in classes]))
-    if asked is None and name == "digits":
-        return "0"
+    named = [label for label in seen if label is not None]  # a row without one is told of where it is read
+    counted = list(dict.fromkeys(named if classes is None else [classes[label] for label in named if label in classes]))
     if asked is None:
-        named = [label for label in counted if str(label).lower() in NORMAL_NAMES]
-        if len(named) != 1 and len(counted) != 1:
+        found = default_normal_class(name, counted, counted)
+        if found is None:
             raise InputError(f"which class of {name!r} is normal? Give normal_label; classes found: {', '.join(map(repr, counted[:20]))}")
-        return (named or counted)[0]
+        return found
     found = asked if asked in counted else str(asked) if classes is not None else class_asked_for(asked, feature)
     if isinstance(feature, datasets.ClassLabel) and found not in counted:
         raise InputError(f"normal_label={asked!r} is no label of {name!r}; its labels: {', '.join(map(repr, counted[:20]))}")
