@@ -72,8 +72,11 @@ def writing(path: str | os.PathLike) -> Iterator[Path]:
         yield temporary
 
 
-def check_output(flag: str, path: str | os.PathLike | None, *, folder: bool = False) -> None:
+def check_output(flag: str, path: str | os.PathLike | None, *, folder: bool = False, suffixes: Sequence[str] = ()) -> None:
     """Refuses a path to write to, if one was given, where a folder lies in place of a file, or with `folder` a file in place of a folder.
+
+    Args:
+        suffixes: those that its name may end in, in lower case; none: any.
 
     Raises:
         InputError: names the flag.
@@ -81,6 +84,9 @@ def check_output(flag: str, path: str | os.PathLike | None, *, folder: bool = Fa
     if path is not None and (Path(path).is_file() if folder else Path(path).is_dir()):
         there, wanted = ("file", "folder") if folder else ("folder", "file")
         raise InputError(f"{flag} {path}: it is a {there}; name a {wanted}")
+    if path is not None and suffixes and Path(path).suffix.lower() not in suffixes:
+        choice = " or ".join(filter(None, (", ".join(suffixes[:-1]), suffixes[-1])))
+        raise InputError(f"{flag} {path}: the name must end in {choice}")
 
 
 def read_json(path: str | os.PathLike) -> dict:

@@ -201,7 +201,7 @@ def test_command(trained, capsys):
 @pytest.mark.parametrize(
     ("argv", "words"),
     [
-        (["one", "--output", "table.pdf"], "--output table.pdf: give a name that ends in .md, .csv or .json"),
+        (["one", "--output", "table.pdf"], "--output table.pdf: the name must end in .md, .csv or .json"),
         (["one", "--baselines", "one/eval_results.json"], "one/eval_results.json holds no baselines"),
         (["empty"], "'empty' holds no detector"),
         (["resnet"], "'resnet' holds a ResNetConfig, which is no anomaly detector's"),

@@ -5,7 +5,7 @@ import threading
 
 import pytest
 
-from hf_anomaly.files import replacing, writing
+from hf_anomaly.files import check_output, replacing, writing
 
 
 @pytest.mark.parametrize("open_", [replacing, writing])
@@ -50,3 +50,21 @@ def test_a_pipe_is_written_to(tmp_path):
     reader.join()
     assert read == ["all"]
     assert (tmp_path / "pipe").is_fifo()
+
+
+@pytest.mark.parametrize(
+    ("suffixes", "words"),
+    [
+        ((".png",), "must end in .png"),
+        ((".csv", ".jsonl"), "must end in .csv or .jsonl"),
+        ((".md", ".csv", ".json"), "must end in .md, .csv or .json"),
+    ],
+)
+def test_names_of_outputs(tmp_path, suffixes, words, refused):
+    for suffix in suffixes:
+        check_output("--output", tmp_path / f"a{suffix}", suffixes=suffixes)
+        check_output("--output", tmp_path / f"A{suffix.upper()}", suffixes=suffixes)
+    with refused("--output", "a.pdf", words):
+        check_output("--output", tmp_path / "a.pdf", suffixes=suffixes)
+    check_output("--output", None, suffixes=suffixes)
+    check_output("--output", tmp_path / "a.pdf")

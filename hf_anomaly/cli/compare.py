@@ -23,9 +23,7 @@ def parse(argv: list[str]) -> Namespace:
     )
     parser.option("output", "also write the table to this file: .md, or .csv or .json for all digits")
     args = parser.parse(argv)
-    check_output("--output", args.output)
-    if args.output is not None and Path(args.output).suffix not in (".md", ".csv", ".json"):
-        raise InputError(f"--output {args.output}: give a name that ends in .md, .csv or .json")
+    check_output("--output", args.output, suffixes=(".md", ".csv", ".json"))
     return args
 
 
@@ -48,7 +46,7 @@ def run(args: Namespace) -> None:
     if args.output is not None:
         content = {".md": lambda: f"{text}\n", ".csv": lambda: _csv(rows), ".json": lambda: f"{json.dumps(rows, indent=2)}\n"}
         with writing(args.output) as file:
-            file.write_text(content[Path(args.output).suffix](), encoding="utf-8")
+            file.write_text(content[Path(args.output).suffix.lower()](), encoding="utf-8")
     print(text)
 
 

@@ -1,7 +1,6 @@
 """`hf-anomaly dissolve DISSOLVER IMAGES`"""
 
 from argparse import Namespace
-from pathlib import Path
 
 from ..errors import InputError
 from ..files import check_output
@@ -25,9 +24,7 @@ def parse(argv: list[str]) -> Namespace:
     parser.option("seed", "of dissolvers that draw random numbers (default: %(default)s)", type=int, default=0)
     parser.window_option("as in the training of the detector beside the dissolver")
     args = parser.parse(argv)
-    if Path(args.output).suffix.lower() != ".png":
-        raise InputError(f"--output {args.output}: the name must end in .png")
-    check_output("--output", args.output)
+    check_output("--output", args.output, suffixes=(".png",))
     return args
 
 

@@ -28,7 +28,6 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-SUFFIXES = (".csv", ".jsonl")
 DATASET_FILES = (".npz", ".parquet")
 OF_DATASETS = ("split", "image_column", "dataset_config_name", "dataset_revision")  # options that say nothing of files
 
@@ -62,9 +61,7 @@ def parse(argv: list[str]) -> Namespace:
     parser.option("image_column", "of a dataset (default: image, or its only image column)")
     parser.window_option("as in training")
     args = parser.parse(argv)
-    if args.output is not None and Path(args.output).suffix not in SUFFIXES:
-        raise InputError(f"--output {args.output}: the name must end in {' or '.join(SUFFIXES)}")
-    check_output("--output", args.output)
+    check_output("--output", args.output, suffixes=(".csv", ".jsonl"))
     check_output("--save_maps", args.save_maps, folder=True)
     if args.threshold is not None and args.false_positive_rate is not None:
         raise InputError("--threshold and --false_positive_rate both say what is flagged: give one of them")
@@ -295,7 +292,7 @@ def _table(output: str | None, columns: list[str]) -> Iterator[Callable[[dict], 
         yield _csv(sys.stdout, columns)
         return
     with writing(output) as temporary, open(temporary, "w", encoding="utf-8", newline="") as file:
-        yield _csv(file, columns) if Path(output).suffix == ".csv" else _jsonl(file)
+        yield _csv(file, columns) if Path(output).suffix.lower() == ".csv" else _jsonl(file)
 
 
 def _csv(file, columns: list[str]) -> Callable[[dict], None]:

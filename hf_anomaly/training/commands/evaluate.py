@@ -161,9 +161,7 @@ def main(argv: list[str], program: str) -> None:
     started = time.time()
     args, data_args = parse_arguments(EvaluationArguments, EvaluationDataArguments, description=__doc__, program=program, argv=argv)
     check_output("--output", args.output)
-    check_output("--scores", args.scores)
-    if args.scores is not None and Path(args.scores).suffix != ".csv":
-        raise InputError(f"--scores {args.scores}: the name must end in .csv")
+    check_output("--scores", args.scores, suffixes=(".csv",))
     check_output("--save_maps", args.save_maps, folder=True)
     if not args.baselines:
         data_args.refuse_training_flags("is of the training images, which --baselines alone takes")
