@@ -225,7 +225,8 @@ class DataArguments:
     dataset_config_name: str | None = field(default=None, metadata={"help": "Configuration of a Hub dataset."})
     dataset_revision: str | None = field(default=None, metadata={"help": "Branch, tag or commit of a Hub dataset."})
     normal_label: str | None = field(
-        default=None, metadata={"help": "Name or number of the normal class. Default: 'normal' or 'good', the only class, or digit 0."}
+        default=None,
+        metadata={"help": "Name or number of the normal class. Default: 'normal', 'good' or 'healthy', the only class, or digit 0."},
     )
     image_column: str | None = field(default=None, metadata={"help": "Column with the images. Default: 'image', or the only image column."})
     label_column: str | None = field(
