@@ -22,6 +22,15 @@ logger = logging.getLogger(__name__)
 
 TESTED_ON = ("dataset", "normal_label", "num_normal", "num_anomalous")  # of results: detectors compare where these are the same
 
+# What results hold, where they hold it. A metric is 0 to 1.
+_KINDS = {
+    **dict.fromkeys(METRICS, float | int),
+    **dict.fromkeys(TESTED_ON, str | int),
+    "steps": int,
+    "optimization": dict,
+    "command": str,
+}
+
 # Flags of a training command that change none of its results, or that stand in its results anyhow.
 _WITHOUT_EFFECT = re.compile(
     "(seed|max_steps|dataset|dataset_name|dataset_id|data_dir|output_dir|cpu_threads|use_cpu|num_processes|disable_tqdm|report_to|run_name|card_figures"
@@ -52,19 +61,10 @@ class Run:
         if self.results.get("auroc") is None:
             reason = self.results.get("reason") or "its eval_results.json is missing or holds none; give what a training script wrote"
             raise InputError(f"{self.name} has no AUROC: {reason}")
-        for names, kind in (
-            (METRICS, float | int | None),
-            (TESTED_ON, str | int | None),
-            (("steps",), int | None),
-            (("optimization",), dict | None),
-            (("command",), str | None),
-        ):
-            for name in names:
-                value = self.results.get(name)
-                if not isinstance(value, kind) or (names is METRICS and value is not None and not 0 <= value <= 1):
-                    raise InputError(
-                        f"{self.name}: {name} is {value!r}, which no evaluation wrote: restore or delete its eval_results.json"
-                    )
+        for name, kind in _KINDS.items():
+            value = self.results.get(name)
+            if not isinstance(value, kind | None) or (name in METRICS and value is not None and not 0 <= value <= 1):
+                raise InputError(f"{self.name}: {name} is {value!r}, which no evaluation wrote: restore or delete its eval_results.json")
 
 
 def read_run(name_or_path: str | os.PathLike) -> Run:
@@ -79,13 +79,14 @@ def read_run(name_or_path: str | os.PathLike) -> Run:
     """
     name = os.fspath(name_or_path)
     config, results = load_config(name), recorded_results(name)
-    Run(name, "", results)  # refuses what is damaged
+    run = Run(name, type(config).__name__.removesuffix("Config"), results)  # refuses what is damaged, before it is read
     division = {key: value for key, value in (results.get("division") or {}).items() if key not in ("seed", "split_hash", "normal_label")}
     settings = {**settings_of(config), "false_positive_rate": config.false_positive_rate, **division, **(results.get("optimization") or {})}
     settings = _flags(results.get("command")) | settings  # what is only in the command trained a first stage, say
     if settings.get("data_seed") == results.get("seed"):  # as it is unless somebody says otherwise
         settings.pop("data_seed", None)
-    return Run(name, type(config).__name__.removesuffix("Config"), results, flat(json.loads(json.dumps(settings))))
+    run.settings.update(flat(json.loads(json.dumps(settings))))
+    return run
 
 
 def _flags(command: str | None) -> dict[str, str]:
