@@ -414,6 +414,18 @@ def test_resuming_in_a_later_pass_over_a_stream(parquet, tmp_path):
     assert "belongs to another run (images was" in err
 
 
+def test_steps_added_go_on_in_the_pass_that_was_begun(parquet, tmp_path):
+    common = ("--dataset_name", parquet, "--streaming", "true", "--stream_head", 20, "--image_size", 16, "--per_device_train_batch_size", 8)
+    common += ("--hidden_sizes", 4, 4, 4, "--latent_size", 4, "--lr_scheduler_type", "constant", "--save_steps", 3, "--report_to", "none")
+    weights = []
+    for folder, *options in (("whole", 6), ("added", 3), ("added", 6, "--resume_from_checkpoint", "true")):
+        status, _, err = run("train_shared_ae.py", *common, "--use_cpu", "true", "--output_dir", tmp_path / folder, "--max_steps", *options)
+        assert status == 0, err
+        weights.append(load_file(tmp_path / folder / "model.safetensors"))
+    assert json.loads((tmp_path / "whole" / "checkpoint-6" / "trainer_state.json").read_text())["epoch"] == 1, "of one pass over the stream"
+    assert all(torch.equal(value, weights[2][name]) for name, value in weights[0].items())
+
+
 @pytest.mark.parametrize(
     ("options", "words"),
     [

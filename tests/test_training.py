@@ -172,6 +172,22 @@ def test_micro_steps_draw_different_numbers(make):
     assert torch.equal(accumulated[2], plain[1])  # a step's first micro-step, however many there are
 
 
+class Everything(CSIModel):
+    def forward(self, pixel_values, **kwargs):
+        return super().forward(pixel_values, **kwargs)
+
+
+def test_a_forward_that_takes_everything_is_trained_alike(make):
+    weights = []
+    for kind in (CSIModel, Everything):
+        trainer = make("csi", max_steps=2, gradient_accumulation_steps=2)
+        model = kind(trainer.model.config)
+        model.load_state_dict(trainer.model.state_dict())
+        AnomalyTrainer(model, trainer.args, train_dataset=trainer.train_dataset).train()
+        weights.append(model.state_dict())
+    assert all(torch.equal(value, weights[1][name]) for name, value in weights[0].items())
+
+
 @pytest.mark.parametrize("decay", [0.3, 0.0])
 def test_the_model_ends_with_the_average_of_the_weights(make, decay):
     after_each_step = []

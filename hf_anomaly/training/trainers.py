@@ -3,6 +3,7 @@
 import inspect
 import json
 import logging
+import math
 import os
 import shutil
 from collections import Counter
@@ -57,7 +58,7 @@ _TRAINING_STATE = ["optimizer*", "scheduler*", "rng_state*", "scaler*", "trainer
 @contextmanager
 def seeded(*entropy: int):
     """Runs a block under torch's global random state seeded from these numbers, and puts the old state back."""
-    with torch.random.fork_rng():
+    with torch.random.fork_rng(devices=[torch.cuda.current_device()] if torch.cuda.is_available() else []):  # by default it wakes every GPU
         torch.manual_seed(int(np.random.SeedSequence(entropy).generate_state(1, np.uint64)[0] >> 1))
         yield
 
@@ -146,6 +147,7 @@ class ReproducibleTrainer(Trainer):
         if args.world_size > 1 and args.device.type == "cuda":
             model = torch.nn.SyncBatchNorm.convert_sync_batchnorm(model)
         super().__init__(model, args, **kwargs)
+        self.model_accepts_loss_kwargs = False  # a `forward` with **kwargs would be taken to divide by the accumulation steps itself
         if hasattr(model, "config"):
             vars(model.config).pop("use_cache", None)  # Trainer puts it there, for language models; our configs refuse unknown fields
         self.run = run
@@ -193,7 +195,7 @@ class ReproducibleTrainer(Trainer):
         if resume_from_checkpoint is not None and not hasattr(self.train_dataset, "__len__"):
             # Trainer takes all steps for one pass over a stream, whose length it does not know, but its `epoch` counts passes.
             state = read_json(Path(resume_from_checkpoint, "trainer_state.json"))
-            passes = int(state["epoch"])
+            passes = math.ceil(state["epoch"]) - 1  # 1.0: all steps were of the first pass, which may have more images
             batches = round((state["epoch"] - passes) * state["max_steps"] * self.args.gradient_accumulation_steps)
         return passes, batches
 
