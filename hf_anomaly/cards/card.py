@@ -310,7 +310,7 @@ def write_dissolver_card(
     """
     name = repo_id or Path(folder).resolve().name
     diffusion, notes = num_channels is not None, notes if isinstance(notes, dict) else {}
-    run = notes.get("run") or {}
+    run = notes["run"] if isinstance(notes.get("run"), dict) else {}
     card = ModelCard.from_template(
         ModelCardData(library_name="diffusers" if diffusion else "hf-anomaly", tags=["anomaly-detection", "dissolver", "hf-anomaly"]),
         template_path=str(DISSOLVER_TEMPLATE),

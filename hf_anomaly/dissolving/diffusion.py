@@ -111,6 +111,12 @@ class DiffusionDissolver(Dissolver):
         """
         super().save_pretrained(folder, self.training_notes if training_notes is None else training_notes)
 
+    @property
+    def training_run(self) -> dict | None:
+        """What `training_notes` say of the run that trained it: its images, seed and settings; None if nothing."""
+        run = self.training_notes.get("run") if isinstance(self.training_notes, dict) else None
+        return run if isinstance(run, dict) else None
+
     def write_card(self, folder: str | os.PathLike, repo_id: str | None = None) -> None:
         """As `Dissolver.write_card`; the card tells the training as `training_notes` does."""
         facts = {"resolution": self.resolution, "num_channels": self.unet.config.in_channels, "notes": self.training_notes}

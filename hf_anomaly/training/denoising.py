@@ -162,7 +162,8 @@ def pretraining_run(name_or_path: str | os.PathLike) -> dict:
     for file in (PRETRAINING_NOTES, "eval_results.json"):
         if (path := cached_file(name_or_path, file, _raise_exceptions_for_missing_entries=False)) is not None:
             content = read_json(Path(path))
-            return (content.get("run") or {}) if file == PRETRAINING_NOTES else content
+            run = content.get("run") if file == PRETRAINING_NOTES else content
+            return run if isinstance(run, dict) else {}
     return {}
 
 

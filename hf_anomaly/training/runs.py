@@ -199,7 +199,7 @@ def choose_output_dir(args, method: str, dataset_name: str) -> None:
             pass
 
 
-def replace_earlier_run(args, used: str | None = None) -> None:
+def replace_earlier_run(args, used: str | os.PathLike | None = None) -> None:
     """Before a training begins: says that it replaces what an earlier run left in its folder, which may be of other images, and removes stages and
     checkpoints of that: resumed, this run would take them for its own. A dissolver that was trained by itself, which has a card, stays.
 

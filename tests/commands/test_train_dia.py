@@ -133,11 +133,25 @@ def test_a_dissolver_trained_before(train, digits, tmp_path):
     assert AutoModel.from_pretrained(folder).config.dissolver_settings == {"t_min": 50, "t_max": 130}
 
 
+def test_a_dissolver_trained_by_itself_is_not_written_over(train, tmp_path):
+    place = tmp_path / "run" / "dissolver"
+    train(place, "--t_max", 60, "--block_out_channels", 8, 8, script="train_dissolver.py")
+    before = {path: path.read_bytes() for path in place.rglob("*") if path.is_file()}
+    for argv in ((), ("--dissolver", "none")):
+        _, err = train(tmp_path / "run", *argv, status=2)
+        assert f"{place} holds a dissolver that was trained by itself" in err.splitlines()[-1]
+        assert {path: path.read_bytes() for path in place.rglob("*") if path.is_file()} == before
+    folder, _ = train(tmp_path / "run", "--dissolver", tmp_path / "run", "--t_min", 40)
+    assert json.loads((folder / "config.json").read_text())["dissolver_settings"] == {"t_min": 40, "t_max": 60}
+    assert json.loads((place / "dissolver_config.json").read_text())["t_min"] == 40
+    assert "timesteps 40 to 60" in (place / "README.md").read_text()
+
+
 def test_a_dissolver_trained_before_keeps_its_timesteps(train, digits, tmp_path):
     """Of a recipe, which has timesteps of its own."""
     shutil.copytree(digits[0] / "dissolver", tmp_path / "dissolver")
     notes = json.loads((tmp_path / "dissolver" / "dissolver_config.json").read_text())
-    notes |= {"t_min": 10, "t_max": 40}
+    notes |= {"t_min": 10, "t_max": 40, "training": {"run": "last week's"}}
     (tmp_path / "dissolver" / "dissolver_config.json").write_text(json.dumps(notes))
     folder, _ = train(tmp_path / "run", "--dataset", "digits", "--normal_label", 0, "--dissolver", tmp_path / "dissolver")
     settings = json.loads((folder / "config.json").read_text())["dissolver_settings"]
@@ -153,7 +167,7 @@ def test_a_ready_dissolver_of_any_kind(train, tmp_path):
     _, err = train(tmp_path / "other", "--dissolver", tmp_path / "median", "--t_min", 50, status=2)
     assert f"--t_min is of no use to --dissolver {tmp_path / 'median'}" in err.splitlines()[-1]
     args = DissolverArguments(str(tmp_path / "median"))  # whose timesteps are not asked for, but a recipe's
-    assert make_dissolver(args, RECIPES["cifar_10"], SimpleNamespace(output_dir=tmp_path), None, None).kind == "median"
+    assert make_dissolver(args, RECIPES["cifar_10"], SimpleNamespace(output_dir=tmp_path), None, None, tmp_path / "median").kind == "median"
 
 
 def test_an_own_kind_of_dissolver(train, tmp_path, monkeypatch):

@@ -203,8 +203,12 @@ class ContrastiveTrainingArguments(AnomalyTrainingArguments):
         return self.max_steps * self.images_per_step / num_images
 
 
-def make_dissolver(args: DissolverArguments, recipe, training_args, splits, processor) -> Dissolver | None:
-    """The dissolver that the arguments ask for, trained now if it has to be; the recipe of the dataset, if any, has timesteps where they have none."""
+def make_dissolver(args: DissolverArguments, recipe, training_args, splits, processor, ready: Path | None = None) -> Dissolver | None:
+    """The dissolver that the arguments ask for, trained now if it has to be; the recipe of the dataset, if any, has timesteps where they have none.
+
+    Args:
+        ready: the local folder of the one that `args` name, see `_find`.
+    """
     folder = Path(training_args.output_dir, "dissolver")
     kernel = {} if args.blur_kernel_size is None else {"kernel_size": args.blur_kernel_size}
     resolution = {} if args.dissolving_resolution is None else {"resolution": args.dissolving_resolution}
@@ -215,13 +219,12 @@ def make_dissolver(args: DissolverArguments, recipe, training_args, splits, proc
             return DISSOLVERS[args.dissolver](**kernel, **resolution)
         except TypeError as error:  # of an own class
             raise InputError(f"--dissolver {args.dissolver}: {error}; save one with save_pretrained, and give its folder") from error
-    ready = None if args.dissolver == "diffusion" else _find(args.dissolver)
     if ready is not None and dissolver_kind(ready) != "diffusion":
         args.refuse_useless(_ANY_USES)
         return Dissolver.from_pretrained(ready)
     if ready is not None:
         dissolver = DiffusionDissolver.from_pretrained(ready, t_min=args.t_min, t_max=args.t_max)
-        warn_of_other_division((dissolver.training_notes or {}).get("run") or {}, splits, args.dissolver)
+        warn_of_other_division(dissolver.training_run or {}, splits, args.dissolver)
         return dissolver
     if recipe is not None:
         args.take_timesteps(*recipe.timesteps)
@@ -229,7 +232,7 @@ def make_dissolver(args: DissolverArguments, recipe, training_args, splits, proc
     run = describe_run(splits, processor, training_args.seed, dissolver=asdict(args))
     if training_args.resume_from_checkpoint and folder.is_dir():
         dissolver = DiffusionDissolver.from_pretrained(folder, **t_range)
-        check_same_run((dissolver.training_notes or {}).get("run"), run, folder)
+        check_same_run(dissolver.training_run, run, folder)
         return dissolver
     arguments = denoising_arguments(
         training_args,
@@ -254,8 +257,10 @@ def make_dissolver(args: DissolverArguments, recipe, training_args, splits, proc
     return dissolver
 
 
-def _find(name: str) -> Path:
-    """The local folder of a ready dissolver."""
+def _find(name: str) -> Path | None:
+    """The local folder of a ready dissolver; None for one that is made."""
+    if name in (*DISSOLVERS, "none"):
+        return None
     close = difflib.get_close_matches(name, [*DISSOLVERS, "none"], n=1)
     if close and not Path(name).exists():
         raise InputError(f"--dissolver {name}: did you mean {close[0]}? A folder is written ./{name}, a Hub id org/name")
@@ -273,6 +278,12 @@ def main(argv: list[str], program: str) -> None:
     method = "csi" if dissolver_args.dissolver == "none" else "dia"
     choose_output_dir(training_args, method, data_args.dataset_name)
     check_first(training_args)
+    folder, ready = Path(training_args.output_dir, "dissolver"), _find(dissolver_args.dissolver)
+    in_place = ready is not None and folder.is_dir() and ready.samefile(folder)
+    if (folder / "README.md").is_file() and not in_place:
+        raise InputError(
+            f"{folder} holds a dissolver that was trained by itself: take another --output_dir, or use it, --dissolver {folder}"
+        )
     splits, processor = load_training_images(data_args, training_args.seed)
     training_args.fit_image_size(processor.size["height"])
     detector_args.fit_image_size(processor.size["height"])
@@ -292,16 +303,18 @@ def main(argv: list[str], program: str) -> None:
     if detector_args.backbone is not None:
         model.load_backbone(detector_args.backbone)
 
-    dissolver, train_dataset = make_dissolver(dissolver_args, data_args.recipe, training_args, splits, processor), splits.train
+    dissolver, train_dataset = make_dissolver(dissolver_args, data_args.recipe, training_args, splits, processor, ready), splits.train
     PartialState().wait_for_everyone()
     if dissolver_args.dissolver != "diffusion":
-        replace_earlier_run(training_args, dissolver_args.dissolver)
-    folder = Path(training_args.output_dir, "dissolver")
+        replace_earlier_run(training_args, ready)
     resumed = training_args.resume_from_checkpoint and folder.is_dir()  # saved already; of another run it is not ours to remove
     if training_args.should_save and dissolver_args.dissolver != "diffusion" and not resumed:  # that one is saved as soon as it is trained
-        shutil.rmtree(folder, ignore_errors=True)  # an earlier run's may be of another kind
+        if not in_place:
+            shutil.rmtree(folder, ignore_errors=True)  # an earlier run's may be of another kind
         if dissolver is not None:
             dissolver.save_pretrained(folder)
+        if (folder / "README.md").is_file():  # of the one that is used, whose timesteps may be others now
+            dissolver.write_card(folder)
     dissolving, variants = None, 0 if data_args.streaming else dissolver_args.dissolved_variants  # of a stream there is nothing to keep
     if dissolver is not None:
         dissolving = {"fingerprint": dissolver.fingerprint(), "variants": variants}
