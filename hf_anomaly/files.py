@@ -104,6 +104,12 @@ def read_json(path: str | os.PathLike) -> dict:
     return content
 
 
+def write_json(path: str | os.PathLike, content: dict) -> None:
+    """Writes strict JSON (no NaN), whole or not at all."""
+    with replacing(path) as temporary:
+        temporary.write_text(json.dumps(content, indent=2, sort_keys=True, allow_nan=False) + "\n")
+
+
 def markdown_table(titles: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
     """The lines of a table in Markdown."""
     return [f"| {' | '.join(entries)} |" for entries in (titles, ["---"] * len(titles), *rows)]

@@ -97,6 +97,16 @@ def why_no_overlay(model: AnomalyDetector) -> str:
     return ""
 
 
+def check_overlay(model: AnomalyDetector, flag: str) -> None:
+    """Refuses a flag that asks for overlays, before any image is scored, where there would be none.
+
+    Raises:
+        InputError: says why.
+    """
+    if reason := why_no_overlay(model):
+        raise InputError(f"{flag}: {reason}")
+
+
 @torch.no_grad()
 def paint(model: AnomalyDetector, processor: AnomalyImageProcessor, image: PIL.Image.Image) -> PIL.Image.Image:
     """An image with the map that a detector makes of it, at a size to look at; see `overlay_anomaly_map` and `why_no_overlay`."""

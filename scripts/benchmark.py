@@ -43,13 +43,13 @@ from hf_anomaly import (
     SharedAEModel,
     prepare,
 )
+from hf_anomaly.cli.running import run_script
 from hf_anomaly.data import collate, stream_one_class
 from hf_anomaly.dissolving import DiffusionDissolver, build_scheduler, build_unet, default_resolution, network_resolution
 from hf_anomaly.metrics import PixelMetrics
 from hf_anomaly.ops.contrastive import amplified_nt_xent
 from hf_anomaly.ops.knn import max_cosine
 from hf_anomaly.training import AnomalyTrainer, AnomalyTrainingArguments, parse_arguments
-from hf_anomaly.training.runs import run_script
 
 SCORED_AT_ONCE = 64
 BANK_WIDTH = 128

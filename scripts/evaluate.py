@@ -7,8 +7,8 @@ python scripts/evaluate.py --model runs/dia-digits --dataset_name digits
 
 import sys
 
+from hf_anomaly.cli.running import run_script
 from hf_anomaly.training.commands.evaluate import main
-from hf_anomaly.training.runs import run_script
 
 if __name__ == "__main__":
     run_script(lambda: main(sys.argv[1:], program="scripts/evaluate.py"))

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from accelerate import PartialState
 
+from hf_anomaly.cli.running import run_script
 from hf_anomaly.errors import InputError
 from hf_anomaly.reproduction import (
     Selection,
@@ -21,7 +22,6 @@ from hf_anomaly.reproduction import (
     write_report,
 )
 from hf_anomaly.training import parse_arguments
-from hf_anomaly.training.runs import run_script
 
 
 @dataclass

@@ -5,8 +5,8 @@ accelerate launch scripts/train_shared_ae.py --dataset_name path/to/images --out
 
 import sys
 
+from hf_anomaly.cli.running import run_script
 from hf_anomaly.training.commands.train_shared_ae import main
-from hf_anomaly.training.runs import run_script
 
 if __name__ == "__main__":
     run_script(lambda: main(sys.argv[1:], program="accelerate launch scripts/train_shared_ae.py"))

@@ -21,6 +21,7 @@ LAYERS = [
     {"detector"},
     {"backbones", "detectors"},
     {"image_processing", "data", "dissolving", "metrics", "visualization"},
+    {"loading"},
     {"training"},
     {"demo", "report"},
     {"pipeline"},

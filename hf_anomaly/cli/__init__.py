@@ -62,6 +62,6 @@ def _run(name: str, argv: list[str]) -> None:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
     import_module("..registry", __name__)
-    from ..training.runs import run_script
+    from .running import run_script
 
     run_script(lambda: command.run(arguments))

@@ -32,9 +32,10 @@ def run(argv: list[str]) -> None:
     from ..data import collate, prepare
     from ..data.sources import dataset_label
     from ..files import check_output
+    from ..loading import load_detector, recorded_results
     from ..training import EvaluationDataArguments, parse_arguments
     from ..training.arguments import ScoringArguments
-    from ..training.runs import load_detector, load_splits, recorded_results, threshold_line
+    from ..training.runs import load_splits, threshold_line
 
     @dataclass(kw_only=True)
     class CalibrationArguments(ScoringArguments):

@@ -24,8 +24,8 @@ def parse(argv: list[str]) -> Namespace:
 
 def run(args: Namespace) -> None:
     from ..cards import write_card
-    from ..training.runs import load_config, load_detector, settings_of
-    from ..training.trainers import first_difference
+    from ..loading import load_config, load_detector
+    from ..training.run_record import first_difference, settings_of
 
     folder = Path(args.folder)
     if not (folder / "config.json").is_file():

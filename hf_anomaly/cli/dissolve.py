@@ -65,7 +65,7 @@ def _processor(name: str):
     """That of the detector beside the dissolver; None if it is alone."""
     from transformers.utils.hub import cached_file
 
-    from ..training.runs import load_detector
+    from ..loading import load_detector
 
     there = cached_file(name, "preprocessor_config.json", _raise_exceptions_for_missing_entries=False) is not None
     return load_detector(name)[1] if there else None

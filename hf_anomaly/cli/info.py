@@ -15,7 +15,7 @@ def parse(argv: list[str]) -> Namespace:
 
 
 def run(args: Namespace) -> None:
-    from ..training.runs import load_detector, recorded_results
+    from ..loading import load_detector, recorded_results
 
     model, _ = load_detector(args.model, args.revision)
     facts = describe(model, recorded_results(args.model, args.revision))

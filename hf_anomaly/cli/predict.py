@@ -74,10 +74,9 @@ def run(args: Namespace) -> None:
     from tqdm.auto import tqdm
 
     from ..data.formats import parse_window
+    from ..loading import load_detector
     from ..pipeline import AnomalyDetectionPipeline
-    from ..training.commands.evaluate import check_maps
-    from ..training.runs import load_detector
-    from ..visualization import VISIBLE, overlay_anomaly_map, write_image
+    from ..visualization import VISIBLE, check_overlay, overlay_anomaly_map, write_image
 
     window = parse_window(args.window)
     sources = list(_sources(args))  # before the model: a misspelt path is told at once
@@ -88,7 +87,7 @@ def run(args: Namespace) -> None:
     model.require_fitted()
     processor.window = window or processor.window
     if args.save_maps is not None:
-        check_maps(model)
+        check_overlay(model, "--save_maps")
         Path(args.save_maps).mkdir(parents=True, exist_ok=True)
     pipe = AnomalyDetectionPipeline(model, processor, device=args.device)
     skipped: list[str] = []

@@ -52,7 +52,7 @@ def _check(folder: Path) -> None:
     if (folder / "pretraining.json").exists():  # a first stage: it scores nothing yet
         return
     from ..cards import write_card
-    from ..training.runs import load_detector
+    from ..loading import load_detector
 
     model, _ = load_detector(str(folder))
     model.require_fitted()

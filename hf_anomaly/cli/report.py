@@ -26,11 +26,11 @@ def run(argv: list[str]) -> None:
     from ..data.sources import dataset_label
     from ..errors import InputError
     from ..files import check_output
+    from ..loading import load_detector
     from ..report import write_report
     from ..training import EvaluationDataArguments, parse_arguments
     from ..training.arguments import ScoringArguments
     from ..training.commands.evaluate import load_for_evaluation
-    from ..training.runs import load_detector
 
     @dataclass(kw_only=True)
     class ReportArguments(ScoringArguments):

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from ..dissolving import Dissolver
 from ..errors import InputError
 from ..hub import hub_errors
-from ..training.runs import load_detector
+from ..loading import load_detector
 from .page import build_demo, import_gradio
 
 if TYPE_CHECKING:

@@ -14,9 +14,9 @@ from ..cards.card import plain
 from ..cards.merging import METRICS
 from ..errors import InputError
 from ..files import markdown_table, read_json
+from ..loading import load_config, recorded_results
 from ..ops.baselines import TITLES
-from ..training.runs import load_config, recorded_results, settings_of
-from ..training.trainers import flat
+from ..training.run_record import flat, settings_of
 
 logger = logging.getLogger(__name__)
 

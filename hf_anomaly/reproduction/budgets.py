@@ -14,7 +14,7 @@ from ..detector import AnomalyDetectorConfig
 from ..image_processing import AnomalyImageProcessor
 from ..training import AnomalyTrainingArguments
 from ..training.baselines import pixel_matrix
-from ..training.runs import settings_of
+from ..training.run_record import settings_of
 
 SCORES_FILE = "scores.npz"  # of the test images, in the folder that a method works in
 

@@ -36,11 +36,11 @@ from ..detectors.shared_ae.configuration_shared_ae import SharedAEConfig
 from ..detectors.shared_ae.modeling_shared_ae import SharedAEModel
 from ..dissolving import GaussianDissolver
 from ..errors import InputError
-from ..files import replacing
+from ..files import replacing, write_json
 from ..image_processing import AnomalyImageProcessor
 from ..training import AnomalyTrainingArguments
 from ..training.denoising import denoising_arguments, pretrain
-from ..training.runs import train_detector, write_json
+from ..training.runs import train_detector
 from .budgets import Training, detector_settings
 from .running import ABSENT, FINISHED, PENDING, check_seeds, part_of, quiet
 

@@ -17,8 +17,9 @@ from accelerate import PartialState
 from ..data.recipes import RECIPES
 from ..data.sources import dataset_label
 from ..errors import InputError
+from ..files import write_json
 from ..image_processing import AnomalyImageProcessor
-from ..training.runs import shrink_training_images, write_json
+from ..training.runs import shrink_training_images
 from ..version import __version__
 from .budgets import BUDGETS, SCORES_FILE, CellData
 from .cells import Cell, Section, Table

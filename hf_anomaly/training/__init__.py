@@ -1,7 +1,7 @@
 """Training with `transformers.Trainer`: arguments, trainers, and the whole run from a dataset to a saved detector."""
 
 from .arguments import AnomalyTrainingArguments, DataArguments, DenoisingTrainingArguments, EvaluationDataArguments, parse_arguments
-from .trainers import AnomalyTrainer, DenoisingTrainer, ReproducibleTrainer, check_checkpoint, check_same_run
+from .trainers import AnomalyTrainer, DenoisingTrainer, ReproducibleTrainer, check_checkpoint
 
 __all__ = [
     "AnomalyTrainer",
@@ -12,6 +12,5 @@ __all__ = [
     "EvaluationDataArguments",
     "ReproducibleTrainer",
     "check_checkpoint",
-    "check_same_run",
     "parse_arguments",
 ]

@@ -5,7 +5,6 @@ import os
 import shutil
 from pathlib import Path
 
-from safetensors import SafetensorError
 from transformers import AutoConfig, set_seed
 from transformers.utils.hub import cached_file
 
@@ -22,13 +21,13 @@ from ..dissolving import (
     default_resolution,
     network_resolution,
 )
-from ..errors import HubError, InputError
-from ..files import read_json
-from ..hub import hub_errors
+from ..errors import InputError
+from ..files import read_json, write_json
 from ..image_processing import AnomalyImageProcessor
+from ..loading import loading
 from ..untrusted import load_without_code
 from .arguments import AnomalyTrainingArguments, DenoisingTrainingArguments
-from .runs import fit_batch_size, num_images, push_result, write_json
+from .runs import fit_batch_size, num_images, push_result
 from .trainers import DenoisingTrainer, hub_name
 
 logger = logging.getLogger(__name__)
@@ -139,9 +138,8 @@ def load_pretraining(name_or_path: str | os.PathLike, *, image_size: int, num_ch
         InputError: there is none, it is something else, or it takes images of other channels.
         HubError: as `load_detector`.
     """
-    try:
-        with hub_errors(str(name_or_path), reading=True):
-            config = load_without_code(AutoConfig, name_or_path)
+    with loading(str(name_or_path), "cannot be loaded as pretrained weights"):
+        config = load_without_code(AutoConfig, name_or_path)
         if not isinstance(config, ADDPConfig):
             raise InputError(f"{str(name_or_path)!r} holds a {type(config).__name__}: only ADDP's own weights can be gone on with")
         if config.num_channels != num_channels:
@@ -151,10 +149,6 @@ def load_pretraining(name_or_path: str | os.PathLike, *, image_size: int, num_ch
             )
         config = ADDPConfig.from_dict({**config.to_dict(), "image_size": image_size, **changes})
         return ADDPForPreTraining.from_pretrained(name_or_path, config=config)
-    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
-        if isinstance(error, HubError | InputError):
-            raise
-        raise InputError(f"{str(name_or_path)!r} cannot be loaded as pretrained weights: {' '.join(str(error).split())}") from error
 
 
 def pretraining_run(name_or_path: str | os.PathLike) -> dict:

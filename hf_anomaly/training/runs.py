@@ -1,55 +1,34 @@
 """Whole runs, from a dataset's name to a saved folder. The scripts are thin around these functions."""
 
-import errno
-import json
 import logging
 import os
 import shutil
-import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
-from typing import NoReturn
 
 import torch
 from accelerate import PartialState
-from huggingface_hub.errors import HfHubHTTPError, StrictDataclassError
-from huggingface_hub.utils import are_progress_bars_disabled, enable_progress_bars
-from huggingface_hub.utils import logging as hub_logging
-from safetensors import SafetensorError
 from transformers import SchedulerType
 from transformers.trainer_utils import get_last_checkpoint
-from transformers.utils.hub import cached_file
-from transformers.utils.logging import disable_progress_bar
 
 from ..cards import shown_command, write_card
 from ..data import OneClassSplits, check_pixels, load_one_class, prepare, shrink_images, stream_one_class
-from ..data.sources import dataset_label, hub_dataset
-from ..detector import AnomalyDetector, AnomalyDetectorConfig
-from ..errors import HubError, InputError, NotFittedError
-from ..files import read_json, replacing
-from ..hub import create_repository, hub_errors
+from ..data.sources import hub_dataset
+from ..detector import AnomalyDetector
+from ..errors import InputError
+from ..files import write_json
+from ..hub import create_repository
 from ..image_processing import AnomalyImageProcessor
 from ..ops.distributed import local_main_process_first
-from ..untrusted import load_without_code
 from .arguments import AnomalyTrainingArguments, DataArguments
 from .evaluation import bfloat16_agreement, draw_figures, evaluate_detector, write_scores
+from .run_record import describe_run, optimization_of, settings_of
 from .trainers import AnomalyTrainer, check_checkpoint, hub_name, push_output
 
 logger = logging.getLogger(__name__)
 
-# Chosen, but without effect on how a detector is trained.
-_ONLY_FOR_SCORING = ("search_chunk_size", "false_positive_rate", "_name_or_path")
-
-# Arguments that a resumed optimizer would not take up, or that change what comes of a run. Steps may be added.
-_OPTIMIZATION = (
-    "learning_rate", "weight_decay", "optim", "optim_args", "lars", "adam_beta1", "adam_beta2", "adam_epsilon", "lr_scheduler_type", "lr_scheduler_kwargs",
-    "warmup_steps", "max_grad_norm", "ema_decay", "bf16", "fp16", "images_per_step", "gradient_accumulation_steps", "data_seed",
-    "dataloader_drop_last",
-)  # fmt: skip
 _FOLLOWING_RESULTS = (SchedulerType.REDUCE_ON_PLATEAU, SchedulerType.GREEDY)  # schedules that look at the evaluation split
 
 # What a training script prints of the results, as far as it is there.
@@ -57,16 +36,6 @@ PRINTED = (
     "auroc", "auroc_interval", "average_precision", "average_precision_interval", "fpr_at_95_tpr", "f1_max", "balanced_accuracy_at_threshold",
     "pixel_auroc", "pixel_average_precision", "aupro", "num_normal", "num_anomalous", "seconds",
 )  # fmt: skip
-
-_REMEDIES = {  # of what a disk refuses
-    errno.ENOENT: "check the name",
-    errno.ENAMETOOLONG: "choose a shorter name",
-    errno.ENOSPC: "make room, or choose another disk for the output and the cache (HF_HOME)",
-    **dict.fromkeys((errno.EACCES, errno.EPERM, errno.EROFS), "choose an output and a cache (HF_HOME) that can be written to"),
-    **dict.fromkeys(
-        (errno.ENOTDIR, errno.EISDIR, errno.EEXIST), "a file lies where a folder is to be, or a folder where a file: choose another output"
-    ),
-}
 
 _LEFT = (  # by these files is told what trainings leave beside their result
     "checkpoint-*/run.json",
@@ -77,47 +46,6 @@ _LEFT = (  # by these files is told what trainings leave beside their result
 )
 
 LARGEST_DEFAULT_SIZE = 64  # px: larger images are shrunk to this unless --image_size says otherwise
-
-
-def run_script(main: Callable[[], None]) -> None:
-    """Runs a script's main function; what the user can mend is printed as one line, with exit status 2, and so is an interruption, with 130."""
-    logging.basicConfig(format="%(levelname)s: %(message)s", level=logging.WARNING)
-    logging.getLogger("hf_anomaly").setLevel(logging.INFO)
-    if hasattr(sys.stdout, "reconfigure"):  # a name that the terminal's encoding does not have shall not end a run
-        sys.stdout.reconfigure(errors="backslashreplace")
-    hub_logging.disable_propagation()  # it prints by itself
-    _hide_bars_of_files()
-    try:
-        main()
-    except (HubError, InputError, NotFittedError, StrictDataclassError, HfHubHTTPError) as error:
-        reason = error.__cause__ if isinstance(error, StrictDataclassError) and error.__cause__ else error
-        refuse(str(reason))
-    except BrokenPipeError:  # who reads the output has seen enough
-        with suppress(OSError):
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # else the interpreter complains at its end
-        sys.exit(141)  # as a shell tells it
-    except KeyboardInterrupt as interruption:
-        print(": ".join(["\ninterrupted", *map(str, interruption.args)]), file=sys.stderr)
-        sys.exit(130)
-    except (OSError, SafetensorError) as error:
-        remedy = _REMEDIES.get(getattr(error, "errno", None)) or ("No space left" in str(error) and _REMEDIES[errno.ENOSPC])
-        if not remedy:
-            raise
-        refuse(f"{error}; {remedy}")
-
-
-def _hide_bars_of_files() -> None:
-    """transformers' own, of a moment's reading or writing; those of downloads and of the training stay."""
-    downloads_are_hidden = are_progress_bars_disabled()
-    disable_progress_bar()
-    if not downloads_are_hidden:
-        enable_progress_bars()
-
-
-def refuse(reason: str) -> NoReturn:
-    """Prints one line, and ends the process with status 2."""
-    print(f"error: {' '.join(reason.split())}", file=sys.stderr)
-    sys.exit(2)
 
 
 def load_splits(data: DataArguments, seed: int = 0, *, evaluation_only: bool = False) -> OneClassSplits:
@@ -244,12 +172,6 @@ def fit_batch_size(args, num_images: int | None) -> None:
         args.per_device_train_batch_size = largest
 
 
-def write_json(path: Path, content: dict) -> None:
-    """Writes strict JSON (no NaN), whole or not at all."""
-    with replacing(path) as temporary:
-        temporary.write_text(json.dumps(content, indent=2, sort_keys=True, allow_nan=False) + "\n")
-
-
 def check_first(args) -> None:
     """Before anything long runs, what would else end the run after it; and makes the repository of `--push_to_hub`."""
     check_checkpoint(args.resume_from_checkpoint)
@@ -273,124 +195,6 @@ def push_result(args, folder: str | os.PathLike | None = None) -> None:
     """Pushes `folder`, by default `args.output_dir`, where `--push_to_hub` asks for it; to `--hub_model_id`, or to a repository named like the run's folder."""
     if args.push_to_hub and args.process_index == 0:
         logger.info("Pushed: %s", push_output(args, folder))
-
-
-@contextmanager
-def _loading(name_or_path: str, failure: str) -> Iterator[None]:
-    """Says in one line what goes wrong while something is loaded."""
-    try:
-        with hub_errors(name_or_path, reading=True):
-            yield
-    except (HubError, InputError):
-        raise
-    except (OSError, ValueError) as error:
-        raise InputError(f"{name_or_path!r} {failure}: {' '.join(str(error).split())}") from error
-
-
-def load_detector(
-    name_or_path: str, revision: str | None = None, device: str | None = None
-) -> tuple[AnomalyDetector, AnomalyImageProcessor]:
-    """A saved detector in eval mode, and its processor.
-
-    Args:
-        device: where the detector goes; None leaves it where it is loaded.
-
-    Raises:
-        InputError: there is none, it is something else, or names code that is not the package's; or there is no such device.
-        HubError: the Hub refused or cannot be reached; one line, with the remedy.
-    """
-    from transformers import AutoImageProcessor, AutoModel
-
-    try:
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:  # what no device is called, and what torch was not built for
-        reason = " ".join(str(error).split())[:200]
-        raise InputError(f"--device {device}: {reason}; leave it out, or give cpu or cuda") from error
-    with _loading(name_or_path, "cannot be loaded as a detector"):
-        model = load_without_code(AutoModel, name_or_path, revision=revision)
-        processor = load_without_code(AutoImageProcessor, name_or_path, revision=revision)
-    if not isinstance(model, AnomalyDetector):
-        raise InputError(f"{name_or_path!r} holds a {type(model).__name__}, which is no anomaly detector")
-    if not isinstance(processor, AnomalyImageProcessor):
-        raise InputError(
-            f"{name_or_path!r} has a {type(processor).__name__} in place of an AnomalyImageProcessor: save or download it again"
-        )
-    processor.check_fits(model.config)
-    return model.eval().to(device), processor
-
-
-def load_config(name_or_path: str, revision: str | None = None) -> AnomalyDetectorConfig:
-    """A saved detector's configuration.
-
-    Raises:
-        InputError: there is none, or it is something else's.
-        HubError: the Hub refused or cannot be reached; one line, with the remedy.
-    """
-    from transformers import AutoConfig
-
-    with _loading(name_or_path, "holds no detector"):
-        config = load_without_code(AutoConfig, name_or_path, revision=revision)
-    if not isinstance(config, AnomalyDetectorConfig):
-        raise InputError(f"{name_or_path!r} holds a {type(config).__name__}, which is no anomaly detector's")
-    return config
-
-
-def recorded_results(name_or_path: str, revision: str | None = None) -> dict:
-    """The results beside a saved detector, what its `eval_results.json` holds; {} if there are none.
-
-    Raises:
-        InputError: they are no JSON object, or its `seed` or `division` are no seed and no division.
-        HubError: the Hub refused.
-    """
-    with hub_errors(name_or_path, reading=True):
-        path = cached_file(
-            name_or_path,
-            "eval_results.json",
-            revision=revision,
-            _raise_exceptions_for_missing_entries=False,
-            _raise_exceptions_for_connection_errors=False,
-        )
-    results = {} if path is None else read_json(path)
-    for field, kind in (("seed", int), ("division", dict)):
-        if not isinstance(results.get(field), kind | None):
-            raise InputError(f"{path}: {field} must be of type {kind.__name__}, got {results[field]!r}: restore or delete it")
-    return results
-
-
-def describe_run(splits: OneClassSplits, processor: AnomalyImageProcessor, seed: int, **settings) -> dict:
-    """What makes a run this run: its images, seed and settings. A checkpoint of another is not resumed."""
-    data = {
-        "dataset": dataset_label(splits.source),
-        "normal_label": splits.normal_label,
-        "split_hash": splits.split_hash,
-        "images": splits.train_digest,
-    }
-    seen = {"image_size": processor.size["height"], "num_channels": processor.num_channels, "window": processor.window}
-    return {**data, **seen, "seed": seed, **settings}
-
-
-def warn_of_other_division(trained: dict, splits: OneClassSplits, name: str) -> None:
-    """Warns where images that calibrate or test now may have trained what is gone on with: of the same dataset, divided otherwise.
-
-    Args:
-        trained: `dataset`, `split_hash` and, if known, `seed`, as `describe_run` gives them; empty if nothing is known.
-        name: what was trained.
-    """
-    if trained.get("dataset") == dataset_label(splits.source) and trained.get("split_hash") != splits.split_hash:
-        seed = "" if trained.get("seed") is None else f" with seed {trained['seed']}"
-        logger.warning(
-            "%s was trained%s on another division of %s: images that calibrate or test now may be among its own, and would look more normal than new ones; "
-            "give the same --seed and limits, or train it anew",
-            name,
-            seed,
-            dataset_label(splits.source),
-        )
-
-
-def settings_of(config) -> dict:
-    """What a configuration says of how its model is trained, for `describe_run`."""
-    hidden = {*config.recorded_fields, *_ONLY_FOR_SCORING}
-    return {name: value for name, value in config.to_dict().items() if name not in hidden}
 
 
 def train_detector(
@@ -450,7 +254,7 @@ def train_detector(
             processor,
             args.seed,
             config=settings_of(model.config),
-            optimization={name: getattr(args, name) for name in _OPTIMIZATION},
+            optimization=optimization_of(args),
             **({} if dissolving is None else {"dissolving": dissolving}),
         ),
     )

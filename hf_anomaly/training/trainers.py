@@ -9,7 +9,6 @@ import shutil
 from collections import Counter
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -36,6 +35,7 @@ from ..metrics import image_metrics
 from ..ops.distributed import share_buffers
 from .lars import LARS
 from .phases import PhasedOptimizer, only
+from .run_record import check_same_run
 
 logger = logging.getLogger(__name__)
 
@@ -67,42 +67,6 @@ def check_checkpoint(checkpoint: str | os.PathLike | bool | None) -> None:
     """Refuses a folder that is no complete checkpoint; True and None, which name no folder, pass."""
     if isinstance(checkpoint, str | os.PathLike) and not Path(checkpoint, "trainer_state.json").is_file():
         raise InputError(f"{checkpoint} is not a complete checkpoint: it has no trainer_state.json")
-
-
-def check_same_run(theirs: dict | None, ours: dict | None, where: str | os.PathLike) -> None:
-    """Refuses to continue work that was begun with other data or settings.
-
-    Args:
-        theirs, ours: what describes each run, JSON values; nothing is compared where either is None.
-
-    Raises:
-        InputError: they differ; names the first field that does.
-    """
-    if theirs is not None and ours is not None and (different := first_difference(theirs, ours)) is not None:
-        name, was, now = different
-        raise InputError(
-            f"{where} belongs to another run ({name} was {was!r}, now {now!r}): resume with the same arguments, or take another --output_dir"
-        )
-
-
-def first_difference(first: dict, second: dict) -> tuple[str, Any, Any] | None:
-    """The first field, in the order of names but digests last, of which two runs have other JSON values, and these; "a.b" is `b` in `a`; None if none is."""
-    first, second = (flat(json.loads(json.dumps(run))) for run in (first, second))
-    pairs = ((name, first.get(name), second.get(name)) for name in sorted(first.keys() | second.keys(), key=_seldom_the_cause))
-    return next((pair for pair in pairs if pair[1] != pair[2]), None)
-
-
-def _seldom_the_cause(name: str) -> tuple[bool, str]:
-    """Sorts digests last: they follow from fields that tell a person more, such as the seed."""
-    return name.rsplit(".", 1)[-1] in ("fingerprint", "images", "split_hash"), name
-
-
-def flat(values: dict, prefix: str = "") -> dict:
-    """{"a": {"b": 1}} → {"a.b": 1}"""
-    flattened = {}
-    for name, value in values.items():
-        flattened |= flat(value, f"{prefix}{name}.") if isinstance(value, dict) else {prefix + name: value}
-    return flattened
 
 
 def hub_name(args) -> str:

@@ -134,7 +134,7 @@ def test_what_goes_wrong_is_told_in_one_line_with_the_remedy(hub, stored):
     from hf_anomaly.backbones.pretrained import load_backbone_config
     from hf_anomaly.cli import main
     from hf_anomaly.training.denoising import load_pretraining
-    from hf_anomaly.training.runs import load_detector
+    from hf_anomaly.loading import load_detector
 
     def command(*argv):
         err = io.StringIO()

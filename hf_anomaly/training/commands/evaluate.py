@@ -16,12 +16,13 @@ from ...data import collate, decode_image, file_name
 from ...data.sources import dataset_label
 from ...errors import InputError
 from ...files import check_output, csv_text, shortened, writing
-from ...visualization import paint, why_no_overlay, write_image
+from ...loading import load_detector, recorded_results
+from ...visualization import check_overlay, paint, write_image
 from .. import DataArguments, EvaluationDataArguments, parse_arguments
 from ..arguments import ScoringArguments, check_ranges
 from ..baselines import compare_with_baselines
 from ..evaluation import evaluate_detector
-from ..runs import load_detector, load_splits, recorded_results
+from ..runs import load_splits
 
 logger = logging.getLogger(__name__)
 
@@ -101,12 +102,6 @@ def load_for_evaluation(args, data_args: EvaluationDataArguments) -> tuple:
     return model, processor, splits
 
 
-def check_maps(model) -> None:
-    """Refuses --save_maps before any image is scored, where nothing could come of it."""
-    if reason := why_no_overlay(model):
-        raise InputError(f"--save_maps: {reason}")
-
-
 def save_maps(model, processor, dataset, rows: list[int], folder: Path) -> None:
     """Writes these images with their maps over them as PNG files, named by rank, file (else row) and label."""
     folder.mkdir(parents=True, exist_ok=True)
@@ -167,7 +162,7 @@ def main(argv: list[str], program: str) -> None:
         data_args.refuse_training_flags("is of the training images, which --baselines alone takes")
     model, processor, splits = load_for_evaluation(args, data_args)
     if args.save_maps is not None:
-        check_maps(model)
+        check_overlay(model, "--save_maps")
         if data_args.streaming:
             raise InputError("--save_maps picks images out of the dataset, which --streaming does not keep: leave one of them out")
         if args.num_maps < 1:

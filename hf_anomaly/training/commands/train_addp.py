@@ -19,20 +19,18 @@ from ...errors import InputError
 from ...files import read_json
 from ...image_processing import AnomalyImageProcessor
 from ...ops.distributed import local_main_process_first
-from .. import AnomalyTrainingArguments, DataArguments, check_same_run, parse_arguments
+from .. import AnomalyTrainingArguments, DataArguments, parse_arguments
 from ..arguments import check_ranges
 from ..denoising import PRETRAINING_NOTES, denoising_arguments, load_pretraining, pretrain, pretraining_run
+from ..run_record import check_same_run, describe_run, settings_of, warn_of_other_division
 from ..runs import (
     check_first,
     choose_output_dir,
-    describe_run,
     load_training_images,
     print_results,
     push_result,
     replace_earlier_run,
-    settings_of,
     train_detector,
-    warn_of_other_division,
 )
 from ..trainers import hub_name
 

@@ -20,19 +20,18 @@ from ...dissolving import DISSOLVERS, DiffusionDissolver, Dissolver, dissolve_da
 from ...dissolving.base import dissolver_kind, locate
 from ...errors import InputError
 from ...ops.distributed import local_main_process_first
-from .. import AnomalyTrainingArguments, DataArguments, check_same_run, parse_arguments
+from .. import AnomalyTrainingArguments, DataArguments, parse_arguments
 from ..arguments import check_ranges, given_fields
 from ..denoising import denoising_arguments, train_dissolver
+from ..run_record import check_same_run, describe_run, warn_of_other_division
 from ..runs import (
     LARGEST_DEFAULT_SIZE,
     check_first,
     choose_output_dir,
-    describe_run,
     load_training_images,
     print_results,
     replace_earlier_run,
     train_detector,
-    warn_of_other_division,
 )
 
 logger = logging.getLogger(__name__)

@@ -7,7 +7,8 @@ from ...data.recipes import DatasetRecipe
 from ...dissolving import dissolving_quality
 from .. import DataArguments, DenoisingTrainingArguments, parse_arguments
 from ..denoising import train_dissolver
-from ..runs import check_first, choose_output_dir, describe_run, load_training_images, replace_earlier_run
+from ..run_record import describe_run
+from ..runs import check_first, choose_output_dir, load_training_images, replace_earlier_run
 
 MEASURED_IMAGES = 128  # held-out images on which the result is measured
 

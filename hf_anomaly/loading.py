@@ -1,0 +1,102 @@
+"""What was saved, loaded again: detectors, their configurations, and the results beside them."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from safetensors import SafetensorError
+from transformers.utils.hub import cached_file
+
+from .detector import AnomalyDetector, AnomalyDetectorConfig
+from .errors import HubError, InputError
+from .files import read_json
+from .hub import hub_errors
+from .image_processing import AnomalyImageProcessor
+from .untrusted import load_without_code
+
+
+@contextmanager
+def loading(name_or_path: str, failure: str) -> Iterator[None]:
+    """Says in one line what goes wrong while something is loaded, after the name and `failure`.
+
+    Raises:
+        InputError: in place of what transformers raises for a bad name, file or configuration.
+        HubError: the Hub refused or cannot be reached.
+    """
+    try:
+        with hub_errors(name_or_path, reading=True):
+            yield
+    except (HubError, InputError):
+        raise
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+        raise InputError(f"{name_or_path!r} {failure}: {' '.join(str(error).split())}") from error
+
+
+def load_detector(
+    name_or_path: str, revision: str | None = None, device: str | None = None
+) -> tuple[AnomalyDetector, AnomalyImageProcessor]:
+    """A saved detector in eval mode, and its processor.
+
+    Args:
+        device: where the detector goes; None leaves it where it is loaded.
+
+    Raises:
+        InputError: there is none, it is something else, or names code that is not the package's; or there is no such device.
+        HubError: the Hub refused or cannot be reached; one line, with the remedy.
+    """
+    from transformers import AutoImageProcessor, AutoModel
+
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:  # what no device is called, and what torch was not built for
+        reason = " ".join(str(error).split())[:200]
+        raise InputError(f"--device {device}: {reason}; leave it out, or give cpu or cuda") from error
+    with loading(name_or_path, "cannot be loaded as a detector"):
+        model = load_without_code(AutoModel, name_or_path, revision=revision)
+        processor = load_without_code(AutoImageProcessor, name_or_path, revision=revision)
+    if not isinstance(model, AnomalyDetector):
+        raise InputError(f"{name_or_path!r} holds a {type(model).__name__}, which is no anomaly detector")
+    if not isinstance(processor, AnomalyImageProcessor):
+        raise InputError(
+            f"{name_or_path!r} has a {type(processor).__name__} in place of an AnomalyImageProcessor: save or download it again"
+        )
+    processor.check_fits(model.config)
+    return model.eval().to(device), processor
+
+
+def load_config(name_or_path: str, revision: str | None = None) -> AnomalyDetectorConfig:
+    """A saved detector's configuration.
+
+    Raises:
+        InputError: there is none, or it is something else's.
+        HubError: the Hub refused or cannot be reached; one line, with the remedy.
+    """
+    from transformers import AutoConfig
+
+    with loading(name_or_path, "holds no detector"):
+        config = load_without_code(AutoConfig, name_or_path, revision=revision)
+    if not isinstance(config, AnomalyDetectorConfig):
+        raise InputError(f"{name_or_path!r} holds a {type(config).__name__}, which is no anomaly detector's")
+    return config
+
+
+def recorded_results(name_or_path: str, revision: str | None = None) -> dict:
+    """The results beside a saved detector, what its `eval_results.json` holds; {} if there are none.
+
+    Raises:
+        InputError: they are no JSON object, or its `seed` or `division` are no seed and no division.
+        HubError: the Hub refused.
+    """
+    with hub_errors(name_or_path, reading=True):
+        path = cached_file(
+            name_or_path,
+            "eval_results.json",
+            revision=revision,
+            _raise_exceptions_for_missing_entries=False,
+            _raise_exceptions_for_connection_errors=False,
+        )
+    results = {} if path is None else read_json(path)
+    for field, kind in (("seed", int), ("division", dict)):
+        if not isinstance(results.get(field), kind | None):
+            raise InputError(f"{path}: {field} must be of type {kind.__name__}, got {results[field]!r}: restore or delete it")
+    return results

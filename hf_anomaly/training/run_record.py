@@ -1,0 +1,100 @@
+"""What makes a run this run: written into checkpoints and results, compared before one is gone on with, and shown where runs differ."""
+
+import json
+import logging
+import os
+from typing import Any
+
+from ..data import OneClassSplits
+from ..data.sources import dataset_label
+from ..errors import InputError
+from ..image_processing import AnomalyImageProcessor
+
+logger = logging.getLogger(__name__)
+
+# Chosen, but without effect on how a detector is trained.
+_ONLY_FOR_SCORING = ("search_chunk_size", "false_positive_rate", "_name_or_path")
+
+# Arguments that a resumed optimizer would not take up, or that change what comes of a run. Steps may be added.
+_OPTIMIZATION = (
+    "learning_rate", "weight_decay", "optim", "optim_args", "lars", "adam_beta1", "adam_beta2", "adam_epsilon", "lr_scheduler_type", "lr_scheduler_kwargs",
+    "warmup_steps", "max_grad_norm", "ema_decay", "bf16", "fp16", "images_per_step", "gradient_accumulation_steps", "data_seed",
+    "dataloader_drop_last",
+)  # fmt: skip
+
+
+def describe_run(splits: OneClassSplits, processor: AnomalyImageProcessor, seed: int, **settings) -> dict:
+    """What makes a run this run: its images, seed and settings. A checkpoint of another is not resumed."""
+    data = {
+        "dataset": dataset_label(splits.source),
+        "normal_label": splits.normal_label,
+        "split_hash": splits.split_hash,
+        "images": splits.train_digest,
+    }
+    seen = {"image_size": processor.size["height"], "num_channels": processor.num_channels, "window": processor.window}
+    return {**data, **seen, "seed": seed, **settings}
+
+
+def warn_of_other_division(trained: dict, splits: OneClassSplits, name: str) -> None:
+    """Warns where images that calibrate or test now may have trained what is gone on with: of the same dataset, divided otherwise.
+
+    Args:
+        trained: `dataset`, `split_hash` and, if known, `seed`, as `describe_run` gives them; empty if nothing is known.
+        name: what was trained.
+    """
+    if trained.get("dataset") == dataset_label(splits.source) and trained.get("split_hash") != splits.split_hash:
+        seed = "" if trained.get("seed") is None else f" with seed {trained['seed']}"
+        logger.warning(
+            "%s was trained%s on another division of %s: images that calibrate or test now may be among its own, and would look more normal than new ones; "
+            "give the same --seed and limits, or train it anew",
+            name,
+            seed,
+            dataset_label(splits.source),
+        )
+
+
+def settings_of(config) -> dict:
+    """What a configuration says of how its model is trained, for `describe_run`."""
+    hidden = {*config.recorded_fields, *_ONLY_FOR_SCORING}
+    return {name: value for name, value in config.to_dict().items() if name not in hidden}
+
+
+def optimization_of(args) -> dict:
+    """What the optimizer is told, for `describe_run` and the results."""
+    return {name: getattr(args, name) for name in _OPTIMIZATION}
+
+
+def check_same_run(theirs: dict | None, ours: dict | None, where: str | os.PathLike) -> None:
+    """Refuses to continue work that was begun with other data or settings.
+
+    Args:
+        theirs, ours: what describes each run, JSON values; nothing is compared where either is None.
+
+    Raises:
+        InputError: they differ; names the first field that does.
+    """
+    if theirs is not None and ours is not None and (different := first_difference(theirs, ours)) is not None:
+        name, was, now = different
+        raise InputError(
+            f"{where} belongs to another run ({name} was {was!r}, now {now!r}): resume with the same arguments, or take another --output_dir"
+        )
+
+
+def first_difference(first: dict, second: dict) -> tuple[str, Any, Any] | None:
+    """The first field, in the order of names but digests last, of which two runs have other JSON values, and these; "a.b" is `b` in `a`; None if none is."""
+    first, second = (flat(json.loads(json.dumps(run))) for run in (first, second))
+    pairs = ((name, first.get(name), second.get(name)) for name in sorted(first.keys() | second.keys(), key=_seldom_the_cause))
+    return next((pair for pair in pairs if pair[1] != pair[2]), None)
+
+
+def _seldom_the_cause(name: str) -> tuple[bool, str]:
+    """Sorts digests last: they follow from fields that tell a person more, such as the seed."""
+    return name.rsplit(".", 1)[-1] in ("fingerprint", "images", "split_hash"), name
+
+
+def flat(values: dict, prefix: str = "") -> dict:
+    """{"a": {"b": 1}} → {"a.b": 1}"""
+    flattened = {}
+    for name, value in values.items():
+        flattened |= flat(value, f"{prefix}{name}.") if isinstance(value, dict) else {prefix + name: value}
+    return flattened
