@@ -531,6 +531,14 @@ def test_trained_network_denoises_better_than_the_identity():
     assert error < 0.6 * min(of_identity, of_scaling), (error, of_identity, of_scaling)
 
 
+def test_a_detector_that_trains_in_mixed_precision_leaves_the_diffusion_model_its_own():
+    model = DenoisingModel(tiny_unet(), build_scheduler()).eval()
+    given = (images(2, 1, 16, 16), torch.randn(2, 1, 16, 16), torch.tensor([3, 200]))
+    with torch.autocast("cpu", torch.bfloat16):
+        loss = model(*given)["loss"]
+    assert torch.equal(loss, model(*given)["loss"])
+
+
 @pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction", "sample"])
 def test_loss_by_hand(prediction_type):
     scheduler = DDPMScheduler(1000, beta_schedule="squaredcos_cap_v2", prediction_type=prediction_type, clip_sample=False)

@@ -273,8 +273,8 @@ class DenoisingModel(torch.nn.Module):
     def forward(self, pixel_values: Tensor, noise: Tensor | None = None, timesteps: Tensor | None = None) -> dict[str, Tensor]:
         """The denoising loss of a batch.
 
-        What is not given is drawn from the global random state, for the batch of all processes, which must be seeded alike:
-        N processes then train as one. In training mode images are flipped left to right at random.
+        The network runs without autocast, in its own precision. What is not given is drawn from the global random state, for the batch of all
+        processes, which must be seeded alike: N processes then train as one. In training mode images are flipped left to right at random.
 
         Args:
             pixel_values: (B, C, H, W) in [−1, 1]; resized down or padded by reflection to the network's r×r.
@@ -303,7 +303,10 @@ class DenoisingModel(torch.nn.Module):
             raise InputError(
                 f"noise must be {tuple(x.shape)} and timesteps ({batch_size},), got {tuple(noise.shape)} and {tuple(timesteps.shape)}"
             )
-        output = self.unet(self.scheduler.add_noise(x, noise, timesteps), timesteps).sample
+        with torch.autocast(
+            device.type, enabled=False
+        ):  # in mixed precision, which the detector may train in, the authors' did not converge
+            output = self.unet(self.scheduler.add_noise(x, noise, timesteps), timesteps).sample
         if self.prediction_type == "epsilon":
             target = noise
         elif self.prediction_type == "sample":

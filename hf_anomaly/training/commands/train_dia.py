@@ -28,7 +28,9 @@ from ..runs import (
     LARGEST_DEFAULT_SIZE,
     check_first,
     choose_output_dir,
+    fit_batch_size,
     load_training_images,
+    num_images,
     print_results,
     replace_earlier_run,
     train_detector,
@@ -285,6 +287,7 @@ def main(argv: list[str], program: str) -> None:
         )
     splits, processor = load_training_images(data_args, training_args.seed)
     training_args.fit_image_size(processor.size["height"])
+    fit_batch_size(training_args, num_images(splits.train))
     detector_args.fit_image_size(processor.size["height"])
 
     settings = {name: value for name, value in asdict(detector_args).items() if name not in ("backbone", "crop_scale_min", *ONLY_DIA)}
