@@ -5,10 +5,10 @@ from abc import abstractmethod
 from collections.abc import Sequence
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from ..errors import InputError
+from ..ops.maps import median_filter
 from .base import Dissolver, check_integer, draw_integers
 
 
@@ -162,9 +162,4 @@ class MedianDissolver(_BlurDissolver):
         super().__init__(kernel_size, resolution)
 
     def _blur(self, x: Tensor, kernel_size: int) -> Tensor:
-        from kornia.filters import median_blur
-
-        border = kernel_size // 2
-        # Padded here because kornia before 0.9 pads with zeros, and zero is mid-gray.
-        padded = F.pad(x, (border,) * 4, mode="reflect")
-        return median_blur(padded, (kernel_size,) * 2)[..., border:-border, border:-border]
+        return median_filter(x, kernel_size, border="reflect")

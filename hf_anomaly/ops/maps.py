@@ -3,7 +3,7 @@
 import torch
 import torch.nn.functional as F
 
-_WINDOW_PIXELS = 2**24  # of all windows that are held at once, of at least one image's
+_WINDOW_PIXELS = 2**24  # of all windows that are held at once, of at least one row of each image
 
 
 def map_levels(maps: torch.Tensor) -> torch.Tensor:
@@ -12,19 +12,20 @@ def map_levels(maps: torch.Tensor) -> torch.Tensor:
     return torch.stack([values.median(1).values, values.amax(1)], 1)
 
 
-def median_filter(maps: torch.Tensor, size: int) -> torch.Tensor:
-    """The median of the size × size pixels around each pixel; edges are replicated.
+def median_filter(maps: torch.Tensor, size: int, border: str = "replicate") -> torch.Tensor:
+    """The median of the size × size pixels around each pixel, in each channel on its own.
 
     Args:
-        maps: (B, 1, H, W).
+        maps: (B, C, H, W).
         size: odd, in pixels; 1 changes nothing.
+        border: what lies beyond the edges: "replicate" of the edge, or "reflect" without the edge pixel, for which size // 2 must be below H and W.
 
     Returns:
-        (B, 1, H, W).
+        (B, C, H, W).
     """
-    if size == 1:
+    if size == 1 or not maps.numel():
         return maps
-    padded = F.pad(maps, (size // 2,) * 4, mode="replicate")
-    images = max(1, _WINDOW_PIXELS // (size**2 * maps.shape[-2:].numel()))  # at once
-    windows = (F.unfold(part, size) for part in padded.split(images))  # (b, size², H·W)
-    return torch.cat([part.median(dim=1).values for part in windows]).view_as(maps)
+    padded = F.pad(maps, (size // 2,) * 4, mode=border)
+    windows = padded.unfold(-2, size, 1).unfold(-2, size, 1)  # (B, C, H, W, size, size), a view
+    rows = max(1, _WINDOW_PIXELS // (size**2 * maps[:, :, 0].numel()))  # at once
+    return torch.cat([band.flatten(-2).median(-1).values for band in windows.split(rows, dim=2)], dim=2)
