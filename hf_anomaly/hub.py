@@ -22,12 +22,11 @@ from huggingface_hub.errors import (
 
 from .cards.merging import address_card, merge_cards, read_card
 from .errors import HubError, InputError
+from .saving import is_public
 from .untrusted import contained_files
 
 logger = logging.getLogger(__name__)
 
-# What a run leaves in its folder that is no part of the result.
-_NOT_SHARED = ("checkpoint-*", "*-training", ".*", "training_args.*")
 # What belongs to the model that was there before, and would be read together with the new one.
 _REPLACED = (
     *("model*.safetensors", "model.safetensors.index.json", "eval_results.json", "figures/*", "dissolver/*", "pretrained/*"),
@@ -54,6 +53,7 @@ _READING: dict[int | type, str] = {
     404: _NOT_THERE,
     429: "too many requests: wait a few minutes and try again",
 }
+_MOST_NAMED = 10  # entries in one line of the log
 _PAUSES = (1, 4)  # seconds before the second and the third attempt
 
 
@@ -127,8 +127,9 @@ def push_folder(
     git_tag: str | None = None,
     repo_type: str = "model",
 ) -> CommitInfo:
-    """Uploads a saved detector or dissolver in one commit, without checkpoints, and takes away what is left there of an earlier one.
+    """Uploads a saved detector or dissolver in one commit, and takes away what is left there of an earlier one.
 
+    Of a model's folder goes what is part of the model, see `saving.is_public`; one line of the log names what else lies there. A Space's goes whole.
     A model's card keeps what a person wrote in the repository's, see `cards.merging`. Trouble of the Hub or the network is met with two more attempts.
 
     Args:
@@ -147,7 +148,10 @@ def push_folder(
         InputError: a symbolic link leads out of the folder.
     """
     folder = Path(folder)
-    files = list(contained_files(folder, _is_shared))
+    files = list(contained_files(folder, is_public if repo_type == "model" else lambda path: True))
+    if left_out := _left_out(folder, files):
+        more = f" and {len(left_out) - _MOST_NAMED} more" if len(left_out) > _MOST_NAMED else ""
+        logger.info("%s: not pushed, as no part of the model: %s%s", repo_id, ", ".join(left_out[:_MOST_NAMED]), more)
     api, repo_id = HfApi(token=token), create_repository(repo_id, private=private, token=token, repo_type=repo_type)
     with hub_errors(repo_id):
         if revision is not None and not create_pr and not revision.startswith("refs/"):
@@ -200,8 +204,13 @@ def push_checkpoint(
         )
 
 
-def _is_shared(path: Path) -> bool:
-    return not any(fnmatch(part, name) for part in path.parts for name in _NOT_SHARED)
+def _left_out(folder: Path, files: list[Path]) -> list[str]:
+    """What lies in a folder beside these files of it, a folder without any of them as one entry."""
+    kept = {Path(), *files, *(parent for file in files for parent in file.parents)}
+    entries = (entry for place in kept - {*files} for entry in (folder / place).iterdir())
+    return sorted(
+        f"{entry.relative_to(folder).as_posix()}{'/' * entry.is_dir()}" for entry in entries if entry.relative_to(folder) not in kept
+    )
 
 
 def _commit(api, repo_id, folder, files, message, description, revision, create_pr, repo_type) -> CommitInfo:

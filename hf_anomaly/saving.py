@@ -9,7 +9,6 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from fnmatch import fnmatch
 from pathlib import Path
 
 from transformers import PreTrainedConfig
@@ -22,7 +21,11 @@ logger = logging.getLogger(__name__)
 
 # Files that belong to a detector beside its weights and config; they follow it from folder to folder.
 COMPANIONS = ("preprocessor_config.json", "README.md", "eval_results.json", "figures", "dissolver")
-_COMPANION_FILES = (*COMPANIONS[:-2], "figures/*.png", "dissolver/*.json", "dissolver/*.safetensors")
+_COMPANION_FILES = (
+    *COMPANIONS[:-2],
+    "figures/*.png",
+    *(f"dissolver/{name}" for name in ("*.json", "*.safetensors", "*/*.json", "*/*.safetensors")),
+)
 _REPORTS = ("README.md", "eval_results.json", "figures")  # companions that a new reference or calibration makes untrue
 
 REMOTE_CODE_FILE = "modeling_hf_anomaly.py"
@@ -35,6 +38,17 @@ import hf_anomaly
 def __getattr__(name):
     return getattr(hf_anomaly, name)
 '''
+
+# Of a dissolver in a folder of its own; a plain DDPMPipeline has them but the first.
+DISSOLVER_FILES = ("dissolver_config.json", "model_index.json", "unet/*.json", "unet/*.safetensors", "scheduler/*.json")
+_MODEL_FILES = ("config.json", "model[.-]*safetensors", "model.safetensors.index*.json", REMOTE_CODE_FILE)
+_FIRST_STAGE_FILES = (*_MODEL_FILES, "preprocessor_config.json", "README.md", "pretraining.json")
+_PUBLIC_FILES = (*_FIRST_STAGE_FILES, *_COMPANION_FILES, *DISSOLVER_FILES, *(f"pretrained/{name}" for name in _FIRST_STAGE_FILES))
+
+
+def is_public(path: Path) -> bool:
+    """Whether a file, named relative to its folder, is part of the detector, first stage or dissolver there. All else in the folder is its owner's alone."""
+    return _is_one_of(path, _PUBLIC_FILES)
 
 
 def auto_map(**classes: type) -> dict[str, str] | None:
@@ -155,7 +169,7 @@ def bring_companions(homes: list[Home], target: Path, staging: Path, token: str 
             if path.name == "README.md" and not home.reports_hold:
                 if card := outdate_card(read_card(folder / path)):
                     (staging / path).write_text(card, encoding="utf-8")
-            elif not in_place and (home.reports_hold or path.parts[0] not in _REPORTS) and _is_companion(path):
+            elif not in_place and (home.reports_hold or path.parts[0] not in _REPORTS) and _is_one_of(path, _COMPANION_FILES):
                 (staging / path).parent.mkdir(parents=True, exist_ok=True)
                 shutil.copyfile(folder / path, staging / path)
 
@@ -183,5 +197,6 @@ def delete(path: Path) -> None:
         path.unlink(missing_ok=True)
 
 
-def _is_companion(path: Path) -> bool:
-    return any(fnmatch(path.as_posix(), pattern) for pattern in _COMPANION_FILES)
+def _is_one_of(path: Path, patterns: tuple[str, ...]) -> bool:
+    # By parts: fnmatch's * spans folders, and Path.match looks at the end only.
+    return any(len(path.parts) == pattern.count("/") + 1 and path.match(pattern) for pattern in patterns)

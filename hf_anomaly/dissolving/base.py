@@ -18,7 +18,7 @@ from ..errors import HubError, InputError
 from ..files import canonical_json, read_json
 from ..hub import CommitInfo, hub_errors, push_folder
 from ..ops.resizing import resize
-from ..saving import staged
+from ..saving import DISSOLVER_FILES, staged
 
 CONFIG_NAME = "dissolver_config.json"
 
@@ -303,8 +303,7 @@ def locate(folder_or_hub_id: str | os.PathLike, revision: str | None = None, tok
     if not folder.is_dir():
         from huggingface_hub import snapshot_download
 
-        parts = (CONFIG_NAME, "model_index.json", "unet/*.json", "unet/*.safetensors", "scheduler/*.json")
-        patterns = [prefix + part for prefix in ("", "dissolver/") for part in parts]
+        patterns = [prefix + name for prefix in ("", "dissolver/") for name in DISSOLVER_FILES]
         try:
             with hub_errors(str(folder_or_hub_id), reading=True):
                 folder = Path(snapshot_download(str(folder_or_hub_id), revision=revision, token=token, allow_patterns=patterns))

@@ -36,6 +36,29 @@ def test_one_commit_holds_all(hub):
     """)
 
 
+def test_nothing_is_published_that_is_no_part_of_the_model(hub):
+    output = hub.run(f"""
+        from hf_anomaly.cli import main
+
+        WHOLE = {WHOLE}
+        folder = finished()
+        stray = [".env", "config.json.orig", "scores.csv", "model_of_patient.safetensors", "training_args.json"]
+        stray += ["patients/a.png", "overlays/b/c.png", "patients/config.json", "figures/notes.txt", "figures/patients/a.png", "dissolver/a.png"]
+        parts = ["figures/roc.png", "pretrained/config.json", "pretrained/model-00001-of-00002.safetensors", "pretrained/pretraining.json"]
+        for name in stray + parts:
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
+            (folder / name).write_text("")
+        (folder / "outside").symlink_to("/etc")  # what is not pushed may lie anywhere
+        main(["push", str(folder), "org/clean"])
+        assert files("org/clean") == WHOLE | set(parts), files("org/clean")
+        AutoModel.from_pretrained(folder).push_to_hub("org/clean-too")
+        assert files("org/clean-too") == WHOLE | {{"figures/roc.png"}}, files("org/clean-too")
+    """)
+    (line,) = [line for line in output.splitlines() if "not pushed" in line]
+    named = ".env, checkpoint-3/, config.json.orig, dissolver/a.png, figures/notes.txt, figures/patients/, model_of_patient.safetensors, outside/,"
+    assert line == f"INFO: org/clean: not pushed, as no part of the model: {named} overlays/, patients/ and 2 more"
+
+
 def test_private_pull_request_shards_and_save_pretrained(hub):
     hub.run(f"""
         WHOLE = {WHOLE}
