@@ -566,6 +566,19 @@ def test_denoising_draws():
     assert len({model.eval()(x, noise, t)["loss"].item() for _ in range(5)}) == 1
 
 
+@torch.no_grad()
+def test_training_flips_about_half_of_the_images_left_to_right():
+    torch.manual_seed(0)
+    model, seen = DenoisingModel(tiny_unet(), build_scheduler()), []
+    model.unet.register_forward_pre_hook(lambda unet, inputs: seen.append(inputs[0]))
+    x = images(64, 1, 16, 16)
+    model(x, torch.zeros_like(x), torch.zeros(64, dtype=torch.long))
+    shown = seen[0].numpy() / math.sqrt(model.scheduler.alphas_cumprod[0])
+    as_it_is, mirrored = (np.isclose(shown, expected, atol=1e-6).all((1, 2, 3)) for expected in (x.numpy(), x.numpy()[..., ::-1]))
+    assert (as_it_is ^ mirrored).all()
+    assert 20 <= mirrored.sum() <= 44
+
+
 def test_timesteps_of_training_reach_every_value_below_the_maximum():
     seen = []
 

@@ -11,7 +11,8 @@ import pytest
 import torch
 
 from hf_anomaly import AnomalyImageProcessor, CSIConfig, CSIModel, SmallResNetConfig, image_metrics, load_one_class
-from hf_anomaly.training.evaluation import evaluate_detector
+from hf_anomaly.training import evaluation
+from hf_anomaly.training.evaluation import draw_figures, evaluate_detector
 
 
 @pytest.fixture(scope="module")
@@ -180,3 +181,14 @@ def test_rates_at_the_threshold(detector):
     assert results["false_positive_rate_at_threshold"] == pytest.approx(1 / 4)
     assert results["true_positive_rate_at_threshold"] == pytest.approx(2 / 3)
     assert results["balanced_accuracy_at_threshold"] == pytest.approx((3 / 4 + 2 / 3) / 2)
+
+
+def test_figures_show_the_lowest_the_median_and_the_highest_score_of_each_class(detector, tmp_path, monkeypatch):
+    drawn = {}
+    monkeypatch.setattr(evaluation, "write_figures", lambda folder, scores, labels, **settings: drawn.update(settings))
+    dataset = [{"image": PIL.Image.new("L", (8, 8), row)} for row in range(9)]
+    scores, labels = torch.tensor([5.0, 1, 4, 2, 3, 30, 10, 8, 20]), torch.tensor([0, 0, 0, 0, 0, 1, 1, 0, 1])
+    draw_figures(tmp_path, CSIModel.from_pretrained(detector), AnomalyImageProcessor.for_images(8, 1), dataset, scores, labels)
+    shown = [(image.getpixel((0, 0)), *caption.split("\nscore ")) for image, _, caption in drawn["examples"]]
+    normal, anomalous = [(1, "1"), (2, "4"), (7, "8")], [(6, "10"), (8, "20"), (5, "30")]
+    assert shown == [(row, name, score) for name, rows in (("normal", normal), ("anomalous", anomalous)) for row, score in rows]

@@ -140,6 +140,16 @@ def test_score_is_equation_10(cosine, norm, logit, shift, features):
     assert min(lambda_cls[:3]) > 0
 
 
+@pytest.mark.parametrize("shift", ["rotate", "perm"])
+@pytest.mark.parametrize("features", ["projection", "penultimate", "all"])
+def test_embeddings_are_the_features_of_the_image_as_it_is(features, shift):
+    model, queries = tiny(score_features=features, shift=shift).eval(), images(3, seed=1)
+    model.fit_reference([images(5)], progress=False)
+    expected, *others = np.array([slow_features(model, x, crops_views(2, 0.54))[0] for x in queries]).swapaxes(0, 1)
+    np.testing.assert_allclose(model(queries, output_embeddings=True).embeddings.detach().numpy(), expected, rtol=1e-4, atol=1e-6)
+    assert all(abs(expected - other).max() > 1e-3 for other in others)
+
+
 @pytest.mark.parametrize("whitening", [True, False])
 @pytest.mark.parametrize("logit", [True, False])
 @pytest.mark.parametrize("features", ["projection", "penultimate", "both", "all"])
