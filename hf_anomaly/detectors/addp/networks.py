@@ -62,7 +62,8 @@ class BackboneEncoder(nn.Module):
 ENCODERS = {"unet": ConvEncoder, "segnet": ConvEncoder, "backbone": BackboneEncoder}
 
 
-def resize(x: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
+def interpolate(x: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
+    """Feature maps (B, c, h, w) at another height and width: bilinear between the cells' centres, without the average of `ops.resizing.resize`."""
     return x if x.shape[-2:] == size else F.interpolate(x, size, mode="bilinear", align_corners=False)
 
 
@@ -94,9 +95,9 @@ class DecoderLevel(nn.Module):
         self, x: torch.Tensor, size: tuple[int, int], skip: torch.Tensor | None = None, places: torch.Tensor | None = None
     ) -> torch.Tensor:
         x = self.narrow(x)
-        x = resize(x, size) if places is None else F.max_unpool2d(x, places, 2, output_size=size)
+        x = interpolate(x, size) if places is None else F.max_unpool2d(x, places, 2, output_size=size)
         if skip is not None:
-            skip = resize(skip, size)
+            skip = interpolate(skip, size)
             x = torch.cat([x, skip if self.gate is None else self.gate(skip, x) * skip], dim=1)
         return self.mix(x)
 
