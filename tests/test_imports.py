@@ -13,7 +13,7 @@ PACKAGE = ROOT / "hf_anomaly"
 
 # From the bottom to the top; a module imports from its own part and from parts below.
 LAYERS = [
-    {"errors", "files", "version"},
+    {"errors", "files", "names", "version"},
     {"ops"},
     {"calibration", "cards", "untrusted"},
     {"saving"},
@@ -94,6 +94,24 @@ def test_the_check_sees_what_it_should(file, statement, tmp_path, monkeypatch):
     path.parent.mkdir(parents=True)
     path.write_text(statement)
     assert list(violations(path))
+
+
+def test_no_module_uses_what_is_private_to_another():
+    """Of another object, that is; a class may use its base's."""
+    trees = {path: ast.parse(path.read_text(encoding="utf-8")) for path in modules()}
+    defined = {
+        path: {node.name for node in ast.walk(tree) if isinstance(node, ast.FunctionDef) and node.name.startswith("_")}
+        for path, tree in trees.items()
+    }
+    package = set().union(*defined.values())
+    used = [
+        f"{path.relative_to(PACKAGE)}:{node.lineno}: {ast.unparse(node)}"
+        for path, tree in trees.items()
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Attribute) and node.attr in package - defined[path] and not node.attr.startswith("__")
+        if ast.unparse(node.value) not in ("self", "cls", "super()")
+    ]
+    assert not used
 
 
 HEAVY = {"diffusers", "datasets", "kornia", "evaluate", "sklearn", "gradio", "matplotlib", "pandas"}

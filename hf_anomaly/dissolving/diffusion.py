@@ -94,7 +94,19 @@ class DiffusionDissolver(Dissolver):
         """(B,) long, t ~ U{t_min … t_max}, both included. With a generator the draw is made on the generator's device."""
         return draw_integers(self.t_min, self.t_max + 1, batch_size, device, generator)
 
-    def _dissolve(self, x: Tensor, timesteps: Tensor | None) -> Tensor:
+    def predict_original(self, x: Tensor, timesteps: Tensor) -> Tensor:
+        """x̂_0 of x, taken as x_t, as the network predicts it: beyond [−1, 1], too. Dissolving is this of images without noise.
+
+        Args:
+            x: (B, C, h, w) of at most r×r pixels.
+            timesteps: t, (B,) long.
+
+        Returns:
+            (B, C, h, w).
+
+        Raises:
+            InputError: wrong number of channels, or a timestep outside the schedule.
+        """
         batch_size, channels = x.shape[:2]
         _check_channels(channels, self.unet)
         if batch_size and not (timesteps.min() >= 0 and timesteps.max() < len(self.alphas_cumprod)):
@@ -103,6 +115,9 @@ class DiffusionDissolver(Dissolver):
         output = self.unet(padded.to(self.unet.dtype), timesteps).sample[:, :channels]
         alpha_bar = self.alphas_cumprod[timesteps].view(-1, 1, 1, 1)
         return _predict_original(padded, output, alpha_bar, self.prediction_type)[..., rows, columns]
+
+    def _dissolve(self, x: Tensor, timesteps: Tensor | None) -> Tensor:
+        return self.predict_original(x, timesteps)
 
     def save_pretrained(self, folder: str | os.PathLike, training_notes: dict | None = None) -> None:
         """Writes a `DDPMPipeline` folder (model_index.json, unet/, scheduler/; safetensors) with `dissolver_config.json`.

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from ..ops.resizing import resize
+from .base import working_size
 from .diffusion import DiffusionDissolver
 
 
@@ -40,14 +41,14 @@ def dissolving_quality(dissolver: DiffusionDissolver, pixel_values: Tensor, time
     Raises:
         InputError: as `Dissolver.__call__`.
     """
-    x = resize(pixel_values, dissolver._working_size(*pixel_values.shape[-2:]))
+    x = resize(pixel_values, working_size(*pixel_values.shape[-2:], dissolver.resolution))
     noise = torch.randn(x.shape, generator=torch.Generator().manual_seed(seed)).to(x)
     energy = _energy(x)
     rows = []
     for t in timesteps:
         alpha_bar = dissolver.alphas_cumprod[t]
         at_t = torch.full((len(x),), t, device=x.device)
-        noised = dissolver._dissolve(alpha_bar**0.5 * x + (1 - alpha_bar) ** 0.5 * noise, at_t)
+        noised = dissolver.predict_original(alpha_bar**0.5 * x + (1 - alpha_bar) ** 0.5 * noise, at_t)
         gain = _energy(dissolver(x, at_t)) - energy
         rows.append(
             DissolvingQuality(
