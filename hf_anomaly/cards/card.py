@@ -13,13 +13,13 @@ from transformers import PreTrainedModel
 
 from ..errors import InputError
 from ..files import replacing
+from ..names import is_hub_id
 from ..untrusted import is_ours
 from ..version import __version__
 from .figures import FIGURES, FOLDER
 from .merging import METRICS, NOTED, TASK_NAME, merge_cards, read_card
 
 TEMPLATE = Path(__file__).with_name("template.md")
-HUB_ID = r"\w[\w.-]*(/\w[\w.-]*)?"  # name, or organisation/name
 DISSOLVER_TEMPLATE = Path(__file__).with_name("dissolver.md")
 PRETRAINING_TEMPLATE = Path(__file__).with_name("pretraining.md")
 
@@ -67,7 +67,7 @@ def check_dataset_id(dataset_id: str | None) -> None:
     Raises:
         InputError: names it.
     """
-    if dataset_id is not None and not re.fullmatch(HUB_ID, dataset_id):
+    if dataset_id is not None and not is_hub_id(dataset_id):
         raise InputError(f"{dataset_id!r} is no id of a Hub dataset, which is organisation/name")
 
 

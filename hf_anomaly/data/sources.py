@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import os
-import re
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -12,10 +11,10 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 
-from ..cards.card import HUB_ID
 from ..errors import HubError, InputError
 from ..files import files_below
 from ..hub import hub_errors
+from ..names import is_hub_id
 from .assembling import from_arrays, from_files, uint8_images
 from .formats import Reading, image_suffixes, is_medical, slice_files
 from .originals import ORIGINALS
@@ -117,7 +116,7 @@ def read_source(
         return read_table(path, image_column, reading)
     if path.is_file():
         raise InputError(f"{source!r}: not a kind of file to load images from; give an .npz, .parquet or .csv file, a folder or a Hub id")
-    if path.suffix in (".npz", ".parquet", ".zip", ".csv") or not re.fullmatch(HUB_ID, source):
+    if path.suffix in (".npz", ".parquet", ".zip", ".csv") or not is_hub_id(source):
         raise InputError(f"{source!r} is neither an existing file or folder nor the id of a Hub dataset; check the spelling")
     try:
         with hub_errors(source, reading=True):
@@ -373,5 +372,5 @@ def dataset_label(source: str) -> str:
 
 def hub_dataset(source: str) -> str | None:
     """A source's id on the Hub, if that is where it came from."""
-    is_id = re.fullmatch(HUB_ID, source) and source != "digits" and not Path(source).expanduser().exists()
+    is_id = is_hub_id(source) and source != "digits" and not Path(source).expanduser().exists()
     return source if is_id else None
