@@ -43,7 +43,14 @@ def __getattr__(name):
 DISSOLVER_FILES = ("dissolver_config.json", "model_index.json", "unet/*.json", "unet/*.safetensors", "scheduler/*.json")
 _MODEL_FILES = ("config.json", "model[.-]*safetensors", "model.safetensors.index*.json", REMOTE_CODE_FILE)
 _FIRST_STAGE_FILES = (*_MODEL_FILES, "preprocessor_config.json", "README.md", "pretraining.json")
-_PUBLIC_FILES = (*_FIRST_STAGE_FILES, *_COMPANION_FILES, *DISSOLVER_FILES, *(f"pretrained/{name}" for name in _FIRST_STAGE_FILES))
+_OWNERS_FILES = ("LICENSE*", "modeling_*.py", "configuration_*.py")  # what a person may add to them; code is of a class of one's own
+_PUBLIC_FILES = (
+    *_FIRST_STAGE_FILES,
+    *_COMPANION_FILES,
+    *DISSOLVER_FILES,
+    *_OWNERS_FILES,
+    *(f"pretrained/{name}" for name in _FIRST_STAGE_FILES),
+)
 
 
 def is_public(path: Path) -> bool:

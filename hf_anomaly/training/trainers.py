@@ -287,7 +287,7 @@ class ReproducibleTrainer(Trainer):
             super().init_hf_repo(token, private)
 
     def push_to_hub(self, commit_message="End of training", blocking=True, token=None, revision=None, private=None) -> CommitInfo | None:
-        """Pushes `args.output_dir`, as it is, in one commit; to `args.hub_model_id` or a repository named like the folder. On the main process.
+        """Pushes what is part of the model in `args.output_dir`, in one commit; to `args.hub_model_id` or a repository named like it. On the main process.
 
         Args:
             blocking: only True is taken.

@@ -44,7 +44,8 @@ def test_nothing_is_published_that_is_no_part_of_the_model(hub):
         folder = finished()
         stray = [".env", "config.json.orig", "scores.csv", "model_of_patient.safetensors", "training_args.json"]
         stray += ["patients/a.png", "overlays/b/c.png", "patients/config.json", "figures/notes.txt", "figures/patients/a.png", "dissolver/a.png"]
-        parts = ["figures/roc.png", "pretrained/config.json", "pretrained/model-00001-of-00002.safetensors", "pretrained/pretraining.json"]
+        parts = ["LICENSE", "modeling_own.py", "figures/roc.png"]
+        parts += [f"pretrained/{{name}}" for name in ("config.json", "model-00001-of-00002.safetensors", "pretraining.json")]
         for name in stray + parts:
             (folder / name).parent.mkdir(parents=True, exist_ok=True)
             (folder / name).write_text("")
