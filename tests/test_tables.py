@@ -49,6 +49,22 @@ def test_splits_labels_and_masks(folder, delimiter, newline, encoding):
     assert splits.test_missing_reason is None
 
 
+def test_names_of_columns_and_splits_in_any_case(folder):
+    """Else the images marked Test would train, as a spreadsheet wrote `Split`."""
+    rows = ["File_Name; Label;Split;MASK"]
+    rows += [f"scans/{i}.png;Good;{('Train', 'TRAINING')[i % 2]};" for i in range(6)]
+    rows += ["scans/6.png;Good;Test;", "scans/7.png;Good;testing;", "scans/8.png;Scratch;Test;masks/8.png", "scans/9.png;Good;Val;"]
+    (folder / "list.csv").write_text("\r\n".join(rows), encoding="utf-8-sig")
+    assert read_table(folder / "list.csv", None, None).keys() == {"train", "test", "validation"}
+    for asked in ({}, {"label_column": "Label"}):
+        splits = load_one_class(folder / "list.csv", **asked)
+        assert sorted(values(splits.train) + values(splits.calibration)) == [0, 1, 2, 3, 4, 5]
+        assert (values(splits.test), splits.test["label"][:], splits.normal_label) == ([6, 7, 8], [0, 0, 1], "Good")
+        assert [mask is None for mask in splits.test["mask"]] == [True, True, False]
+    (folder / "list.csv").write_text("Image,File_Name\nscans/3.png,scans/4.png\n")
+    assert values(load_one_class(folder / "list.csv", image_column="Image", calibration_fraction=0).train) == [3]
+
+
 @pytest.mark.parametrize(("column", "asked"), [("file_name", None), ("image", None), ("path", "path")])
 def test_without_labels_and_splits_all_train(folder, column, asked):
     lines = [column, *(f"scans/{i}.png" for i in range(5))]
@@ -78,6 +94,8 @@ def test_volumes_are_sliced(folder):
         ("path,label\nscans/0.png,a\n", ["'file_name' or 'image'", "path, label", "image_column"]),
         ("path;label\nscans/0.png;a\n", ["path, label"]),
         ("file_name,file_name\na,b\n", ["same name"]),
+        ("file_name,split,Split\na,b,c\n", ["differ in case alone"]),
+        ("file_name,label,Label\na,b,c\n", ["differ in case alone"]),
         ("file_name,label\n", ["no rows"]),
         ("", ["'file_name'", "none"]),
         (b"file_name\n\xff\xfe\n", ["UTF-8"]),

@@ -238,11 +238,14 @@ def _listed(table: str, args: Namespace) -> Listed:
 
 
 def _chosen_split(splits: Mapping, source: str, args: Namespace) -> str:
+    from ..data.tables import our_split_name
+
     if args.split is None and len(splits) > 1:
         raise InputError(f"{source!r} has the splits {', '.join(splits)}: say which with --split")
     split = args.split or next(iter(splits))
+    split = split if split in splits else our_split_name(split)
     if split not in splits:
-        raise InputError(f"{source!r} has no split {split!r}; its splits: {', '.join(splits)}")
+        raise InputError(f"{source!r} has no split {args.split!r}; its splits: {', '.join(splits)}")
     return split
 
 

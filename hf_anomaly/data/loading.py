@@ -128,7 +128,7 @@ def load_one_class(
             or the only class of the training split, or "0" of digits. A training split without labels is all normal.
         classes: source's class → what it counts as: several may become one. Images of classes that are not listed are left out.
         image_column: by default `image`, or the only `Image` column other than `mask`.
-        label_column: by default `label`, `labels`, or the only `ClassLabel` column.
+        label_column: by default `label`, `labels`, the only `ClassLabel` column, or else `Label` or `Labels` in any case.
         group_column: what belongs together, such as the patient: no group both trains and calibrates, and test images of groups that do are warned of.
             By default slices of one volume belong together. With protocol "official" alone.
         calibration_fraction: share of the training normals, in [0, 1), to hold out, unless the source has a split called "calibration".

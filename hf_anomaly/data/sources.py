@@ -18,7 +18,7 @@ from ..names import is_hub_id
 from .assembling import from_arrays, from_files, uint8_images
 from .formats import Reading, image_suffixes, is_medical, slice_files
 from .originals import ORIGINALS
-from .tables import read_table
+from .tables import SPLIT_NAMES, read_table
 
 if TYPE_CHECKING:
     import datasets
@@ -27,12 +27,6 @@ logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
-SPLIT_NAMES = {  # ours -> the names under which a source may have it, compared in lower case
-    "train": ("train", "training"),
-    "calibration": ("calibration",),
-    "validation": ("validation", "val", "valid", "dev"),
-    "test": ("test", "testing"),
-}
 NORMAL_NAMES = ("normal", "good", "healthy")
 IN_MEMORY = "in-memory dataset"  # the name of a source that has none
 MASK_FOLDERS = ("ground_truth", "groundtruth")  # pixel annotation: no images to score; see `without_masks`, too
@@ -354,14 +348,14 @@ def by_our_names(splits: dict[str, T]) -> dict[str, T]:
 
 
 def label_columns(split: datasets.Dataset | datasets.IterableDataset, label_column: str | None) -> list[str]:
-    """The columns that may hold the labels, best first."""
+    """The columns that may hold the labels, best first: `label`, `labels`, the only `ClassLabel`, or else `Label` and the like."""
     import datasets
 
     if label_column is not None:
         return [label_column] if label_column in split.column_names else []
     named = [name for name in ("label", "labels") if name in split.column_names]
     classes = [name for name, feature in split.features.items() if isinstance(feature, datasets.ClassLabel)]
-    return named or (classes if len(classes) == 1 else [])
+    return named or (classes if len(classes) == 1 else [name for name in split.column_names if name.lower() in ("label", "labels")])
 
 
 def dataset_label(source: str) -> str:

@@ -15,16 +15,27 @@ if TYPE_CHECKING:
 
 FILE_COLUMNS = ("file_name", "image")  # the first as in an imagefolder's metadata.csv
 SPLIT_COLUMN, MASK_COLUMN = "split", "mask"
+SPLIT_NAMES = {  # ours -> the names under which a source may have it, compared in lower case
+    "train": ("train", "training"),
+    "calibration": ("calibration",),
+    "validation": ("validation", "val", "valid", "dev"),
+    "test": ("test", "testing"),
+}
 DELIMITERS = ",;\t"
+
+
+def our_split_name(name: str) -> str:
+    """What we call a split of this name; itself, if it is none of ours."""
+    return next((ours for ours, names in SPLIT_NAMES.items() if name.lower() in names), name)
 
 
 def read_table(path: Path, image_column: str | None, reading: Reading | None) -> dict[str, datasets.Dataset]:
     """The splits of a CSV file, its columns as strings but for images and masks.
 
     Args:
-        path: of a table with a header, separated by commas, semicolons or tabs. Its column `split`, if there is one, tells the splits, else all train;
-            its column `mask`, if there is one, names files, too.
-        image_column: with the images' files, absolute or from the table's folder on; None: `file_name`, or else `image`.
+        path: of a table with a header, separated by commas, semicolons or tabs. Its column `split`, if there is one, tells the splits (train or Training,
+            test, val …), else all train; its column `mask`, if there is one, names files, too. Upper and lower case are one in the names of these columns.
+        image_column: with the images' files, absolute or from the table's folder on; None: `file_name`, or else `image`, in any case.
         reading: how DICOM and NIfTI files are cut into images, each with what the row says of the file; None: they are not.
 
     Raises:
@@ -32,9 +43,8 @@ def read_table(path: Path, image_column: str | None, reading: Reading | None) ->
     """
     import datasets
 
-    candidates = FILE_COLUMNS if image_column is None else (image_column,)
-    header, rows = _rows(path, candidates)
-    wanted = next(name for name in candidates if name in header)
+    header, rows = _rows(path, image_column)
+    wanted = image_column or next(name for name in FILE_COLUMNS if name in header)
     files = [name for name in (wanted, MASK_COLUMN) if name in header]
     splits: dict[str, dict[str, list]] = {}
     for line, row in rows:
@@ -48,7 +58,7 @@ def read_table(path: Path, image_column: str | None, reading: Reading | None) ->
                     raise InputError(
                         f"{path}, line {line}: there is no file {row[name]}; paths are absolute, or begin in the table's folder"
                     )
-        columns = splits.setdefault(row.get(SPLIT_COLUMN) or "train", {name: [] for name in header})
+        columns = splits.setdefault(our_split_name(row.get(SPLIT_COLUMN) or "train"), {name: [] for name in header})
         for image in slice_files(Path(row[wanted]), reading) if reading is not None and is_medical(row[wanted]) else [row[wanted]]:
             for name, value in (row | {wanted: str(image)}).items():
                 columns[name].append(value)
@@ -56,20 +66,28 @@ def read_table(path: Path, image_column: str | None, reading: Reading | None) ->
     return {split: datasets.Dataset.from_dict(columns, features=datasets.Features(kinds)) for split, columns in splits.items()}
 
 
-def _rows(path: Path, wanted: tuple[str, ...]) -> tuple[list[str], list[tuple[int, dict[str, str | None]]]]:
-    """Header, in which one of the columns that are `wanted` is, and the rows with their lines; what is empty is None."""
+def _rows(path: Path, image_column: str | None) -> tuple[list[str], list[tuple[int, dict[str, str | None]]]]:
+    """Header, in which a column of files is, and the rows with their lines; what is empty is None. Columns that mean something have their name in lower
+    case, but for labels, which are looked up by any."""
+    wanted = FILE_COLUMNS if image_column is None else (image_column,)
+    ours = {*FILE_COLUMNS, SPLIT_COLUMN, MASK_COLUMN}
+
+    def known(name: str) -> str:
+        name = name.strip()
+        return name.lower() if name != image_column and name.lower() in ours else name
+
     try:
         with open(path, encoding="utf-8-sig", newline="") as file:
             first = file.readline()
-            names = {mark: next(csv.reader([first], delimiter=mark), []) for mark in DELIMITERS}
+            names = {mark: list(map(known, next(csv.reader([first], delimiter=mark), []))) for mark in DELIMITERS}
             mark = next((mark for mark in DELIMITERS if any(name in names[mark] for name in wanted)), None)
             if mark is None:
                 there = ", ".join(max(names.values(), key=len)) or "none"
                 named = " or ".join(map(repr, wanted))
                 raise InputError(f"{path} has no column {named} with the images' files; its columns: {there}; say which with image_column")
             header = names[mark]
-            if len(set(header)) < len(header):
-                raise InputError(f"{path}: two columns have the same name, of {', '.join(header)}; rename one")
+            if len({name.lower() for name in header}) < len(header):
+                raise InputError(f"{path}: two columns have the same name, or differ in case alone, of {', '.join(header)}; rename one")
             rows, reader = [], csv.reader(file, delimiter=mark)
             for values in reader:
                 line = 1 + reader.line_num
