@@ -76,3 +76,15 @@ def test_copies_among_training_images_are_told(tmp_path, caplog):
     for message, split, path in ((calibration, "3 images of split 'calibration'", held_out), (results, "3 images of split 'test'", copied)):
         assert f"1 of {split}" in message
         assert path in message
+
+
+def test_copies_of_images_held_out_for_calibration_are_told(tmp_path, caplog):
+    """Each training image has its copy in the test split, whichever side of the division it fell on."""
+    for level in range(10):
+        write(tmp_path / f"train/normal/{level}.bmp", level)
+        write(tmp_path / f"test/normal/{level}.bmp", level)
+    write(tmp_path / "test/bad/100.bmp", 100)
+    with caplog.at_level(logging.WARNING):
+        load_one_class(tmp_path)
+    (message,) = caplog.messages
+    assert message.startswith("10 of 11 images of split 'test' are byte for byte also among the training or calibration images")

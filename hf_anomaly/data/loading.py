@@ -244,11 +244,7 @@ def load_one_class(
             reason = f"{where} holds no anomalies: every image is labelled {normal_label!r}"
 
     if train is not None:
-        _warn_of_copies(
-            train,
-            ("calibration", calibration, "the threshold will be too low for new images"),
-            (eval_split, test, "the results will not tell how new images are scored"),
-        )
+        _warn_of_copies(train, calibration, test, eval_split)
         _warn_of_shared_groups(groups, group_column or "volume")
     split_hash = _split_hash(protocol, {"train": train, "calibration": calibration, "test": test})
     return OneClassSplits(
@@ -606,18 +602,25 @@ def _hold_out(normals: datasets.Dataset, fraction: float, seed: int, source: str
     return tuple(normals.select(np.sort(rows)) for rows in parts)
 
 
-def _warn_of_copies(train: datasets.Dataset, *others: tuple[str, datasets.Dataset | None, str]) -> None:
-    """Warns of images of the others (split's name, split, what comes of it) that are among the training images, too."""
-    others = [(name, split, consequence) for name, split, consequence in others if split is not None]
-    found = find_copies(train, *(split for _, split, _ in others))
-    for (name, split, consequence), copies in zip(others, found, strict=True):
+def _warn_of_copies(train: datasets.Dataset, calibration: datasets.Dataset | None, test: datasets.Dataset | None, eval_split: str) -> None:
+    """Warns of calibration images that train, too, and of test images that train or calibrate, too."""
+    cases = [
+        ("calibration", calibration, "training images", "the threshold will be too low for new images"),
+        (eval_split, test, "training or calibration images", "the results will not tell how new images are scored"),
+    ]
+    cases = [case for case in cases if case[1] is not None]
+    found = find_copies(train, *(split for _, split, *_ in cases))  # at once: the training images may be many
+    if len(cases) == 2:
+        found[1] = sorted({*found[1], *find_copies(calibration, test)[0]})
+    for (name, split, others, consequence), copies in zip(cases, found, strict=True):
         if copies:
             first = split[copies[0]]
             logger.warning(
-                "%d of %d images of split %r are byte for byte also among the training images, the first %s: %s; leave them out on one side",
+                "%d of %d images of split %r are byte for byte also among the %s, the first %s: %s; leave them out on one side",
                 len(copies),
                 len(split),
                 name,
+                others,
                 first["image"]["path"] or f"in row {first['row']}",
                 consequence,
             )
