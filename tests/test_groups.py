@@ -115,7 +115,7 @@ def test_what_is_refused():
         load_one_class(images([1, 2]).add_column("person", [[1], [2]]), group_column="person")
     with pytest.raises(InputError, match="contamination draws image by image"):
         load_one_class(images([1, 2]), group_column="patient", contamination=0.1)
-    with pytest.raises(InputError, match="'balanced' divides image by image"):
+    with pytest.raises(InputError, match=r"'balanced' divides image by image; with .* a table's column 'split', .* by patient"):
         load_one_class(images([1, 2]), group_column="patient", protocol="balanced")
 
 

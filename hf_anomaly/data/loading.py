@@ -165,7 +165,10 @@ def load_one_class(
     if max_train_images is not None and max_train_images < 1:
         raise InputError(f"max_train_images must be at least 1, got {max_train_images}")
     if group_column is not None and protocol != "official":
-        raise InputError(f"group_column goes with protocol 'official': {protocol!r} divides image by image")
+        raise InputError(
+            f"group_column goes with protocol 'official': {protocol!r} divides image by image; with folders train/ and test/, or a table's column 'split', "
+            f"the division is your own, by {group_column}"
+        )
     if group_column is not None and contamination > 0:
         raise InputError("contamination draws image by image: it does not go with group_column")
     if not 0 <= contamination < 1:
