@@ -417,6 +417,17 @@ def test_anomalies_that_are_left_out_are_counted(tmp_path, caplog):
     assert not caplog.records
 
 
+def test_anomalies_without_a_test_split_are_told_how_to_test(tmp_path, caplog):
+    write(tmp_path, {"good": 4, "scratch": 2, "spot": 1})
+    remedy = "protocol 'balanced' or 'stratified', or a split 'test', would test with"
+    with caplog.at_level(logging.INFO, "hf_anomaly"):
+        splits = load_one_class(tmp_path)
+    assert caplog.messages == [f"3 anomalies of split 'train' of {str(tmp_path)!r} are left out ({remedy} them)"]
+    assert splits.test_missing_reason == f"{str(tmp_path)!r} has no split 'test'; its splits: train; {remedy} the anomalies there"
+    assert load_one_class(tmp_path, protocol="balanced").test_missing_reason is None
+    assert load_one_class(tmp_path / "good").test_missing_reason.endswith("its splits: train")
+
+
 def test_swapped_splits_are_warned_of(tmp_path, caplog):
     write(tmp_path, {"train/good": 4, "train/crack": 3, "train/stain": 2, "test/good": 4})
     load_one_class(tmp_path)

@@ -206,16 +206,17 @@ def load_one_class(
     }
     groups = {name: _groups(splits[name], split, group_column, name, source) for name, split in data.items() if "train" in data}
     anomalies = None  # of the training split
+    remedy = f"a split {eval_split!r}" if group_column is not None else f"protocol 'balanced' or 'stratified', or a split {eval_split!r},"
     normals = {name: np.flatnonzero(np.asarray(split["label"][:]) == 0) for name, split in data.items()}
     headers = {}
     for name in [name for name in data if name != eval_split]:
         if not len(normals[name]):
             raise InputError(f"no image of split {name!r} of {source!r} is {normal_label!r}; {_counts(labels, name)}; give normal_label")
         if left_out := len(data[name]) - len(normals[name]):
-            level, hint = logging.INFO, ""
+            level, hint = logging.INFO, "" if eval_split in data else f" ({remedy} would test with them)"
             if 2 * left_out > len(data[name]) and not is_chosen:
                 level = logging.WARNING
-                hint = f", more than half of it: are the splits swapped, or is another class than {normal_label!r} normal (normal_label)?"
+                hint += f", more than half of it: are the splits swapped, or is another class than {normal_label!r} normal (normal_label)?"
             logger.log(level, "%d anomalies of split %r of %r are left out%s", left_out, name, source, hint)
         if name == "train":
             anomalies = data[name].select(np.setdiff1d(np.arange(len(data[name])), normals[name]))
@@ -235,6 +236,8 @@ def load_one_class(
     where = f"split {eval_split!r} of {source!r}"
     if test is None:
         reason = f"{source!r} has no split {eval_split!r}; its splits: {', '.join(raw)}"
+        if anomalies:
+            reason += f"; {remedy} would test with the anomalies there"
     elif labels[eval_split] is None:
         test, reason = None, f"{where} has no labels"
         if evaluation_only:
