@@ -58,11 +58,37 @@ def test_another_normal_class_is_warned_of(evaluate, caplog):
     assert "Normal is 'good' here, but the detector was trained on 'fine'" in caplog.text
 
 
-def test_a_dataset_without_that_class_is_refused(evaluate):
-    status, results, err = evaluate({"test/good": 1, "test/hole": 1})
+def test_without_that_class_one_that_is_normal_by_its_name_is_taken(evaluate, caplog):
+    status, results, err = evaluate({"test/Good": 2, "test/hole": 3})
+    assert status == 0, err
+    assert (results["normal_label"], results["num_normal"], results["num_anomalous"]) == ("Good", 2, 3)
+    assert "Normal is 'Good' here, but the detector was trained on 'fine'" in caplog.text
+
+
+@pytest.mark.parametrize("names", [("ok", "hole"), ("good", "normal")])
+def test_without_that_class_a_choice_is_left_to_the_user(evaluate, names):
+    status, results, err = evaluate({f"test/{name}": 1 for name in names})
     assert (status, results) == (2, None)
+    first, second = sorted(names)
     assert "error: normal_label='fine' is no label of" in err.splitlines()[-1]
-    assert "its labels: 'good' (1), 'hole' (1)" in err.splitlines()[-1]
+    assert f"its labels: {first!r} (1), {second!r} (1); say with --normal_label which" in err.splitlines()[-1]
+
+
+def test_a_class_that_was_asked_for_is_not_replaced(evaluate):
+    status, results, err = evaluate({"test/good": 1, "test/hole": 1}, "--normal_label", "nice")
+    assert (status, results) == (2, None)
+    assert "error: normal_label='nice' is no label of" in err.splitlines()[-1]
+
+
+def test_a_detector_of_images_without_labels_has_no_other_class(evaluate, detector, tmp_path, caplog):
+    model = CSIModel.from_pretrained(detector)
+    model.config.normal_label = "normal"
+    model.save_pretrained(tmp_path / "model")
+    AnomalyImageProcessor.for_images(8, 1).save_pretrained(tmp_path / "model")
+    status, results, err = evaluate({"images/test/good": 2, "images/test/hole": 1}, model=tmp_path / "model", dataset=tmp_path / "images")
+    assert status == 0, err
+    assert results["normal_label"] == "good"
+    assert "was trained on" not in caplog.text
 
 
 def read_table(path):

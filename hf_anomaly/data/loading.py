@@ -21,6 +21,7 @@ from .groups import draw_groups, groups_by_column, groups_by_volume
 from .protocols import PROTOCOLS, Division, contaminate, subset
 from .sources import (
     IN_MEMORY,
+    UnknownClassError,
     by_our_names,
     check_place,
     default_normal_class,
@@ -477,7 +478,7 @@ def _normal_class(
     feature = next(split.features[column] for name, split in splits.items() if labels[name])
     name = class_asked_for(normal_label, feature)
     if name not in seen:
-        raise InputError(f"normal_label={normal_label!r} is no label of {source!r}; {_counts(labels, *labels)}")
+        raise UnknownClassError(f"normal_label={normal_label!r} is no label of {source!r}; {_counts(labels, *labels)}", seen)
     return name
 
 

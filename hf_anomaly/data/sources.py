@@ -35,6 +35,18 @@ ARCHIVES = ("zip", "tar", "gzip", "bz2", "xz", "zstd", "lz4")  # protocols of fs
 METADATA_FILES = ("metadata.csv", "metadata.jsonl", "metadata.parquet")  # where imagefolder finds further columns
 
 
+class UnknownClassError(InputError):
+    """The normal class that was asked for is none of the labels.
+
+    Attributes:
+        labels: those there are.
+    """
+
+    def __init__(self, message: str, labels: Iterable[str]):
+        super().__init__(message)
+        self.labels = list(labels)
+
+
 def default_normal_class(source: str, classes: Iterable[str], training_classes: Iterable[str]) -> str | None:
     """The class that is normal where nobody says so: of scikit-learn's digits zero, else the one called normal, good or healthy, else the only one that
     trains; None where that leaves a choice."""

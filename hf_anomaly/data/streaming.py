@@ -14,7 +14,7 @@ from .content import read_image_file
 from .formats import Reading
 from .loading import OneClassSplits, channels_and_sizes, check_images, class_asked_for, class_name, image_column_of, label_column_of
 from .protocols import Division
-from .sources import by_our_names, default_normal_class, load_or_refuse, read_source, with_bytes
+from .sources import UnknownClassError, by_our_names, default_normal_class, load_or_refuse, read_source, with_bytes
 
 if TYPE_CHECKING:
     import datasets
@@ -210,7 +210,9 @@ def _normal_class(
         return found
     found = asked if asked in counted else str(asked) if classes is not None else class_asked_for(asked, feature)
     if isinstance(feature, datasets.ClassLabel) and found not in counted:
-        raise InputError(f"normal_label={asked!r} is no label of {name!r}; its labels: {', '.join(map(repr, counted[:20]))}")
+        raise UnknownClassError(
+            f"normal_label={asked!r} is no label of {name!r}; its labels: {', '.join(map(repr, counted[:20]))}", counted
+        )
     return found
 
 

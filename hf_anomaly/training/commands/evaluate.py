@@ -13,7 +13,7 @@ import torch
 from torch.utils.data import DataLoader
 
 from ...data import collate, decode_image, file_name
-from ...data.sources import dataset_label
+from ...data.sources import UnknownClassError, dataset_label, default_normal_class
 from ...errors import InputError
 from ...files import check_output, csv_text, shortened, writing
 from ...loading import load_detector, recorded_results
@@ -65,7 +65,8 @@ def load_for_evaluation(args, data_args: EvaluationDataArguments) -> tuple:
 
     Args:
         args: with `model`, `revision`, `seed` and `device`; the seed is by default the one recorded beside the model.
-        data_args: normal class, window and slices are by default those that the detector was trained on.
+        data_args: normal class, window and slices are by default those that the detector was trained on; where that class is none of the labels, the class
+            that is normal where nobody says so, see `default_normal_class`.
 
     Raises:
         InputError: what `load_detector` and `load_one_class` refuse, or a seed that does not say which images the detector was not trained on.
@@ -86,9 +87,18 @@ def load_for_evaluation(args, data_args: EvaluationDataArguments) -> tuple:
         )
     model, processor = load_detector(args.model, args.revision, args.device)
     trained_on = model.config.normal_label
-    data_args.normal_label = data_args.normal_label or trained_on
+    asked = data_args.normal_label
+    data_args.normal_label = asked or trained_on
     data_args.read_as(processor)
-    splits = load_splits(data_args, args.seed or 0, evaluation_only=True)
+    try:
+        splits = load_splits(data_args, args.seed or 0, evaluation_only=True)
+    except UnknownClassError as error:
+        if asked:
+            raise
+        data_args.normal_label = default_normal_class(data_args.dataset_name, error.labels, ())
+        if data_args.normal_label is None:
+            raise InputError(f"{error}; say with --normal_label which of them is normal") from error
+        splits = load_splits(data_args, args.seed or 0, evaluation_only=True)
     protocol = (results.get("division") or {}).get("protocol")
     same_test = protocol in (None, splits.division.protocol) or {protocol, splits.division.protocol} <= {"official", "stream"}
     if results.get("dataset") == dataset_label(splits.source) and not same_test:
@@ -97,7 +107,7 @@ def load_for_evaluation(args, data_args: EvaluationDataArguments) -> tuple:
             protocol,
             splits.division.protocol,
         )
-    if trained_on not in (None, splits.normal_label):
+    if trained_on not in (None, "normal", splits.normal_label):  # "normal" are images without labels, too
         logger.warning("Normal is %r here, but the detector was trained on %r", splits.normal_label, trained_on)
     return model, processor, splits
 
