@@ -473,6 +473,11 @@ def test_the_files_that_a_table_lists(run, refused, detector, scans):
     assert [row["image"] for row in csv.DictReader(out.splitlines())] == [f"{scans}/b.png"]
 
 
+def test_an_archive_is_to_be_unpacked(refused, detector):
+    Path("scans.zip").write_bytes(b"PK")
+    refused(["predict", detector, "scans.zip"], "'scans.zip' is an archive; unpack it")
+
+
 def test_folders_that_hold_datasets(run, refused, detector, scans):
     images = datasets.Dataset.from_dict({"image": [str(scans / f"{name}.png") for name in "ab"]}).cast_column("image", datasets.Image())
     Path("parquet").mkdir()

@@ -11,6 +11,7 @@ import pytest
 from hf_anomaly.data import decode_image, load_one_class
 from hf_anomaly.data.assembling import from_arrays
 from hf_anomaly.data.sources import dataset_label, hub_dataset
+from hf_anomaly.errors import InputError
 
 datasets.disable_progress_bars()
 
@@ -127,3 +128,17 @@ def test_a_folder_in_the_home_is_no_dataset_of_the_hub(tmp_path, monkeypatch):
     (tmp_path / "scans").mkdir()
     assert (hub_dataset("~/scans"), dataset_label("~/scans")) == (None, "scans")
     assert (hub_dataset("org/scans"), dataset_label("org/scans")) == ("org/scans", "org/scans")
+
+
+@pytest.mark.parametrize("name", ["scans.zip", "scans.tar.GZ"])
+def test_an_archive_is_to_be_unpacked(tmp_path, name):
+    (tmp_path / name).write_bytes(b"PK")
+    with pytest.raises(InputError, match=f"{name}' is an archive; unpack it"):
+        load_one_class(tmp_path / name)
+
+
+@pytest.mark.parametrize("name", ["a.PNG", "head.nii.gz", "slice.dcm"])
+def test_a_single_image_is_no_dataset(tmp_path, name):
+    (tmp_path / name).write_bytes(b"")
+    with pytest.raises(InputError, match=f"{name}' is a single file of images; give the folder"):
+        load_one_class(tmp_path / name)

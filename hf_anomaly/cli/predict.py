@@ -199,6 +199,7 @@ class Rows:
 
 def _sources(args: Namespace) -> Iterable[Files | Rows]:
     from ..data.formats import image_suffixes
+    from ..data.sources import check_unpacked
 
     for word in args.images:
         if os.path.isdir(word):
@@ -207,6 +208,7 @@ def _sources(args: Namespace) -> Iterable[Files | Rows]:
         elif os.path.isfile(word) and word.endswith(".csv"):
             yield _listed(word, args)
         elif os.path.isfile(word) and not word.endswith(DATASET_FILES):
+            check_unpacked(word)
             yield Files([word])
         elif not os.path.exists(word) and glob.has_magic(word):
             paths = sorted(path for path in glob.glob(word, recursive=True) if os.path.isfile(path))

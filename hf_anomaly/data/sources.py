@@ -32,6 +32,7 @@ IN_MEMORY = "in-memory dataset"  # the name of a source that has none
 MASK_FOLDERS = ("ground_truth", "groundtruth")  # pixel annotation: no images to score; see `without_masks`, too
 MASK_NAMES = ("{name}_mask", "{name}")  # of the mask of an image {name}: MVTec AD's name, and a plain one
 ARCHIVES = ("zip", "tar", "gzip", "bz2", "xz", "zstd", "lz4")  # protocols of fsspec that read what lies within another file
+ARCHIVE_SUFFIXES = (".zip", ".tar", ".tgz", ".gz", ".bz2", ".xz", ".7z", ".rar")
 METADATA_FILES = ("metadata.csv", "metadata.jsonl", "metadata.parquet")  # where imagefolder finds further columns
 
 
@@ -121,6 +122,9 @@ def read_source(
     if path.is_file() and path.suffix == ".csv":
         return read_table(path, image_column, reading)
     if path.is_file():
+        check_unpacked(path)
+        if is_medical(path) or path.suffix.lower() in image_suffixes():
+            raise InputError(f"{source!r} is a single file of images; give the folder that it lies in")
         raise InputError(f"{source!r}: not a kind of file to load images from; give an .npz, .parquet or .csv file, a folder or a Hub id")
     if path.suffix in (".npz", ".parquet", ".zip", ".csv") or not is_hub_id(source):
         raise InputError(f"{source!r} is neither an existing file or folder nor the id of a Hub dataset; check the spelling")
@@ -136,6 +140,16 @@ def read_source(
         ) from error
     except Exception as error:  # names, formats, damaged files
         raise InputError(f"the Hub dataset {source!r} cannot be loaded: {_one_line(error)}") from error
+
+
+def check_unpacked(path: str | os.PathLike[str]) -> None:
+    """Refuses an archive, by its name.
+
+    Raises:
+        InputError: it is one.
+    """
+    if Path(path).suffix.lower() in ARCHIVE_SUFFIXES and not is_medical(path):
+        raise InputError(f"{os.fspath(path)!r} is an archive; unpack it, and give the folder")
 
 
 def with_bytes(value: Any, source: str) -> Any:
