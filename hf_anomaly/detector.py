@@ -41,7 +41,6 @@ _INHERITED_KEYWORDS = {
     "experts_implementation",
     "model_type",
     "name_or_path",
-    "num_labels",
     "output_attentions",
     "torch_dtype",
 }

@@ -16,6 +16,7 @@ from .errors import InputError
 LARGEST_NUMBER = 2**20  # no width, image or kernel size comes near it
 LARGEST_DEPTH = 1000  # layers; each costs time even where its weights cost nothing
 LARGEST_LIST = 1000  # a schedule has so many β, a network fewer stages
+MOST_LABELS = 2**15  # ImageNet-21k has two thirds of it; transformers names each of them as it reads the config
 _FREE_BYTES = 64 * 2**20  # so much more than its file a model may always take
 
 
@@ -58,6 +59,8 @@ def check_plausible(config: dict, where: str) -> None:
             raise InputError(f"{where}.{name} is a list of {len(values)}: more than {LARGEST_LIST} is no network's; correct the config")
         if any(number > LARGEST_NUMBER for number in numbers):
             raise InputError(f"{where}.{name} is {value}: more than {LARGEST_NUMBER} is no network's; correct the config")
+        if name == "num_labels" and sum(numbers) > MOST_LABELS:
+            raise InputError(f"{where}.{name} is {value}: more than {MOST_LABELS} classes are no network's; correct the config")
         if any(word in str(name) for word in ("depth", "layers", "blocks")) and sum(numbers) > LARGEST_DEPTH:
             raise InputError(f"{where}.{name} is {value}: more than {LARGEST_DEPTH} layers are no network's; correct the config")
 
