@@ -1,6 +1,7 @@
 """The contract that every detector obeys: configuration, output, fit_reference, calibrate, save and load."""
 
 import difflib
+import json
 import logging
 import os
 import tempfile
@@ -74,7 +75,8 @@ class AnomalyDetectorConfig(PreTrainedConfig):
         false_positive_rate: the rate at which `calibrate` set the threshold; None before.
         num_calibration_scores: how many held-out normal images calibrated the detector; 0 before.
         anomaly_map_range: what their anomaly maps say is normal, [low, high], to paint maps with: the median of their pixels, and what at most the share
-            `false_positive_rate` of these images exceeds anywhere (or their maximum, where they are too few for that). None before, and without maps.
+            `false_positive_rate` of these images exceeds anywhere (or their maximum, where they are too few for that). None before, and without maps. It
+            stays that of the rate of `calibrate` where loading gives the threshold another one: the maps themselves are not kept.
         calibrated_for: the values of `score_fields` that calibration was made with; None before.
         fitted_for: the values of `reference_fields` that the reference was made with; None before, and where there are no such fields.
         hf_anomaly_version: the version of this package that wrote the file.
@@ -128,17 +130,25 @@ class AnomalyDetectorConfig(PreTrainedConfig):
         self.false_positive_rate = self.anomaly_map_range = self.calibrated_for = None
 
     def values_of(self, fields: Iterable[str]) -> dict:
-        return {name: getattr(self, name) for name in fields}
+        """The fields' values for the record; of a nested configuration one by one, as `backbone_config.norm`."""
+        values = {}
+        for name in fields:
+            value = getattr(self, name)
+            values |= _own_fields(name, value) if isinstance(value, PreTrainedConfig) else {name: value}
+        return values
 
     def changed_since(self, record: dict | None) -> str:
         """Which fields have other values than when they were recorded, in words; empty if none has, or nothing was recorded."""
-        now = self.values_of(name for name in record or {} if name in self.__dataclass_fields__)
-        return ", ".join(f"{name} was {record[name]!r}, now {value!r}" for name, value in now.items() if value != record[name])
+        record = record or {}
+        now = self.values_of({name.partition(".")[0] for name in record} & self.__dataclass_fields__.keys())
+        both = record.keys() & now.keys()  # those of another version may be more, or fewer
+        return ", ".join(f"{name} was {record[name]!r}, now {now[name]!r}" for name in sorted(both) if now[name] != record[name])
 
     @property
     def reference_changes(self) -> str:
         """As `changed_since` the reference was made."""
-        recorded = {name: value for name, value in (self.calibrated_for or {}).items() if name in self.reference_fields}
+        now = self.values_of(self.reference_fields)
+        recorded = {name: value for name, value in (self.calibrated_for or {}).items() if name in now}
         return self.changed_since(recorded | (self.fitted_for or {}))
 
     def check(self) -> None:
@@ -168,6 +178,13 @@ class AnomalyDetectorConfig(PreTrainedConfig):
     @classmethod
     def register_for_auto_class(cls, auto_class="AutoConfig"):
         """Nothing: a saved detector refers to the package, whose code is not copied beside it."""
+
+
+def _own_fields(where: str, config: PreTrainedConfig) -> dict:
+    """The values, as JSON holds them, of the fields that not every configuration has."""
+    common = PreTrainedConfig().to_dict().keys() - {"model_type"}
+    values = json.loads(config.to_json_string(use_diff=False))
+    return {f"{where}.{name}": value for name, value in values.items() if name not in common}
 
 
 @strict
@@ -451,7 +468,7 @@ class AnomalyDetector(PreTrainedModel):
     def from_pretrained(cls, pretrained_model_name_or_path, *model_args, output_loading_info=False, **kwargs):
         """As `PreTrainedModel.from_pretrained`, from safetensors only. With other values of `config.score_fields` than the calibration was made for,
         such as keywords here can give, the calibration is dropped with a warning; with other values of `config.reference_fields` the reference, too. With
-        another `false_positive_rate` the threshold is that of the new rate.
+        another `false_positive_rate` the threshold is that of the new rate, `anomaly_map_range` still that of the old one.
 
         Raises:
             InputError: the weights lack the reference or the calibration that the config promises, those of a fitted detector lack

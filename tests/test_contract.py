@@ -387,7 +387,8 @@ def test_refitting_drops_the_calibration(model, refused):
 def test_calibration_knows_what_it_was_made_for(model):
     config = model.config
     assert set(config.score_fields) <= set(config.to_dict())
-    assert config.calibrated_for == {name: getattr(config, name) for name in config.score_fields}
+    assert config.calibrated_for == config.values_of(config.score_fields)
+    json.dumps(config.calibrated_for)
     model.reset_reference()
     assert config.calibrated_for is None
 

@@ -146,6 +146,23 @@ def test_other_features_have_no_reference(tmp_path, caplog, calibrated, changes)
     assert loaded.fit_reference([torch.rand(6, 1, size, size)], progress=False).config.fitted_for[name] == value
 
 
+def test_another_backbone_of_the_same_shapes_has_no_reference(folder, caplog):
+    x = images(4, 3)
+    before = AutoModel.from_pretrained(folder, dtype="float64").float().eval()  # which says nothing of the network
+    assert before.calibration.is_calibrated
+    assert not caplog.text
+    after = AutoModel.from_pretrained(folder, backbone_config={"norm": "group"})
+    assert "for other features (backbone_config.norm was 'batch', now 'group'): its reference is dropped" in caplog.text
+    assert not after.is_fitted
+    config = json.loads((folder / "config.json").read_text())
+    for entry in ("backbone_config.stem_stride", "backbone_config.norm"):
+        for record in (config["fitted_for"], config["calibrated_for"]):  # as of a version whose backbones have other fields
+            record["backbone_config.gone"] = record.pop(entry)
+        (folder / "config.json").write_text(json.dumps(config))
+        assert torch.equal(AutoModel.from_pretrained(folder).eval()(x).scores, before(x).scores)
+    assert len([record for record in caplog.records if record.name.startswith("hf_anomaly")]) == 1
+
+
 @pytest.mark.parametrize(
     ("changes", "words"),
     [

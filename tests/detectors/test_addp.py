@@ -313,6 +313,15 @@ def test_on_from_a_fitted_detector(tmp_path, logged):
     assert not ADDPModel.from_pretraining(pretrained).is_fitted
 
 
+@pytest.mark.parametrize(("name", "before", "now"), [("encoder", "unet", "segnet"), ("norm", "batch", "group")])
+def test_another_network_of_the_same_shapes_has_no_calibration(tmp_path, caplog, name, before, now):
+    model = build(ADDPModel, **{name: before}).eval()
+    model.fit_reference([pixels()], progress=False).calibrate([pixels()], progress=False).save_pretrained(tmp_path)
+    assert ADDPModel.from_pretrained(tmp_path, noise="coarse").calibration.is_calibrated  # a setting of pretraining
+    assert not ADDPModel.from_pretrained(tmp_path, **{name: now}).calibration.is_calibrated
+    assert f"({name} was {before!r}, now {now!r}): its calibration is dropped" in caplog.text
+
+
 def test_a_fitted_detector_without_its_calibration_is_still_refused(tmp_path, refused):
     from safetensors.torch import load_file, save_file
 

@@ -47,7 +47,11 @@ class ADDPConfig(SelfContainedDetectorConfig):
     """
 
     model_type = "addp_anomaly"
-    score_fields = (*SelfContainedDetectorConfig.score_fields, "map_filter_size")  # of the maps, whose range calibration finds
+    score_fields = (
+        *SelfContainedDetectorConfig.score_fields,
+        *("encoder", "backbone_config", "skip_connections", "attention_gates", "norm"),
+        "map_filter_size",  # of the maps, whose range calibration finds
+    )
     sub_configs_defaults = {"backbone_config": SubConfigSpec(config_class=AutoConfig, model_type="small_resnet", optional=True)}
 
     encoder: Literal["unet", "segnet", "backbone"] | None = None

@@ -62,6 +62,7 @@ class CSIConfig(AnomalyDetectorConfig):
     reference_fields = (
         *(
             "image_size",
+            "backbone_config",
             "shift",
             "score_features",
             "score_whitening",
