@@ -225,18 +225,21 @@ def test_state_dict_holds_the_detector_alone(build):
     assert not [key for key in model.state_dict() if "dissolver" in key]
 
 
-def test_the_dissolver_stays_out_of_the_parameters_even_if_it_is_a_network(build):
-    model = build(**SHAPES[0])
-    keys = list(model.state_dict())
-    if hasattr(model, "dissolver"):
-        model.dissolver = hf_anomaly.DiffusionDissolver(*tiny_diffusion())
+class NetworkDissolver(torch.nn.Conv2d):
+    is_deterministic = True
+
+    def forward(self, pixel_values, timesteps=None):
+        return super().forward(pixel_values)
+
+
+def test_the_dissolver_stays_out_of_the_weights_even_if_it_is_a_module():
+    model = DETECTORS["dia"](**SHAPES[0])
+    keys, count = list(model.state_dict()), len(list(model.parameters()))
+    model.dissolver = NetworkDissolver(1, 1, 3, padding=1)
     assert list(model.state_dict()) == keys
-
-
-def tiny_diffusion():
-    from hf_anomaly.dissolving import build_scheduler, build_unet
-
-    return build_unet(16, 1, (8, 16)), build_scheduler()
+    assert len(list(model.parameters())) == count
+    model.train()(images(4)).loss.backward()
+    assert model.dissolver.weight.grad is None
 
 
 def test_meta_device(model, tmp_path):

@@ -33,6 +33,12 @@ class DIAModel(CSIModel):
         super().__init__(config)
         self.dissolver = None
 
+    def __setattr__(self, name, value):
+        if name == "dissolver":  # torch would make one that is a module part of the weights
+            object.__setattr__(self, name, value)
+        else:
+            super().__setattr__(name, value)
+
     @can_return_tuple
     def forward(
         self,
@@ -64,7 +70,8 @@ class DIAModel(CSIModel):
                 raise InputError("DIA trains with dissolved images: give dissolved_pixel_values, or set detector.dissolver")
             self.dissolver.to(pixel_values.device)
             timesteps = None if self.dissolver.is_deterministic else draw_rows(self.dissolver.sample_timesteps, batch_size)
-            return self.dissolver(pixel_values, timesteps)
+            with torch.no_grad():
+                return self.dissolver(pixel_values, timesteps)
         if variants.ndim != 5 or len(variants) != batch_size or variants.shape[1] == 0 or variants.shape[2:] != pixel_values.shape[1:]:
             raise InputError(
                 f"dissolved_pixel_values must be (batch, variants, channels, height, width) for pixel_values {tuple(pixel_values.shape)}, "
