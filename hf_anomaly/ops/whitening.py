@@ -19,7 +19,7 @@ def fit_whitening(vectors: Tensor, shrinkage: float = 0.3) -> tuple[Tensor, Tens
     """
     # One group at a time: float64 copies of all at once would take several times the vectors' own memory.
     centers, maps = zip(*(_fit_group(group, shrinkage) for group in vectors.unbind(1)), strict=True)
-    return torch.stack(centers), torch.stack(maps)
+    return torch.stack(centers).to(vectors.device), torch.stack(maps).to(vectors.device)
 
 
 def leave_out_change(maps: Tensor, changes: Tensor) -> Tensor:
@@ -34,19 +34,24 @@ def leave_out_change(maps: Tensor, changes: Tensor) -> Tensor:
     Returns:
         (K, d, d) float32, computed in float64.
     """
-    return torch.stack([_leave_out(w, group) for w, group in zip(maps, changes.unbind(1), strict=True)])
+    return torch.stack([_leave_out(w, group) for w, group in zip(maps, changes.unbind(1), strict=True)]).to(maps.device)
+
+
+def _double(x: Tensor) -> Tensor:
+    """In float64; on the CPU where it lies on MPS, which has none."""
+    return (x.cpu() if x.is_mps else x).double()
 
 
 def _leave_out(whitening: Tensor, changes: Tensor) -> Tensor:
-    w = whitening.double()
-    moved = changes.double() @ w.T
+    w = _double(whitening)
+    moved = _double(changes) @ w.T
     v = torch.linalg.eigh(moved.T @ moved).eigenvectors[:, -1:]
     return (w - v @ (v.T @ w)).float()
 
 
 def _fit_group(vectors: Tensor, shrinkage: float) -> tuple[Tensor, Tensor]:
     """μ (d,) and W (d, d) of vectors (M, d)."""
-    x = vectors.double()
+    x = _double(vectors)
     center = x.mean(0)
     x = x - center
     covariance = x.T @ x / len(x)

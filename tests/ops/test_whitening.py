@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 import torch
 
-from hf_anomaly.ops.whitening import fit_whitening
+from hf_anomaly.ops.whitening import fit_whitening, leave_out_change
 
 
 def vectors(count, groups=2, width=4, seed=0):
@@ -40,6 +40,26 @@ def test_fewer_vectors_than_directions(count):
 def test_equal_vectors():
     _, whitening = fit_whitening(torch.ones(5, 2, 3))
     assert whitening.isfinite().all()
+
+
+class OnMPS(torch.Tensor):
+    is_mps = True
+
+    def cpu(self):
+        return self.as_subclass(torch.Tensor)
+
+    def double(self):
+        raise TypeError("MPS has no float64")
+
+
+def test_where_there_is_no_float64():
+    x, changes = vectors(20), vectors(20, seed=1)
+    center, whitening = fit_whitening(x)
+    found = fit_whitening(x.as_subclass(OnMPS))
+    assert torch.equal(found[0], center)
+    assert torch.equal(found[1], whitening)
+    left = leave_out_change(whitening.as_subclass(OnMPS), changes.as_subclass(OnMPS))
+    assert torch.equal(left, leave_out_change(whitening, changes))
 
 
 def test_memory_of_one_group_at_a_time(peak_bytes):
