@@ -56,7 +56,7 @@ def _fit_group(vectors: Tensor, shrinkage: float) -> tuple[Tensor, Tensor]:
     x = x - center
     covariance = x.T @ x / len(x)
     identity = torch.eye(x.shape[-1], dtype=x.dtype, device=x.device)
-    variance = covariance.diagonal().mean().clamp(min=1e-6)  # a single vector has none
+    variance = covariance.diagonal().mean().clamp(min=1e-12)  # equal vectors have none, but for rounding
     covariance = (1 - shrinkage) * covariance + shrinkage * variance * identity
     root = torch.linalg.cholesky(covariance)
     whitening = torch.linalg.solve_triangular(root, identity, upper=False) * x.shape[-1] ** -0.5

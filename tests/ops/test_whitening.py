@@ -23,8 +23,9 @@ def test_whitens_the_shrunk_covariance_of_each_group(shrinkage):
         np.testing.assert_allclose(whitening[k].double().numpy() @ shrunk @ whitening[k].double().numpy().T, np.eye(4) / 4, atol=1e-5)
 
 
-def test_lengths_are_about_one():
-    x = vectors(2000)
+@pytest.mark.parametrize("scale", [1, 1e-4])
+def test_lengths_are_about_one(scale):
+    x = scale * vectors(2000)
     center, whitening = fit_whitening(x, 1e-6)
     whitened = torch.einsum("mkd,ked->mke", x - center, whitening)
     torch.testing.assert_close(whitened.square().sum(-1).mean(0), torch.ones(2), rtol=1e-3, atol=0)
