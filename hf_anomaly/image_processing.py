@@ -157,7 +157,7 @@ class AnomalyImageProcessor(PilBackend):
         """Refuses to make other images than a detector with this configuration takes: a downloaded processor may ask for any amount of memory.
 
         Raises:
-            InputError: another size or number of channels, a step that changes the size, or numbers that nothing can be computed with.
+            InputError: another size or number of channels, no resizing, a step that changes the size, or numbers that nothing can be computed with.
         """
         wanted = config.image_size
         size = self.size or {"height": None, "width": None}
@@ -167,6 +167,8 @@ class AnomalyImageProcessor(PilBackend):
             raise InputError(
                 f"the image processor makes images of {makes}, but the detector takes {needs}: correct preprocessor_config.json"
             )
+        if not self.do_resize:
+            raise InputError("the image processor has do_resize off, which leaves the images' sizes: correct preprocessor_config.json")
         for step in ("do_center_crop", "do_pad"):
             if getattr(self, step, None):
                 raise InputError(f"the image processor has {step}, which changes the images' size: correct preprocessor_config.json")
@@ -176,7 +178,7 @@ class AnomalyImageProcessor(PilBackend):
             "image_std": not self.do_normalize
             or (_are_finite(self.image_std, a_channel) and np.all(np.asarray(self.image_std, float) != 0)),
             "rescale_factor": not self.do_rescale or _are_finite(self.rescale_factor, (1,)),
-            "resample": not self.do_resize or (isinstance(self.resample, int) and self.resample in list(PILImageResampling)),
+            "resample": isinstance(self.resample, int) and self.resample in list(PILImageResampling),
         }.items():
             if not fits:
                 raise InputError(f"the image processor's {name} cannot be {getattr(self, name)!r}: correct preprocessor_config.json")

@@ -124,6 +124,7 @@ def scores_of(folder, paths):
         ({"size": {"height": 3000, "width": 3000}}, ("3000×3000", "16×16", "preprocessor_config.json")),
         ({"size": None}, ("preprocessor_config.json",)),
         ({"do_convert_rgb": True}, ("3 channels", "preprocessor_config.json")),
+        ({"do_resize": False}, ("do_resize", "preprocessor_config.json")),
         ({"do_pad": True, "pad_size": {"height": 3000, "width": 3000}}, ("do_pad", "preprocessor_config.json")),
         ({"do_center_crop": True, "crop_size": 3000}, ("do_center_crop", "preprocessor_config.json")),
         ({"window": [0, "x"]}, ("window=[0, 'x']",)),
