@@ -122,6 +122,9 @@ class AnomalyDetectorConfig(PreTrainedConfig):
         if (backbone_config := getattr(self, "backbone_config", None)) is not None:
             check_backbone_config(backbone_config if isinstance(backbone_config, dict) else backbone_config.to_dict())
         super().__post_init__(**kwargs)
+        for config in (self, getattr(self, "backbone_config", None)):
+            if config is not None:
+                config.return_dict = True  # outputs are read by name; a call's own `return_dict=False` still gives a tuple
         self.check()
 
     def forget_calibration(self) -> None:

@@ -305,6 +305,16 @@ def test_tuples(model):
     assert torch.equal(model(images(3)).to_tuple()[0], scores)
 
 
+def test_a_config_that_asks_for_tuples(model, tmp_path):
+    model.save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text()) | {"return_dict": False}
+    if "backbone_config" in config and config["backbone_config"] is not None:
+        config["backbone_config"]["return_dict"] = False
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    scores, _ = AutoModel.from_pretrained(tmp_path).score([images(3)], progress=False)
+    assert torch.equal(scores, model(images(3)).scores)
+
+
 def test_maps_or_a_reason(model, refused):
     if model.supports_anomaly_maps:
         maps = model(images(3), output_anomaly_maps=True).anomaly_maps
