@@ -186,6 +186,11 @@ def test_batch_normalisation_needs_a_batch(refused):
         with refused("at least 2", "group"):
             build(cls)(pixels(1))
         assert build(cls, norm="group", hidden_sizes=[8, 8, 8])(pixels(1)).loss.isfinite()
+        assert build(cls, "small resnet", norm="group", hidden_sizes=[8, 8, 8])(pixels(1)).loss.isfinite()
+        strided = {"backbone_config": small_resnet(stem_stride=8), "norm": "group", "hidden_sizes": [8, 8, 8]}
+        with refused("backbone", "at least 2", "batch"):
+            build(cls, **strided)(pixels(1))
+        assert build(cls, **strided)(pixels(2)).loss.isfinite()
 
 
 # Losses and score -------------------------------------------------------------------------------------------------------------

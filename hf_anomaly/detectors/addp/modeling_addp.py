@@ -75,7 +75,15 @@ class ADDPPreTrainedModel(PreTrainedModel):
         """Images (B, C, H, W) as the decoder makes them, and the latents (B, latent_size, h, w) at the bottleneck."""
         if self.training and self.config.norm == "batch" and len(pixel_values) == 1:
             raise InputError("batch normalisation trains on batches of at least 2 images, got 1: enlarge the batch, or set norm to 'group'")
-        maps, places = self.encoder(pixel_values)
+        try:
+            maps, places = self.encoder(pixel_values)
+        except ValueError as error:
+            if "more than 1 value per channel" not in str(error):  # torch's, of a backbone's own normalisation
+                raise
+            raise InputError(
+                "the backbone's batch normalisation trains on batches of at least 2 images where its map is one pixel, got 1: enlarge the batch, "
+                "or image_size"
+            ) from error
         return self.decoder(maps, places, tuple(pixel_values.shape[-2:]))
 
     def load_backbone(self, name_or_path: str, **kwargs) -> "ADDPPreTrainedModel":
