@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from transformers import AutoModel, AutoModelForPreTraining, ConvNextConfig, ResNetConfig
 
 from hf_anomaly import ADDPConfig, ADDPForPreTraining, ADDPModel, CSIConfig, CSIModel, SmallResNetBackbone, SmallResNetConfig
-from hf_anomaly.detectors.addp.networks import AttentionGate
+from hf_anomaly.detectors.addp.networks import AttentionGate, unpool
 
 STAGES = ["stem", "stage1", "stage2"]
 
@@ -191,6 +191,25 @@ def test_batch_normalisation_needs_a_batch(refused):
         with refused("backbone", "at least 2", "batch"):
             build(cls, **strided)(pixels(1))
         assert build(cls, **strided)(pixels(2)).loss.isfinite()
+
+
+def test_segnet_under_deterministic_algorithms():
+    model, x = build(ADDPModel, "segnet"), pixels(3)
+    expected = model(x).loss.item()
+    torch.use_deterministic_algorithms(True)
+    try:
+        loss = model(x).loss
+        loss.backward()
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert loss.item() == expected
+
+
+@pytest.mark.parametrize("size", [(16, 16), (13, 9)])
+def test_unpooling_is_torchs(size):
+    x = torch.rand(2, 3, *size, generator=torch.Generator().manual_seed(0))
+    pooled, places = F.max_pool2d(x, 2, ceil_mode=True, return_indices=True)
+    assert torch.equal(unpool(pooled, size, places), F.max_unpool2d(pooled, places, 2, output_size=size))
 
 
 # Losses and score -------------------------------------------------------------------------------------------------------------

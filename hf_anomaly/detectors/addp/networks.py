@@ -1,5 +1,6 @@
 """Encoders and the decoder of ADDP."""
 
+import math
 from itertools import pairwise
 
 import torch
@@ -67,6 +68,11 @@ def interpolate(x: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
     return x if x.shape[-2:] == size else F.interpolate(x, size, mode="bilinear", align_corners=False)
 
 
+def unpool(x: torch.Tensor, size: tuple[int, int], places: torch.Tensor) -> torch.Tensor:
+    """As `F.max_unpool2d`, which has no deterministic implementation. Windows do not overlap, so that no place is taken twice."""
+    return x.new_zeros(*x.shape[:2], math.prod(size)).scatter(2, places.flatten(2), x.flatten(2)).unflatten(2, size)
+
+
 class AttentionGate(nn.Module):
     """α = σ₂(ψᵀ σ₁(W_x x + W_g g)), σ₁ ReLU and σ₂ the sigmoid (Oktay et al. 2018, Eq. 1), for x and g of one resolution."""
 
@@ -95,7 +101,7 @@ class DecoderLevel(nn.Module):
         self, x: torch.Tensor, size: tuple[int, int], skip: torch.Tensor | None = None, places: torch.Tensor | None = None
     ) -> torch.Tensor:
         x = self.narrow(x)
-        x = interpolate(x, size) if places is None else F.max_unpool2d(x, places, 2, output_size=size)
+        x = interpolate(x, size) if places is None else unpool(x, size, places)
         if skip is not None:
             skip = interpolate(skip, size)
             x = torch.cat([x, skip if self.gate is None else self.gate(skip, x) * skip], dim=1)
