@@ -169,6 +169,15 @@ def test_larger_images_take_fewer_test_time_views_by_default(image_size, views):
     assert (args.num_test_views, given.num_test_views) == (views, 12)
 
 
+@pytest.mark.parametrize(("image_size", "views"), [(28, 5), (128, 5), (224, 4)])
+def test_there_are_five_crops(image_size, views, refused):
+    args = DetectorArguments(test_views="crops")
+    args.fit_image_size(image_size)
+    assert args.num_test_views == views
+    with refused("--num_test_views 6", "crops", "5"):
+        DetectorArguments(test_views="crops", num_test_views=6)
+
+
 @pytest.mark.parametrize(
     ("words", "passes"), [(["--max_steps", "50", "--gradient_accumulation_steps", "2"], 16), (["--num_train_epochs", "3"], 3)]
 )

@@ -33,6 +33,8 @@ class View(IntEnum):
 
 _GEOMETRY = slice(View.FLIP, View.BRIGHTNESS)
 _IDENTITY = (0.0, 0.0, 0.0, 1.0, 1.0, 1.0, 1.0, 1.0, 0.0, 0.0)
+_CROPS = ((-1, -1), (1, -1), (-1, 1), (1, 1), (0, 0))  # where `crops_views` look, as x and y
+NUM_CROPS = len(_CROPS)
 _CROP_RATIO = (3 / 4, 4 / 3)  # smallest and largest width / height of a crop, relative to that of the image
 _CHUNK_SIZE = 2**20  # numbers that are changed at once: with temporaries of many times that, 224 px take a CPU three times as long
 
@@ -58,8 +60,8 @@ def crops_views(n: int, scale: float = 0.54) -> Tensor:
     _check_range("scale", (scale, scale), 0.0, 1.0, open_low=True)
     views = identity_views(n)
     half = math.sqrt(scale)
-    corners = torch.tensor([(-1, -1), (1, -1), (-1, 1), (1, 1), (0, 0)], dtype=torch.float32)
-    views[:, View.CENTER_X : View.HALF_WIDTH] = (1 - half) * corners[torch.arange(n) % len(corners)]
+    places = torch.tensor(_CROPS, dtype=torch.float32)
+    views[:, View.CENTER_X : View.HALF_WIDTH] = (1 - half) * places[torch.arange(n) % NUM_CROPS]
     views[:, View.HALF_WIDTH : View.BRIGHTNESS] = half
     return views
 

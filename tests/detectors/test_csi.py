@@ -518,6 +518,13 @@ def test_config_values_out_of_range(settings, words, refused):
         CSIConfig(**settings)
 
 
+def test_crops_are_five_by_default():
+    assert (CSIConfig().num_test_views, CSIConfig(test_views="crops").num_test_views) == (10, 5)
+    assert len(CSIModel(CSIConfig(image_size=8, test_views="crops")).fixed_views().unique(dim=0)) == 5
+    earlier = {**CSIConfig(test_views="crops").to_dict(), "num_test_views": 10}  # the default before
+    assert CSIConfig.from_dict(earlier).num_test_views == 10
+
+
 def test_a_file_that_lacks_fields_of_the_score_has_the_printed_one():
     new = CSIConfig()
     assert (new.score_features, new.score_whitening) == ("all", True)

@@ -8,6 +8,7 @@ from ...backbones.configuration_small_resnet import SmallResNetConfig
 from ...backbones.pretrained import check_channels
 from ...detector import AnomalyDetectorConfig
 from ...errors import InputError
+from ...ops.views import NUM_CROPS
 
 _COMPARED = {
     "projection": ("projection",),
@@ -45,7 +46,7 @@ class CSIConfig(AnomalyDetectorConfig):
         jitter_probability, gray_probability, flip_probability: how often each is applied.
         test_views: the fixed views at test time: `"augmentations"`, whole augmentations with crops of `test_crop_scale`, drawn once, as in the
             authors' code; or `"crops"`, the corners and the centre.
-        num_test_views: how many; features are averaged over them.
+        num_test_views: how many; features are averaged over them. By default 10 augmentations, or the 5 crops; more would be the same crops again.
         test_crop_scale: area of a test-time crop, as a share of the image: a number, or two between which those of augmentations are drawn (`"crops"` have
             the middle of the two). The authors take 0.54, the smallest that training sees, so that an enlarged normal image looks like none of its views.
         score_cosine, score_norm, score_shift_logit: the terms of Eq. 10 that enter the score: max cos(z, z_m), λ_sim·‖z‖, λ_cls·W_k·f_k, with z the
@@ -91,7 +92,7 @@ class CSIConfig(AnomalyDetectorConfig):
     gray_probability: float | int = 0.2
     flip_probability: float | int = 0.5
     test_views: Literal["crops", "augmentations"] = "augmentations"
-    num_test_views: int = 10
+    num_test_views: int | None = None
     score_features: Literal["projection", "penultimate", "both", "all"] = "all"
     score_whitening: bool = True
     score_ignores_detail: bool = False
@@ -108,6 +109,8 @@ class CSIConfig(AnomalyDetectorConfig):
             # From 28 px on the first stage works at 14 to 21 px whatever the size: at 28 px a quarter of the time of stride 1.
             stride = max(1, self.image_size // 14)
             self.backbone_config = SmallResNetConfig(num_channels=self.num_channels, hidden_sizes=(16, 32, 64, 128), stem_stride=stride)
+        if self.num_test_views is None:
+            self.num_test_views = NUM_CROPS if self.test_views == "crops" else 10
         self.crop_scale, self.color_jitter = list(self.crop_scale), list(self.color_jitter)
         scale = [self.test_crop_scale] if isinstance(self.test_crop_scale, float | int) else list(self.test_crop_scale)
         self.test_crop_scale = scale * 2 if len(scale) == 1 else scale

@@ -20,6 +20,7 @@ from ...dissolving import DISSOLVERS, DiffusionDissolver, Dissolver, dissolve_da
 from ...dissolving.base import dissolver_kind, locate
 from ...errors import InputError
 from ...ops.distributed import local_main_process_first
+from ...ops.views import NUM_CROPS
 from .. import AnomalyTrainingArguments, DataArguments, parse_arguments
 from ..arguments import check_ranges, given_fields
 from ..denoising import denoising_arguments, train_dissolver
@@ -129,7 +130,8 @@ class DetectorArguments:
     num_test_views: int | None = field(
         default=None,
         metadata={
-            "help": "How many. Default: 10 for images of up to 64 pixels, for larger ones fewer in proportion, but 4 at least: each costs time."
+            "help": "How many; of crops 5 at most. Default: 10, or 5 crops, for images of up to 64 pixels, for larger ones fewer in proportion, but 4 at "
+            "least: each costs time."
         },
     )
     test_crop_scale: list[float] = field(
@@ -160,11 +162,15 @@ class DetectorArguments:
             self.num_encoders = 3 if self.backbone is None else 1
         if self.score_features is None:  # whitening takes the square of their number
             self.score_features = "all" if self.backbone is None else "both"
+        if self.test_views == "crops" and (self.num_test_views or 0) > NUM_CROPS:
+            raise InputError(
+                f"--num_test_views {self.num_test_views}: --test_views crops are {NUM_CROPS}, more would be the same ones again"
+            )
 
     def fit_image_size(self, image_size: int) -> None:
         """Fills in the number of test-time views where none was given."""
         if self.num_test_views is None:
-            self.num_test_views = min(10, max(4, 10 * LARGEST_DEFAULT_SIZE // image_size))
+            self.num_test_views = min(NUM_CROPS if self.test_views == "crops" else 10, max(4, 10 * LARGEST_DEFAULT_SIZE // image_size))
 
 
 @dataclass
