@@ -1,4 +1,4 @@
-"""CSI (Tack et al. 2020), DIA's base: contrasting shifted instances, scored by Eq. 10 of DIA."""
+"""CSI (Tack et al. 2020), DIA's base: contrasting shifted instances."""
 
 import logging
 from functools import partial
@@ -29,7 +29,7 @@ _MAX_TEST_PIXELS = 2**19
 
 
 class CSIReference(Float32State):
-    """What Eq. 10 compares with: features of the normal training images, the balancing terms, and the fixed test-time views."""
+    """What the score compares with: features of the normal training images, the balancing terms, and the fixed test-time views."""
 
     def __init__(self, config: CSIConfig, width: int):
         super().__init__()
@@ -70,7 +70,13 @@ class _FurtherEncoder(_Encoder, nn.Module):
 class CSIModel(_Encoder, AnomalyDetector):
     """Contrasting shifted instances: DIA without its dissolved branch D.
 
-    Every image gives 2·K views, A: O(S_k(x)) and B: O'(S_k(x)). The loss is L_con + λ·L_cls of Eq. 6–9; the score is Eq. 10, −(s_sim + s_cls)/K.
+    Every image gives 2·K views, A: O(S_k(x)) and B: O'(S_k(x)). The loss is L_con + λ·L_cls of Eq. 6–9.
+
+        A(x) = (1/K) Σ_k min_m ‖W_k (u_k(x) − u_k(x_m))‖
+
+    is the score by default, the distance to the nearest training image x_m between whitened features u of length 1, three kinds of them joined: the
+    projection z, the penultimate features and their map's standard deviation over space. Eq. 10 as printed, −(s_sim + s_cls)/K of z alone, takes
+    `score_features="projection"`, `score_whitening=False`, `score_norm=True` and `score_shift_logit=True`.
 
     With `num_encoders` above 1 it is an ensemble: each encoder has its own heads, loss and bank, all see the same views, and loss and score are the means
     of theirs. The first is the model's own `backbone`, `projection` and `shift_classifier`.

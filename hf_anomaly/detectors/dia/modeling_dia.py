@@ -13,6 +13,7 @@ from .configuration_dia import DIAConfig
 
 class DIAModel(CSIModel):
     """CSI with a third branch D: O''(S_k(dissolve(x))) of negatives (Eq. 5), which teaches the encoder what dissolving takes away.
+    It scores as CSI does, by default not by Eq. 10 as printed.
 
     Dissolved images come with the batch (`dissolved_pixel_values`, cached) or from `self.dissolver`, a `hf_anomaly.dissolving.Dissolver`, or whatever has
     its `to`, `is_deterministic`, `sample_timesteps` and `(pixel_values, timesteps) -> pixel_values`. It is no part of the weights and scoring does
