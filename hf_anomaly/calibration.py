@@ -186,6 +186,22 @@ class DriftCheck:
     num_calibration: int
     detectable_gap: float
 
+    @property
+    def direction(self) -> str:
+        """Where the incoming scores lie, should there be drift: "higher" or "lower"."""
+        return "higher" if self.p_higher < self.p_lower else "lower"
+
+    @property
+    def advice(self) -> str:
+        """What to do about a drift, in words."""
+        if self.direction == "higher":
+            return "calibrate with images like these (hf-anomaly calibrate)"
+        # A detector knows the images that it was trained on: to calibrate with them would make the threshold too low for all others.
+        return (
+            "most likely the detector was trained on these, and results on them say little of new images; do not calibrate with them unless you are "
+            "sure that it was not"
+        )
+
 
 def drift_check(scores: torch.Tensor, calibration_scores: torch.Tensor, *, max_anomalies: float = 0.0) -> DriftCheck:
     """Are incoming scores still those of calibration? Two one-sided Kolmogorov–Smirnov tests of two samples.

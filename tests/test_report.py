@@ -1,6 +1,7 @@
 """The page on a detector: what a browser would find in it, and that its numbers are those of the scores."""
 
 import base64
+import copy
 import io
 import re
 import sys
@@ -196,9 +197,13 @@ def test_normal_images_alone(detector, processor, tmp_path):
 
 def test_drift_is_told(detector, processor, tmp_path):
     bright = images([1] * 40).remove_columns("label").add_column("label", [0] * 40)
-    page = Page(write_report(detector, processor, bright, tmp_path / "page.html"))
-    assert re.search(r"score (higher|lower) than those that calibrated", page.text)
-    assert "do not hold here" in page.text
+    for shift, direction, advice in ((-1e6, "higher", "calibrate with images like these"), (1e6, "lower", "trained on these")):
+        shifted = copy.deepcopy(detector)
+        shifted.calibration.fit(detector.calibration.scores + shift, 0.05)
+        page = Page(write_report(shifted, processor, bright, tmp_path / "page.html"))
+        assert f"score {direction} than those that calibrated" in page.text
+        assert "do not hold here" in page.text
+        assert advice in page.text
 
 
 def test_uncalibrated_and_without_maps(without_maps, processor, tmp_path):

@@ -99,11 +99,12 @@ def _check_drift(model: AnomalyDetector, scores: torch.Tensor, flagged: float) -
     if drift.p_value < 0.01:
         logger.warning(
             "These normal images score %s than those that calibrated the detector (Kolmogorov-Smirnov, p = %.2g), and %.1f %% of them are flagged "
-            "where %.3g %% were asked for: calibrate with images like these (hf-anomaly calibrate)",
-            "higher" if drift.p_higher < drift.p_lower else "lower",
+            "where %.3g %% were asked for: %s",
+            drift.direction,
             drift.p_value,
             100 * flagged,
             100 * model.config.false_positive_rate,
+            drift.advice,
         )
     return drift.p_value
 
