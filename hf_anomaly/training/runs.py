@@ -235,6 +235,8 @@ def train_detector(
         dissolving = _what_dissolves(model, train_dataset)
     if args.card_figures and num_images(splits.train) is None:
         raise InputError("--card_figures picks images out of the evaluation split, which --streaming does not keep: leave one of them out")
+    if args.card_figures and splits.test_missing_reason:
+        logger.warning("--card_figures: there will be none, which show labelled test images: %s", splits.test_missing_reason)
     fit_batch_size(args, num_images(splits.train))
     _refuse_choices(args)
     if splits.test_missing_reason and args.eval_strategy != "no":

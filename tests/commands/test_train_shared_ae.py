@@ -9,7 +9,7 @@ from transformers import AutoModel
 
 from hf_anomaly import AnomalyTrainer
 
-from .running import results_of, run
+from .running import class_folders, results_of, run
 
 
 def test_train_shared_ae(train, tmp_path):
@@ -52,6 +52,15 @@ def test_figures_of_a_run(train, tmp_path):
     folder, _ = train(tmp_path / "figures", *argv, script="train_shared_ae.py")
     assert {path.name for path in (folder / "figures").iterdir()} == {"scores.png", "roc.png", "examples.png"}
     assert (folder / "README.md").read_text().count("](figures/") == 3
+
+
+def test_figures_without_test_images_are_told_of(train, tmp_path, caplog):
+    images = class_folders(tmp_path / "images", {"train/good": 20})
+    argv = ["--dataset_name", images, "--hidden_sizes", 4, 4, 4, "--latent_size", 4, "--card_figures", "true"]
+    folder, _ = train(tmp_path / "run", *argv, script="train_shared_ae.py")
+    assert "--card_figures: there will be none" in caplog.text
+    assert results_of(folder)["reason"] in caplog.text
+    assert not (folder / "figures").exists()
 
 
 def test_what_a_person_wrote_stays_when_a_run_goes_on(train, tmp_path, caplog):
