@@ -207,6 +207,14 @@ def test_what_lies_in_the_folder_is_not_replaced_without_a_word(monkeypatch, tmp
     assert warned() == (folder, True)
     assert warned(resume_from_checkpoint="true") == (folder, False)
     assert warned(output_dir=folder) == (folder, True)
+    assert "--resume_from_checkpoint" not in caplog.text
+    for stage in ("", "dissolver-training"):  # of a later run that was killed
+        run = Path(folder, stage, "checkpoint-4", "run.json")
+        run.parent.mkdir(parents=True)
+        run.touch()
+        os.utime(Path(folder, "config.json"), (0, 0))
+        assert warned() == (folder, True)
+        assert f"--resume_from_checkpoint true would go on from {Path(stage, 'checkpoint-4')}" in caplog.text
 
 
 def test_of_an_earlier_run_stays_what_is_used_or_none_of_its_own(tmp_path):

@@ -37,13 +37,10 @@ PRINTED = (
     "pixel_auroc", "pixel_average_precision", "aupro", "num_normal", "num_anomalous", "seconds",
 )  # fmt: skip
 
-_LEFT = (  # by these files is told what trainings leave beside their result
-    "checkpoint-*/run.json",
-    "dissolver/dissolver_config.json",
-    "dissolver-training/checkpoint-*/run.json",
-    "pretrained/pretraining.json",
-    "pretrained-training/checkpoint-*/run.json",
-)
+_CHECKPOINTS = ("checkpoint-*/run.json", "dissolver-training/checkpoint-*/run.json", "pretrained-training/checkpoint-*/run.json")
+# By these files is told what trainings leave beside their result.
+_LEFT = (*_CHECKPOINTS, "dissolver/dissolver_config.json", "pretrained/pretraining.json")
+_RESULTS = ("config.json", "model_index.json")  # of a detector and of a dissolver
 
 LARGEST_DEFAULT_SIZE = 64  # px: larger images are shrunk to this unless --image_size says otherwise
 
@@ -138,12 +135,22 @@ def replace_earlier_run(args, used: str | os.PathLike | None = None) -> None:
         return
     folder = Path(args.output_dir)
     left = sorted({folder / path.relative_to(folder).parts[0] for pattern in _LEFT for path in folder.glob(pattern)})
-    if left or any((folder / file).is_file() for file in ("config.json", "model_index.json")):
-        logger.warning("What an earlier run left in %s will be replaced; to keep both, give another --output_dir", folder)
+    if left or any((folder / file).is_file() for file in _RESULTS):
+        unfinished = _unfinished(folder)
+        hint = f". It had not ended: its command with --resume_from_checkpoint true would go on from {unfinished}" if unfinished else ""
+        logger.warning("What an earlier run left in %s will be replaced; to keep both, give another --output_dir%s", folder, hint)
     for path in left:
         kept = used is not None and Path(used).resolve().is_relative_to(path.resolve())
         if not kept and not (path.name == "dissolver" and (path / "README.md").is_file()):
             shutil.rmtree(path, ignore_errors=True)
+
+
+def _unfinished(folder: Path) -> Path | None:
+    """The last checkpoint, relative to the folder, of a training that did not end: it is later than any result."""
+    last = max((path for pattern in _CHECKPOINTS for path in folder.glob(pattern)), key=os.path.getmtime, default=None)
+    results = [folder / file for file in _RESULTS if (folder / file).is_file()]
+    ended = last is None or any(os.path.getmtime(path) >= os.path.getmtime(last) for path in results)
+    return None if ended else last.parent.relative_to(folder)
 
 
 def num_images(dataset) -> int | None:

@@ -77,10 +77,11 @@ def test_what_a_person_wrote_stays_when_a_run_goes_on(train, tmp_path, caplog):
     assert "will be replaced" not in caplog.text, "it is refused"
     train(folder, *argv, script="train_shared_ae.py")
     assert "will be replaced" in caplog.text
+    assert "resume_from_checkpoint" not in caplog.text, "it ended"
     assert "My words." not in card.read_text(), "another run has another card"
 
 
-def test_an_interrupted_run_says_how_to_go_on(train, tmp_path, monkeypatch):
+def test_an_interrupted_run_says_how_to_go_on(train, tmp_path, monkeypatch, caplog):
     argv, step = ["--hidden_sizes", 4, 4, 4], AnomalyTrainer.training_step
 
     def until_the_third(trainer, *args, **kwargs):
@@ -95,6 +96,7 @@ def test_an_interrupted_run_says_how_to_go_on(train, tmp_path, monkeypatch):
         assert "Writing model shards" not in err
         _, err = train(folder, *argv, script="train_shared_ae.py", status=130)
         assert err.splitlines()[-1] == "interrupted: there is no checkpoint yet", "that one is the earlier run's"
+        assert "its command with --resume_from_checkpoint true would go on from checkpoint-2" in caplog.text
     train(folder, *argv, "--save_steps", 2, "--resume_from_checkpoint", "true", script="train_shared_ae.py")
     assert results_of(folder)["steps"] == 4
 
