@@ -422,7 +422,7 @@ def test_a_table(run, detector, scans):
     assert not are_progress_bars_disabled(), "a download takes its time"
 
 
-def test_files_and_maps(run, detector, scans):
+def test_files_and_maps(run, detector, scans, caplog):
     status, out, err = run("predict", detector, scans, "--output", "out/scores.jsonl", "--save_maps", "maps", "--false_positive_rate", 0.5)
     assert (status, out) == (0, "")
     rows = [json.loads(line) for line in Path("out/scores.jsonl").read_text().splitlines()]
@@ -438,6 +438,11 @@ def test_files_and_maps(run, detector, scans):
         (result,) = processor.post_process_anomaly_detection(output, [image.size[::-1]])
         painted = overlay_anomaly_map(image, result["anomaly_map"], value_range=model.config.anomaly_map_range, least_size=224)
         assert np.abs(np.asarray(PIL.Image.open(Path("maps", row["overlay"]))).astype(int) - np.asarray(painted)).max() <= 1
+    assert "there are pictures already" not in caplog.text
+    Path("maps/mine.png").touch()
+    assert run("predict", detector, scans / "b.png", "--save_maps", "maps")[0] == 0
+    assert caplog.text.count("--save_maps maps: there are pictures already") == 1
+    assert len(list(Path("maps").iterdir())) == len(rows) + 2
     # Too few calibration images for the rate: an infinite threshold, which JSON does not know.
     status, _, err = run("predict", detector, scans / "a.png", "--output", "x.jsonl", "--false-positive-rate", 0.001)
     assert status == 0, err
