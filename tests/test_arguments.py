@@ -114,10 +114,13 @@ def test_numbers_of_a_stage_out_of_range_are_refused(refused):
         ({"optim": "grokadamw"}, "--optim grokadamw: Please install"),
         ({"report_to": ["wandb"]}, "--report_to wandb: that is not installed; take none"),
         ({"report_to": ["paper"]}, "--report_to paper"),
+        ({"fsdp": "full_shard"}, "--fsdp shards the training over several processes, and this is one: add --num_processes N"),
+        ({"deepspeed": "x.json"}, "--deepspeed: that is not installed"),
     ],
 )
 def test_flags_that_would_end_the_run_or_do_nothing_are_refused_at_once(monkeypatch, tmp_path, refused, arguments, words):
     monkeypatch.setattr("hf_anomaly.training.arguments.get_available_reporting_integrations", list)
+    monkeypatch.setattr("hf_anomaly.training.arguments.is_deepspeed_available", lambda: False)
     for name in ("bitsandbytes", "grokadamw"):
         monkeypatch.setitem(sys.modules, name, None)
     with refused(words):

@@ -11,7 +11,8 @@ from dataclasses import dataclass, field, fields, replace
 
 import torch
 from transformers import HfArgumentParser, Trainer, TrainingArguments, get_scheduler
-from transformers.integrations import get_available_reporting_integrations
+from transformers.integrations import get_available_reporting_integrations, is_deepspeed_available
+from transformers.training_args import ParallelMode
 
 from ..cards import check_dataset_id, check_licence
 from ..data.formats import Reading, parse_window
@@ -57,7 +58,10 @@ def check_ranges(args, ranges: dict[str, tuple[float, float]]) -> None:
 
 
 def _check_parts(args: TrainingArguments) -> None:
-    """Refuses a schedule without the settings that it needs, and what is not installed: Trainer would, but after the data were prepared."""
+    """Refuses a schedule without the settings that it needs, shards for one process, and what is not installed: Trainer would, but after the data were
+    prepared."""
+    if args.fsdp and not args.fsdp_config.get("xla") and args.parallel_mode != ParallelMode.DISTRIBUTED:
+        raise InputError("--fsdp shards the training over several processes, and this is one: add --num_processes N, or leave --fsdp out")
     try:
         get_scheduler(args.lr_scheduler_type, torch.optim.SGD([torch.zeros(1)]), 0, 1, args.lr_scheduler_kwargs)
     except (TypeError, ValueError) as error:
@@ -138,6 +142,8 @@ class ReproducibleArguments(TrainingArguments):
             self.data_seed = self.seed
         if (self.metric_for_best_model or "").endswith("fpr_at_95_tpr") and self.greater_is_better is None:
             self.greater_is_better = False
+        if self.deepspeed and not is_deepspeed_available():
+            raise InputError("--deepspeed: that is not installed; pip install deepspeed, or leave it out")
         super().__post_init__()
         _check_parts(self)
         if self.cpu_threads is not None:
