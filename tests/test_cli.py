@@ -23,6 +23,7 @@ from hf_anomaly import (
     CSIModel,
     DiffusionDissolver,
     GaussianDissolver,
+    MedianDissolver,
     SharedAEConfig,
     SharedAEModel,
     SmallResNetConfig,
@@ -718,6 +719,19 @@ def test_dissolve(run, refused, scans, detector, tmp_path):
     assert run("dissolve", "dissolver", "deep.png", "--window", 0, 6300)[0] == 0
     refused(["dissolve", "dissolver", "deep.png", "--window", 5, 1], "--window takes two numbers")
     refused(["dissolve", detector, scans / "a.png"], detector, "no dissolver")
+
+
+def test_timesteps_of_a_blur_are_kernel_sizes(run, refused, scans):
+    MedianDissolver([3, 5]).save_pretrained("median")
+    assert run("dissolve", "median", scans / "a.png", "--timesteps", 7)[0] == 0
+    refused(
+        ["dissolve", "median", scans / "a.png", "--timesteps", 30], "--timesteps are the kernel sizes of a median dissolver", "use 29 or 31"
+    )
+    refused(
+        ["dissolve", "median", scans / "a.png", "--timesteps", 31],
+        "--timesteps are the kernel sizes of a median dissolver",
+        "use at most 23",
+    )
 
 
 def test_a_blur_beside_a_detector(run, refused, scans, detector):

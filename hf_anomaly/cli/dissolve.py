@@ -47,7 +47,12 @@ def run(args: Namespace) -> None:
         pixel_values = (processor or _own_size(image, dissolver))(images=image, return_tensors="pt")["pixel_values"]
         repeated = pixel_values.expand(len(timesteps), -1, -1, -1)
         times = None if dissolver.is_deterministic else torch.tensor(timesteps)
-        rows.append([*pixel_values, *dissolver(repeated, times)])
+        try:
+            rows.append([*pixel_values, *dissolver(repeated, times)])
+        except InputError as error:
+            if args.timesteps is None or dissolver.symbol != "k":
+                raise
+            raise InputError(f"--timesteps are the kernel sizes of a {dissolver.kind} dissolver: {error}") from error
     captions = ["original", *("dissolved" if t is None else f"{dissolver.symbol} = {t}" for t in timesteps)]
     write_image(image_grid(rows, captions), args.output)
     print(f"saved: {args.output}")
