@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 import torch
 from safetensors import SafetensorError
@@ -32,6 +33,21 @@ def loading(name_or_path: str, failure: str) -> Iterator[None]:
         raise InputError(f"{name_or_path!r} {failure}: {' '.join(str(error).split())}") from error
 
 
+def _check_place(name_or_path: str) -> None:
+    """Refuses a file, and a folder that holds no model: transformers would speak of configs.
+
+    Raises:
+        InputError: also says how to go on with a training of which there are checkpoints alone.
+    """
+    place = Path(name_or_path)
+    if place.is_file():
+        raise InputError(f"{name_or_path!r} is a file: a detector is a folder that training wrote, or a Hub id")
+    if place.is_dir() and not (place / "config.json").is_file():
+        checkpoints = any(place.glob("checkpoint-*")) or any(place.glob("*-training/checkpoint-*"))
+        unfinished = "the training there is not finished; the same command with --resume_from_checkpoint true goes on with it"
+        raise InputError(f"{name_or_path!r} holds no detector: {unfinished if checkpoints else 'give the folder that training wrote'}")
+
+
 def load_detector(
     name_or_path: str, revision: str | None = None, device: str | None = None
 ) -> tuple[AnomalyDetector, AnomalyImageProcessor]:
@@ -51,6 +67,7 @@ def load_detector(
     except (RuntimeError, AssertionError) as error:  # what no device is called, and what torch was not built for
         reason = " ".join(str(error).split())[:200]
         raise InputError(f"--device {device}: {reason}; leave it out, or give cpu or cuda") from error
+    _check_place(name_or_path)
     with loading(name_or_path, "cannot be loaded as a detector"):
         model = load_without_code(AutoModel, name_or_path, revision=revision)
         processor = load_without_code(AutoImageProcessor, name_or_path, revision=revision)
@@ -73,6 +90,7 @@ def load_config(name_or_path: str, revision: str | None = None) -> AnomalyDetect
     """
     from transformers import AutoConfig
 
+    _check_place(name_or_path)
     with loading(name_or_path, "holds no detector"):
         config = load_without_code(AutoConfig, name_or_path, revision=revision)
     if not isinstance(config, AnomalyDetectorConfig):

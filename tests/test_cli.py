@@ -754,6 +754,17 @@ def test_info_without_results_and_calibration(run, refused, without_maps):
     refused(["info", "no-model"], "no-model")
 
 
+def test_folders_without_a_detector(refused, detector, scans):
+    folder = Path("half")
+    for command in (["info", folder], ["predict", folder, scans]):
+        folder.mkdir()
+        refused(command, "'half' holds no detector: give the folder")
+        Path("half/pretrained-training/checkpoint-4").mkdir(parents=True)
+        refused(command, "'half' holds no detector", "not finished", "--resume_from_checkpoint true")
+        shutil.rmtree(folder)
+    refused(["info", detector / "config.json"], "config.json' is a file")
+
+
 def test_a_folder_with_odd_results(run, refused, detector, tmp_path):
     AutoModel.from_pretrained(detector).save_pretrained("model")
     AnomalyImageProcessor.for_images(16, 1).save_pretrained("model")

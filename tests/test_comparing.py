@@ -105,10 +105,12 @@ def test_runs_of_earlier_versions(trained):
 def test_what_takes_no_part_in_the_table(trained, capsys, caplog):
     one, two = trained("one", DIAConfig, 0, 0.9), trained("two", DIAConfig, 0, None, reason="no test images")
     Path("empty").mkdir()
-    cli.main(["compare", one, two, "empty"])
+    Path("table.csv").touch()
+    cli.main(["compare", one, two, "empty", "table.csv"])
     assert "| DIA | – | 0 | 100 | 0.900 | 0.450 |" in capsys.readouterr().out
     assert "two has no AUROC: no test images" in caplog.text
     assert "'empty' holds no detector" in caplog.text
+    assert "Left out: 'table.csv' is a file" in caplog.text
     with pytest.raises(SystemExit, match="2"):
         cli.main(["compare", two, "empty"])
 
