@@ -162,6 +162,11 @@ for argv in (["--help"], [], ["--version"], *([name, "--help"] for name in comma
     with contextlib.redirect_stdout(text), contextlib.suppress(SystemExit):
         main(argv)
     assert "hf-anomaly" in text.getvalue(), argv
+sys.modules["gradio"] = None  # as where it is not installed
+text = io.StringIO()
+with contextlib.redirect_stderr(text), contextlib.suppress(SystemExit):
+    main(["demo", "model"])
+assert text.getvalue() == "error: the demo needs gradio, which is not installed: pip install 'hf-anomaly[demo]'\\n"
 heavy = {"torch", "transformers", "numpy", "PIL", "huggingface_hub", "datasets"} & set(sys.modules)
 assert not heavy, heavy
 """

@@ -319,6 +319,16 @@ def test_dia_and_its_dissolver_in_a_browser(page, tmp_path, picture):
     assert "t = 900" in page.text("#dissolved")
 
 
+def test_the_address_is_told_in_our_words(tmp_path, monkeypatch, capsys):
+    gradio = pytest.importorskip("gradio", reason="needs the extra `demo`")
+    monkeypatch.setattr(gradio.Blocks, "block_thread", lambda demo: None)
+    demo = run_demo(str(save(tmp_path / "m", shared_ae())), device="cpu")
+    demo.close()
+    out, _ = capsys.readouterr()
+    assert f"running on {demo.local_url}\n" in out
+    assert "share=True" not in out
+
+
 def test_a_taken_port_is_told(tmp_path, refused):
     pytest.importorskip("gradio", reason="needs the extra `demo`")
     import socket

@@ -1,14 +1,18 @@
 """`hf-anomaly demo MODEL`"""
 
 from argparse import Namespace
+from importlib.util import find_spec
 
+from ..errors import InputError
 from .parsing import Parser
+
+INSTALL = "pip install 'hf-anomaly[demo]'"
 
 
 def parse(argv: list[str]) -> Namespace:
     parser = Parser(
         "hf-anomaly demo",
-        "Opens a page on which one drops an image and sees what a detector says of it. It needs gradio: pip install 'hf-anomaly[demo]'",
+        "Opens a page on which one drops an image and sees what a detector says of it. It needs gradio: " + INSTALL,
     )
     parser.add_argument("model", help="a detector: a folder or a Hub id")
     parser.option("revision", "branch, tag or commit of a Hub model")
@@ -19,7 +23,10 @@ def parse(argv: list[str]) -> Namespace:
     )
     parser.option("open_browser", "open the page in the browser", action="store_true")
     parser.option("device", "such as cpu or cuda; default: a GPU if there is one")
-    return parser.parse(argv)
+    args = parser.parse(argv)
+    if find_spec("gradio") is None:  # before seconds of imports
+        raise InputError(f"the demo needs gradio, which is not installed: {INSTALL}")
+    return args
 
 
 def run(args: Namespace) -> None:

@@ -54,8 +54,8 @@ def run_demo(
             server_port=port,
             share=share,
             inbrowser=open_browser,
-            prevent_thread_lock=not block,
-            quiet=not block,
+            prevent_thread_lock=True,
+            quiet=True,  # it would speak of its own `launch()`
             max_file_size="50mb",
             ssr_mode=False,
             footer_links=[],
@@ -66,6 +66,9 @@ def run_demo(
             raise
         wanted = "the ports from 7860 on are" if port is None else f"port {port} is"
         raise InputError(f"{wanted} taken on this machine: choose another with --port") from error
+    if block:
+        print(f"running on {demo.local_url}", flush=True)  # that of --share is told anyway
+        demo.block_thread()
     return demo
 
 
