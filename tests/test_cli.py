@@ -346,7 +346,7 @@ def test_calibrate_by_other_images(run, detector, tmp_path, caplog):
 
 def test_calibrate_in_place_by_the_normal_ones_of_labelled_images(run, refused, detector, tmp_path, caplog):
     shutil.copytree(detector, "model")
-    Path("model/eval_results.json").write_text('{"dataset": "site", "auroc": 0.5}')
+    Path("model/eval_results.json").write_text('{"dataset": "site", "num_train": 30, "seed": 1, "auroc": 0.5, "num_normal": 9}')
     normal = random_images(tmp_path / "site/train/fine", 20)
     random_images(tmp_path / "site/train/dent", 5, seed=2)
     refused(["calibrate", "model", "--dataset_name", "site", "--output_dir", "model"], "normal_label", "dent")
@@ -355,8 +355,37 @@ def test_calibrate_in_place_by_the_normal_ones_of_labelled_images(run, refused, 
     assert status == 0, err
     assert "for a false-positive rate of 0.05, from 20 held-out normal images" in out  # the rate is the detector's own
     assert (AutoModel.from_pretrained("model").calibration.scores == scores_of("model", normal).sort().values).all()
-    assert not Path("model/eval_results.json").exists()
+    told = json.loads(Path("model/eval_results.json").read_text())
+    assert told == {"dataset": "site", "num_train": 30, "seed": 1, "reason": "the detector was calibrated again since it was evaluated"}
     assert any("trained on images of the same name, site" in record.getMessage() for record in caplog.records)
+
+
+def test_what_trained_a_detector_is_told_after_it_is_calibrated_elsewhere(run, refused, tmp_path):
+    tiny = ["--max_steps", 2, "--hidden_sizes", 4, 4, 4, "--latent_size", 4, "--disable_tqdm", "true", "--use_cpu", "true"]
+    status, _, err = run("train", "shared_ae", "--output_dir", "trained", *tiny)
+    assert status == 0, err
+    random_images(tmp_path / "site", 20)
+    assert run("calibrate", "trained", "--dataset_name", "site", "--output_dir", "here")[0] == 0
+    out = run("info", "here")[1]
+    assert "digits, 114 images" in out
+    assert " the detector was calibrated again since it was evaluated" in out
+    assert "AUROC" not in out
+    refused(["compare", "here"], "here has no AUROC: the detector was calibrated again")
+
+    def data(card):
+        return card.partition("<!-- hf-anomaly: data -->")[2].partition("<!-- /hf-anomaly: data -->")[0]
+
+    before = Path("trained/README.md").read_text()
+    assert data(Path("here/README.md").read_text()) == data(before)
+    status, _, err = run("card", "here")
+    assert status == 0, err
+    card = Path("here/README.md").read_text()
+    assert data(card) == data(before)
+    assert "Not measured: the detector was calibrated again" in card
+    assert "| AUROC |" not in card
+    status, out, err = run("evaluate", "here", "--dataset_name", "digits")
+    assert status == 0, err
+    assert json.loads(out)["auroc"] == json.loads(Path("trained/eval_results.json").read_text())["auroc"]
 
 
 def test_unlabelled_images_have_no_other_class(run, detector, tmp_path, caplog):

@@ -1,6 +1,7 @@
 """`hf-anomaly calibrate MODEL …`"""
 
 import logging
+from pathlib import Path
 
 from .parsing import model_first
 
@@ -14,7 +15,7 @@ has learnt stays as it is.
   MODEL                   folder or Hub id of a detector
   --dataset_name IMAGES   normal images that it was not trained on: a folder; a Hub dataset; an .npz, .parquet or .csv file. Of labelled ones the
                           normal images are taken: of the split 'calibration', or else of the training split
-  --output_dir FOLDER     where the calibrated detector goes. It may be MODEL: results there, which no longer hold, are deleted
+  --output_dir FOLDER     where the calibrated detector goes. It may be MODEL: results there no longer hold and are taken out
 
   hf-anomaly calibrate --help all   lists all options
 """
@@ -31,10 +32,11 @@ def run(argv: list[str]) -> None:
 
     from ..data import collate, prepare
     from ..data.sources import dataset_label
-    from ..files import check_output
+    from ..files import check_output, write_json
     from ..loading import load_detector, recorded_results
     from ..training import EvaluationDataArguments, parse_arguments
     from ..training.arguments import ScoringArguments
+    from ..training.run_record import without_measurements
     from ..training.runs import load_splits, threshold_line
 
     @dataclass(kw_only=True)
@@ -57,7 +59,8 @@ def run(argv: list[str]) -> None:
     model.require_fitted()
     data_args.read_as(processor)
     splits = load_splits(data_args)
-    if recorded_results(args.model, args.revision).get("dataset") == dataset_label(splits.source):
+    recorded = recorded_results(args.model, args.revision)
+    if recorded.get("dataset") == dataset_label(splits.source):
         logger.warning(
             "The detector was trained on images of the same name, %s: those that it was trained on would make the threshold too low for new ones",
             dataset_label(splits.source),
@@ -74,6 +77,8 @@ def run(argv: list[str]) -> None:
     model.calibrate(loader, **({} if rate is None else {"false_positive_rate": rate}))
     model.save_pretrained(args.output_dir)
     processor.save_pretrained(args.output_dir)
+    if of_the_training := without_measurements(recorded):
+        write_json(Path(args.output_dir, "eval_results.json"), of_the_training)
     if former is not None:
         flagged = (model.calibration.scores > former).double().mean().item()
         print(f"before: of these images {flagged:.1%} were flagged, at the threshold {former:.6g}")

@@ -22,6 +22,19 @@ _OPTIMIZATION = (
     "dataloader_drop_last",
 )  # fmt: skip
 
+# What results tell of the training, which holds whatever calibrates the detector later.
+_OF_THE_TRAINING = (
+    "dataset", "dataset_id", "normal_label", "division", "split_hash", "seed", "steps", "num_processes", "optimization", "num_train", "num_calibration",
+    "command",
+)  # fmt: skip
+
+
+def without_measurements(results: dict) -> dict:
+    """What `eval_results.json` holds of a detector's training, for the same detector calibrated anew: no metric, and the `reason` why not; {} if it
+    holds nothing of that."""
+    kept = {name: results[name] for name in _OF_THE_TRAINING if name in results}
+    return kept and {"reason": results.get("reason") or "the detector was calibrated again since it was evaluated", **kept}
+
 
 def describe_run(splits: OneClassSplits, processor: AnomalyImageProcessor, seed: int, **settings) -> dict:
     """What makes a run this run: its images, seed and settings. A checkpoint of another is not resumed."""
