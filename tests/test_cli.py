@@ -354,6 +354,10 @@ def test_calibrate_in_place_by_the_normal_ones_of_labelled_images(run, refused, 
     status, out, err = run("calibrate", "model", "--dataset_name", "site", "--normal_label", "fine", "--output_dir", "model")
     assert status == 0, err
     assert "for a false-positive rate of 0.05, from 20 held-out normal images" in out  # the rate is the detector's own
+    assert "left out of eval_results.json and card: the results measured before" in out
+    assert (
+        "measured before" not in run("calibrate", "model", "--dataset_name", "site", "--normal_label", "fine", "--output_dir", "model")[1]
+    )
     assert (AutoModel.from_pretrained("model").calibration.scores == scores_of("model", normal).sort().values).all()
     told = json.loads(Path("model/eval_results.json").read_text())
     assert told == {"dataset": "site", "num_train": 30, "seed": 1, "reason": "the detector was calibrated again since it was evaluated"}

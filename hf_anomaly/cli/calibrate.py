@@ -83,4 +83,8 @@ def run(argv: list[str]) -> None:
         flagged = (model.calibration.scores > former).double().mean().item()
         print(f"before: of these images {flagged:.1%} were flagged, at the threshold {former:.6g}")
     print(threshold_line(model))
+    if recorded.get("auroc") is not None:
+        print(
+            "no longer hold, and are left out of eval_results.json and card: the results measured before; hf-anomaly evaluate measures anew"
+        )
     print(f"saved: {args.output_dir}")
