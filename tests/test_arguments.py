@@ -217,7 +217,7 @@ def test_what_lies_in_the_folder_is_not_replaced_without_a_word(monkeypatch, tmp
         run.touch()
         os.utime(Path(folder, "config.json"), (0, 0))
         assert warned() == (folder, True)
-        assert f"--resume_from_checkpoint true would go on from {Path(stage, 'checkpoint-4')}" in caplog.text
+        assert f"--resume_from_checkpoint true would have gone on from {Path(stage, 'checkpoint-4')}" in caplog.text
 
 
 def test_of_an_earlier_run_stays_what_is_used_or_none_of_its_own(tmp_path):

@@ -137,7 +137,9 @@ def replace_earlier_run(args, used: str | os.PathLike | None = None) -> None:
     left = sorted({folder / path.relative_to(folder).parts[0] for pattern in _LEFT for path in folder.glob(pattern)})
     if left or any((folder / file).is_file() for file in _RESULTS):
         unfinished = _unfinished(folder)
-        hint = f". It had not ended: its command with --resume_from_checkpoint true would go on from {unfinished}" if unfinished else ""
+        hint = (
+            f". It had not ended: its command with --resume_from_checkpoint true would have gone on from {unfinished}" if unfinished else ""
+        )
         logger.warning("What an earlier run left in %s will be replaced; to keep both, give another --output_dir%s", folder, hint)
     for path in left:
         kept = used is not None and Path(used).resolve().is_relative_to(path.resolve())
