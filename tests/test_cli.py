@@ -873,6 +873,15 @@ def test_space(run, refused, tmp_path, detector):
     refused(["space", detector, "org/page", "--local", tmp_path / "other"], "a Space cannot read")
 
 
+def test_demo_takes_a_window(run, monkeypatch):
+    served = []
+    monkeypatch.setattr("hf_anomaly.cli.demo.find_spec", lambda name: name)
+    monkeypatch.setattr("hf_anomaly.demo.run_demo", lambda model, **settings: served.append((model, settings["window"])))
+    for words in ([], ["--window", "0", "4095"], ["--window", "full"]):
+        assert run("demo", "scans", *words)[0] == 0
+    assert served == [("scans", None), ("scans", (0.0, 4095.0)), ("scans", "full")]
+
+
 def test_demo_needs_a_detector(refused):
     pytest.importorskip("gradio")
     refused(["demo", "./no-such-detector"], "no-such-detector")

@@ -23,6 +23,7 @@ def parse(argv: list[str]) -> Namespace:
     )
     parser.option("open_browser", "open the page in the browser", action="store_true")
     parser.option("device", "such as cpu or cuda; default: a GPU if there is one")
+    parser.window_option("as in training")
     args = parser.parse(argv)
     if find_spec("gradio") is None:  # before seconds of imports
         raise InputError(f"the demo needs gradio, which is not installed: {INSTALL}")
@@ -30,7 +31,8 @@ def parse(argv: list[str]) -> Namespace:
 
 
 def run(args: Namespace) -> None:
+    from ..data.formats import parse_window
     from ..demo import run_demo
 
-    settings = vars(args)
+    settings = vars(args) | {"window": parse_window(args.window)}
     run_demo(settings.pop("model"), **settings)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from ..data.formats import Window
 from ..dissolving import Dissolver
 from ..errors import InputError
 from ..hub import hub_errors
@@ -24,6 +25,7 @@ def run_demo(
     share: bool = False,
     open_browser: bool = False,
     device: str | None = None,
+    window: Window = None,
     block: bool = True,
 ) -> gradio.Blocks:
     """Serves the page of a saved detector, with its dissolver if there is one beside it, until it is interrupted.
@@ -36,6 +38,7 @@ def run_demo(
         share: also make it reachable from anywhere, for a week, through a tunnel of gradio's makers. Mind whose images come and go there.
         open_browser: open the page in the browser.
         device: default the first GPU, else the CPU.
+        window: of images of more than 8 bits, see `hf_anomaly.data.formats.Reading`; None: the one of the training.
         block: False returns at once; `.close()` then ends it.
 
     Raises:
@@ -46,6 +49,7 @@ def run_demo(
     import torch
 
     model, processor = load_detector(model_name, revision, device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    processor.window = window or processor.window
     name = Path(model_name).resolve().name if Path(model_name).is_dir() else model_name
     demo = build_demo(model, processor, load_dissolver(model_name, revision), name=name)
     try:
