@@ -187,6 +187,11 @@ class DriftCheck:
     detectable_gap: float
 
     @property
+    def is_found(self) -> bool:
+        """Whether p_value is below .01."""
+        return self.p_value < 0.01
+
+    @property
     def direction(self) -> str:
         """Where the incoming scores lie, should there be drift: "higher" or "lower"."""
         return "higher" if self.p_higher < self.p_lower else "lower"

@@ -344,6 +344,19 @@ def test_calibrate_by_other_images(run, detector, tmp_path, caplog):
     assert not any(record.levelname == "WARNING" for record in caplog.records)
 
 
+@pytest.mark.parametrize(("shift", "warned"), [(5, True), (-5, False)])
+def test_calibrate_by_images_that_trained_the_detector_is_told(run, detector, tmp_path, caplog, shift, warned):
+    """They score lower than those that were held out."""
+    scores = scores_of(detector, random_images(tmp_path / "site", 24))
+    model = AutoModel.from_pretrained(detector)
+    model.calibration.fit(scores + shift, 0.05)
+    model.config.num_calibration_scores = 24
+    shutil.copytree(detector, "model")
+    model.save_pretrained("model")
+    assert run("calibrate", "model", "--dataset_name", "site", "--output_dir", "here")[0] == 0
+    assert ("most likely it was trained on them" in caplog.text) == warned
+
+
 def test_calibrate_in_place_by_the_normal_ones_of_labelled_images(run, refused, detector, tmp_path, caplog):
     shutil.copytree(detector, "model")
     Path("model/eval_results.json").write_text('{"dataset": "site", "num_train": 30, "seed": 1, "auroc": 0.5, "num_normal": 9}')

@@ -30,6 +30,7 @@ def run(argv: list[str]) -> None:
 
     from torch.utils.data import DataLoader
 
+    from ..calibration import drift_check
     from ..data import collate, prepare
     from ..data.sources import dataset_label
     from ..files import check_output, write_json
@@ -71,7 +72,9 @@ def run(argv: list[str]) -> None:
             "Normal is %r here, but the detector was trained on %r: --normal_label says otherwise", splits.normal_label, trained_on
         )
     images = splits.train if splits.calibration is None else splits.calibration
-    former = model.calibration.threshold.item() if model.calibration.is_calibrated else None
+    former, former_scores = (
+        (model.calibration.threshold.item(), model.calibration.scores) if model.calibration.is_calibrated else (None, None)
+    )
     loader = DataLoader(prepare(images, processor), batch_size=args.batch_size, collate_fn=collate)
     rate = model.config.false_positive_rate if args.false_positive_rate is None else args.false_positive_rate
     model.calibrate(loader, **({} if rate is None else {"false_positive_rate": rate}))
@@ -82,6 +85,13 @@ def run(argv: list[str]) -> None:
     if former is not None:
         flagged = (model.calibration.scores > former).double().mean().item()
         print(f"before: of these images {flagged:.1%} were flagged, at the threshold {former:.6g}")
+        drift = drift_check(model.calibration.scores, former_scores)
+        if drift.is_found and drift.direction == "lower":
+            logger.warning(
+                "These images score lower than those that calibrated the detector before (Kolmogorov-Smirnov, p = %.2g): most likely it was trained on them, "
+                "and the threshold is too low for new images",
+                drift.p_value,
+            )
     print(threshold_line(model))
     if recorded.get("auroc") is not None:
         print(

@@ -96,7 +96,7 @@ def results_by_class(model: AnomalyDetector, dataset, scores: torch.Tensor, labe
 def _check_drift(model: AnomalyDetector, scores: torch.Tensor, flagged: float) -> float:
     """Warns if normal images with these scores are not like those that calibrated the detector."""
     drift = drift_check(scores, model.calibration.scores)
-    if drift.p_value < 0.01:
+    if drift.is_found:
         logger.warning(
             "These normal images score %s than those that calibrated the detector (Kolmogorov-Smirnov, p = %.2g), and %.1f %% of them are flagged "
             "where %.3g %% were asked for: %s",
