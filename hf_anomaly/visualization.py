@@ -1,7 +1,9 @@
 """An anomaly map as something a person sees."""
 
+import logging
 import os
 from collections.abc import Sequence
+from pathlib import Path
 
 import numpy as np
 import PIL.Image
@@ -12,6 +14,8 @@ from .errors import InputError
 from .files import writing
 from .image_processing import AnomalyImageProcessor, to_eight_bit_image
 from .ops.resizing import resize
+
+logger = logging.getLogger(__name__)
 
 
 def write_image(image: PIL.Image.Image, path: str | os.PathLike) -> None:
@@ -97,14 +101,16 @@ def why_no_overlay(model: AnomalyDetector) -> str:
     return ""
 
 
-def check_overlay(model: AnomalyDetector, flag: str) -> None:
-    """Refuses a flag that asks for overlays, before any image is scored, where there would be none.
+def check_overlay(model: AnomalyDetector, flag: str, folder: str | os.PathLike) -> None:
+    """Refuses a flag that asks for overlays in a folder, before any image is scored, where there would be none. Warns of other pictures there.
 
     Raises:
         InputError: says why.
     """
     if reason := why_no_overlay(model):
         raise InputError(f"{flag}: {reason}")
+    if any(Path(folder).glob("*.png")):
+        logger.warning("%s %s: there are pictures already, which stay among the new ones but for those of the same names", flag, folder)
 
 
 @torch.no_grad()

@@ -87,12 +87,8 @@ def run(args: Namespace) -> None:
     model.require_fitted()
     processor.window = window or processor.window
     if args.save_maps is not None:
-        check_overlay(model, "--save_maps")
+        check_overlay(model, "--save_maps", args.save_maps)
         Path(args.save_maps).mkdir(parents=True, exist_ok=True)
-        if any(path.suffix == ".png" for path in Path(args.save_maps).iterdir()):
-            logger.warning(
-                "--save_maps %s: there are pictures already, which stay among the new ones but for those of the same names", args.save_maps
-            )
     pipe = AnomalyDetectionPipeline(model, processor, device=args.device)
     skipped: list[str] = []
     decoded: deque = deque()  # the images of the batch under way
