@@ -1,6 +1,7 @@
 """What a detector adds to trivial baselines, and what remains of both once all images have the same contrast."""
 
 import copy
+import logging
 from collections.abc import Callable, Iterable
 
 import numpy as np
@@ -12,6 +13,8 @@ from ..detector import AnomalyDetector
 from ..errors import InputError
 from ..metrics import image_metrics
 from ..ops.baselines import BASELINES
+
+logger = logging.getLogger(__name__)
 
 Change = Callable[[Tensor], Tensor]
 WITHOUT_CONTRAST = ("pixel_knn", "pca_residual")  # the baselines that tell standardized images apart
@@ -78,8 +81,10 @@ def compare_with_baselines(model: AnomalyDetector, processor, train, test, *, ba
         "standardized": (lambda x: standardize(x, mean, std), WITHOUT_CONTRAST),
         "equalized": (equalize, BASELINES),
     }
+    logger.info("Trivial baselines: images as they are")
     results = {"as_they_are": _aurocs(model, pixels, test, processor, batch_size, BASELINES)}
     for name, (change, baselines) in changes.items():
+        logger.info("Trivial baselines: images %s", name)
         changed = _ChangedImages(processor, change)
         pixels = pixel_matrix(train, changed, batch_size)
         detector = copy.deepcopy(model).fit_reference(_loader(train, changed, batch_size))

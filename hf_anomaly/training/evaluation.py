@@ -98,7 +98,7 @@ def _check_drift(model: AnomalyDetector, scores: torch.Tensor, flagged: float) -
     drift = drift_check(scores, model.calibration.scores)
     if drift.is_found:
         logger.warning(
-            "These normal images score %s than those that calibrated the detector (Kolmogorov-Smirnov, p = %.2g), and %.1f %% of them are flagged "
+            "These normal images score %s on the whole than those that calibrated the detector (Kolmogorov-Smirnov, p = %.2g); %.1f %% of them are flagged "
             "where %.3g %% were asked for: %s",
             drift.direction,
             drift.p_value,

@@ -96,7 +96,7 @@ def test_an_interrupted_run_says_how_to_go_on(train, tmp_path, monkeypatch, capl
         assert "Writing model shards" not in err
         _, err = train(folder, *argv, script="train_shared_ae.py", status=130)
         assert err.splitlines()[-1] == "interrupted: there is no checkpoint yet", "that one is the earlier run's"
-        assert "its command with --resume_from_checkpoint true would go on from checkpoint-2" in caplog.text
+        assert "its command with --resume_from_checkpoint true would have gone on from checkpoint-2" in caplog.text
     train(folder, *argv, "--save_steps", 2, "--resume_from_checkpoint", "true", script="train_shared_ae.py")
     assert results_of(folder)["steps"] == 4
 
