@@ -150,8 +150,7 @@ class AnomalyDetectorConfig(PreTrainedConfig):
     @property
     def reference_changes(self) -> str:
         """As `changed_since` the reference was made."""
-        now = self.values_of(self.reference_fields)
-        recorded = {name: value for name, value in (self.calibrated_for or {}).items() if name in now}
+        recorded = {name: value for name, value in (self.calibrated_for or {}).items() if name.partition(".")[0] in self.reference_fields}
         return self.changed_since(recorded | (self.fitted_for or {}))
 
     def check(self) -> None:

@@ -72,9 +72,7 @@ def run(argv: list[str]) -> None:
             "Normal is %r here, but the detector was trained on %r: --normal_label says otherwise", splits.normal_label, trained_on
         )
     images = splits.train if splits.calibration is None else splits.calibration
-    former, former_scores = (
-        (model.calibration.threshold.item(), model.calibration.scores) if model.calibration.is_calibrated else (None, None)
-    )
+    former = (model.calibration.threshold.item(), model.calibration.scores) if model.calibration.is_calibrated else None
     loader = DataLoader(prepare(images, processor), batch_size=args.batch_size, collate_fn=collate)
     rate = model.config.false_positive_rate if args.false_positive_rate is None else args.false_positive_rate
     model.calibrate(loader, **({} if rate is None else {"false_positive_rate": rate}))
@@ -83,9 +81,10 @@ def run(argv: list[str]) -> None:
     if of_the_training := without_measurements(recorded):
         write_json(Path(args.output_dir, "eval_results.json"), of_the_training)
     if former is not None:
-        flagged = (model.calibration.scores > former).double().mean().item()
-        print(f"before: of these images {flagged:.1%} were flagged, at the threshold {former:.6g}")
-        drift = drift_check(model.calibration.scores, former_scores)
+        threshold, scores = former
+        flagged = (model.calibration.scores > threshold).double().mean().item()
+        print(f"before: of these images {flagged:.1%} were flagged, at the threshold {threshold:.6g}")
+        drift = drift_check(model.calibration.scores, scores)
         if drift.is_found and drift.direction == "lower":
             logger.warning(
                 "These images score lower than those that calibrated the detector before (Kolmogorov-Smirnov, p = %.2g): most likely it was trained on them, "

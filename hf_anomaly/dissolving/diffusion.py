@@ -320,7 +320,7 @@ class DenoisingModel(torch.nn.Module):
             )
         with torch.autocast(
             device.type, enabled=False
-        ):  # in mixed precision, which the detector may train in, the authors' did not converge
+        ):  # the detector may train in mixed precision, in which the authors' did not converge
             output = self.unet(self.scheduler.add_noise(x, noise, timesteps), timesteps).sample
         if self.prediction_type == "epsilon":
             target = noise
