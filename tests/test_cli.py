@@ -182,6 +182,15 @@ def test_the_console_script_registers_before_a_command(detector, scans):
     assert result.returncode == 0, result.stderr  # who asks for a name by another way gets it too
 
 
+@pytest.mark.parametrize("argv", [[], *([name, "--help"] for name in cli.COMMANDS)], ids=" ".join)
+def test_help_that_the_terminal_cannot_show(run, argv, monkeypatch):
+    terminal = io.TextIOWrapper(io.BytesIO(), encoding="ascii")
+    monkeypatch.setattr(sys, "stdout", terminal)
+    assert run(*argv)[0] == 0
+    terminal.flush()
+    assert b"usage: hf-anomaly" in terminal.buffer.getvalue()
+
+
 def test_the_help_names_every_command(run):
     status, out, _ = run("--help")
     assert status == 0

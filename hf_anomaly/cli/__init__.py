@@ -37,8 +37,15 @@ From nothing to a verdict:
 """
 
 
+def show_any_text() -> None:
+    """A character that the terminal's encoding does not have, in a help or a file's name, is printed as its number, and ends no run."""
+    if hasattr(sys.stdout, "reconfigure"):
+        sys.stdout.reconfigure(errors="backslashreplace")
+
+
 def main(argv: list[str] | None = None) -> None:
     """Runs a command line. Exits with 2 after an error, which is printed as one line."""
+    show_any_text()
     argv = sys.argv[1:] if argv is None else argv
     name = argv[0] if argv else "--help"
     if name in ("-h", "--help", "help"):

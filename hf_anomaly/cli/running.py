@@ -15,6 +15,7 @@ from safetensors import SafetensorError
 from transformers.utils.logging import disable_progress_bar
 
 from ..errors import HubError, InputError, NotFittedError
+from . import show_any_text
 
 _REMEDIES = {  # of what a disk refuses
     errno.ENOENT: "check the name",
@@ -31,8 +32,7 @@ def run_script(main: Callable[[], None]) -> None:
     """Runs a script's main function; what the user can mend is printed as one line, with exit status 2, and so is an interruption, with 130."""
     logging.basicConfig(format="%(levelname)s: %(message)s", level=logging.WARNING)
     logging.getLogger("hf_anomaly").setLevel(logging.INFO)
-    if hasattr(sys.stdout, "reconfigure"):  # a name that the terminal's encoding does not have shall not end a run
-        sys.stdout.reconfigure(errors="backslashreplace")
+    show_any_text()
     hub_logging.disable_propagation()  # it prints by itself
     _hide_bars_of_files()
     try:
