@@ -107,7 +107,7 @@ def read_json(path: str | os.PathLike) -> dict:
 def write_json(path: str | os.PathLike, content: dict) -> None:
     """Writes strict JSON (no NaN), whole or not at all."""
     with replacing(path) as temporary:
-        temporary.write_text(json.dumps(content, indent=2, sort_keys=True, allow_nan=False) + "\n")
+        temporary.write_text(json.dumps(content, indent=2, sort_keys=True, allow_nan=False) + "\n", encoding="utf-8")
 
 
 def markdown_table(titles: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:

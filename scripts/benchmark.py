@@ -447,7 +447,7 @@ ROWS: dict[str, Callable[[BenchmarkArguments], tuple[str, str, str, float]]] = {
 def hardware() -> str:
     """The processor's name, as far as the system tells it, and how many cores there are."""
     facts = Path("/proc/cpuinfo")
-    match = re.search(r"model name\s*: (.+)", facts.read_text()) if facts.is_file() else None
+    match = re.search(r"model name\s*: (.+)", facts.read_text(encoding="utf-8", errors="replace")) if facts.is_file() else None
     return f"{os.cpu_count()} cores of {match[1] if match else platform.processor() or 'unknown make'} ({platform.machine()})"
 
 

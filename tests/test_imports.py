@@ -114,6 +114,23 @@ def test_no_module_uses_what_is_private_to_another():
     assert not used
 
 
+def test_text_is_written_and_read_as_utf_8():
+    """Not as the machine's locale has it, which on Windows is another encoding."""
+
+    def opens_text(call):
+        name = getattr(call.func, "attr", getattr(call.func, "id", None))
+        modes = [value.value for value in call.args[1:2] if isinstance(value, ast.Constant)]
+        return name in ("read_text", "write_text") or (ast.unparse(call.func) == "open" and not any("b" in mode for mode in modes))
+
+    guessed = [
+        f"{path.relative_to(ROOT)}:{node.lineno}"
+        for path in [*modules(), *(ROOT / "scripts").glob("*.py")]
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+        if isinstance(node, ast.Call) and opens_text(node) and not any(keyword.arg == "encoding" for keyword in node.keywords)
+    ]
+    assert not guessed
+
+
 HEAVY = {"diffusers", "datasets", "kornia", "evaluate", "sklearn", "gradio", "matplotlib", "pandas"}
 LOADED = f"import sys; print(sorted({{name.split('.')[0] for name in sys.modules}} & {HEAVY}))"
 

@@ -120,7 +120,7 @@ def _read_cifar(root: Path) -> dict[str, datasets.Dataset]:
     for column, file in columns:
         if not (root / file).is_file():
             raise InputError(f"{root / file} is missing; unpack the whole archive again")
-        features[column] = datasets.ClassLabel(names=(root / file).read_text().split())
+        features[column] = datasets.ClassLabel(names=(root / file).read_text(encoding="utf-8").split())
     splits = {}
     for split, names in CIFAR_FILES.items():
         paths = [root / name for name in names if (root / name).is_file()]

@@ -12,7 +12,7 @@ A row of one's own stands beside them when its method is in `METHODS`, a dataset
     table = replace(TABLES["dia/1"], id="mine", sections=sections)
     selection = Selection(Path("runs/mine"), datasets=("pneumonia_mnist",), seeds=(0,), data_dir="path/to/data")
     run_table(table, selection, command=[])
-    print(write_report(table, selection, command=[])[0].read_text())
+    print(write_report(table, selection, command=[])[0].read_text(encoding="utf-8"))
 """
 
 from .budgets import BUDGETS

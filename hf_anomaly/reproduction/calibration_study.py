@@ -250,7 +250,7 @@ class CalibrationStudy:
         if not path.is_file():
             return None
         try:
-            record = json.loads(path.read_text())
+            record = json.loads(path.read_text(encoding="utf-8"))
             return record if record.get("settings") == self.settings(detector) else None
         except (ValueError, AttributeError) as error:
             raise InputError(f"{path} is damaged: remove it, then it is made again") from error

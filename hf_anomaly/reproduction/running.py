@@ -107,7 +107,7 @@ class Selection:
         if not path.is_file() or (method.keeps_folder and not self.folder(cell).is_dir()):
             return None
         try:
-            result = json.loads(path.read_text())
+            result = json.loads(path.read_text(encoding="utf-8"))
             current = result["settings"] == method.settings(cell)
         except (ValueError, KeyError, TypeError) as error:
             raise InputError(f"{path} is damaged: remove it, then its cell is run again") from error

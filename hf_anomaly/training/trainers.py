@@ -276,9 +276,10 @@ class ReproducibleTrainer(Trainer):
             # Trainer pickles its arguments; JSON says the same.
             folder = Path(output_dir or self.args.output_dir)
             (folder / "training_args.bin").unlink(missing_ok=True)
-            (folder / "training_args.json").write_text(json.dumps(self.args.to_sanitized_dict(), indent=2, sort_keys=True))
+            text = json.dumps(self.args.to_sanitized_dict(), indent=2, sort_keys=True)
+            (folder / "training_args.json").write_text(text, encoding="utf-8")
             if self.run is not None:
-                (folder / _RUN_FILE).write_text(json.dumps(self.run, indent=2, sort_keys=True))
+                (folder / _RUN_FILE).write_text(json.dumps(self.run, indent=2, sort_keys=True), encoding="utf-8")
 
     # The Hub ------------------------------------------------------------------------------------------------------------------
 

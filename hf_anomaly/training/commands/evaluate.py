@@ -190,7 +190,7 @@ def main(argv: list[str], program: str) -> None:
     text = json.dumps(results, indent=2, sort_keys=True, allow_nan=False)
     if args.output is not None:
         with writing(args.output) as file:
-            file.write_text(f"{text}\n")
+            file.write_text(f"{text}\n", encoding="utf-8")
     print(text)
     if args.scores is not None and scored is not None:  # these two last, so that a full disk costs no results
         with writing(args.scores) as file:
