@@ -4,9 +4,14 @@ import ast
 import os
 import subprocess
 import sys
+import tomllib
+from importlib.metadata import packages_distributions
+from itertools import chain
 from pathlib import Path
 
 import pytest
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
 
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = ROOT / "hf_anomaly"
@@ -114,6 +119,26 @@ def test_no_module_uses_what_is_private_to_another():
     assert not used
 
 
+def test_what_is_imported_is_declared():
+    """Also where another dependency happens to bring it."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    requirements = [*project["dependencies"], *chain.from_iterable(project["optional-dependencies"].values())]
+    declared = {canonicalize_name(Requirement(requirement).name) for requirement in requirements}
+    distributions = packages_distributions()
+    imported = set()
+    for node in chain.from_iterable(ast.walk(ast.parse(path.read_text(encoding="utf-8"))) for path in modules()):
+        if isinstance(node, ast.Import):
+            imported |= {alias.name.partition(".")[0] for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and not node.level:
+            imported.add(node.module.partition(".")[0])
+    undeclared = {
+        name
+        for name in imported - sys.stdlib_module_names - {"hf_anomaly"}
+        if not declared & {canonicalize_name(distribution) for distribution in distributions.get(name, [name])}
+    }
+    assert not undeclared
+
+
 def test_text_is_written_and_read_as_utf_8():
     """Not as the machine's locale has it, which on Windows is another encoding."""
 
@@ -168,7 +193,6 @@ def test_threads_do_not_spin_long_unless_asked_to(given, then):
 
 def test_all_files_of_the_package_are_installed():
     """Not only in a checkout: setuptools takes packages, and of other files what is listed."""
-    tomllib = pytest.importorskip("tomllib")
     listed = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]["package-data"]["hf_anomaly"]
     files = [path for path in PACKAGE.rglob("*") if path.is_file() and "__pycache__" not in path.parts]
     assert all((path.parent / "__init__.py").is_file() for path in files)
