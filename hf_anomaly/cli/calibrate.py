@@ -82,7 +82,7 @@ def run(argv: list[str]) -> None:
         write_json(Path(args.output_dir, "eval_results.json"), of_the_training)
     if former is not None:
         threshold, scores = former
-        flagged = (model.calibration.scores > threshold).double().mean().item()
+        flagged = (model.calibration.scores > threshold).cpu().double().mean().item()
         print(f"before: of these images {flagged:.1%} were flagged, at the threshold {threshold:.6g}")
         drift = drift_check(model.calibration.scores, scores)
         if drift.is_found and drift.direction == "lower":
