@@ -3,6 +3,7 @@
 import gc
 import itertools
 import json
+import pickle
 import shutil
 import tracemalloc
 
@@ -97,6 +98,17 @@ def test_workers_and_shards_see_the_same_images():
     pixels = torch.cat([batch["pixel_values"] for batch in loader])
     levels = ((pixels[:, 0, 0, :4] + 1) * 127.5).round().to(torch.uint8).numpy()
     assert sorted(levels.copy().view(np.uint32)[:, 0].tolist()) == sorted(expected)
+
+
+def test_streams_reach_workers_that_are_not_forked():
+    """As on Windows and macOS, and from Python 3.14 on everywhere: what is done to a row can be pickled."""
+    rows = Dataset.from_generator(lambda: Source(90).rows(), features=FEATURES).to_iterable_dataset()
+    splits = stream_one_class({"train": rows, "test": rows}, head=20, normal_label="a", classes={"good": "a", "bad": "b"})
+    for split in (splits.train, splits.test):
+        stream = prepare(split, AnomalyImageProcessor.for_images(8, 1))
+        first, again = ([row["labels"] for row in stream] for stream in (stream, pickle.loads(pickle.dumps(stream))))
+        assert first == again
+        assert len(first) > 50
 
 
 def test_files_are_held_out_by_their_content(tmp_path):

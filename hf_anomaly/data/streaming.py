@@ -6,7 +6,8 @@ import hashlib
 import itertools
 import os
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from ..errors import InputError
@@ -111,9 +112,7 @@ def stream_one_class(
         calibration = _in_memory(row for row, key in zip(first, keys, strict=True) if key in held_out)
         others = (row for row, key in zip(first, keys, strict=True) if key not in held_out)
         reference = _in_memory(itertools.islice(others, max_train_images))
-        train = streams["train"].filter(
-            lambda image, label: label == 0 and content_key(image, seed) not in held_out, input_columns=["image", "label"]
-        )
+        train = streams["train"].filter(partial(_trains, seed=seed, held_out=held_out), input_columns=["image", "label"])
         train = train if max_train_images is None else train.take(max_train_images)
         train = train.shuffle(seed=seed, buffer_size=shuffle_buffer)
     headers = check_images(_in_memory(first), needed, reading.window)
@@ -244,24 +243,46 @@ def _labelled(
     split = split.select_columns([image_column] if column is None else [image_column, column])
     split = load_or_refuse(f"column {image_column!r} as images", split.cast_column, image_column, datasets.Image(decode=False))
     if column is not None and classes is not None:
-        split = split.filter(lambda value: class_name(value, feature) in classes, input_columns=[column])
-
-    def label(row: dict[str, Any]) -> dict[str, Any]:
-        if row[image_column] is None:
-            raise InputError(f"a row of the stream has no image in column {image_column!r}; remove it")
-        if column is None:
-            return {"image": with_bytes(row[image_column], name), "label": 0}
-        found = class_name(row[column], feature)
-        if found is None:
-            raise InputError(f"an image of the stream has no label in column {column!r}; label it or remove it")
-        counted = found if classes is None else classes[found]
-        return {"image": with_bytes(row[image_column], name), "label": int(counted != normal_label)}
-
+        split = split.filter(partial(_counts, feature=feature, classes=classes), input_columns=[column])
+    label = partial(
+        _label, name=name, image_column=image_column, column=column, feature=feature, classes=classes, normal_label=normal_label
+    )
     label_feature = datasets.ClassLabel(names=["normal", "anomaly"])
     columns = list(split.features)
     return split.map(
         label, remove_columns=columns, features=datasets.Features({"image": datasets.Image(decode=False), "label": label_feature})
     )
+
+
+# What is done to each row: functions of this module, which can be sent to a worker process that was not forked.
+
+
+def _counts(value: Any, feature: Any, classes: Mapping[str, str]) -> bool:
+    return class_name(value, feature) in classes
+
+
+def _label(
+    row: dict[str, Any],
+    name: str,
+    image_column: str,
+    column: str | None,
+    feature: Any,
+    classes: Mapping[str, str] | None,
+    normal_label: str,
+) -> dict[str, Any]:
+    if row[image_column] is None:
+        raise InputError(f"a row of the stream has no image in column {image_column!r}; remove it")
+    if column is None:
+        return {"image": with_bytes(row[image_column], name), "label": 0}
+    found = class_name(row[column], feature)
+    if found is None:
+        raise InputError(f"an image of the stream has no label in column {column!r}; label it or remove it")
+    counted = found if classes is None else classes[found]
+    return {"image": with_bytes(row[image_column], name), "label": int(counted != normal_label)}
+
+
+def _trains(image: dict[str, Any], label: int, seed: int, held_out: Collection[int]) -> bool:
+    return label == 0 and content_key(image, seed) not in held_out
 
 
 def _in_memory(rows: Iterable[dict[str, Any]]) -> datasets.Dataset:
