@@ -146,7 +146,7 @@ class AnomalyDetectionPipeline(Pipeline):
             inputs,
             batch_size=batch_size,
             num_workers=num_workers if isinstance(inputs, Sized) else 0,
-            collate_fn=partial(_or_error, partial(self.preprocess, **preprocess_params)),
+            collate_fn=partial(_or_error, partial(_prepare, processor=self.image_processor, **preprocess_params)),
         )
         for model_inputs in loader:
             if isinstance(model_inputs, InputError):
@@ -155,19 +155,7 @@ class AnomalyDetectionPipeline(Pipeline):
 
     def preprocess(self, images: list[tuple[str, Any]], timeout: float = 30.0) -> dict:
         """B pairs (name for errors, image) → `pixel_values` (B, C, H, W) and `target_sizes` (B, 2), heights and widths."""
-        for _, image in images:
-            if isinstance(image, InputError):  # its row could not be read
-                raise image
-        window, sizes = getattr(self.image_processor, "window", None), []
-
-        def decoded() -> Iterator[PIL.Image.Image]:
-            for name, image in images:
-                image = read_any_image(image, name, window, timeout)
-                sizes.append(image.size[::-1])
-                yield image
-
-        pixel_values = torch.stack(process_decoded(decoded(), self.image_processor, "pt"))
-        return {"pixel_values": pixel_values, "target_sizes": np.array(sizes)}
+        return _prepare(images, self.image_processor, timeout)
 
     def _forward(self, model_inputs: dict, output_anomaly_maps: bool = False) -> dict:
         output = self.model(model_inputs["pixel_values"], output_anomaly_maps=output_anomaly_maps)
@@ -259,6 +247,23 @@ def _images(inputs) -> tuple[Dataset, bool | None]:
     if isinstance(inputs, Iterable):
         return _Stream(inputs), False
     raise InputError(f"a {type(inputs).__name__} is no image: give a path, a URL, a PIL image, an array, or several of them")
+
+
+def _prepare(images: list[tuple[str, Any]], processor: AnomalyImageProcessor, timeout: float = 30.0) -> dict:
+    """`AnomalyDetectionPipeline.preprocess`, without the pipeline: a worker process that is not forked would be sent the detector too."""
+    for _, image in images:
+        if isinstance(image, InputError):  # its row could not be read
+            raise image
+    sizes = []
+
+    def decoded() -> Iterator[PIL.Image.Image]:
+        for name, image in images:
+            image = read_any_image(image, name, getattr(processor, "window", None), timeout)
+            sizes.append(image.size[::-1])
+            yield image
+
+    pixel_values = torch.stack(process_decoded(decoded(), processor, "pt"))
+    return {"pixel_values": pixel_values, "target_sizes": np.array(sizes)}
 
 
 def _or_error(action, batch):

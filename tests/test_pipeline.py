@@ -2,6 +2,7 @@
 
 import copy
 import json
+import pickle
 import threading
 from functools import partial
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
@@ -12,6 +13,7 @@ import PIL.Image
 import pytest
 import torch
 from datasets import Dataset, Features, Image
+from torch.utils.data import DataLoader
 from transformers import ResNetConfig, ResNetModel, pipeline
 from transformers.pipelines.pt_utils import KeyDataset
 
@@ -138,6 +140,13 @@ def test_workers_prepare_and_report(pipe, images, expected, tmp_path, refused):
     same(pipe(images, batch_size=2, num_workers=2), expected)
     with refused(str(tmp_path / "no.png")):
         pipe([*images, tmp_path / "no.png"], batch_size=2, num_workers=2)
+
+
+def test_workers_are_sent_no_detector(pipe, images, monkeypatch):
+    settings = []
+    monkeypatch.setattr("hf_anomaly.pipeline.DataLoader", lambda *args, **given: settings.append(given) or DataLoader(*args, **given))
+    pipe(images)
+    assert type(pipe.model).__name__.encode() not in pickle.dumps(settings[0]["collate_fn"])
 
 
 def test_a_stream_is_read_as_it_is_scored(pipe, images):
