@@ -15,6 +15,7 @@ from hf_anomaly.errors import InputError
 from hf_anomaly.training import AnomalyTrainingArguments, DataArguments, DenoisingTrainingArguments, parse_arguments
 from hf_anomaly.training.commands.train_addp import PretrainingArguments
 from hf_anomaly.training.commands.train_dia import ContrastiveTrainingArguments, DetectorArguments, DissolverArguments
+from hf_anomaly.training.denoising import denoising_arguments
 from hf_anomaly.training.runs import choose_output_dir, replace_earlier_run
 
 
@@ -260,3 +261,15 @@ def test_a_run_is_named_after_its_images(monkeypatch, tmp_path, name):
     args = AnomalyTrainingArguments(report_to=[])
     choose_output_dir(args, "dia", name)
     assert args.output_dir == str(Path("runs", "dia-scans"))
+
+
+def test_a_first_stage_reads_its_images_as_the_run_does(tmp_path):
+    reading = {
+        "dataloader_num_workers": 2,
+        "dataloader_persistent_workers": True,
+        "dataloader_prefetch_factor": 3,
+        "dataloader_multiprocessing_context": "spawn",
+    }
+    args = AnomalyTrainingArguments(output_dir=str(tmp_path), use_cpu=True, report_to="none", **reading)
+    stage = denoising_arguments(args, "dissolver", learning_rate=1e-3, batch_size=4, steps=2)
+    assert {name: getattr(stage, name) for name in reading} == reading

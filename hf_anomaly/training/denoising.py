@@ -203,4 +203,7 @@ def denoising_arguments(
         fp16=args.fp16,
         report_to=args.report_to,
         dataloader_num_workers=args.dataloader_num_workers,
+        dataloader_persistent_workers=args.dataloader_persistent_workers,  # where processes are not forked, to start some takes seconds an epoch
+        dataloader_prefetch_factor=args.dataloader_prefetch_factor,
+        dataloader_multiprocessing_context=args.dataloader_multiprocessing_context,
     )
