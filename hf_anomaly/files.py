@@ -4,6 +4,7 @@ import csv
 import io
 import json
 import os
+import re
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -29,8 +30,8 @@ def files_below(root: str | os.PathLike, leave_out: Collection[str] = ()) -> Ite
 
 
 def shortened(name: str) -> str:
-    """A file's name, or its beginning, to be part of another's: that may have 255 bytes."""
-    return name.encode()[:200].decode(errors="ignore")
+    """A name, or its beginning, to be part of a file's: that may have 255 bytes, and on Windows not every character."""
+    return re.sub(r'[<>:"/\\|?*\x00-\x1f]', "_", name).encode()[:200].decode(errors="ignore")
 
 
 def check_name(path: str | os.PathLike) -> None:

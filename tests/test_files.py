@@ -5,7 +5,7 @@ import threading
 
 import pytest
 
-from hf_anomaly.files import check_output, replacing, writing
+from hf_anomaly.files import check_output, replacing, shortened, writing
 
 
 @pytest.mark.parametrize("open_", [replacing, writing])
@@ -68,3 +68,9 @@ def test_names_of_outputs(tmp_path, suffixes, words, refused):
         check_output("--output", tmp_path / "a.pdf", suffixes=suffixes)
     check_output("--output", None, suffixes=suffixes)
     check_output("--output", tmp_path / "a.pdf")
+
+
+def test_names_that_every_file_system_has():
+    """A row of a dataset names its image as its author's machine did."""
+    assert shortened("C:\\scans/12:30 <a>?\n") == "C__scans_12_30 _a___"
+    assert shortened("肺" * 100) == "肺" * 66

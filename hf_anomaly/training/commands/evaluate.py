@@ -118,7 +118,7 @@ def save_maps(model, processor, dataset, rows: list[int], folder: Path) -> None:
     for rank, row in enumerate(rows, 1):
         record = dataset[row]
         image = decode_image(record["image"], f"row {record['row']}", processor.window)
-        found = Path(file_name(record["image"], f"row{record['row']}")).with_suffix("").as_posix().replace("/", "_")
+        found = Path(file_name(record["image"], f"row{record['row']}")).with_suffix("").as_posix()
         name = f"{rank:04d}_{shortened(found)}_{dataset.features['label'].int2str(record['label'])}.png"
         write_image(paint(model, processor, image), folder / name)
 
