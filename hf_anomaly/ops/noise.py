@@ -1,4 +1,7 @@
-"""Noise to corrupt images with, of mean 0 and variance 1 at every pixel: Gaussian, coarse, and simplex."""
+"""Noise to corrupt images with, of mean 0 and variance 1 at every pixel: Gaussian, coarse, and simplex.
+
+Each takes the shape (B, C, H, W), a resolution ≥ 1 and a device, and draws from the global random state; it returns (B, C, H, W) float32.
+"""
 
 import math
 
@@ -6,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from hf_anomaly.errors import InputError
+OCTAVES, PERSISTENCE = 6, 0.8  # of simplex noise: at most so many, and the ratio of the amplitudes of successive ones
 
 # Skewing x by (x + y)·SKEW maps the corners of equilateral triangles to the integers; UNSKEW maps back (Perlin 2001, in two dimensions).
 SKEW, UNSKEW = (math.sqrt(3) - 1) / 2, (3 - math.sqrt(3)) / 6
@@ -16,104 +19,53 @@ SKEW, UNSKEW = (math.sqrt(3) - 1) / 2, (3 - math.sqrt(3)) / 6
 _SIMPLEX_VARIANCE = math.sqrt(3) * math.pi / 2 * 0.5**10 / 90
 
 
-def gaussian_noise(
-    shape: tuple[int, int, int, int], *, generator: torch.Generator | None = None, device: torch.device | str | None = None
-) -> Tensor:
-    """White noise N(0, 1), independent in every pixel and channel.
-
-    Args:
-        shape: (B, C, H, W).
-        generator: the source of randomness; the global one by default. Numbers are drawn on its own device.
-        device: of the result.
-
-    Returns:
-        (B, C, H, W) float32.
-    """
-    return torch.randn(shape, generator=generator, device=_source(generator, device)).to(device)
+def gaussian_noise(shape: tuple[int, int, int, int], resolution: int, device: torch.device | None = None) -> Tensor:
+    """White noise N(0, 1), independent in every pixel and channel, whatever the resolution."""
+    return torch.randn(shape, device=device)
 
 
-def coarse_noise(
-    shape: tuple[int, int, int, int],
-    resolution: int = 16,
-    *,
-    generator: torch.Generator | None = None,
-    device: torch.device | str | None = None,
-) -> Tensor:
-    """N(0, 1) drawn at resolution × resolution and upsampled bilinearly: blobs of 1/resolution of the image (Kascenas et al.,
-    Denoising autoencoders for unsupervised anomaly detection in brain MRI, MIDL 2022).
+def coarse_noise(shape: tuple[int, int, int, int], resolution: int, device: torch.device | None = None) -> Tensor:
+    """N(0, 1) drawn at resolution × resolution, or at as many points as there are pixels, and upsampled bilinearly: blobs of 1/resolution of the image
+    (Kascenas et al., Denoising autoencoders for unsupervised anomaly detection in brain MRI, MIDL 2022).
 
     Between the points that were drawn interpolation would lower the variance; it is brought back to 1 there.
-
-    Args:
-        shape: (B, C, H, W).
-        resolution: points drawn along each side; more than there are pixels count as so many.
-        generator, device: as in `gaussian_noise`.
-
-    Returns:
-        (B, C, H, W) float32.
-
-    Raises:
-        InputError: `resolution` < 1.
     """
-    _check_resolution(resolution)
     *rows, height, width = shape
     sides = min(resolution, height), min(resolution, width)
-    points = gaussian_noise((*rows, *sides), generator=generator, device=device)
+    points = torch.randn((*rows, *sides), device=device)
 
     def upsampling(side: int, size: int) -> Tensor:
         """(side, size): what each of the points drawn gives to each pixel; the squares add up to 1 in every pixel."""
-        weights = F.interpolate(torch.eye(side, device=points.device)[None], size=size, mode="linear", align_corners=False)[0]
+        weights = F.interpolate(torch.eye(side, device=device)[None], size=size, mode="linear", align_corners=False)[0]
         return weights / weights.norm(dim=0)
 
     return upsampling(sides[0], height).T @ points @ upsampling(sides[1], width)
 
 
-def simplex_noise(
-    shape: tuple[int, int, int, int],
-    resolution: int = 4,
-    *,
-    octaves: int = 6,
-    persistence: float = 0.8,
-    generator: torch.Generator | None = None,
-    device: torch.device | str | None = None,
-) -> Tensor:
+def simplex_noise(shape: tuple[int, int, int, int], resolution: int, device: torch.device | None = None) -> Tensor:
     """Simplex noise of several octaves, the corruption of AnoDDPM (Wyatt et al., CVPR workshops 2022): clouds with detail at all scales.
 
-    Each octave has twice the frequency of the one before and `persistence` times its amplitude. AnoDDPM cuts planes out of noise in three dimensions;
-    here it has two. Gradients and the lattice's position are drawn anew for every image, channel and octave rather than from a table of permutations, so
-    that no pattern recurs and every pixel has variance 1.
+    Each octave has twice the frequency of the one before and `PERSISTENCE` times its amplitude; those finer than two pixels a unit are left out. AnoDDPM
+    cuts planes out of noise in three dimensions; here it has two. Gradients and the lattice's position are drawn anew for every image, channel and octave
+    rather than from a table of permutations, so that no pattern recurs and every pixel has variance 1.
 
     Args:
-        shape: (B, C, H, W).
         resolution: lattice units along the image's longer side in the first octave; 4 is AnoDDPM's frequency of 64 pixels at 256.
-        octaves: at most so many; those finer than two pixels a unit are left out.
-        persistence: ratio of the amplitudes of successive octaves.
-        generator, device: as in `gaussian_noise`.
-
-    Returns:
-        (B, C, H, W) float32.
-
-    Raises:
-        InputError: `resolution` or `octaves` < 1, or `persistence` ≤ 0.
     """
-    _check_resolution(resolution)
-    if octaves < 1 or not persistence > 0:
-        raise InputError(f"octaves must be at least 1 and persistence positive, got {octaves} and {persistence}")
     *rows, height, width = shape
     longer = max(height, width)
-    units = [resolution * 2**octave for octave in range(octaves)]
+    units = [resolution * 2**octave for octave in range(OCTAVES)]
     units = [unit for unit in units if 2 * unit <= longer] or units[:1]
     total, variance = torch.zeros(shape, device=device), 0.0
     for octave, unit in enumerate(units):
         extents = height * unit / longer, width * unit / longer
         # In the skewed plane the image reaches so far, moved by less than 1; then the corner beyond.
         corners = math.ceil(max(extents) + SKEW * sum(extents)) + 2
-        source = _source(generator, device)
-        offsets = torch.rand((*rows, 2), generator=generator, device=source).to(device)
-        angles = (2 * math.pi * torch.rand((*rows, corners, corners), generator=generator, device=source)).to(device)
+        offsets = torch.rand((*rows, 2), device=device)
+        angles = 2 * math.pi * torch.rand((*rows, corners, corners), device=device)
         axes = (torch.arange(size, device=device) * (unit / longer) for size in (height, width))
-        total += persistence**octave * simplex_octave(*axes, offsets, angles)
-        variance += persistence ** (2 * octave)
+        total += PERSISTENCE**octave * simplex_octave(*axes, offsets, angles)
+        variance += PERSISTENCE ** (2 * octave)
     return total / math.sqrt(variance * _SIMPLEX_VARIANCE)
 
 
@@ -146,10 +98,4 @@ def simplex_octave(y: Tensor, x: Tensor, offsets: Tensor, angles: Tensor) -> Ten
     return total
 
 
-def _source(generator: torch.Generator | None, device):
-    return device if generator is None else generator.device
-
-
-def _check_resolution(resolution: int) -> None:
-    if resolution < 1:
-        raise InputError(f"the noise's resolution must be at least 1, got {resolution}")
+NOISES = {"gaussian": gaussian_noise, "coarse": coarse_noise, "simplex": simplex_noise}

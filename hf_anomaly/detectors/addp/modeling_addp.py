@@ -15,16 +15,9 @@ from ...detector import AnomalyDetectorOutput, SelfContainedDetector
 from ...errors import InputError
 from ...ops.distributed import draw_rows
 from ...ops.maps import median_filter
-from ...ops.noise import coarse_noise, gaussian_noise, simplex_noise
+from ...ops.noise import NOISES
 from .configuration_addp import ADDPConfig
 from .networks import ENCODERS, Decoder
-
-# kind → (shape, resolution, device) → noise
-_NOISES = {
-    "gaussian": lambda shape, resolution, device: gaussian_noise(shape, device=device),
-    "coarse": lambda shape, resolution, device: coarse_noise(shape, resolution, device=device),
-    "simplex": lambda shape, resolution, device: simplex_noise(shape, resolution, device=device),
-}
 
 
 class ADDPPreTrainedModel(PreTrainedModel):
@@ -136,7 +129,7 @@ class ADDPForPreTraining(ADDPPreTrainedModel):
     def draw_noise(self, pixel_values: torch.Tensor) -> torch.Tensor:
         """σε for a batch (B, C, H, W), from the global random state: this process's rows of the global batch's."""
         config, (batch_size, *shape) = self.config, pixel_values.shape
-        noise = draw_rows(lambda n: _NOISES[config.noise]((n, *shape), config.noise_resolution, pixel_values.device), batch_size)
+        noise = draw_rows(lambda n: NOISES[config.noise]((n, *shape), config.noise_resolution, pixel_values.device), batch_size)
         return config.noise_level * noise.to(pixel_values.dtype)
 
     @can_return_tuple
