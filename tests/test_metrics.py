@@ -9,16 +9,7 @@ import torch
 from sklearn.metrics import average_precision_score, balanced_accuracy_score, f1_score, roc_auc_score
 
 from hf_anomaly.errors import InputError
-from hf_anomaly.metrics import (
-    ImageAnomalyMetrics,
-    balanced_accuracy,
-    bootstrap_intervals,
-    functional,
-    image_level,
-    image_metrics,
-    metrics_by_class,
-    pixel_level,
-)
+from hf_anomaly.metrics import balanced_accuracy, bootstrap_intervals, functional, image_level, image_metrics, metrics_by_class, pixel_level
 
 SCORES = [0.9, 0.8, 0.7, 0.4, 0.3, 0.1]
 LABELS = [1, 0, 1, 0, 1, 0]
@@ -200,7 +191,7 @@ def test_intervals_at_the_edges():
 
 
 def test_evaluate_metric_keeps_double_precision(tmp_path):
-    metric = ImageAnomalyMetrics(cache_dir=tmp_path)
+    metric = image_level.ImageAnomalyMetrics(cache_dir=tmp_path)
     assert metric.compute(predictions=SCORES, references=LABELS) == pytest.approx(EXPECTED, rel=1e-12)
     for start in (0, 3):
         metric.add_batch(predictions=np.array(SCORES[start : start + 3]), references=torch.tensor(LABELS[start : start + 3]))
@@ -219,7 +210,7 @@ def run_python(program, **environment):
 
 
 def test_evaluate_metric_takes_threshold_and_confidence(tmp_path):
-    metrics = ImageAnomalyMetrics(cache_dir=tmp_path).compute(
+    metrics = image_level.ImageAnomalyMetrics(cache_dir=tmp_path).compute(
         predictions=SCORES, references=LABELS, threshold=0.5, confidence=0.9, resamples=100, seed=1
     )
     intervals = bootstrap_intervals(SCORES, LABELS, confidence=0.9, resamples=100, seed=1)

@@ -9,7 +9,8 @@ import torch
 from scipy import ndimage
 from sklearn.metrics import average_precision_score, roc_auc_score
 
-from hf_anomaly.metrics import PixelAnomalyMetrics, PixelMetrics
+from hf_anomaly.metrics import PixelMetrics
+from hf_anomaly.metrics.pixel_level import PixelAnomalyMetrics
 
 NAMES = ("pixel_auroc", "pixel_average_precision", "aupro")
 
