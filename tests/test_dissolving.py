@@ -54,7 +54,7 @@ def silent_unet(resolution=16):
     return unet
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture
 def diffusion():
     return DiffusionDissolver(tiny_unet(), build_scheduler())
 
@@ -265,7 +265,8 @@ def test_deterministic_dissolvers(dissolver, tmp_path):
 
 
 def test_plain_diffusers_loads_the_folder(tmp_path, diffusion):
-    diffusion.save_pretrained(tmp_path / "new" / "d", training_notes={"steps": 7})
+    diffusion.training_notes = {"steps": 7}
+    diffusion.save_pretrained(tmp_path / "new" / "d")
     folder = tmp_path / "new" / "d"
     assert sorted(p.name for p in folder.iterdir()) == ["dissolver_config.json", "model_index.json", "scheduler", "unet"]
     assert sorted(p.name for p in (folder / "unet").iterdir()) == ["config.json", "diffusion_pytorch_model.safetensors"]
@@ -288,7 +289,8 @@ def test_plain_diffusers_loads_the_folder(tmp_path, diffusion):
 def test_round_trip(tmp_path):
     dissolver = DiffusionDissolver(tiny_unet(), build_scheduler(), t_min=5, t_max=50)
     detector = tmp_path / "detector"
-    dissolver.save_pretrained(detector / "dissolver", training_notes={"steps": 7})
+    dissolver.training_notes = {"steps": 7}
+    dissolver.save_pretrained(detector / "dissolver")
     for loaded in (DiffusionDissolver.from_pretrained(detector), Dissolver.from_pretrained(str(detector / "dissolver"))):
         assert (loaded.t_min, loaded.t_max, loaded.training_notes) == (5, 50, {"steps": 7})
         assert loaded.fingerprint() == dissolver.fingerprint()
@@ -318,8 +320,9 @@ def test_saving_over_a_folder(tmp_path, diffusion):
     assert not (folder / "unet" / "stale.bin").exists()
     assert DiffusionDissolver.from_pretrained(folder).fingerprint() == diffusion.fingerprint()
     before = (folder / "dissolver_config.json").read_bytes()
+    diffusion.training_notes = {"x": object()}
     with pytest.raises(TypeError, match="not JSON serializable"):
-        diffusion.save_pretrained(folder, training_notes={"x": object()})
+        diffusion.save_pretrained(folder)
     assert (folder / "dissolver_config.json").read_bytes() == before
     assert sorted(p.name for p in folder.iterdir()) == [
         "README.md",
@@ -347,8 +350,8 @@ def test_nothing_is_written_beside_the_folder(tmp_path):
     """The folder above may be read-only or another file system."""
 
     class Recording(IdentityDissolver):
-        def _write(self, folder, training_notes):
-            super()._write(folder, training_notes)
+        def _write(self, folder):
+            super()._write(folder)
             assert [path.name for path in tmp_path.iterdir()] == ["d"]
 
     Recording().save_pretrained(tmp_path / "d")
@@ -357,15 +360,18 @@ def test_nothing_is_written_beside_the_folder(tmp_path):
 
 def test_t_beyond_the_training(tmp_path, diffusion, refused):
     """The network never saw such noise."""
-    diffusion.save_pretrained(tmp_path / "d", training_notes={"max_timestep": 131})
+    diffusion.training_notes = {"max_timestep": 131}
+    diffusion.save_pretrained(tmp_path / "d")
     assert Dissolver.from_pretrained(tmp_path / "d").t_max == 130
     with refused(tmp_path / "d", "t_max 131", "max_timestep 131"):
         DiffusionDissolver.from_pretrained(tmp_path / "d", t_max=131)
-    diffusion.save_pretrained(tmp_path / "d", training_notes={"max_timestep": 100})
+    diffusion.training_notes = {"max_timestep": 100}
+    diffusion.save_pretrained(tmp_path / "d")
     with refused("t_max 130", "max_timestep 100"):
         Dissolver.from_pretrained(tmp_path / "d")
     assert DiffusionDissolver.from_pretrained(tmp_path / "d", t_max=99).t_max == 99
-    diffusion.save_pretrained(tmp_path / "d", training_notes={"max_timestep": None})
+    diffusion.training_notes = {"max_timestep": None}
+    diffusion.save_pretrained(tmp_path / "d")
     assert DiffusionDissolver.from_pretrained(tmp_path / "d", t_max=999).t_max == 999
 
 
@@ -478,8 +484,8 @@ def test_an_own_class_loads_what_it_saved(mask, tmp_path, monkeypatch, refused):
         def _weights(self):
             yield self.network
 
-        def _write(self, folder, training_notes):
-            super()._write(folder, training_notes)
+        def _write(self, folder):
+            super()._write(folder)
             (folder / "network").write_bytes(self.network)
 
         @classmethod

@@ -52,6 +52,7 @@ class Dissolver(ABC):
         is_deterministic, symbol, choices: whether, under what name and from what few values a dissolver draws its timesteps.
         resolution: the dissolving resolution r, in pixels; images of at most r×r are not resized. None: never resize.
         device: where images are expected.
+        training_notes: anything worth keeping about the training, as JSON can hold it; saved under the key `training`.
     """
 
     kind: str
@@ -60,6 +61,7 @@ class Dissolver(ABC):
     choices: list[int] | None = None  # all that it draws from, where they are few
     resolution: int | None = None
     device = torch.device("cpu")
+    training_notes: dict | None = None
     _own_code = b""  # of a class from outside this package; without it fingerprints of the package's own outlast its versions
 
     def __init_subclass__(cls, **options):
@@ -160,20 +162,19 @@ class Dissolver(ABC):
             digest.update(part)
         return digest.hexdigest()
 
-    def save_pretrained(self, folder: str | os.PathLike, training_notes: dict | None = None) -> None:
+    def save_pretrained(self, folder: str | os.PathLike) -> None:
         """Writes `dissolver_config.json` (and a diffusion dissolver's networks) to a folder; a failure while writing leaves the old content.
 
         Everything is written to a temporary folder inside and then renamed into place, the config last. Other files of the folder are kept.
 
         Args:
             folder: made if it is not there.
-            training_notes: anything worth keeping about the training, as JSON can hold it, under the key `training`.
 
         Raises:
             InputError: `folder` is a file, or as `fingerprint`.
         """
         with staged(folder) as staging:
-            self._write(staging, training_notes)
+            self._write(staging)
 
     def push_to_hub(
         self,
@@ -212,8 +213,8 @@ class Dissolver(ABC):
         """Writes `README.md` of the folder; `repo_id` is where that will be pushed."""
         write_dissolver_card(folder, self.kind, self.settings(), repo_id=repo_id)
 
-    def _write(self, folder: Path, training_notes: dict | None) -> None:
-        config = self._description() | ({} if training_notes is None else {"training": training_notes})
+    def _write(self, folder: Path) -> None:
+        config = self._description() | ({} if self.training_notes is None else {"training": self.training_notes})
         (folder / CONFIG_NAME).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
 
     @classmethod

@@ -60,7 +60,6 @@ class DiffusionDissolver(Dissolver):
         self.alphas_cumprod = self.scheduler.alphas_cumprod.to(self.device)
         self.prediction_type = _prediction_type(scheduler)
         self.t_min, self.t_max = check_integer("t_min", t_min, 0), check_integer("t_max", t_max, 0)
-        self.training_notes: dict | None = None
         last = len(self.alphas_cumprod) - 1
         if not t_min <= t_max <= last:
             raise InputError(f"t range {t_min}…{t_max} is not within the schedule: t_min and t_max must be in order and in 0…{last}")
@@ -119,13 +118,6 @@ class DiffusionDissolver(Dissolver):
     def _dissolve(self, x: Tensor, timesteps: Tensor | None) -> Tensor:
         return self.predict_original(x, timesteps)
 
-    def save_pretrained(self, folder: str | os.PathLike, training_notes: dict | None = None) -> None:
-        """Writes a `DDPMPipeline` folder (model_index.json, unet/, scheduler/; safetensors) with `dissolver_config.json`.
-
-        As `Dissolver.save_pretrained`. Without `training_notes`, those of a loaded dissolver are written again.
-        """
-        super().save_pretrained(folder, self.training_notes if training_notes is None else training_notes)
-
     @property
     def training_run(self) -> dict | None:
         """What `training_notes` say of the run that trained it: its images, seed and settings; None if nothing."""
@@ -137,10 +129,10 @@ class DiffusionDissolver(Dissolver):
         facts = {"resolution": self.resolution, "num_channels": self.unet.config.in_channels, "notes": self.training_notes}
         write_dissolver_card(folder, self.kind, self.settings(), repo_id=repo_id, **facts)
 
-    def _write(self, folder: Path, training_notes: dict | None) -> None:
+    def _write(self, folder: Path) -> None:
         from diffusers import DDPMPipeline
 
-        super()._write(folder, training_notes)
+        super()._write(folder)
         DDPMPipeline(self.unet, self.scheduler).save_pretrained(folder, safe_serialization=True)
 
     @classmethod
