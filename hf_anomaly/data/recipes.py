@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from ..errors import InputError
 from .loading import OneClassSplits, load_one_class
@@ -106,14 +107,9 @@ class DatasetRecipe:
         normal_label: str | None = None,
         *,
         protocol: str | None = None,
-        contamination: float = 0.0,
-        max_train_images: int | None = None,
-        calibration_fraction: float = 0.2,
-        eval_split: str = "test",
-        evaluation_only: bool = False,
-        seed: int = 0,
+        **options: Any,
     ) -> OneClassSplits:
-        """The dataset, divided as the paper does unless `protocol` says otherwise. See `locate`, `normal_class` and `load_one_class`."""
+        """The dataset, divided as the paper does unless `protocol` says otherwise. See `locate`, `normal_class` and, for `options`, `load_one_class`."""
         source, normal_label = self.locate(data_dir), self.normal_class(normal_label)
         return load_one_class(
             source,
@@ -121,13 +117,8 @@ class DatasetRecipe:
             classes=self.classes_beside(normal_label),
             label_column=self.label_column,
             protocol=protocol or self.protocol,
-            contamination=contamination,
-            max_train_images=max_train_images,
-            calibration_fraction=calibration_fraction,
-            eval_split=eval_split,
-            evaluation_only=evaluation_only,
-            seed=seed,
             recipe=self.name,
+            **options,
         )
 
 
