@@ -13,6 +13,7 @@ from argparse import Namespace
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
     import PIL.Image
 
     from ..data.formats import Reading
+    from ..pipeline import AnomalyDetectionPipeline
 
 logger = logging.getLogger(__name__)
 
@@ -71,63 +73,24 @@ def parse(argv: list[str]) -> Namespace:
 
 
 def run(args: Namespace) -> None:
-    from tqdm.auto import tqdm
-
     from ..data.formats import parse_window
     from ..loading import load_detector
     from ..pipeline import AnomalyDetectionPipeline
-    from ..visualization import VISIBLE, check_overlay, overlay_anomaly_map, write_image
+    from ..visualization import check_overlay
 
     window = parse_window(args.window)
-    sources = list(_sources(args))  # before the model: a misspelt path is told at once
-    given = next((name for name in OF_DATASETS if getattr(args, name) is not None), None)
-    if given is not None and not any(isinstance(source, Rows | Listed) for source in sources):
-        raise InputError(f"--{given} is of datasets, and of folders all images are scored: leave it out, or name a folder in the folder")
+    sources = _sources(args)  # before the model: a misspelt path is told at once
     model, processor = load_detector(args.model, args.revision, args.device)
     model.require_fitted()
     processor.window = window or processor.window
     if args.save_maps is not None:
         check_overlay(model, "--save_maps", args.save_maps)
         Path(args.save_maps).mkdir(parents=True, exist_ok=True)
-    pipe = AnomalyDetectionPipeline(model, processor, device=args.device)
-    skipped: list[str] = []
-    decoded: deque = deque()  # the images of the batch under way
-
-    def images() -> Iterator:
-        for name, read in (pair for source in sources for pair in source):
-            try:
-                found = read(processor.reading)
-            except InputError as error:
-                if args.on_error == "stop":
-                    raise
-                skipped.append(str(error))
-                continue
-            for image in found:
-                decoded.append((name if len(found) == 1 else f"{name}/{image.info['slice']:04d}", image))
-                yield image
-
-    results = pipe(
-        images(),
-        batch_size=args.batch_size,
-        threshold=args.threshold,
-        false_positive_rate=args.false_positive_rate,
-        output_anomaly_maps=args.save_maps is not None,
-    )
-    columns = ["image", "score", "p_value", "label", "threshold", *(["overlay"] if args.save_maps is not None else [])]
-    flagged = scored = 0
     counts = [source.count for source in sources]
     total = None if None in counts else sum(counts)
-    with _table(args.output, columns) as write:
-        for result in tqdm(results, total=total, desc="Scoring", unit="image", disable=None):
-            name, image = decoded.popleft()
-            row = {"image": name, **{column: result[column] for column in columns[1:5]}}
-            if args.save_maps is not None:
-                row["overlay"] = f"{scored:06d}_{shortened(Path(name).stem)}.png"
-                overlay = overlay_anomaly_map(image, result["anomaly_map"], value_range=model.config.anomaly_map_range, least_size=VISIBLE)
-                write_image(overlay, Path(args.save_maps, row["overlay"]))
-            write(row)
-            scored += 1
-            flagged += result["label"] == "anomaly"
+    skipped: list[str] = []
+    results = _score(sources, AnomalyDetectionPipeline(model, processor, device=args.device), args, skipped)
+    scored, flagged = _write(results, total, args, model.config.anomaly_map_range)
     for message in skipped:
         print(f"skipped: {message}", file=sys.stderr)
     verdict = f", {flagged} flagged" if model.calibration.is_calibrated or args.threshold is not None else ""
@@ -137,25 +100,80 @@ def run(args: Namespace) -> None:
         sys.exit(1)
 
 
+def _score(
+    sources: list[Source], pipe: AnomalyDetectionPipeline, args: Namespace, skipped: list[str]
+) -> Iterator[tuple[str, PIL.Image.Image, dict]]:
+    """Name, image and result of each image; errors of those that cannot be read go to `skipped`."""
+    ahead: deque = deque()  # the pipeline reads a batch ahead: its names and images wait here until their results come
+
+    def images() -> Iterator[PIL.Image.Image]:
+        for name, read in (pair for source in sources for pair in source.images):
+            try:
+                found = read(pipe.image_processor.reading)
+            except InputError as error:
+                if args.on_error == "stop":
+                    raise
+                skipped.append(str(error))
+                continue
+            for image in found:
+                ahead.append((name if len(found) == 1 else f"{name}/{image.info['slice']:04d}", image))
+                yield image
+
+    results = pipe(
+        images(),
+        batch_size=args.batch_size,
+        threshold=args.threshold,
+        false_positive_rate=args.false_positive_rate,
+        output_anomaly_maps=args.save_maps is not None,
+    )
+    return ((*ahead.popleft(), result) for result in results)
+
+
+def _write(results: Iterable, total: int | None, args: Namespace, map_range: tuple[float, float] | None) -> tuple[int, int]:
+    """Writes table and maps; how many images there were, and how many of them are flagged."""
+    from tqdm.auto import tqdm
+
+    from ..visualization import VISIBLE, overlay_anomaly_map, write_image
+
+    columns = ["image", "score", "p_value", "label", "threshold", *(["overlay"] if args.save_maps is not None else [])]
+    scored = flagged = 0
+    with _table(args.output, columns) as write:
+        for name, image, result in tqdm(results, total=total, desc="Scoring", unit="image", disable=None):
+            row = {"image": name, **{column: result[column] for column in columns[1:5]}}
+            if args.save_maps is not None:
+                row["overlay"] = f"{scored:06d}_{shortened(Path(name).stem)}.png"
+                overlay = overlay_anomaly_map(image, result["anomaly_map"], value_range=map_range, least_size=VISIBLE)
+                write_image(overlay, Path(args.save_maps, row["overlay"]))
+            write(row)
+            scored += 1
+            flagged += result["label"] == "anomaly"
+    return scored, flagged
+
+
 # Where the images come from ------------------------------------------------------------------------------------------------------
 
 
-class Files:
-    """Image files: pairs (name, how its image, or the slices of a volume, are read)."""
+@dataclass
+class Source:
+    """Where images come from.
 
-    def __init__(self, paths: list[str]):
-        from ..data.formats import is_medical
+    Args:
+        images: pairs (name, how its image, or the slices of a volume, are read).
+        count: of the images; None if that is not known.
+        is_dataset: whether `OF_DATASETS` say something of it.
+    """
 
-        for path in paths:
-            check_name(path)
-        self.paths, self.count = paths, None if any(map(is_medical, paths)) else len(paths)
-
-    def __iter__(self) -> Iterator[tuple[str, Callable]]:
-        return ((path, partial(_read_file, path)) for path in self.paths)
+    images: Iterable[tuple[str, Callable]]
+    count: int | None
+    is_dataset: bool = False
 
 
-class Listed(Files):
-    """The image files that a CSV file names."""
+def _files(paths: list[str], is_dataset: bool = False) -> Source:
+    from ..data.formats import is_medical
+
+    for path in paths:
+        check_name(path)
+    return Source([(path, partial(_read_file, path)) for path in paths], None if any(map(is_medical, paths)) else len(paths), is_dataset)
 
 
 def _read_file(path: str, reading: Reading) -> list[PIL.Image.Image]:
@@ -172,53 +190,49 @@ def _read_file(path: str, reading: Reading) -> list[PIL.Image.Image]:
     return [image]
 
 
-class Rows:
-    """The images of a dataset's split, read from the disk or the Hub one by one.
+def _read_rows(images, source: str, split: str, column: str) -> Iterator[tuple[str, Callable]]:
+    """The undecoded images of a dataset's split, read from the disk or the Hub one by one."""
+    from ..data import decode_image
+    from ..data.sources import with_bytes
+    from ..hub import hub_errors
 
-    Args:
-        dataset: a `Dataset` or `IterableDataset` with the column of undecoded images.
-        count: of the rows; None if that is not known.
-    """
-
-    def __init__(self, dataset, source: str, split: str, column: str, count: int | None):
-        self.dataset, self.source, self.split, self.column, self.count = dataset, source, split, column, count
-
-    def __iter__(self) -> Iterator[tuple[str, Callable]]:
-        from ..data import decode_image
-        from ..data.sources import with_bytes
-        from ..hub import hub_errors
-
-        with hub_errors(self.source, reading=True):
-            for i, row in enumerate(self.dataset):
-                name = f"row {i} of split {self.split!r}"
-                yield (
-                    f"{self.split}/{i}",
-                    lambda reading, value=row[self.column], name=name: [decode_image(with_bytes(value, self.source), name, reading.window)],
-                )
+    with hub_errors(source, reading=True):
+        for i, row in enumerate(images):
+            name = f"row {i} of split {split!r}"
+            yield (
+                f"{split}/{i}",
+                lambda reading, value=row[column], name=name: [decode_image(with_bytes(value, source), name, reading.window)],
+            )
 
 
-def _sources(args: Namespace) -> Iterable[Files | Rows]:
+def _sources(args: Namespace) -> list[Source]:
+    sources = [_source(word, args) for word in args.images]
+    given = next((name for name in OF_DATASETS if getattr(args, name) is not None), None)
+    if given is not None and not any(source.is_dataset for source in sources):
+        raise InputError(f"--{given} is of datasets, and of folders all images are scored: leave it out, or name a folder in the folder")
+    return sources
+
+
+def _source(word: str, args: Namespace) -> Source:
     from ..data.formats import image_suffixes
     from ..data.sources import check_unpacked
 
-    for word in args.images:
-        if os.path.isdir(word):
-            paths = _in_folder(word)
-            yield Files(paths) if paths else _rows(word, args)  # parquet files, what `save_to_disk` wrote, an original download
-        elif os.path.isfile(word) and word.endswith(".csv"):
-            yield _listed(word, args)
-        elif os.path.isfile(word) and not word.endswith(DATASET_FILES):
-            check_unpacked(word)
-            yield Files([word])
-        elif not os.path.exists(word) and glob.has_magic(word):
-            paths = sorted(path for path in glob.glob(word, recursive=True) if os.path.isfile(path))
-            if not paths:
-                raise InputError(f"{word!r} matches no file; check the pattern, and quote it")
-            yield Files(paths)
-        elif not os.path.exists(word) and Path(word).suffix.lower() in image_suffixes():
-            raise InputError(f"{word}: there is no such file; check the spelling")
-        else:
-            yield _rows(word, args)
+    if os.path.isdir(word):
+        paths = _in_folder(word)
+        return _files(paths) if paths else _rows(word, args)  # parquet files, what `save_to_disk` wrote, an original download
+    if os.path.isfile(word) and word.endswith(".csv"):
+        return _listed(word, args)
+    if os.path.isfile(word) and not word.endswith(DATASET_FILES):
+        check_unpacked(word)
+        return _files([word])
+    if not os.path.exists(word) and glob.has_magic(word):
+        paths = sorted(path for path in glob.glob(word, recursive=True) if os.path.isfile(path))
+        if not paths:
+            raise InputError(f"{word!r} matches no file; check the pattern, and quote it")
+        return _files(paths)
+    if not os.path.exists(word) and Path(word).suffix.lower() in image_suffixes():
+        raise InputError(f"{word}: there is no such file; check the spelling")
+    return _rows(word, args)
 
 
 def _in_folder(folder: str) -> list[str]:
@@ -230,13 +244,13 @@ def _in_folder(folder: str) -> list[str]:
     return [str(Path(folder, path)) for path in without_masks([image.relative_to(folder) for image in images])]
 
 
-def _listed(table: str, args: Namespace) -> Listed:
+def _listed(table: str, args: Namespace) -> Source:
     from ..data.loading import image_column_of
     from ..data.tables import read_table
 
     splits = read_table(Path(table), args.image_column, None)
     dataset = splits[_chosen_split(splits, table, args)]
-    return Listed([value["path"] for value in dataset[args.image_column or image_column_of(dataset)]])
+    return _files([value["path"] for value in dataset[args.image_column or image_column_of(dataset)]], is_dataset=True)
 
 
 def _chosen_split(splits: Mapping, source: str, args: Namespace) -> str:
@@ -251,7 +265,7 @@ def _chosen_split(splits: Mapping, source: str, args: Namespace) -> str:
     return split
 
 
-def _rows(source: str, args: Namespace) -> Rows:
+def _rows(source: str, args: Namespace) -> Source:
     import datasets
 
     from ..data.loading import image_column_of
@@ -276,7 +290,7 @@ def _rows(source: str, args: Namespace) -> Rows:
         dataset = dataset.decode(False) if features else dataset
     images = dataset.select_columns([column])
     images = load_or_refuse(f"column {column!r} of {source!r} as images", images.cast_column, column, datasets.Image(decode=False))
-    return Rows(images, source, split, column, count)
+    return Source(_read_rows(images, source, split, column), count, is_dataset=True)
 
 
 def _may_hold_images(feature) -> bool:
