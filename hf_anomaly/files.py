@@ -5,6 +5,8 @@ import io
 import json
 import os
 import re
+import shutil
+import tempfile
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -71,6 +73,43 @@ def writing(path: str | os.PathLike) -> Iterator[Path]:
         return
     with replacing(path.resolve()) as temporary:
         yield temporary
+
+
+@contextmanager
+def staged(target: str | os.PathLike, outdated: re.Pattern | None = None) -> Iterator[Path]:
+    """A temporary folder inside `target`, whose entries are renamed into it at the end, configs last; after an error, none.
+
+    Args:
+        outdated: names of what goes there if it is not written anew.
+
+    Raises:
+        InputError: `target` is a file.
+    """
+    target = Path(target)
+    if target.is_file():
+        raise InputError(f"cannot save to {target}: it is a file; name a folder")
+    target.mkdir(parents=True, exist_ok=True)
+    staging = Path(tempfile.mkdtemp(prefix=".saving-", dir=target))
+    try:
+        yield staging
+        names = {path.name for path in staging.iterdir()}
+        for name in sorted(names, key=lambda name: name.endswith("config.json")):
+            if (target / name).is_dir():  # os.replace cannot overwrite a folder
+                delete(target / name)
+            os.replace(staging / name, target / name)
+        for path in list(target.iterdir()):
+            if path.name not in names and outdated is not None and outdated.fullmatch(path.name):
+                path.unlink()
+    finally:
+        shutil.rmtree(staging, ignore_errors=True)
+
+
+def delete(path: Path) -> None:
+    """Deletes a file, a link or a whole folder, if it is there."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
 
 
 def check_output(flag: str, path: str | os.PathLike | None, *, folder: bool = False, suffixes: Sequence[str] = ()) -> None:

@@ -5,16 +5,14 @@ import logging
 import os
 import re
 import shutil
-import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 from transformers import PreTrainedConfig
 
 from .cards.merging import outdate_card, read_card
-from .errors import InputError
+from .files import delete as delete  # for detector.py
+from .files import staged as staged
 from .untrusted import contained_files, is_ours
 
 logger = logging.getLogger(__name__)
@@ -67,35 +65,6 @@ def auto_map(**classes: type) -> dict[str, str] | None:
 
 def write_remote_code(folder: str | os.PathLike) -> None:
     Path(folder, REMOTE_CODE_FILE).write_text(REMOTE_CODE, encoding="utf-8")
-
-
-@contextmanager
-def staged(target: str | os.PathLike, outdated: re.Pattern | None = None) -> Iterator[Path]:
-    """A temporary folder inside `target`, whose entries are renamed into it at the end, configs last; after an error, none.
-
-    Args:
-        outdated: names of what goes there if it is not written anew.
-
-    Raises:
-        InputError: `target` is a file.
-    """
-    target = Path(target)
-    if target.is_file():
-        raise InputError(f"cannot save to {target}: it is a file; name a folder")
-    target.mkdir(parents=True, exist_ok=True)
-    staging = Path(tempfile.mkdtemp(prefix=".saving-", dir=target))
-    try:
-        yield staging
-        names = {path.name for path in staging.iterdir()}
-        for name in sorted(names, key=lambda name: name.endswith("config.json")):
-            if (target / name).is_dir():  # which os.replace does not replace
-                delete(target / name)
-            os.replace(staging / name, target / name)
-        for path in list(target.iterdir()):
-            if path.name not in names and outdated is not None and outdated.fullmatch(path.name):
-                path.unlink()
-    finally:
-        shutil.rmtree(staging, ignore_errors=True)
 
 
 def weight_files(variant: str | None) -> re.Pattern:
@@ -194,14 +163,6 @@ def outdated_companions(homes: list[Home], target: Path, config: PreTrainedConfi
     # Training saves a dissolver before the detector that goes with it.
     belongs = kind == config.model_type or getattr(config, "dissolver", None) is not None
     return {"eval_results.json", "figures"} | (set() if belongs else {"dissolver"})
-
-
-def delete(path: Path) -> None:
-    """Deletes a file, a link or a whole folder, if it is there."""
-    if path.is_dir() and not path.is_symlink():
-        shutil.rmtree(path)
-    else:
-        path.unlink(missing_ok=True)
 
 
 def _is_one_of(path: Path, patterns: tuple[str, ...]) -> bool:

@@ -2,13 +2,13 @@
 
 import logging
 import os
-import shutil
 from pathlib import Path
 
 import numpy as np
 import PIL.Image
 
 from ..errors import InputError
+from ..files import delete, staged
 
 logger = logging.getLogger(__name__)
 
@@ -53,21 +53,18 @@ def write_figures(
         examples: image, the same with its anomaly map (or None), and caption.
     """
     folder = Path(folder, FOLDER)
-    shutil.rmtree(folder, ignore_errors=True)
+    delete(folder)
     try:
         new_figure("the card's figures need")
     except InputError as error:
         logger.warning("%s", error)
         return
     drawn = {"scores.png": draw_scores, "roc.png": draw_roc} | ({"examples.png": _examples} if examples else {})
-    staging = folder.with_name(f".{FOLDER}.tmp")
-    shutil.rmtree(staging, ignore_errors=True)
-    staging.mkdir(parents=True)
-    for name, draw in drawn.items():
-        figure = new_figure("the card's figures need")
-        draw(figure, *((examples,) if draw is _examples else (np.asarray(scores), np.asarray(labels), threshold)))
-        figure.savefig(staging / name, dpi=80, metadata={"Software": None})
-    os.replace(staging, folder)
+    with staged(folder) as staging:
+        for name, draw in drawn.items():
+            figure = new_figure("the card's figures need")
+            draw(figure, *((examples,) if draw is _examples else (np.asarray(scores), np.asarray(labels), threshold)))
+            figure.savefig(staging / name, dpi=80, metadata={"Software": None})
 
 
 def draw_scores(figure, scores, labels, threshold) -> None:

@@ -11,6 +11,7 @@ from huggingface_hub.utils import validate_repo_id, yaml_dump
 from packaging.requirements import Requirement
 
 from ..errors import InputError
+from ..files import replacing
 from ..hub import hub_errors, push_folder
 from ..version import __version__
 from .page import GRADIO, WARNING
@@ -119,10 +120,9 @@ def _write(folder: Path, files: dict[str, str]) -> None:
     for name in files:
         if (folder / name).exists():
             raise InputError(f"{folder / name} is there already and would be overwritten: delete it, or name another folder")
-    folder.mkdir(parents=True, exist_ok=True)
     for name, text in files.items():
-        (folder / f".{name}.tmp").write_text(text, encoding="utf-8")
-        os.replace(folder / f".{name}.tmp", folder / name)
+        with replacing(folder / name) as temporary:
+            temporary.write_text(text, encoding="utf-8")
 
 
 def _gradio_version() -> str:

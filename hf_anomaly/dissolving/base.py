@@ -15,10 +15,10 @@ from torch import Tensor
 
 from ..cards import write_dissolver_card
 from ..errors import HubError, InputError
-from ..files import canonical_json, read_json
+from ..files import canonical_json, read_json, staged
 from ..hub import CommitInfo, hub_errors, push_folder
 from ..ops.resizing import resize
-from ..saving import DISSOLVER_FILES, staged
+from ..saving import DISSOLVER_FILES
 
 CONFIG_NAME = "dissolver_config.json"
 

@@ -122,7 +122,7 @@ def pretrain(
         write_json(staging / PRETRAINING_NOTES, notes)
         write_pretraining_card(staging, model, notes, dataset=dataset, repo_id=repo_id or target.name)
         shutil.rmtree(target, ignore_errors=True)
-        os.replace(staging, target)
+        os.replace(staging, target)  # by one rename, not `staged`: where this folder is, the stage is done
     trainer.accelerator.wait_for_everyone()
     return ADDPModel.from_pretraining(model)
 
