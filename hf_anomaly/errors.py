@@ -11,3 +11,8 @@ class NotFittedError(RuntimeError):
 
 class HubError(OSError):
     """The Hub refused something or cannot be reached. The message names the repository and the remedy; scripts print it without a traceback."""
+
+
+def one_line(error: Exception) -> str:
+    """Its message on one line, or its kind if it has none."""
+    return " ".join(str(error).split()) or type(error).__name__

@@ -21,7 +21,7 @@ from huggingface_hub.errors import (
 )
 
 from .cards.merging import address_card, merge_cards, read_card
-from .errors import HubError, InputError
+from .errors import HubError, InputError, one_line
 from .saving import is_public
 from .untrusted import contained_files
 
@@ -97,10 +97,10 @@ def _remedy(causes: list[BaseException], remedies: dict[int | type, str]) -> str
     status, cause = next(((_status(cause), cause) for cause in causes if _status(cause)), (None, causes[-1]))
     if status is None:
         here = "there is no such folder here, and " if remedies is _READING else ""
-        return f"{here}{constants.ENDPOINT} cannot be reached ({_one_line(cause)}): check the network and that no *_OFFLINE variable is set"
+        return f"{here}{constants.ENDPOINT} cannot be reached ({one_line(cause)}): check the network and that no *_OFFLINE variable is set"
     if status >= 500:
         return f"the Hub is out of order ({status}): try again later"
-    return remedies.get(status, f"the Hub refused ({_one_line(cause)})")
+    return remedies.get(status, f"the Hub refused ({one_line(cause)})")
 
 
 def create_repository(repo_id: str, *, private: bool | None = None, token: str | bool | None = None, repo_type: str = "model") -> str:
@@ -164,7 +164,7 @@ def push_folder(
                 # Harmless to repeat, as the next attempt starts from what is there now; but a pull request would be opened twice.
                 if pause is None or create_pr or (_status(error) or 500) < 500:
                     raise
-                logger.warning("%s: %s; trying again in %d s", repo_id, _one_line(error), pause)
+                logger.warning("%s: %s; trying again in %d s", repo_id, one_line(error), pause)
                 time.sleep(pause)
         if git_tag is not None:
             api.create_tag(repo_id, tag=git_tag, revision=commit.oid, repo_type=repo_type)
@@ -242,7 +242,3 @@ def _commit(api, repo_id, folder, files, message, description, revision, create_
 def _status(error: Exception) -> int | None:
     response = getattr(error, "response", None) if isinstance(error, HfHubHTTPError) else None
     return None if response is None else response.status_code
-
-
-def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split()) or type(error).__name__

@@ -13,7 +13,7 @@ from transformers.image_utils import PILImageResampling
 from .data.formats import FULL, Reading, Window, apply_window, check_depth, check_window, load_pixels, to_eight_bits
 from .data.transforms import decode_image, upright
 from .detector import AnomalyDetectorConfig, AnomalyDetectorOutput
-from .errors import InputError
+from .errors import InputError, one_line
 from .ops.resizing import resize
 from .saving import auto_map, write_remote_code
 
@@ -88,8 +88,7 @@ def _download(url: str, timeout: float) -> bytes:
         response = httpx.get(url, timeout=timeout, follow_redirects=True)
         response.raise_for_status()
     except (httpx.HTTPError, httpx.InvalidURL) as error:
-        reason = " ".join(str(error).split()) or type(error).__name__
-        raise InputError(f"{url}: cannot be fetched ({reason[:300]}); check the address and the network") from error
+        raise InputError(f"{url}: cannot be fetched ({one_line(error)[:300]}); check the address and the network") from error
     return response.content
 
 

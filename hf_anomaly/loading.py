@@ -9,7 +9,7 @@ from safetensors import SafetensorError
 from transformers.utils.hub import cached_file
 
 from .detector import AnomalyDetector, AnomalyDetectorConfig
-from .errors import HubError, InputError
+from .errors import HubError, InputError, one_line
 from .files import read_json
 from .hub import hub_errors
 from .image_processing import AnomalyImageProcessor
@@ -30,7 +30,7 @@ def loading(name_or_path: str, failure: str) -> Iterator[None]:
     except (HubError, InputError):
         raise
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
-        raise InputError(f"{name_or_path!r} {failure}: {' '.join(str(error).split())}") from error
+        raise InputError(f"{name_or_path!r} {failure}: {one_line(error)}") from error
 
 
 def _check_place(name_or_path: str) -> None:
@@ -65,8 +65,7 @@ def load_detector(
     try:
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:  # what no device is called, and what torch was not built for
-        reason = " ".join(str(error).split())[:200]
-        raise InputError(f"--device {device}: {reason}; leave it out, or give cpu or cuda") from error
+        raise InputError(f"--device {device}: {one_line(error)[:200]}; leave it out, or give cpu or cuda") from error
     _check_place(name_or_path)
     with loading(name_or_path, "cannot be loaded as a detector"):
         model = load_without_code(AutoModel, name_or_path, revision=revision)

@@ -17,7 +17,7 @@ from transformers import Pipeline
 
 from .data.transforms import process_decoded
 from .detector import AnomalyDetector, AnomalyDetectorOutput
-from .errors import HubError, InputError
+from .errors import HubError, InputError, one_line
 from .hub import CommitInfo
 from .image_processing import AnomalyImageProcessor, read_any_image
 
@@ -226,8 +226,8 @@ def _read(name: str, read: Callable[[], Any]) -> tuple[str, Any]:
     except HubError:
         raise
     except Exception as error:  # datasets decodes an image as it reads the row, and on broken files PIL raises errors of every kind
-        reason = "unknown image format" if isinstance(error, PIL.UnidentifiedImageError) else " ".join(str(error).split())
-        return name, InputError(f"{name}: cannot be read ({reason or type(error).__name__}); remove it or replace it by an intact image")
+        reason = "unknown image format" if isinstance(error, PIL.UnidentifiedImageError) else one_line(error)
+        return name, InputError(f"{name}: cannot be read ({reason}); remove it or replace it by an intact image")
 
 
 def _images(inputs) -> tuple[Dataset, bool | None]:

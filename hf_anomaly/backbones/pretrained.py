@@ -7,7 +7,7 @@ import torch
 from torch import nn
 from transformers import AutoBackbone, AutoConfig, PreTrainedConfig
 
-from ..errors import InputError
+from ..errors import InputError, one_line
 from ..hub import hub_errors
 from ..untrusted import load_without_code
 
@@ -59,7 +59,7 @@ def load_backbone_config(name_or_path: str) -> PreTrainedConfig:
         with hub_errors(name_or_path, reading=True):
             return load_without_code(AutoConfig, name_or_path)
     except (OSError, ValueError) as error:
-        raise InputError(f"backbone {name_or_path!r} cannot be loaded: {' '.join(str(error).split())}") from error
+        raise InputError(f"backbone {name_or_path!r} cannot be loaded: {one_line(error)}") from error
 
 
 def load_backbone_weights(backbone: nn.Module, name_or_path: str, **kwargs) -> None:

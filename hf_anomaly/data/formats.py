@@ -17,7 +17,7 @@ import PIL.Image
 import PIL.ImageFile
 from PIL import TiffImagePlugin
 
-from ..errors import InputError
+from ..errors import InputError, one_line
 
 if TYPE_CHECKING:
     import pydicom
@@ -248,7 +248,7 @@ def read_slices(path: str | os.PathLike[str], reading: Reading) -> list[PIL.Imag
     except InputError:
         raise
     except Exception as error:  # pydicom and nibabel raise whatever their decoders do
-        reason = " ".join(f"{type(error).__name__}: {error}".split())
+        reason = f"{type(error).__name__}: {one_line(error)}"
         raise InputError(f"{path}: cannot be read ({reason[:300]}); replace it by an intact one") from error
 
 

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from ..errors import InputError
+from ..errors import InputError, one_line
 from .assembling import from_arrays, from_files, uint8_images
 from .formats import image_suffixes
 
@@ -42,7 +42,7 @@ def _read_idx(path: Path, dimensions: int) -> np.ndarray:
     try:
         content = (gzip.open if path.suffix == ".gz" else open)(path, "rb").read()
     except (OSError, EOFError, zlib.error) as error:  # a truncated or damaged archive
-        raise InputError(f"{path}: cannot be read ({' '.join(str(error).split())}); download it again") from error
+        raise InputError(f"{path}: cannot be read ({one_line(error)}); download it again") from error
     magic = bytes([0, 0, 8, dimensions])
     start = 4 + 4 * dimensions
     if content[:4] != magic or len(content) < start:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 
-from ..errors import HubError, InputError
+from ..errors import HubError, InputError, one_line
 from ..files import files_below
 from ..hub import hub_errors
 from ..names import is_hub_id
@@ -139,7 +139,7 @@ def read_source(
             f"{where}: no folder here, and no dataset on the Hub, or a private one: check the name, or log in with `hf auth login`"
         ) from error
     except Exception as error:  # names, formats, damaged files
-        raise InputError(f"the Hub dataset {source!r} cannot be loaded: {_one_line(error)}") from error
+        raise InputError(f"the Hub dataset {source!r} cannot be loaded: {_with_kind(error)}") from error
 
 
 def check_unpacked(path: str | os.PathLike[str]) -> None:
@@ -210,11 +210,11 @@ def load_or_refuse(what: str, load: Any, *args: Any, **options: Any) -> Any:
     try:
         return load(*args, **options)
     except Exception as error:
-        raise InputError(f"{what} cannot be loaded: {_one_line(error)}") from error
+        raise InputError(f"{what} cannot be loaded: {_with_kind(error)}") from error
 
 
-def _one_line(error: Exception) -> str:
-    return " ".join(f"{type(error).__name__}: {error}".split())[:400]
+def _with_kind(error: Exception) -> str:
+    return f"{type(error).__name__}: {one_line(error)}"[:400]
 
 
 def _read_digits() -> dict[str, datasets.Dataset]:
@@ -234,7 +234,7 @@ def _read_npz(path: Path) -> dict[str, datasets.Dataset]:
         with np.load(path, allow_pickle=False) as archive:  # a pickled array could run code
             arrays = {name: archive[name] for name in archive.files if name.endswith(("_images", "_labels"))}
     except Exception as error:  # BadZipFile, ValueError (pickled arrays), AttributeError (a bare .npy) …
-        raise InputError(f"{path}: not an .npz file of plain arrays ({' '.join(str(error).split())}); save it with numpy.savez") from error
+        raise InputError(f"{path}: not an .npz file of plain arrays ({one_line(error)}); save it with numpy.savez") from error
     if not any(name.endswith("_images") for name in arrays):
         raise InputError(f"{path} has no array of images; name them <split>_images and <split>_labels, such as 'train_images'")
     splits = {}

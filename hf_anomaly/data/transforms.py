@@ -15,7 +15,7 @@ import PIL.Image
 import PIL.ImageOps
 import torch
 
-from ..errors import InputError
+from ..errors import InputError, one_line
 from .formats import (
     FULL,
     SLICES,
@@ -56,13 +56,15 @@ def file_name(value: Any, otherwise: str) -> str:
 
 def _unreadable(value: Any, where: str, error: Exception) -> InputError:
     # PIL's own text for an unknown format names a memory address.
-    reason = "unknown image format" if isinstance(error, PIL.UnidentifiedImageError) else getattr(error, "strerror", None) or str(error)
+    reason = (
+        "unknown image format" if isinstance(error, PIL.UnidentifiedImageError) else getattr(error, "strerror", None) or one_line(error)
+    )
     remedy = "remove it or replace it by an intact one"
     if isinstance(error, FileNotFoundError):
         remedy = "restore the file, or leave it out of the list that names it"
     elif isinstance(error, PIL.Image.DecompressionBombError):
         remedy = "it is too large: shrink it or cut it up"
-    return InputError(f"{_name(value, where)}: unreadable image ({' '.join(reason.split())}); {remedy}")
+    return InputError(f"{_name(value, where)}: unreadable image ({reason}); {remedy}")
 
 
 def open_image(value: dict[str, Any] | PIL.Image.Image | np.ndarray, where: str, window: Window = None) -> PIL.Image.Image:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from ..cards import write_dissolver_card
-from ..errors import HubError, InputError
+from ..errors import HubError, InputError, one_line
 from ..files import canonical_json, read_json, staged
 from ..hub import CommitInfo, hub_errors, push_folder
 from ..ops.resizing import resize
@@ -311,8 +311,7 @@ def locate(folder_or_hub_id: str | os.PathLike, revision: str | None = None, tok
         except (HubError, InputError):
             raise
         except (OSError, ValueError) as error:  # the Hub's errors derive from these
-            reason = " ".join(str(error).split())
-            raise InputError(f"{folder_or_hub_id}: no such local folder, and not to be had from the Hub: {reason}") from error
+            raise InputError(f"{folder_or_hub_id}: no such local folder, and not to be had from the Hub: {one_line(error)}") from error
     for root in (folder, folder / "dissolver"):
         if (root / CONFIG_NAME).exists() or (root / "unet").is_dir():
             return root

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..cards import write_dissolver_card
-from ..errors import InputError
+from ..errors import InputError, one_line
 from ..files import canonical_json, read_json
 from ..ops.distributed import draw_rows
 from ..ops.resizing import resize
@@ -167,8 +167,9 @@ class DiffusionDissolver(Dissolver):
                 unet, info = UNet2DModel.from_pretrained(root, subfolder="unet", use_safetensors=True, output_loading_info=True)
                 scheduler = DDPMScheduler.from_pretrained(root, subfolder="scheduler")
         except Exception as error:  # damaged files raise errors of every kind
-            reason = " ".join(str(error).split())
-            raise InputError(f"{root}: unet/ (safetensors) and scheduler/ of a DDPMPipeline folder cannot be loaded: {reason}") from error
+            raise InputError(
+                f"{root}: unet/ (safetensors) and scheduler/ of a DDPMPipeline folder cannot be loaded: {one_line(error)}"
+            ) from error
         if lost := [*info["missing_keys"], *info["mismatched_keys"]]:
             raise InputError(f"{root / 'unet'}: the weights lack {lost[0]} and do not fit config.json; save the dissolver again")
         range_ = {name: config.get(name, default) for name, default in (("t_min", 30), ("t_max", 130))}

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from ..errors import InputError
+from ..errors import InputError, one_line
 
 INTERVALS = ("auroc", "average_precision")  # the metrics that `bootstrap_intervals` gives
 
@@ -166,7 +166,7 @@ def _column(name: str, values) -> np.ndarray:
     try:
         column = np.asarray(values, dtype=np.float64)
     except (TypeError, ValueError) as error:
-        raise InputError(f"{name}: {' '.join(str(error).split())}; give one number per image") from error
+        raise InputError(f"{name}: {one_line(error)}; give one number per image") from error
     if column.ndim != 1:
         raise InputError(f"{name}: shape {column.shape}; give one number per image, shape (N,)")
     return column

@@ -17,7 +17,7 @@ from transformers.training_args import ParallelMode
 from ..cards import check_dataset_id, check_licence
 from ..data.formats import Reading, parse_window
 from ..data.recipes import DatasetRecipe, find_recipe
-from ..errors import InputError
+from ..errors import InputError, one_line
 from ..image_processing import AnomalyImageProcessor
 
 logger = logging.getLogger(__name__)
@@ -401,7 +401,7 @@ def parse_arguments(*classes: type, description: str, argv: list[str] | None = N
     except InputError:
         raise
     except ValueError as error:  # transformers' own, of arguments that do not go together
-        raise InputError(" ".join(str(error).split())) from error
+        raise InputError(one_line(error)) from error
     if rest:
         flags = [option for action in parser._actions for option in action.option_strings]
         close = difflib.get_close_matches(rest[0].split("=")[0], flags, n=1)
