@@ -71,53 +71,37 @@ def check_dataset_id(dataset_id: str | None) -> None:
         raise InputError(f"{dataset_id!r} is no id of a Hub dataset, which is organisation/name")
 
 
-class DetectorCardData(ModelCardData):
-    """The YAML at the head of a detector's card.
-
-    Args:
-        model_type: the configuration's.
-        name: what the model is called.
-        results: what `eval_results.json` holds.
-        license: of the weights, as the Hub spells it.
-        dataset_id: id on the Hub of the images that it was trained on; by default the one in `results`, if any.
-
-    Raises:
-        InputError: a licence or an id that cannot be one.
-    """
-
-    def __init__(
-        self, model_type: str, name: str, results: dict | None = None, *, license: str | None = None, dataset_id: str | None = None
-    ):
-        check_licence(license)
-        results = results or {}
-        dataset_id = dataset_id or results.get("dataset_id")
-        check_dataset_id(dataset_id)
-        dataset = plain(Path(results.get("dataset") or "").name)
-        measured = {key: results[key] for key in METRICS if results.get(key) is not None}
-        noted = {name: value for name, value in (("license", license), ("datasets", dataset_id and [dataset_id])) if value}
-        super().__init__(
-            license=license,
-            library_name="hf-anomaly",
-            pipeline_tag="image-classification",
-            tags=["anomaly-detection", model_type],
-            datasets=[dataset_id] if dataset_id else None,
-            metrics=[METRICS[key][0] for key in measured] or None,
-            model_name=plain(name),
-            **({NOTED: noted} if noted else {}),
-            eval_results=[
-                EvalResult(
-                    task_type="image-classification",
-                    task_name=TASK_NAME,
-                    dataset_type=dataset_id or dataset,
-                    dataset_name=dataset,
-                    metric_type=METRICS[key][0],
-                    metric_name=METRICS[key][1],
-                    metric_value=round(value, 4),
-                )
-                for key, value in measured.items()
-            ]
-            or None,
-        )
+def _card_data(model_type: str, name: str, results: dict, license: str | None, dataset_id: str | None) -> ModelCardData:
+    """The YAML at the head of a detector's card; the settings are those of `write_card`."""
+    check_licence(license)
+    dataset_id = dataset_id or results.get("dataset_id")
+    check_dataset_id(dataset_id)
+    dataset = plain(Path(results.get("dataset") or "").name)
+    measured = {key: results[key] for key in METRICS if results.get(key) is not None}
+    noted = {name: value for name, value in (("license", license), ("datasets", dataset_id and [dataset_id])) if value}
+    return ModelCardData(
+        license=license,
+        library_name="hf-anomaly",
+        pipeline_tag="image-classification",
+        tags=["anomaly-detection", model_type],
+        datasets=[dataset_id] if dataset_id else None,
+        metrics=[METRICS[key][0] for key in measured] or None,
+        model_name=plain(name),
+        **({NOTED: noted} if noted else {}),
+        eval_results=[
+            EvalResult(
+                task_type="image-classification",
+                task_name=TASK_NAME,
+                dataset_type=dataset_id or dataset,
+                dataset_name=dataset,
+                metric_type=METRICS[key][0],
+                metric_name=METRICS[key][1],
+                metric_value=round(value, 4),
+            )
+            for key, value in measured.items()
+        ]
+        or None,
+    )
 
 
 def write_card(
@@ -138,7 +122,8 @@ def write_card(
         results: what `eval_results.json` holds; None if nothing is known of data and results.
         other_runs: the same of runs that differ in the seed alone, for the mean and standard deviation.
         repo_id: where the folder will be pushed; the card's code then loads it from there.
-        license, dataset_id: see `DetectorCardData`. Without them what a person wrote stays.
+        license: of the weights, as the Hub spells it; without one what a person wrote stays.
+        dataset_id: id on the Hub of the images that it was trained on. By default the one in `results`, if any, unless a person wrote another.
 
     Raises:
         InputError: other runs that are not like this one, or a bad licence or dataset id.
@@ -151,7 +136,7 @@ def write_card(
     changed = {k: v for k, v in config.to_dict().items() if k not in hidden and not k.startswith("_") and defaults.get(k) != v}
     name = folder.resolve().name
     card = ModelCard.from_template(
-        DetectorCardData(config.model_type, name, results, license=license, dataset_id=dataset_id),
+        _card_data(config.model_type, name, results, license, dataset_id),
         template_path=str(TEMPLATE),
         title=plain(name),
         address=plain(repo_id or name),
