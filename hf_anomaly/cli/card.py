@@ -4,7 +4,6 @@ from argparse import Namespace
 from pathlib import Path
 
 from ..errors import InputError
-from ..files import read_json
 from .parsing import Parser
 
 
@@ -24,7 +23,7 @@ def parse(argv: list[str]) -> Namespace:
 
 def run(args: Namespace) -> None:
     from ..cards import write_card
-    from ..loading import load_config, load_detector
+    from ..loading import load_config, load_detector, recorded_results
     from ..training.run_record import first_difference, settings_of
 
     folder = Path(args.folder)
@@ -32,14 +31,15 @@ def run(args: Namespace) -> None:
         raise InputError(f"{folder} holds no detector: give the folder that training wrote")
     model, _ = load_detector(args.folder)
     model.require_fitted()
-    results = _results(folder) if (folder / "eval_results.json").is_file() else None
-    if args.runs and results is None:
+    results = recorded_results(args.folder)
+    if args.runs and not results:
         raise InputError(f"{folder} holds no eval_results.json, which the results of --runs would stand beside")
-    others = [_results(Path(run)) for run in args.runs]
     chosen = settings_of(load_config(args.folder))  # the model's own has more than was saved, such as the backbone's dtype
+    others = []
     for run in args.runs:
-        if not Path(run, "config.json").is_file():
-            raise InputError(f"{run} holds no detector: give a folder that training wrote")
+        if not (path := Path(run, "eval_results.json")).is_file():
+            raise InputError(f"{path} is not there: give a folder that training wrote")
+        others.append(recorded_results(run))
         different = first_difference(settings_of(load_config(run)), chosen)
         if different is not None:
             name, theirs, ours = different
@@ -48,10 +48,3 @@ def run(args: Namespace) -> None:
             )
     write_card(folder, model, results, other_runs=others, repo_id=args.repo, license=args.license, dataset_id=args.dataset_id)
     print(f"written: {folder / 'README.md'}")
-
-
-def _results(folder: Path) -> dict:
-    path = folder / "eval_results.json"
-    if not path.is_file():
-        raise InputError(f"{path} is not there: give a folder that training wrote")
-    return read_json(path)
