@@ -29,7 +29,6 @@ from .tables import TABLES
 logger = logging.getLogger(__name__)
 
 TIMESTEPS = (30, 80, 130, 230, 330, 430, 530)
-CLASSES = ("normal", "anomalous")
 
 
 @dataclass(frozen=True)
@@ -78,65 +77,35 @@ class Figure(ABC):
 
 
 @dataclass(frozen=True)
-class TimestepGallery(Figure):
-    """A normal and an anomalous image of each dataset, dissolved at ever larger t."""
-
-    def models(self, dataset):
-        return (dataset,)
-
-    def draw(self, datasets, selection):
-        rows, captions = [], []
-        for dataset in datasets:
-            dissolver = load_dissolver(dataset, selection)
-            for image, name in zip(_examples(dataset, dissolver.unet.config.in_channels, selection), CLASSES, strict=True):
-                rows.append(_over_timesteps(image, dissolver))
-                captions.append(f"{RECIPES[dataset].title}\n{name}")
-        return image_grid(rows, ["original", *(f"t = {t}" for t in TIMESTEPS)], captions)
-
-
-@dataclass(frozen=True)
-class ModelGallery(Figure):
-    """An image of each dataset, dissolved by the diffusion models of other datasets too.
+class Gallery(Figure):
+    """A normal and an anomalous image of each dataset, dissolved at ever larger t.
 
     Attributes:
-        others: the datasets of those models.
+        others: datasets by whose models the images are dissolved, too; then the anomalous one alone is shown.
+        blurs: blurs are shown instead, and of dissolving what the middle of the dataset's range of t leaves.
     """
 
     others: tuple[str, ...] = ()
+    blurs: bool = False
 
     def models(self, dataset):
         return tuple(dict.fromkeys((dataset, *self.others)))
 
     def draw(self, datasets, selection):
+        kernels = [(kind, kernel) for kind in ("gaussian", "median") for kernel in BLUR_KERNELS] if self.blurs else []
+        blurs = {f"{kind} {kernel}": DISSOLVERS[kind](kernel_size=kernel) for kind, kernel in kernels}
         rows, captions = [], []
         for dataset in datasets:
-            for model in self.models(dataset):
-                if selection.instructions(model) is not None:
-                    continue
+            timesteps = (sum(RECIPES[dataset].timesteps) // 2,) if self.blurs else TIMESTEPS
+            for model in (name for name in self.models(dataset) if selection.instructions(name) is None):
                 dissolver = load_dissolver(model, selection)
-                _, image = _examples(dataset, dissolver.unet.config.in_channels, selection)
-                rows.append(_over_timesteps(image, dissolver))
-                captions.append(f"{RECIPES[dataset].title}\nby the model of\n{RECIPES[model].title}")
-        return image_grid(rows, ["original", *(f"t = {t}" for t in TIMESTEPS)], captions)
-
-
-@dataclass(frozen=True)
-class BlurGallery(Figure):
-    """A normal and an anomalous image of each dataset, blurred, and dissolved in the middle of its range of t."""
-
-    def models(self, dataset):
-        return (dataset,)
-
-    def draw(self, datasets, selection):
-        blurs = {f"{kind} {kernel}": DISSOLVERS[kind](kernel_size=kernel) for kind in ("gaussian", "median") for kernel in BLUR_KERNELS}
-        rows, captions = [], []
-        for dataset in datasets:
-            dissolver, timestep = load_dissolver(dataset, selection), sum(RECIPES[dataset].timesteps) // 2
-            for image, name in zip(_examples(dataset, dissolver.unet.config.in_channels, selection), CLASSES, strict=True):
-                dissolved = dissolver(image[None], torch.tensor([timestep]))[0]
-                rows.append([image, *(blur(image[None])[0] for blur in blurs.values()), dissolved])
-                captions.append(f"{RECIPES[dataset].title}\n{name}, t = {timestep}")
-        return image_grid(rows, ["original", *blurs, "diffusion"], captions)
+                normal, anomalous = _examples(dataset, dissolver.unet.config.in_channels, selection)
+                both, by_model = {"normal": normal, "anomalous": anomalous}, {f"by the model of\n{RECIPES[model].title}": anomalous}
+                for name, image in (by_model if self.others else both).items():
+                    dissolved = dissolver(image.expand(len(timesteps), -1, -1, -1), torch.tensor(timesteps))
+                    rows.append([image, *(blur(image[None])[0] for blur in blurs.values()), *dissolved])
+                    captions.append(f"{RECIPES[dataset].title}\n{name}" + (f", t = {timesteps[0]}" if self.blurs else ""))
+        return image_grid(rows, ["original", *blurs, *(["diffusion"] if self.blurs else [f"t = {t}" for t in TIMESTEPS])], captions)
 
 
 @dataclass(frozen=True)
@@ -233,14 +202,14 @@ def pair_signs(shifts: int, images: int, design: str) -> torch.Tensor:
 
 _FOREIGN = ("pneumonia_mnist", "cifar_10")
 _FIGURES: tuple[Figure, ...] = (
-    TimestepGallery("dia/1", "Images dissolved at ever larger t", MEDICAL),
+    Gallery("dia/1", "Images dissolved at ever larger t", MEDICAL),
     SimilarityMatrices("dia/3", "The target similarity matrix"),
-    ModelGallery("dia/4", "Dissolving with the models of other datasets", LARGE, others=("cifar_10",)),
-    BlurGallery("dia/5", "Blur beside diffusion", MEDICAL[:4]),
+    Gallery("dia/4", "Dissolving with the models of other datasets", LARGE, others=("cifar_10",)),
+    Gallery("dia/5", "Blur beside diffusion", MEDICAL[:4], blurs=True),
     SimilarityMatrices("dia/6", "The two designs of the similarity matrix", designs=("a", "b")),
     # Which dataset is in which of the last five is lost in the text at hand: the order is Table 1's.
     *(
-        ModelGallery(f"dia/{number}", f"{RECIPES[dataset].title} dissolved with the models of other datasets", (dataset,), others=_FOREIGN)
+        Gallery(f"dia/{number}", f"{RECIPES[dataset].title} dissolved with the models of other datasets", (dataset,), others=_FOREIGN)
         for number, dataset in enumerate(MEDICAL[1:], 7)
     ),
     *(
@@ -305,7 +274,3 @@ def _examples(dataset: str, num_channels: int, selection: Selection) -> list[tor
     labels, test = data.splits.test["label"][:], data.splits.test
     images = [decode_image(test[labels.index(label)]["image"], f"a test image of {dataset}") for label in (0, 1)]
     return list(processor(images=images, return_tensors="pt")["pixel_values"])
-
-
-def _over_timesteps(image: torch.Tensor, dissolver: DiffusionDissolver) -> list[torch.Tensor]:
-    return [image, *dissolver(image.expand(len(TIMESTEPS), -1, -1, -1), torch.tensor(TIMESTEPS))]
