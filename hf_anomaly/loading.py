@@ -80,7 +80,7 @@ def load_detector(
     return model.eval().to(device), processor
 
 
-def load_config(name_or_path: str, revision: str | None = None) -> AnomalyDetectorConfig:
+def load_config(name_or_path: str) -> AnomalyDetectorConfig:
     """A saved detector's configuration.
 
     Raises:
@@ -91,7 +91,7 @@ def load_config(name_or_path: str, revision: str | None = None) -> AnomalyDetect
 
     _check_place(name_or_path)
     with loading(name_or_path, "holds no detector"):
-        config = load_without_code(AutoConfig, name_or_path, revision=revision)
+        config = load_without_code(AutoConfig, name_or_path)
     if not isinstance(config, AnomalyDetectorConfig):
         raise InputError(f"{name_or_path!r} holds a {type(config).__name__}, which is no anomaly detector's")
     return config

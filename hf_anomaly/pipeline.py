@@ -258,7 +258,7 @@ def _prepare(images: list[tuple[str, Any]], processor: AnomalyImageProcessor, ti
 
     def decoded() -> Iterator[PIL.Image.Image]:
         for name, image in images:
-            image = read_any_image(image, name, getattr(processor, "window", None), timeout)
+            image = read_any_image(image, name, processor.window, timeout)
             sizes.append(image.size[::-1])
             yield image
 

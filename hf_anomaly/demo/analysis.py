@@ -103,14 +103,11 @@ def rate_range(model: AnomalyDetector) -> tuple[float, float, float]:
 
 
 @torch.no_grad()
-def dissolved_versions(
-    dissolver: Dissolver, pixel_values: torch.Tensor, timesteps: list[int] | None = None
-) -> list[tuple[PIL.Image.Image, str]]:
-    """An image and its dissolved versions, to be looked at.
+def dissolved_versions(dissolver: Dissolver, pixel_values: torch.Tensor) -> list[tuple[PIL.Image.Image, str]]:
+    """An image and its dissolved versions, to be looked at: at a few t, or the one of a deterministic dissolver.
 
     Args:
         pixel_values: (1, C, H, W) in [−1, 1].
-        timesteps: t of each version; default five of the dissolver's range. A dissolver that is deterministic has one version, without t.
 
     Raises:
         InputError: as the dissolver.
@@ -118,7 +115,7 @@ def dissolved_versions(
     if dissolver.is_deterministic:
         captions, drawn = [f"dissolved ({dissolver.kind})"], None
     else:
-        timesteps = timesteps or dissolver.spread_timesteps()
+        timesteps = dissolver.spread_timesteps()
         captions, drawn = [f"{dissolver.symbol} = {t}" for t in timesteps], torch.tensor(timesteps)
     dissolver.to(pixel_values.device)
     versions = dissolver(pixel_values.expand(len(captions), -1, -1, -1), drawn)

@@ -31,18 +31,17 @@ class DissolvingQuality:
 
 
 @torch.no_grad()
-def dissolving_quality(dissolver: DiffusionDissolver, pixel_values: Tensor, timesteps: list[int], seed: int = 0) -> list[DissolvingQuality]:
+def dissolving_quality(dissolver: DiffusionDissolver, pixel_values: Tensor, timesteps: list[int]) -> list[DissolvingQuality]:
     """Measures a dissolver at each of some timesteps, with the same noise at all of them, on images of its own resolution.
 
     Args:
         pixel_values: (B, C, H, W) in [−1, 1], images that the network was not trained on; larger ones are resized down first.
-        seed: of the noise ε.
 
     Raises:
         InputError: as `Dissolver.__call__`.
     """
     x = resize(pixel_values, working_size(*pixel_values.shape[-2:], dissolver.resolution))
-    noise = torch.randn(x.shape, generator=torch.Generator().manual_seed(seed)).to(x)
+    noise = torch.randn(x.shape, generator=torch.Generator().manual_seed(0)).to(x)
     energy = _energy(x)
     rows = []
     for t in timesteps:

@@ -205,8 +205,7 @@ def _examples(model, processor, dataset, scores: torch.Tensor, labels: np.ndarra
 def _shown(model, processor, dataset, rows: list[int], scores: torch.Tensor, labels: np.ndarray | None) -> list[dict]:
     records = [dataset[row] for row in rows]
     numbers = [record.get("row", row) for row, record in zip(rows, records, strict=True)]
-    window = getattr(processor, "window", None)
-    images = [decode_image(record["image"], f"row {n}", window) for n, record in zip(numbers, records, strict=True)]
+    images = [decode_image(record["image"], f"row {n}", processor.window) for n, record in zip(numbers, records, strict=True)]
     maps = None
     if not why_no_overlay(model):
         pixel_values = processor(images=images, return_tensors="pt")["pixel_values"].to(model.device)

@@ -483,7 +483,7 @@ class AnomalyTrainer(ReproducibleTrainer):
 
     def fit_reference(self) -> None:
         """`model.fit_reference` on the reference dataset, in dataset order, each image once, on any number of processes."""
-        self.model.fit_reference(self._loader(self.reference_dataset), gather=self._gather, progress=self._progress)
+        self.model.fit_reference(self._loader(self.reference_dataset), gather=self.accelerator.gather_for_metrics, progress=self._progress)
 
     def calibrate(self) -> None:
         """`model.calibrate` on the calibration dataset at `args.false_positive_rate`.
@@ -496,7 +496,7 @@ class AnomalyTrainer(ReproducibleTrainer):
         self.model.calibrate(
             self._loader(self.calibration_dataset),
             false_positive_rate=self.args.false_positive_rate,
-            gather=self._gather,
+            gather=self.accelerator.gather_for_metrics,
             progress=self._progress,
         )
 
@@ -506,7 +506,9 @@ class AnomalyTrainer(ReproducibleTrainer):
         with self.averaged_weights():
             if not fitted_before:
                 self.fit_reference()
-            scores, labels = self.model.score(self._loader(test_dataset), gather=self._gather, progress=self._progress)
+            scores, labels = self.model.score(
+                self._loader(test_dataset), gather=self.accelerator.gather_for_metrics, progress=self._progress
+            )
             if not fitted_before:
                 self.model.reset_reference()
         scores, labels = scores.numpy(), None if labels is None else labels.numpy()
@@ -553,9 +555,6 @@ class AnomalyTrainer(ReproducibleTrainer):
         )
         return self.accelerator.prepare(loader)
 
-    def _gather(self, batch):
-        return self.accelerator.gather_for_metrics(batch)
-
     @property
     def _progress(self) -> bool:
         return not self.args.disable_tqdm and self.is_world_process_zero()
@@ -570,8 +569,8 @@ class DenoisingTrainer(ReproducibleTrainer):
         train_dataset: prepared images; what labels they have is ignored.
     """
 
-    def __init__(self, model, args, *, train_dataset, data_collator=collate, callbacks=None, run=None):
-        super().__init__(model, args, run=run, data_collator=data_collator, train_dataset=train_dataset, callbacks=callbacks)
+    def __init__(self, model, args, *, train_dataset, callbacks=None, run=None):
+        super().__init__(model, args, run=run, data_collator=collate, train_dataset=train_dataset, callbacks=callbacks)
 
     def model_inputs(self, inputs):
         return {"pixel_values": inputs["pixel_values"]}
