@@ -4,7 +4,7 @@ import json
 import math
 import random
 from fractions import Fraction
-from itertools import combinations
+from itertools import combinations, product
 
 import numpy as np
 import pytest
@@ -42,16 +42,13 @@ def test_p_values_against_brute_force(n, levels):
     assert p_values[-2] == p_values[-3] == 1 / (n + 1)
 
 
-@pytest.mark.parametrize(
-    "rate", ["0.001", "0.01", "0.03", "0.05", "0.07", "0.1", "0.15", "0.2", "0.29", "0.3", "1/3", "0.5", "0.7", "0.9", "0.99"]
-)
-def test_threshold_rank_is_exact(rate):
+def test_threshold_rank_is_exact():
     """⌈(1 − α)(n + 1)⌉ in rational numbers: in floats (1 − .05)·100 is 95.00000000000001."""
-    exact = Fraction(rate)
-    for n in [*range(1, 130), 299, 999, 1999]:
-        rank = math.ceil((1 - exact) * (n + 1))
+    rates = ["0.001", "0.01", "0.03", "0.05", "0.07", "0.1", "0.15", "0.2", "0.29", "0.3", "1/3", "0.5", "0.7", "0.9", "0.99"]
+    for rate, n in product(map(Fraction, rates), [*range(1, 130), 299, 999, 1999]):
+        rank = math.ceil((1 - rate) * (n + 1))
         expected = math.inf if rank > n else float(rank)
-        assert conformal_threshold(torch.arange(1.0, n + 1), float(exact)) == expected, n
+        assert conformal_threshold(torch.arange(1.0, n + 1), float(rate)) == expected, (rate, n)
 
 
 @pytest.mark.parametrize("levels", [None, 1])
