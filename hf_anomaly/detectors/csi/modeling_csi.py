@@ -44,7 +44,10 @@ class CSIReference(Float32State):
 
 
 class _Encoder:
-    """The networks that the loss trains: an encoder and the heads on its penultimate features."""
+    """The networks that the loss trains: an encoder and the heads on its penultimate features.
+
+    A mixin, as the first encoder is the model itself: its weights have the names that they had before there were several, so that folders saved then load.
+    """
 
     def build_networks(self, config: CSIConfig) -> None:
         self.backbone = build_backbone(config.backbone_config, config.image_size, config.num_channels)
@@ -185,22 +188,21 @@ class CSIModel(_Encoder, AnomalyDetector):
         """
         num_views = len(views)
         chunk = max(1, _MAX_TEST_PIXELS // (num_views * NUM_SHIFTS * pixel_values.shape[-2:].numel()))
-        parts = [self._view_features(x, views) for x in pixel_values.split(chunk)]
+        parts = [self._features_of_chunk(x, views) for x in pixel_values.split(chunk)]
         return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
 
-    def _view_features(self, pixel_values, views):
+    def _features_of_chunk(self, pixel_values: torch.Tensor, views: torch.Tensor) -> dict[str, torch.Tensor]:
+        """As `view_features`, of so few images that all their views go through the encoders at once."""
         batch_size, num_views = len(pixel_values), len(views)
         shifted = SHIFTS[self.config.shift](pixel_values)  # (K, B, C, H, W)
         rows = shifted.transpose(0, 1).unsqueeze(2).expand(-1, -1, num_views, -1, -1, -1).flatten(0, 2)
         rows = apply_views(rows, views.to(rows.device).repeat(batch_size * NUM_SHIFTS, 1))
-        groups = [
-            self._compared(encoder, encoder.feature_map(rows).unflatten(0, (batch_size, NUM_SHIFTS, num_views)))
-            for encoder in self.encoders
-        ]
+        shape = (batch_size, NUM_SHIFTS, num_views)
+        groups = [self._score_features_of(encoder, encoder.feature_map(rows).unflatten(0, shape)) for encoder in self.encoders]
         return {name: torch.cat([group[name] for group in groups], dim=1) for name in groups[0]}
 
-    def _compared(self, encoder, maps):
-        """An encoder's part of `view_features`, of its last maps (B, K, n, width, h, w)."""
+    def _score_features_of(self, encoder: _Encoder, maps: torch.Tensor) -> dict[str, torch.Tensor]:
+        """An encoder's part of `view_features`, of its last maps (B, K, n, width, h, w) of all views."""
         features = maps.mean((-2, -1))
         logits = encoder.shift_classifier(features).mean(2)
         kinds = {
