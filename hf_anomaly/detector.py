@@ -5,8 +5,10 @@ import json
 import logging
 import os
 import tempfile
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -16,13 +18,13 @@ from torch import nn
 from transformers import BaseImageProcessor, PreTrainedConfig, PreTrainedModel
 from transformers import initialization as init
 from transformers.utils import ModelOutput, can_return_tuple
-from transformers.utils.hub import cached_file, resolve_revision
+from transformers.utils.hub import resolve_revision
 
 from .calibration import Calibration, Float32State, normal_map_range
 from .cards import tag_card, write_card
 from .cards.merging import read_card
 from .errors import HubError, InputError, NotFittedError
-from .hub import CommitInfo, hub_errors, push_folder
+from .hub import CommitInfo, find_file, hub_errors, push_folder
 from .ops.maps import map_levels
 from .ops.sampling import Sample
 from .saving import Home, auto_map, bring_companions, delete, outdated_companions, staged, weight_files, write_remote_code
@@ -467,7 +469,9 @@ class AnomalyDetector(PreTrainedModel):
         """Nothing: a saved detector refers to the package, whose code is not copied beside it."""
 
     @classmethod
-    def from_pretrained(cls, pretrained_model_name_or_path, *model_args, output_loading_info=False, **kwargs):
+    def from_pretrained(
+        cls, pretrained_model_name_or_path, *model_args, output_loading_info=False, ignore_mismatched_sizes=False, **kwargs
+    ):
         """As `PreTrainedModel.from_pretrained`, from safetensors only. With other values of `config.score_fields` than the calibration was made for,
         such as keywords here can give, the calibration is dropped with a warning; with other values of `config.reference_fields` the reference, too. With
         another `false_positive_rate` the threshold is that of the new rate, `anomaly_map_range` still that of the old one.
@@ -478,61 +482,22 @@ class AnomalyDetector(PreTrainedModel):
             HubError: the Hub refused or cannot be reached, and the cache does not have it; one line, with the remedy.
         """
         name = pretrained_model_name_or_path
-        place = {key: kwargs.get(key) for key in ("revision", "token", "cache_dir")} | {
-            "local_files_only": kwargs.get("local_files_only", False)
-        }
+        place = {key: kwargs[key] for key in ("revision", "token", "cache_dir", "local_files_only") if key in kwargs}
         place["revision"] = kwargs["revision"] = resolve_revision(name, **place)  # one state of the repository for all that is read
-        where = {**place, "subfolder": kwargs.get("subfolder") or "", "_raise_exceptions_for_missing_entries": False}
-
-        def find(file):
-            with hub_errors(str(name), reading=True):
-                return None if name is None else cached_file(name, file, _raise_exceptions_for_connection_errors=False, **where)
-
+        place["subfolder"] = kwargs.get("subfolder") or ""
+        find = partial(find_file, name, **place)
         variant = f".{kwargs['variant']}" if kwargs.get("variant") else ""
         if (index := find(f"model.safetensors.index{variant}.json")) is not None:
             check_shard_names(index)
-        kwargs["use_safetensors"] = True
-        other_sizes_pass = kwargs.pop("ignore_mismatched_sizes", False)
-        try:
-            with hub_errors(str(name), reading=True):
-                kwargs["ignore_mismatched_sizes"] = True  # of a reference that will be dropped; others are refused below
-                model, info = super().from_pretrained(name, *model_args, output_loading_info=True, **kwargs)
-            misfits = {
-                f"{key} has {tuple(saved)}, not {tuple(expected)}"
-                for key, saved, expected in info["mismatched_keys"]
-                if not (key.startswith("reference.") and model.config.reference_changes)
-            }
-            if misfits and not other_sizes_pass:
-                raise RuntimeError("; ".join(sorted(misfits)))
-        except (SafetensorError, RuntimeError) as error:
-            reason = " ".join(str(error).split())
-            raise InputError(
-                f"{name}: the weights are damaged or do not fit config.json ({reason}); save or download them again"
-            ) from error
-        except HubError:
-            raise
-        except OSError as error:
-            if index is None and find("model.safetensors") is None and (find("pytorch_model.bin") or find("pytorch_model.bin.index.json")):
-                raise InputError(
-                    f"{name}: its weights are pickles (.bin), which run code when they are loaded, and are refused; save them as safetensors"
-                ) from error
-            raise
-        states = tuple(f"{prefix}." for prefix, module in model.named_modules() if isinstance(module, Float32State))
-        tensors = model.state_dict()
-        lost = sorted(key for key in info["missing_keys"] if (model.is_fitted or key.startswith(states)) and tensors[key].numel())
-        if lost:
-            raise InputError(
-                f"{name}: the weights lack {', '.join(lost)}, which config.json promises; save the detector again "
-                "after fit_reference and calibrate"
-            )
-        # Weights mapped from a file lie at any address, and some kernels round otherwise unless it is torch's own alignment.
-        for tensor in (*model.parameters(), *model.buffers()):
-            if tensor.data_ptr() % 64:
-                tensor.data = tensor.data.clone()
+        kwargs |= {"use_safetensors": True, "ignore_mismatched_sizes": True}  # other sizes are refused below
+        with _weight_errors(name, find, index):
+            model, info = super().from_pretrained(name, *model_args, output_loading_info=True, **kwargs)
+            if not ignore_mismatched_sizes:
+                model._refuse_other_sizes(info["mismatched_keys"])
+        model._refuse_missing(info["missing_keys"], name)
+        model._align_tensors()
         if name is not None:
-            commit = getattr(place["revision"], "resolved", place["revision"])
-            home = os.path.abspath(name) if os.path.isdir(name) else os.fspath(name)
-            model._homes = [Home(home, commit, where["subfolder"], place["cache_dir"])]
+            model._homes = [Home.of(name, place["revision"], place["subfolder"], place.get("cache_dir"))]
         model._drop_what_does_not_hold(str(name))
         return (model, info) if output_loading_info else model
 
@@ -686,6 +651,30 @@ class AnomalyDetector(PreTrainedModel):
         everything = {name: torch.tensor(values) for name, values in collected.items()}
         return everything.get("scores", torch.zeros(0)), everything.get("labels"), everything.get("levels")
 
+    def _refuse_other_sizes(self, mismatched: Iterable[tuple[str, torch.Size, torch.Size]]) -> None:
+        """Of weights just loaded, as (key, saved, expected), but for those of a reference that will be dropped."""
+        dropped = ("reference.",) if self.config.reference_changes else ()
+        misfits = {f"{key} has {tuple(saved)}, not {tuple(expected)}" for key, saved, expected in mismatched if not key.startswith(dropped)}
+        if misfits:
+            raise RuntimeError("; ".join(sorted(misfits)))
+
+    def _refuse_missing(self, missing: Iterable[str], name: str | os.PathLike) -> None:
+        """Of the keys that weights just loaded lack: any of a fitted detector, else those of the reference and the calibration."""
+        states = tuple(f"{prefix}." for prefix, module in self.named_modules() if isinstance(module, Float32State))
+        tensors = self.state_dict()
+        lost = sorted(key for key in missing if (self.is_fitted or key.startswith(states)) and tensors[key].numel())
+        if lost:
+            raise InputError(
+                f"{name}: the weights lack {', '.join(lost)}, which config.json promises; save the detector again "
+                "after fit_reference and calibrate"
+            )
+
+    def _align_tensors(self) -> None:
+        """Weights mapped from a file lie at any address, and some kernels round otherwise unless it is torch's own alignment."""
+        for tensor in (*self.parameters(), *self.buffers()):
+            if tensor.data_ptr() % 64:
+                tensor.data = tensor.data.clone()
+
     def _drop_what_does_not_hold(self, name: str) -> None:
         """Of a detector just loaded, with a configuration that need not be the one that it was saved with."""
         config = self.config
@@ -718,6 +707,30 @@ class AnomalyDetector(PreTrainedModel):
                 yield pixel_values.to(self.device), labels
         finally:
             self.train(was_training)
+
+
+@contextmanager
+def _weight_errors(name: str | os.PathLike | None, find: Callable[[str], str | None], index: str | None) -> Iterator[None]:
+    """What goes wrong with the weights that the block loads, as an error of one line with the remedy.
+
+    Args:
+        find: the path of a file beside them, None if there is none.
+        index: that of the index of their shards.
+    """
+    try:
+        with hub_errors(str(name), reading=True):
+            yield
+    except (SafetensorError, RuntimeError) as error:
+        reason = " ".join(str(error).split())
+        raise InputError(f"{name}: the weights are damaged or do not fit config.json ({reason}); save or download them again") from error
+    except HubError:
+        raise
+    except OSError as error:
+        if index is None and find("model.safetensors") is None and (find("pytorch_model.bin") or find("pytorch_model.bin.index.json")):
+            raise InputError(
+                f"{name}: its weights are pickles (.bin), which run code when they are loaded, and are refused; save them as safetensors"
+            ) from error
+        raise
 
 
 class SelfContainedDetector(AnomalyDetector):

@@ -19,6 +19,7 @@ from huggingface_hub.errors import (
     RepositoryNotFoundError,
     RevisionNotFoundError,
 )
+from transformers.utils.hub import cached_file
 
 from .cards.merging import address_card, merge_cards, read_card
 from .errors import HubError, InputError, one_line
@@ -101,6 +102,37 @@ def _remedy(causes: list[BaseException], remedies: dict[int | type, str]) -> str
     if status >= 500:
         return f"the Hub is out of order ({status}): try again later"
     return remedies.get(status, f"the Hub refused ({one_line(cause)})")
+
+
+def find_file(
+    name_or_path: str | os.PathLike | None,
+    file: str,
+    *,
+    revision: str | None = None,
+    token: str | bool | None = None,
+    cache_dir: str | os.PathLike | None = None,
+    local_files_only: bool = False,
+    subfolder: str = "",
+) -> str | None:
+    """The path of a model's file, downloaded if need be; None if there is none. The arguments are those of `from_pretrained`.
+
+    Raises:
+        HubError: the Hub refused.
+    """
+    if name_or_path is None:
+        return None
+    with hub_errors(str(name_or_path), reading=True):
+        return cached_file(
+            name_or_path,
+            file,
+            revision=revision,
+            token=token,
+            cache_dir=cache_dir,
+            local_files_only=local_files_only,
+            subfolder=subfolder,
+            _raise_exceptions_for_missing_entries=False,
+            _raise_exceptions_for_connection_errors=False,
+        )
 
 
 def create_repository(repo_id: str, *, private: bool | None = None, token: str | bool | None = None, repo_type: str = "model") -> str:

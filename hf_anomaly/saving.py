@@ -92,6 +92,12 @@ class Home:
     reports_hold: bool = True
     _folder: Path | None = None
 
+    @classmethod
+    def of(cls, name_or_path: str | os.PathLike, revision: str | None, subfolder: str, cache_dir: str | None) -> "Home":
+        """That of a detector loaded from there; of a `revision` that is resolved the commit, as the branch may move on."""
+        name = os.path.abspath(name_or_path) if os.path.isdir(name_or_path) else os.fspath(name_or_path)
+        return cls(name, getattr(revision, "resolved", revision), subfolder, cache_dir)
+
     def lies_in(self, target: Path) -> bool:
         return Path(self.name).is_dir() and Path(self.name, self.subfolder).resolve() == target.resolve()
 
