@@ -70,6 +70,14 @@ _PUSH_ARGUMENTS = (
 class AnomalyDetectorConfig(PreTrainedConfig):
     """What every detector's configuration holds.
 
+    Its fields are of three kinds:
+
+    - Those of the training: a trained detector scores the same with others.
+    - `score_fields`, with which it would score otherwise, among them `reference_fields`, with which its reference would be another. Their values are
+      noted in `calibrated_for` by `calibrate` and in `fitted_for` by `fit_reference`; a detector loaded with others, see `score_changes` and
+      `reference_changes`, loses the calibration or the reference.
+    - `recorded_fields`, which nobody chooses: saving, fitting and calibrating fill them in.
+
     Args:
         image_size: height and width of `pixel_values`, in pixels.
         num_channels: 1 (gray) or 3 (RGB).
@@ -87,9 +95,9 @@ class AnomalyDetectorConfig(PreTrainedConfig):
         InputError: a keyword that is no field of the configuration, or a value out of range.
     """
 
-    score_fields = ("image_size",)  # the fields with which a trained detector scores otherwise, so that its calibration no longer holds
-    reference_fields = ()  # those with which its reference would be another
-    recorded_fields = (  # what saving, fitting and calibrating fill in: nobody chose it for the training
+    score_fields = ("image_size",)
+    reference_fields = ()
+    recorded_fields = (
         "hf_anomaly_version",
         "transformers_version",
         "architectures",
@@ -142,18 +150,21 @@ class AnomalyDetectorConfig(PreTrainedConfig):
             values |= _own_fields(name, value) if isinstance(value, PreTrainedConfig) else {name: value}
         return values
 
-    def changed_since(self, record: dict | None) -> str:
-        """Which fields have other values than when they were recorded, in words; empty if none has, or nothing was recorded."""
-        record = record or {}
-        now = self.values_of({name.partition(".")[0] for name in record} & self.__dataclass_fields__.keys())
-        both = record.keys() & now.keys()  # those of another version may be more, or fewer
-        return ", ".join(f"{name} was {record[name]!r}, now {now[name]!r}" for name in sorted(both) if now[name] != record[name])
+    @property
+    def score_changes(self) -> str:
+        """Which fields have other values than those that calibration was made for, in words; empty if none has, or nothing was recorded."""
+        return self._changes_since(self.calibrated_for or {})
 
     @property
     def reference_changes(self) -> str:
-        """As `changed_since` the reference was made."""
+        """As `score_changes`, of the reference. Folders saved before there was `fitted_for` tell it in `calibrated_for`."""
         recorded = {name: value for name, value in (self.calibrated_for or {}).items() if name.partition(".")[0] in self.reference_fields}
-        return self.changed_since(recorded | (self.fitted_for or {}))
+        return self._changes_since(recorded | (self.fitted_for or {}))
+
+    def _changes_since(self, record: dict) -> str:
+        now = self.values_of({name.partition(".")[0] for name in record} & self.__dataclass_fields__.keys())
+        both = record.keys() & now.keys()  # those of another version may be more, or fewer
+        return ", ".join(f"{name} was {record[name]!r}, now {now[name]!r}" for name in sorted(both) if now[name] != record[name])
 
     def check(self) -> None:
         """Refuses values out of range. Called at the end of the constructor; subclasses extend it."""
@@ -681,7 +692,7 @@ class AnomalyDetector(PreTrainedModel):
         if changes := config.reference_changes:
             logger.warning("%s was fitted for other features (%s): its reference is dropped; fit and calibrate it again", name, changes)
             self.reset_reference()
-        elif changes := config.changed_since(config.calibrated_for):
+        elif changes := config.score_changes:
             logger.warning("%s was calibrated for other scores (%s): its calibration is dropped; calibrate it again", name, changes)
             self._drop_calibration()
         if self.calibration.is_calibrated:
