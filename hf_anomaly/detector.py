@@ -27,7 +27,7 @@ from .errors import HubError, InputError, NotFittedError
 from .hub import CommitInfo, find_file, hub_errors, push_folder
 from .ops.maps import map_levels
 from .ops.sampling import Sample
-from .saving import Home, auto_map, bring_companions, delete, outdated_companions, staged, weight_files, write_remote_code
+from .saving import Home, auto_map, bring_companions, outdated_files, staged, write_remote_code
 from .untrusted import check_attention, check_backbone_config, check_memory, check_shard_names
 from .version import __version__
 
@@ -619,8 +619,7 @@ class AnomalyDetector(PreTrainedModel):
         vars(self.config).pop("auto_map", None)
         if ours is not None:  # transformers cannot load a config whose auto_map is null
             self.config.auto_map = ours
-        outdated = outdated_companions(self._homes, target, self.config)
-        with staged(target, weight_files(variant)) as staging:
+        with staged(target, outdated_files(self._homes, target, self.config, variant)) as staging:
             super().save_pretrained(staging, variant=variant, **kwargs)
             try:
                 bring_companions(self._homes, target, staging, token)
@@ -630,9 +629,6 @@ class AnomalyDetector(PreTrainedModel):
                 logger.warning("Saved without what lies beside %s on the Hub: %s", self._homes[-1].name, " ".join(str(error).split()))
             if ours is not None:
                 write_remote_code(staging)
-            outdated -= {path.name for path in staging.iterdir()}
-        for name in outdated:
-            delete(target / name)
 
     def _own_precision(self):
         """Without autocast, which training in bf16 leaves in `forward`: threshold and results would be those of another model than the one that is saved.

@@ -99,7 +99,7 @@ def staged(target: str | os.PathLike, outdated: re.Pattern | None = None) -> Ite
             os.replace(staging / name, target / name)
         for path in list(target.iterdir()):
             if path.name not in names and outdated is not None and outdated.fullmatch(path.name):
-                path.unlink()
+                delete(path)
     finally:
         shutil.rmtree(staging, ignore_errors=True)
 

@@ -67,12 +67,6 @@ def write_remote_code(folder: str | os.PathLike) -> None:
     Path(folder, REMOTE_CODE_FILE).write_text(REMOTE_CODE, encoding="utf-8")
 
 
-def weight_files(variant: str | None) -> re.Pattern:
-    """The names of all files of weights of a variant such as "fp16": an earlier save in other shards would be loaded instead."""
-    of_variant = re.escape(f".{variant}" if variant else "")
-    return re.compile(rf"model{of_variant}(-\d+-of-\d+)?\.safetensors|model\.safetensors\.index{of_variant}\.json")
-
-
 @dataclass
 class Home:
     """Where a detector lies, in a folder or on the Hub, and with it its companions.
@@ -124,22 +118,26 @@ class Home:
         return self._folder
 
 
-def holds_another(target: Path, homes: list[Home]) -> bool:
-    """Whether a detector lies in `target` which is not this one, as far as its homes tell."""
-    return (target / "config.json").is_file() and not any(home.lies_in(target) for home in homes)
-
-
 def bring_companions(homes: list[Home], target: Path, staging: Path, token: str | bool | None = None) -> None:
-    """Copies to `staging` the companions that are not in `target` yet, or there are another detector's, each from the first home that has it.
+    """Copies to `staging` what a detector saved in `target` brings along. This and `outdated_files` decide what then lies beside its weights:
 
-    Results of a detector that was fitted or calibrated anew do not come, and its card only without them; if `target` is such a home, or another
-    detector's, its card is replaced by one without them.
+        what lies in `target`       processor      dissolver             card                 results, figures
+        -----------------------------------------------------------------------------------------------------------
+        no detector, or this one    stays          stays                 stays                stay
+        this one, before it was     stays          stays                 loses its results    go
+        fitted or calibrated anew
+        another detector            is replaced,   is replaced, else     is replaced, else    are replaced, else go
+                                    else stays     another method's goes loses its results
+
+    What is missing or replaced comes from the first home that has it; from one whose reports no longer hold no results come, and the card without them. A
+    card in which nothing tells a program's words stays as it is, or away.
 
     Raises:
         InputError: a companion is a link that leads out of its folder.
         OSError: a home on the Hub cannot be reached.
     """
-    another = holds_another(target, homes)
+    another = _holds_another(target, homes)
+    # Another detector's place counts as a last home, of its card without the results.
     for home in [*homes, Home(os.fspath(target), reports_hold=False)] if another else homes:
         folder = home.folder(token)
         if folder is None or not folder.is_dir():
@@ -156,19 +154,30 @@ def bring_companions(homes: list[Home], target: Path, staging: Path, token: str 
                 shutil.copyfile(folder / path, staging / path)
 
 
-def outdated_companions(homes: list[Home], target: Path, config: PreTrainedConfig) -> set[str]:
-    """What in `target` does not belong to the detector that is saved there: results of another one, or of itself before it was fitted or calibrated
-    anew; and the dissolver of another method."""
-    if not holds_another(target, homes):
-        outdated = any(not home.reports_hold and home.lies_in(target) for home in homes)
-        return {"eval_results.json", "figures"} if outdated else set()
-    try:
-        kind = json.loads((target / "config.json").read_text(encoding="utf-8")).get("model_type")
-    except (ValueError, AttributeError):  # it is about to be replaced
-        kind = None
+def outdated_files(homes: list[Home], target: Path, config: PreTrainedConfig, variant: str | None = None) -> re.Pattern:
+    """The names of what goes from `target` when a detector is saved there, unless it is written anew: companions, see the table of `bring_companions`,
+    and all files of weights of a `variant` such as "fp16", as an earlier save in other shards would be loaded instead."""
+    of_variant = re.escape(f".{variant}" if variant else "")
+    names = [rf"model{of_variant}(-\d+-of-\d+)?\.safetensors", rf"model\.safetensors\.index{of_variant}\.json"]
+    another = _holds_another(target, homes)
+    if another or any(not home.reports_hold and home.lies_in(target) for home in homes):
+        names += [r"eval_results\.json", "figures"]
     # Training saves a dissolver before the detector that goes with it.
-    belongs = kind == config.model_type or getattr(config, "dissolver", None) is not None
-    return {"eval_results.json", "figures"} | (set() if belongs else {"dissolver"})
+    if another and _method_in(target) != config.model_type and getattr(config, "dissolver", None) is None:
+        names.append("dissolver")
+    return re.compile("|".join(names))
+
+
+def _holds_another(target: Path, homes: list[Home]) -> bool:
+    """Whether a detector lies in `target` which is not this one, as far as its homes tell."""
+    return (target / "config.json").is_file() and not any(home.lies_in(target) for home in homes)
+
+
+def _method_in(target: Path) -> str | None:
+    try:
+        return json.loads((target / "config.json").read_text(encoding="utf-8")).get("model_type")
+    except (ValueError, AttributeError):  # it is about to be replaced
+        return None
 
 
 def _is_one_of(path: Path, patterns: tuple[str, ...]) -> bool:
