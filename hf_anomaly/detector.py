@@ -24,10 +24,11 @@ from .calibration import Calibration, Float32State, normal_map_range
 from .cards import tag_card, write_card
 from .cards.merging import read_card
 from .errors import HubError, InputError, NotFittedError
+from .files import staged
 from .hub import CommitInfo, find_file, hub_errors, push_folder
 from .ops.maps import map_levels
 from .ops.sampling import Sample
-from .saving import Home, auto_map, bring_companions, outdated_files, staged, write_remote_code
+from .saving import Home, auto_map, bring_companions, outdated_files, write_remote_code
 from .untrusted import check_attention, check_backbone_config, check_memory, check_shard_names
 from .version import __version__
 

@@ -11,8 +11,6 @@ from pathlib import Path
 from transformers import PreTrainedConfig
 
 from .cards.merging import outdate_card, read_card
-from .files import delete as delete  # for detector.py
-from .files import staged as staged
 from .untrusted import contained_files, is_ours
 
 logger = logging.getLogger(__name__)
