@@ -1,4 +1,4 @@
-"""What names look like."""
+"""Names of repositories on the Hub."""
 
 import re
 

@@ -12,8 +12,8 @@ from ..image_processing import AnomalyImageProcessor
 
 logger = logging.getLogger(__name__)
 
-# Chosen, but without effect on how a detector is trained.
-_ONLY_FOR_SCORING = ("search_chunk_size", "false_positive_rate", "_name_or_path")
+# Fields that do not change how a detector is trained: two of scoring, and where the configuration came from.
+_NOT_OF_TRAINING = ("search_chunk_size", "false_positive_rate", "_name_or_path")
 
 # Arguments that a resumed optimizer would not take up, or that change what comes of a run. Steps may be added.
 _OPTIMIZATION = (
@@ -68,7 +68,7 @@ def warn_of_other_division(trained: dict, splits: OneClassSplits, name: str) -> 
 
 def settings_of(config) -> dict:
     """What a configuration says of how its model is trained, for `describe_run`."""
-    hidden = {*config.recorded_fields, *_ONLY_FOR_SCORING}
+    hidden = {*config.recorded_fields, *_NOT_OF_TRAINING}
     return {name: value for name, value in config.to_dict().items() if name not in hidden}
 
 

@@ -39,7 +39,7 @@ from .run_record import check_same_run
 
 logger = logging.getLogger(__name__)
 
-# Handed to a detector even if its `forward` does not know it, which is then an error: left out, it would be missed by nobody.
+# Handed to a detector even if its `forward` does not know it, which is then an error: to leave it out would go unnoticed.
 _NEVER_LEFT_OUT = ("pixel_values", "labels", "dissolved_pixel_values", "phase")
 
 _AVERAGE_FILE = "ema.safetensors"
@@ -120,7 +120,7 @@ class ReproducibleTrainer(Trainer):
         self._loss_sums: dict[str, torch.Tensor] = {}
         self._loss_counts: Counter[str] = Counter()
         self._staging = False
-        # Called only by Trainer's loop; a callback is its way to act between optimizer step and checkpoint.
+        # Trainer offers no other hook between the optimizer's step and the checkpoint.
         self.add_callback(_AverageCallback(self))
 
     def create_optimizer(self, model=None):
