@@ -2,6 +2,7 @@
 
 import csv
 import json
+from dataclasses import asdict
 
 import datasets
 import numpy as np
@@ -127,7 +128,7 @@ def test_one_normal_class(data_dir, name, normal_label, num_train, num_normal, n
     assert len(splits.train) + len(splits.calibration) == num_train
     assert splits.test["label"][:].count(0) == num_normal
     assert splits.test["label"][:].count(1) == num_anomalous
-    assert splits.division.to_dict() == {
+    assert asdict(splits.division) == {
         "recipe": name, "protocol": recipe.protocol, "seed": 0, "normal_label": normal_label, "classes": recipe.counts_as, "contamination": 0.0,
         "max_train_images": None, "split_hash": splits.split_hash, "group_column": None, "calibration_fraction": 0.2,
     }  # fmt: skip

@@ -60,9 +60,6 @@ class OneClassSplits:
         native_size: the median of the larger sides of those images, in pixels.
         largest_size: the largest of these sides.
         source: the `dataset_name` asked for, or `IN_MEMORY`.
-        normal_label: the class taken as normal; "normal" if there are no labels.
-        split_hash: SHA-256, in hex, over the protocol, and (split, source row, label) of every row of the datasets that are there: of `test` alone
-            with `evaluation_only`.
         division: how it came about, for results and cards.
         reference: the normals that a detector compares with; `train` itself, unless that is a stream.
         stream_digest: SHA-256, in hex, over what decides which images of a stream train, and in what order; None if `train` is none.
@@ -76,11 +73,20 @@ class OneClassSplits:
     native_size: int
     largest_size: int
     source: str
-    normal_label: str
-    split_hash: str
     division: Division
     reference: datasets.Dataset | None
     stream_digest: str | None = None
+
+    @property
+    def normal_label(self) -> str:
+        """The class taken as normal; "normal" if there are no labels."""
+        return self.division.normal_label
+
+    @property
+    def split_hash(self) -> str:
+        """SHA-256, in hex, over the protocol, and (split, source row, label) of every row of the datasets that are there: of `test` alone with
+        `evaluation_only`."""
+        return self.division.split_hash
 
     @cached_property
     def train_digest(self) -> str | None:
@@ -253,7 +259,6 @@ def load_one_class(
     if train is not None:
         _warn_of_copies(train, calibration, test, eval_split)
         _warn_of_shared_groups(groups, group_column or "volume")
-    split_hash = _split_hash(protocol, {"train": train, "calibration": calibration, "test": test})
     return OneClassSplits(
         train=train,
         calibration=calibration,
@@ -261,19 +266,17 @@ def load_one_class(
         test_missing_reason=reason,
         **channels_and_sizes(headers[needed]),
         source=source,
-        normal_label=normal_label,
-        split_hash=split_hash,
         division=Division(
-            recipe,
-            protocol,
-            seed,
-            normal_label,
-            None if classes is None else dict(classes),
-            contamination,
-            max_train_images,
-            split_hash,
-            group_column,
-            None if evaluation_only else calibration_fraction,
+            recipe=recipe,
+            protocol=protocol,
+            seed=seed,
+            normal_label=normal_label,
+            classes=None if classes is None else dict(classes),
+            contamination=contamination,
+            max_train_images=max_train_images,
+            split_hash=_split_hash(protocol, {"train": train, "calibration": calibration, "test": test}),
+            group_column=group_column,
+            calibration_fraction=None if evaluation_only else calibration_fraction,
         ),
         reference=train,
     )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import partial
 
 import numpy as np
@@ -103,7 +103,7 @@ def contaminate(num_normals: int, num_anomalies: int, share: float, seed: int) -
     return np.sort(np.random.RandomState([seed, 2]).permutation(num_anomalies)[:size])
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Division:
     """How a dataset was divided: enough to do it again, and the hash to see that it came out the same. JSON values only.
 
@@ -130,6 +130,3 @@ class Division:
     split_hash: str
     group_column: str | None = None
     calibration_fraction: float | None = None
-
-    def to_dict(self) -> dict:
-        return asdict(self)

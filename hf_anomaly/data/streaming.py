@@ -126,7 +126,6 @@ def stream_one_class(
     elif next(iter(test), None) is None:
         test, reason = None, f"split {eval_split!r} of {name!r} has no images of the classes that count"
     digest = hashlib.sha256(b"stream\n" + b"".join(sorted(key.to_bytes(8, "little") for key in keys)))
-    counted = None if classes is None else dict(classes)
     return OneClassSplits(
         train=train,
         calibration=calibration if calibration else None,
@@ -134,17 +133,15 @@ def stream_one_class(
         test_missing_reason=reason,
         **channels_and_sizes(headers),
         source=name,
-        normal_label=normal_label,
-        split_hash=digest.hexdigest(),
         division=Division(
-            recipe,
-            "stream",
-            seed,
-            normal_label,
-            counted,
-            0.0,
-            max_train_images,
-            digest.hexdigest(),
+            recipe=recipe,
+            protocol="stream",
+            seed=seed,
+            normal_label=normal_label,
+            classes=None if classes is None else dict(classes),
+            contamination=0.0,
+            max_train_images=max_train_images,
+            split_hash=digest.hexdigest(),
             calibration_fraction=None if evaluation_only else calibration_fraction,
         ),
         reference=reference,

@@ -239,7 +239,7 @@ def run_cell(cell: Cell, selection: Selection, command: list[str]) -> None:
             "cell": asdict(cell),
             "protocol": data.protocol,
             "image_size": data.processor.size["height"],
-            "division": data.splits.division.to_dict(),
+            "division": asdict(data.splits.division),
             "dataset": dataset_label(data.splits.source),
             "subset": recipe.subset(data.splits.source),
             "settings": method.settings(cell),

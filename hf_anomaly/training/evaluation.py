@@ -4,6 +4,7 @@ import copy
 import logging
 import os
 from collections.abc import Callable
+from dataclasses import asdict
 from itertools import islice
 from pathlib import Path
 
@@ -50,7 +51,7 @@ def evaluate_detector(
         "split_hash": splits.split_hash,
         "dataset": dataset_label(splits.source),
         "normal_label": splits.normal_label,
-        "division": splits.division.to_dict(),
+        "division": asdict(splits.division),
     }
     if splits.test is None:
         return results | {"reason": splits.test_missing_reason}, None
