@@ -8,7 +8,7 @@ import math
 import os
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
@@ -162,109 +162,51 @@ def load_one_class(
             one out, too few anomalies to contaminate with; with `evaluation_only` also no split to evaluate on, or one without labels.
         HubError: the Hub refused or cannot be reached.
     """
-    if not 0 <= calibration_fraction < 1:
-        raise InputError(f"calibration_fraction={calibration_fraction} is outside [0, 1); 0.2 holds out a fifth of the training normals")
-    if eval_split not in ("test", "validation"):
-        raise InputError(f"eval_split={eval_split!r} is neither 'test' nor 'validation'")
-
-    if protocol not in ("official", *PROTOCOLS):
-        raise InputError(f"protocol={protocol!r} is none of 'official', {', '.join(map(repr, PROTOCOLS))}")
-    if max_train_images is not None and max_train_images < 1:
-        raise InputError(f"max_train_images must be at least 1, got {max_train_images}")
-    if group_column is not None and protocol != "official":
-        raise InputError(
-            f"group_column goes with protocol 'official': {protocol!r} divides image by image; with folders train/ and test/, or a table's column 'split', "
-            f"the division is your own, by {group_column}"
-        )
-    if group_column is not None and contamination > 0:
-        raise InputError("contamination draws image by image: it does not go with group_column")
-    if not 0 <= contamination < 1:
-        raise InputError(f"contamination={contamination} is outside [0, 1): it is the anomalies' share of the training images")
-
+    _check_options(calibration_fraction, eval_split, protocol, max_train_images, group_column, contamination)
     source, raw = _read(dataset_name, label_column, image_column, config_name, revision, reading)
-    splits = by_our_names(raw) if protocol == "official" else {"train": _pool(source, raw)}
-    if protocol == "official" and evaluation_only and splits.keys() == {"train"}:
-        logger.warning("%r has no split %r: all of it is evaluated; the detector must not have been trained on it", source, eval_split)
-        splits = {eval_split: splits["train"]}
-    needed, remedy = (
-        (eval_split, "choose with eval_split") if evaluation_only else ("train", "rename the one that holds the training images")
-    )
-    if protocol == "official" and needed not in splits:
-        raise InputError(f"{source!r} has no split {needed!r}; its splits: {', '.join(raw)}; {remedy}")
-    splits = {name: splits[name] for name in ("train", "calibration", eval_split) if name in splits}
-
-    label_column = label_column_of(source, splits, label_column)
-    what = {name: f"split {name!r} of {source!r}" if protocol == "official" else f"all splits of {source!r} together" for name in splits}
-    labels = {name: _labels(split, label_column, what[name]) for name, split in splits.items()}
-    rows = {name: np.arange(len(split)) for name, split in splits.items()}
+    splits = _our_splits(source, raw, protocol, eval_split, evaluation_only)
+    label_column = label_column_of(source, {name: split.images for name, split in splits.items()}, label_column)
+    for split in splits.values():
+        split.labels = _labels(split, label_column)
     if classes is not None:
-        rows, splits, labels = _count_as(classes, splits, labels, source)
+        splits = _count_as(classes, splits, source)
     is_chosen = normal_label is not None or source == "digits"  # one class against the rest
-    normal_label = _normal_class(source, splits, labels, label_column, normal_label)
+    normal_label = _normal_class(source, splits, label_column, normal_label)
     if protocol != "official":
-        rows, splits, labels = _by_protocol(
-            protocol, splits["train"], labels["train"], rows["train"], normal_label, seed, eval_split, source
-        )
-    image_column = image_column or image_column_of(splits[needed])
-    wanted = [eval_split] if evaluation_only else list(splits)
-    data = {
-        name: _one_class(source, splits[name], image_column, labels[name], normal_label, name, rows[name], evaluated=name == eval_split)
-        for name in wanted
-    }
-    groups = {name: _groups(splits[name], split, group_column, name, source) for name, split in data.items() if "train" in data}
-    anomalies = None  # of the training split
+        splits = _by_protocol(protocol, splits["train"], normal_label, seed, eval_split)
+    splits = _one_class_splits(splits, image_column, normal_label, group_column, eval_split, evaluation_only)
+
+    train = calibration = anomalies = None
     remedy = f"a split {eval_split!r}" if group_column is not None else f"protocol 'balanced' or 'stratified', or a split {eval_split!r},"
-    normals = {name: np.flatnonzero(np.asarray(split["label"][:]) == 0) for name, split in data.items()}
-    headers = {}
-    for name in [name for name in data if name != eval_split]:
-        if not len(normals[name]):
-            raise InputError(f"no image of split {name!r} of {source!r} is {normal_label!r}; {_counts(labels, name)}; give normal_label")
-        if left_out := len(data[name]) - len(normals[name]):
-            level, hint = logging.INFO, "" if eval_split in data else f" ({remedy} would test with them)"
-            if 2 * left_out > len(data[name]) and not is_chosen:
-                level = logging.WARNING
-                hint += f", more than half of it: are the splits swapped, or is another class than {normal_label!r} normal (normal_label)?"
-            logger.log(level, "%d anomalies of split %r of %r are left out%s", left_out, name, source, hint)
-        if name == "train":
-            anomalies = data[name].select(np.setdiff1d(np.arange(len(data[name])), normals[name]))
-        data[name] = data[name].select(normals[name])
-        groups[name] = None if groups[name] is None else groups[name][normals[name]]
-        headers[name] = check_images(data[name], name, reading.window)
+    if not evaluation_only:
+        anomalies = splits["train"].only(1).images
+        hint = "" if eval_split in splits else f" ({remedy} would test with them)"
+        splits |= {
+            name: _normals(split, normal_label, is_chosen, hint, reading.window) for name, split in splits.items() if name != eval_split
+        }
+        train, calibration = (splits[name].images if name in splits else None for name in ("train", "calibration"))
+        if calibration is None and calibration_fraction > 0:
+            train, calibration = _hold_out(splits["train"], calibration_fraction, seed)
+        if max_train_images is not None:
+            train = train.select(subset(len(train), max_train_images, seed))
+        if contamination > 0:
+            train = _contaminated(train, anomalies, contamination, seed, reading.window)
 
-    train, calibration = data.get("train"), data.get("calibration")
-    if train is not None and calibration is None and calibration_fraction > 0:
-        train, calibration = _hold_out(train, calibration_fraction, seed, source, groups["train"])
-    if train is not None and max_train_images is not None:
-        train = train.select(subset(len(train), max_train_images, seed))
-    if train is not None and contamination > 0:
-        train = _contaminated(train, anomalies, contamination, seed, reading.window)
-
-    test, reason = data.get(eval_split), None
-    where = f"split {eval_split!r} of {source!r}"
-    if test is None:
-        reason = f"{source!r} has no split {eval_split!r}; its splits: {', '.join(raw)}"
-        if anomalies:
-            reason += f"; {remedy} would test with the anomalies there"
-    elif labels[eval_split] is None:
-        test, reason = None, f"{where} has no labels"
-        if evaluation_only:
-            raise InputError(f"{reason} to evaluate against; give label_column or a labelled source")
+    if eval_split in splits:
+        test, reason = _test_part(splits[eval_split], normal_label, evaluation_only, reading.window)
     else:
-        headers[eval_split] = check_images(test, eval_split, reading.window)
-        if not len(normals[eval_split]):
-            reason = f"{where} holds no normals: no image labelled {normal_label!r}"
-        elif len(normals[eval_split]) == len(test):
-            reason = f"{where} holds no anomalies: every image is labelled {normal_label!r}"
+        test, reason = None, f"{source!r} has no split {eval_split!r}; its splits: {', '.join(raw)}"
+        reason += f"; {remedy} would test with the anomalies there" if anomalies else ""
 
     if train is not None:
         _warn_of_copies(train, calibration, test, eval_split)
-        _warn_of_shared_groups(groups, group_column or "volume")
+        _warn_of_shared_groups(splits, group_column or "volume")
     return OneClassSplits(
         train=train,
         calibration=calibration,
         test=test,
         test_missing_reason=reason,
-        **channels_and_sizes(headers[needed]),
+        **channels_and_sizes(splits[eval_split if evaluation_only else "train"].headers),
         source=source,
         division=Division(
             recipe=recipe,
@@ -305,7 +247,8 @@ def load_unlabelled(
     rows = by_our_names(raw).get(split) or (next(iter(raw.values())) if len(raw) == 1 else None)
     if rows is None:
         raise InputError(f"{source!r} has no split {split!r}; its splits: {', '.join(raw)}; rename the one that is meant")
-    images = _one_class(source, rows, image_column or image_column_of(rows), None, "normal", split, np.arange(len(rows)))
+    whole = _Split(source, split, rows, np.arange(len(rows)))
+    images = _one_class(whole, image_column or image_column_of(rows), "normal")
     check_images(images, split, reading.window)
     return images
 
@@ -384,6 +327,84 @@ def channels_and_sizes(headers: list[tuple[str, tuple[int, int]]]) -> dict[str, 
 # Columns, labels, splits
 
 
+@dataclass
+class _Split:
+    """A split of a source on its way to one of `OneClassSplits`: its images, and what is known of each of them."""
+
+    source: str
+    name: str | None  # ours; None: all splits together
+    images: datasets.Dataset  # with the source's columns; those of `OneClassSplits` once `_one_class_splits` has made them
+    rows: np.ndarray  # their numbers in the source
+    labels: list[str] | None = None  # their classes; None: it has no labels at all
+    groups: np.ndarray | None = None  # what they belong to; None: not known
+    headers: list[tuple[str, tuple[int, int]]] | None = None  # what `check` has read
+
+    @property
+    def where(self) -> str:
+        return f"all splits of {self.source!r} together" if self.name is None else f"split {self.name!r} of {self.source!r}"
+
+    def select(self, positions: np.ndarray) -> _Split:
+        labels = None if self.labels is None else [self.labels[position] for position in positions]
+        groups = None if self.groups is None else self.groups[positions]
+        return replace(self, images=self.images.select(positions), rows=self.rows[positions], labels=labels, groups=groups, headers=None)
+
+    def only(self, label: int) -> _Split:
+        """The normals, 0, or the anomalies, 1, once the images have that column."""
+        return self.select(np.flatnonzero(np.asarray(self.images["label"][:]) == label))
+
+    def check(self, window: Window) -> None:
+        """Raises InputError where `check_images` does."""
+        self.headers = check_images(self.images, self.name, window)
+
+
+def _check_options(
+    calibration_fraction: float,
+    eval_split: str,
+    protocol: str,
+    max_train_images: int | None,
+    group_column: str | None,
+    contamination: float,
+) -> None:
+    """Refuses values of `load_one_class` that are out of range, or do not go together."""
+    if not 0 <= calibration_fraction < 1:
+        raise InputError(f"calibration_fraction={calibration_fraction} is outside [0, 1); 0.2 holds out a fifth of the training normals")
+    if eval_split not in ("test", "validation"):
+        raise InputError(f"eval_split={eval_split!r} is neither 'test' nor 'validation'")
+    if protocol not in ("official", *PROTOCOLS):
+        raise InputError(f"protocol={protocol!r} is none of 'official', {', '.join(map(repr, PROTOCOLS))}")
+    if max_train_images is not None and max_train_images < 1:
+        raise InputError(f"max_train_images must be at least 1, got {max_train_images}")
+    if group_column is not None and protocol != "official":
+        raise InputError(
+            f"group_column goes with protocol 'official': {protocol!r} divides image by image; with folders train/ and test/, or a table's column 'split', "
+            f"the division is your own, by {group_column}"
+        )
+    if group_column is not None and contamination > 0:
+        raise InputError("contamination draws image by image: it does not go with group_column")
+    if not 0 <= contamination < 1:
+        raise InputError(f"contamination={contamination} is outside [0, 1): it is the anomalies' share of the training images")
+
+
+def _our_splits(source: str, raw: dict[str, datasets.Dataset], protocol: str, eval_split: str, evaluation_only: bool) -> dict[str, _Split]:
+    """The splits that are wanted, by our names; for a protocol that divides anew all of them together, as "train"."""
+    if protocol != "official":
+        import datasets
+
+        pool = load_or_refuse(f"all splits of {source!r} together", datasets.concatenate_datasets, list(raw.values()))
+        return {"train": _Split(source, None, pool, np.arange(len(pool)))}
+    splits = by_our_names(raw)
+    if evaluation_only and splits.keys() == {"train"}:
+        logger.warning("%r has no split %r: all of it is evaluated; the detector must not have been trained on it", source, eval_split)
+        splits = {eval_split: splits["train"]}
+    needed, remedy = (
+        (eval_split, "choose with eval_split") if evaluation_only else ("train", "rename the one that holds the training images")
+    )
+    if needed not in splits:
+        raise InputError(f"{source!r} has no split {needed!r}; its splits: {', '.join(raw)}; {remedy}")
+    wanted = {name: splits[name] for name in ("train", "calibration", eval_split) if name in splits}
+    return {name: _Split(source, name, images, np.arange(len(images))) for name, images in wanted.items()}
+
+
 def image_column_of(split: datasets.Dataset | datasets.IterableDataset) -> str:
     """The column "image", else the only `Image` column other than "mask".
 
@@ -437,134 +458,145 @@ def class_asked_for(asked: int | str, feature: Any) -> str | None:
     return class_name(int(asked), feature) if is_index and "string" not in feature.dtype else str(asked)
 
 
-def _labels(split: datasets.Dataset, column: str | None, where: str) -> list[str] | None:
+def _labels(split: _Split, column: str | None) -> list[str] | None:
     """The class name of every row; None if the split has no labels at all."""
-    if column not in split.column_names:
+    images = split.images
+    if column not in images.column_names:
         return None
-    names = [class_name(value, split.features[column]) for value in split[column][:]]
+    names = [class_name(value, images.features[column]) for value in images[column][:]]
     if all(name is None for name in names):
         return None
     if None in names:
-        raise InputError(f"row {names.index(None)} of {where} has no label in column {column!r}; label it or remove it")
+        raise InputError(f"row {names.index(None)} of {split.where} has no label in column {column!r}; label it or remove it")
     return names
 
 
-def _counts(labels: dict[str, list[str] | None], *names: str) -> str:
-    counts = Counter(label for name in names for label in labels[name] or ())
+def _counts(splits: Iterable[_Split]) -> str:
+    counts = Counter(label for split in splits for label in split.labels or ())
     listed = ", ".join(f"{label!r} ({count})" for label, count in counts.most_common(20))
     return f"its labels: {listed}{', …' if len(counts) > 20 else ''}" if counts else "it has no labels"
 
 
-def _normal_class(
-    source: str,
-    splits: dict[str, datasets.Dataset],
-    labels: dict[str, list[str] | None],
-    column: str | None,
-    normal_label: int | str | None,
-) -> str:
+def _normal_class(source: str, splits: dict[str, _Split], column: str | None, normal_label: int | str | None) -> str:
     """The name of the normal class, as asked for or found."""
-    seen = dict.fromkeys(label for names in labels.values() for label in names or ())
+    seen = dict.fromkeys(label for split in splits.values() for label in split.labels or ())
     if not seen:
         if normal_label is not None:
-            columns = ", ".join(next(iter(splits.values())).column_names)
+            columns = ", ".join(next(iter(splits.values())).images.column_names)
             raise InputError(
                 f"{source!r} has no labels (columns: {columns}) that would tell which images are {normal_label!r}: give label_column, or sort the images "
                 "into folders named by their class"
             )
         return "normal"
     if normal_label is None:
-        normal_label = default_normal_class(source, seen, set(labels.get("train") or ()))
+        trained = splits["train"].labels if "train" in splits else None
+        normal_label = default_normal_class(source, seen, set(trained or ()))
         if normal_label is None:
-            raise InputError(f"which class of {source!r} is normal? Give normal_label; {_counts(labels, *labels)}")
+            raise InputError(f"which class of {source!r} is normal? Give normal_label; {_counts(splits.values())}")
     if normal_label in seen:
         return normal_label
-    feature = next(split.features[column] for name, split in splits.items() if labels[name])
+    feature = next(split.images.features[column] for split in splits.values() if split.labels)
     name = class_asked_for(normal_label, feature)
     if name not in seen:
-        raise UnknownClassError(f"normal_label={normal_label!r} is no label of {source!r}; {_counts(labels, *labels)}", seen)
+        raise UnknownClassError(f"normal_label={normal_label!r} is no label of {source!r}; {_counts(splits.values())}", seen)
     return name
 
 
-def _count_as(
-    classes: Mapping[str, str], splits: dict[str, datasets.Dataset], labels: dict[str, list[str] | None], source: str
-) -> tuple[dict[str, np.ndarray], dict[str, datasets.Dataset], dict[str, list[str] | None]]:
-    """Rows, datasets and labels of the images whose class is listed, under what it counts as. A split without labels stays as it is."""
-    seen = {label for names in labels.values() for label in names or ()}
+def _count_as(classes: Mapping[str, str], splits: dict[str, _Split], source: str) -> dict[str, _Split]:
+    """The images whose class is listed, under what it counts as. A split without labels stays as it is."""
+    seen = {label for split in splits.values() for label in split.labels or ()}
     if missing := [name for name in classes if name not in seen]:
-        raise InputError(f"{source!r} has no images of class {missing[0]!r}; {_counts(labels, *labels)}")
-    rows = {
-        name: np.arange(len(split)) if labels[name] is None else np.flatnonzero([label in classes for label in labels[name]])
-        for name, split in splits.items()
-    }
-    counted = {name: None if names is None else [classes[names[row]] for row in rows[name]] for name, names in labels.items()}
-    return rows, {name: split.select(rows[name]) for name, split in splits.items()}, counted
+        raise InputError(f"{source!r} has no images of class {missing[0]!r}; {_counts(splits.values())}")
+    counted = dict(splits)
+    for name, split in splits.items():
+        if split.labels is not None:
+            counted[name] = split.select(np.flatnonzero([label in classes for label in split.labels]))
+            counted[name].labels = [classes[label] for label in counted[name].labels]
+    return counted
 
 
-def _one_class(
-    source: str,
-    split: datasets.Dataset,
-    image_column: str,
-    labels: list[str] | None,
-    normal_label: str,
-    name: str,
-    rows: np.ndarray,
-    evaluated: bool = False,
-) -> datasets.Dataset:
+def _one_class_splits(
+    splits: dict[str, _Split], image_column: str | None, normal_label: str, group_column: str | None, eval_split: str, evaluation_only: bool
+) -> dict[str, _Split]:
+    """The splits with images as `OneClassSplits` has them, and what these belong to; with `evaluation_only` the evaluated one alone."""
+    image_column = image_column or image_column_of(splits[eval_split if evaluation_only else "train"].images)
+    wanted = {name: split for name, split in splits.items() if name == eval_split or not evaluation_only}
+    images = {name: _one_class(split, image_column, normal_label, evaluated=name == eval_split) for name, split in wanted.items()}
+    groups = {name: None if evaluation_only else _groups(split, images[name], group_column) for name, split in wanted.items()}
+    return {name: replace(split, images=images[name], groups=groups[name]) for name, split in wanted.items()}
+
+
+def _one_class(split: _Split, image_column: str, normal_label: str, evaluated: bool = False) -> datasets.Dataset:
     """Columns `image`, `label` and `row`, and of an evaluated split `class_name` and `mask` as far as they are known, for all rows. Nothing is copied or
     decoded."""
     import datasets
 
-    if image_column not in split.column_names:
-        raise InputError(f"split {name!r} has no column {image_column!r}; its columns: {', '.join(split.column_names)}; give image_column")
-    is_anomaly = [0] * len(split) if labels is None else [int(label != normal_label) for label in labels]
-    masks = ["mask"] if evaluated and image_column != "mask" and isinstance(split.features.get("mask"), datasets.Image) else []
-    images = split.select_columns([image_column, *masks])
+    images, labels = split.images, split.labels
+    if image_column not in images.column_names:
+        raise InputError(
+            f"split {split.name!r} has no column {image_column!r}; its columns: {', '.join(images.column_names)}; give image_column"
+        )
+    is_anomaly = [0] * len(images) if labels is None else [int(label != normal_label) for label in labels]
+    masks = ["mask"] if evaluated and image_column != "mask" and isinstance(images.features.get("mask"), datasets.Image) else []
+    images = images.select_columns([image_column, *masks])
     images = images.cast_column("mask", datasets.Image(decode=False)) if masks else images
     images = images if image_column == "image" else images.rename_column(image_column, "image")
-    what = f"column {image_column!r} of split {name!r} as images"
+    what = f"column {image_column!r} of split {split.name!r} as images"
     images = load_or_refuse(what, images.cast_column, "image", datasets.Image(decode=False))
-    if hub_dataset(source) is not None:
+    if hub_dataset(split.source) is not None:
         for column in ("image", *masks):
             for path in paths_beside(images, column):
-                check_place(path, source)
+                check_place(path, split.source)
     images = images.add_column("label", is_anomaly, feature=datasets.ClassLabel(names=["normal", "anomaly"]))
     if evaluated and labels is not None:
         images = images.add_column("class_name", labels, feature=datasets.Value("string"))
-    return images.add_column("row", rows.tolist(), feature=datasets.Value("int64"))
+    return images.add_column("row", split.rows.tolist(), feature=datasets.Value("int64"))
 
 
-def _pool(source: str, raw: dict[str, datasets.Dataset]) -> datasets.Dataset:
-    import datasets
-
-    return load_or_refuse(f"all splits of {source!r} together", datasets.concatenate_datasets, list(raw.values()))
-
-
-def _by_protocol(
-    protocol: str,
-    pool: datasets.Dataset,
-    labels: list[str] | None,
-    numbers: np.ndarray,
-    normal_label: str,
-    seed: int,
-    eval_split: str,
-    source: str,
-) -> tuple[dict[str, np.ndarray], dict[str, datasets.Dataset], dict[str, list[str]]]:
-    """Rows, datasets and labels of the splits that a protocol makes of all images, numbered by `numbers`. What does not test is in "train"."""
-    if labels is None:
+def _by_protocol(protocol: str, pool: _Split, normal_label: str, seed: int, eval_split: str) -> dict[str, _Split]:
+    """The splits that a protocol makes of all images. What does not test is in "train"."""
+    if pool.labels is None:
         raise InputError(
-            f"protocol {protocol!r} needs the class of every image of {source!r}; give label_column or take protocol 'official'"
+            f"protocol {protocol!r} needs the class of every image of {pool.source!r}; give label_column or take protocol 'official'"
         )
-    names = np.asarray(labels)
     try:
-        _, test = PROTOCOLS[protocol](names, normal_label, seed)
+        _, test = PROTOCOLS[protocol](np.asarray(pool.labels), normal_label, seed)
     except ValueError as error:  # scikit-learn's, for classes of a single image
-        raise InputError(f"{source!r} has too few images for protocol {protocol!r}: {error}") from error
-    parts = {"train": np.setdiff1d(np.arange(len(names)), test), eval_split: test}
-    return (
-        {name: numbers[part] for name, part in parts.items()},
-        {name: pool.select(part) for name, part in parts.items()},
-        {name: names[part].tolist() for name, part in parts.items()},
-    )
+        raise InputError(f"{pool.source!r} has too few images for protocol {protocol!r}: {error}") from error
+    parts = {"train": np.setdiff1d(np.arange(len(pool.rows)), test), eval_split: test}
+    return {name: replace(pool.select(part), name=name) for name, part in parts.items()}
+
+
+def _normals(split: _Split, normal_label: str, is_chosen: bool, hint: str, window: Window) -> _Split:
+    """What trains or calibrates of a split, checked. Says how many anomalies are left out, and the hint that goes with it; where the normal class
+    `is_chosen`, it may be the smaller part."""
+    normals = split.only(0)
+    if not len(normals.rows):
+        raise InputError(f"no image of {split.where} is {normal_label!r}; {_counts([split])}; give normal_label")
+    if left_out := len(split.rows) - len(normals.rows):
+        level = logging.INFO
+        if 2 * left_out > len(split.rows) and not is_chosen:
+            level = logging.WARNING
+            hint += f", more than half of it: are the splits swapped, or is another class than {normal_label!r} normal (normal_label)?"
+        logger.log(level, "%d anomalies of %s are left out%s", left_out, split.where, hint)
+    normals.check(window)
+    return normals
+
+
+def _test_part(split: _Split, normal_label: str, evaluation_only: bool, window: Window) -> tuple[datasets.Dataset | None, str | None]:
+    """`test` and `test_missing_reason` of `OneClassSplits`, of a split that is there; checked."""
+    if split.labels is None:
+        reason = f"{split.where} has no labels"
+        if evaluation_only:
+            raise InputError(f"{reason} to evaluate against; give label_column or a labelled source")
+        return None, reason
+    split.check(window)
+    found = set(split.images["label"][:])
+    if 0 not in found:
+        return split.images, f"{split.where} holds no normals: no image labelled {normal_label!r}"
+    if 1 not in found:
+        return split.images, f"{split.where} holds no anomalies: every image is labelled {normal_label!r}"
+    return split.images, None
 
 
 def _contaminated(train: datasets.Dataset, anomalies: datasets.Dataset, share: float, seed: int, window: Window) -> datasets.Dataset:
@@ -579,21 +611,19 @@ def _contaminated(train: datasets.Dataset, anomalies: datasets.Dataset, share: f
     return together.select(np.argsort(together["row"][:], kind="stable"))
 
 
-def _groups(split: datasets.Dataset, images: datasets.Dataset, column: str | None, name: str, source: str) -> np.ndarray | None:
+def _groups(split: _Split, images: datasets.Dataset, column: str | None) -> np.ndarray | None:
     """What each image belongs to; None if that is not known."""
     if column is None:
-        return groups_by_volume(images, name)
-    return groups_by_column(split, column, f"split {name!r} of {source!r}") if name == "train" or column in split.column_names else None
+        return groups_by_volume(images, split.name)
+    is_there = split.name == "train" or column in split.images.column_names  # what trains has to have it
+    return groups_by_column(split.images, column, split.where) if is_there else None
 
 
-def _hold_out(normals: datasets.Dataset, fraction: float, seed: int, source: str, groups: np.ndarray | None) -> Iterable[datasets.Dataset]:
-    """(train, calibration), both in the source's order. scikit-learn draws from NumPy's frozen RandomState: the same rows everywhere.
-
-    Args:
-        groups: (n,), what each image belongs to; None: each by itself.
-    """
+def _hold_out(split: _Split, fraction: float, seed: int) -> Iterable[datasets.Dataset]:
+    """(train, calibration), both in the source's order. scikit-learn draws from NumPy's frozen RandomState: the same rows everywhere."""
     from sklearn.model_selection import train_test_split
 
+    normals, groups, source = split.images, split.groups, split.source
     if len(normals) < 2:
         raise InputError(f"{source!r} has a single normal training image, none to hold out; add images or set calibration_fraction=0")
     if groups is not None and len(set(groups)) == 1:
@@ -636,14 +666,15 @@ def _warn_of_copies(train: datasets.Dataset, calibration: datasets.Dataset | Non
             )
 
 
-def _warn_of_shared_groups(groups: dict[str, np.ndarray | None], what: str) -> None:
+def _warn_of_shared_groups(splits: dict[str, _Split], what: str) -> None:
     """Warns of images of other splits that belong to what trains; the images held out of the training split are its own."""
-    for name in groups.keys() - {"train"}:
-        if groups["train"] is not None and groups[name] is not None and (shared := np.isin(groups[name], groups["train"]).sum()):
+    trained = splits["train"].groups
+    for name, split in splits.items():
+        if name != "train" and trained is not None and split.groups is not None and (shared := np.isin(split.groups, trained).sum()):
             logger.warning(
                 "%d of %d images of split %r are of a %s that trains, too: new ones may score higher; divide by %s",
                 shared,
-                len(groups[name]),
+                len(split.groups),
                 name,
                 what,
                 what,
