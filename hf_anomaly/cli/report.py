@@ -58,7 +58,7 @@ def run(argv: list[str]) -> None:
         options["split"] = data_args.eval_split
         dataset = load_unlabelled(data_args.dataset_name, revision=data_args.dataset_revision, **options)
     else:
-        model, processor, splits = load_for_evaluation(args, data_args)
+        model, processor, splits, *_ = load_for_evaluation(args, data_args)
         dataset, about["split_hash"] = splits.test, splits.split_hash
     path = write_report(
         model,

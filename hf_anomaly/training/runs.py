@@ -45,9 +45,13 @@ _RESULTS = ("config.json", "model_index.json")  # of a detector and of a dissolv
 LARGEST_DEFAULT_SIZE = 64  # px: larger images are shrunk to this unless --image_size says otherwise
 
 
-def load_splits(data: DataArguments, seed: int = 0, *, evaluation_only: bool = False) -> OneClassSplits:
-    """The splits that the data arguments name; what is drawn at random is drawn with this seed. See `load_one_class` and `stream_one_class`."""
-    recipe, normal_label, classes = data.recipe, data.normal_label, None
+def load_splits(data: DataArguments, seed: int = 0, *, normal_label: str | None = None, evaluation_only: bool = False) -> OneClassSplits:
+    """The splits that the data arguments name; what is drawn at random is drawn with this seed. See `load_one_class` and `stream_one_class`.
+
+    Args:
+        normal_label: in place of that of the data arguments.
+    """
+    recipe, normal_label, classes = data.recipe, normal_label or data.normal_label, None
     if recipe is not None:
         normal_label = normal_label or recipe.normal_class()
         classes = recipe.classes_beside(normal_label)

@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 from torch.utils.data import DataLoader
 
-from ...data import collate, decode_image, file_name
+from ...data import OneClassSplits, collate, decode_image, file_name
 from ...data.sources import UnknownClassError, dataset_label, default_normal_class
 from ...errors import InputError
 from ...files import check_output, csv_text, shortened, writing
@@ -61,55 +61,69 @@ class EvaluationArguments(ScoringArguments):
 
 
 def load_for_evaluation(args, data_args: EvaluationDataArguments) -> tuple:
-    """What `args.model` and the data arguments name: the detector, its processor, and the splits with `test` alone.
+    """What `args.model` and the data arguments name: the detector, its processor, the splits with `test` alone, and with which seed and normal class these
+    were loaded.
 
     Args:
         args: with `model`, `revision`, `seed` and `device`; the seed is by default the one recorded beside the model.
         data_args: normal class, window and slices are by default those that the detector was trained on; where that class is none of the labels, the class
-            that is normal where nobody says so, see `default_normal_class`.
+            that is normal where nobody says so, see `default_normal_class`. Its `reading` becomes what is read.
 
     Raises:
         InputError: what `load_detector` and `load_one_class` refuse, or a seed that does not say which images the detector was not trained on.
     """
     check_ranges(args, {"seed": (0, 2**32)})
     results = recorded_results(args.model, args.revision)
+    seed = _seed_of_draws(args, data_args.protocol, results)
+    model, processor = load_detector(args.model, args.revision, args.device)
+    data_args.read_as(processor)
+    splits, normal_label = _load_test(data_args, seed, model.config.normal_label)
+    _warn_of_other_training(splits, results, model.config.normal_label)
+    return model, processor, splits, seed, normal_label
+
+
+def _seed_of_draws(args, protocol: str, results: dict) -> int | None:
+    """The seed that draws the images: as given, else the one that drew those of the training; None if nobody knows."""
     drawn = (results.get("division") or {}).get("seed")  # from Python the images may be drawn with another seed than the training's
     recorded = drawn if isinstance(drawn, int) else results.get("seed")
-    if args.seed is None:
-        args.seed = recorded
-    if data_args.protocol == "balanced" and args.seed is None:
+    seed = recorded if args.seed is None else args.seed
+    if protocol == "balanced" and seed is None:
         raise InputError(
             "--protocol balanced drew the test images with the training run's seed, else they overlap with its own: give --seed"
         )
-    if data_args.protocol == "balanced" and recorded not in (None, args.seed):
+    if protocol == "balanced" and recorded not in (None, seed):
         raise InputError(
-            f"{args.model} was trained with --seed {recorded}: with {args.seed} it would be tested on images that it was trained on"
+            f"{args.model} was trained with --seed {recorded}: with {seed} it would be tested on images that it was trained on"
         )
-    model, processor = load_detector(args.model, args.revision, args.device)
-    trained_on = model.config.normal_label
-    asked = data_args.normal_label
-    data_args.normal_label = asked or trained_on
-    data_args.read_as(processor)
+    return seed
+
+
+def _load_test(data_args: EvaluationDataArguments, seed: int | None, trained_on: str | None) -> tuple[OneClassSplits, str | None]:
+    """The splits, and the normal class that they were loaded with: as given, else the detector's, or what stands in for it."""
+    normal_label = data_args.normal_label or trained_on
     try:
-        splits = load_splits(data_args, args.seed or 0, evaluation_only=True)
+        return load_splits(data_args, seed or 0, normal_label=normal_label, evaluation_only=True), normal_label
     except UnknownClassError as error:
-        if asked:
+        if data_args.normal_label:
             raise
-        data_args.normal_label = default_normal_class(data_args.dataset_name, error.labels, ())
-        if data_args.normal_label is None:
+        normal_label = default_normal_class(data_args.dataset_name, error.labels, ())
+        if normal_label is None:
             raise InputError(f"{error}; say with --normal_label which of them is normal") from error
-        splits = load_splits(data_args, args.seed or 0, evaluation_only=True)
-    protocol = (results.get("division") or {}).get("protocol")
-    same_test = protocol in (None, splits.division.protocol) or {protocol, splits.division.protocol} <= {"official", "stream"}
+    return load_splits(data_args, seed or 0, normal_label=normal_label, evaluation_only=True), normal_label
+
+
+def _warn_of_other_training(splits: OneClassSplits, results: dict, trained_on: str | None) -> None:
+    """Warns of images that may have trained the detector, and of another normal class than its own."""
+    here, there = splits.division.protocol, (results.get("division") or {}).get("protocol")
+    same_test = there in (None, here) or {there, here} <= {"official", "stream"}
     if results.get("dataset") == dataset_label(splits.source) and not same_test:
         logger.warning(
             "The detector was trained on this dataset with --protocol %s: the test images of --protocol %s may be among those it was trained on",
-            protocol,
-            splits.division.protocol,
+            there,
+            here,
         )
     if trained_on not in (None, "normal", splits.normal_label):  # "normal" are images without labels, too
         logger.warning("Normal is %r here, but the detector was trained on %r", splits.normal_label, trained_on)
-    return model, processor, splits
 
 
 def save_maps(model, processor, dataset, rows: list[int], folder: Path) -> None:
@@ -136,8 +150,11 @@ def rows_of_scores(model, dataset, scores: torch.Tensor, labels: torch.Tensor) -
     return [dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)]
 
 
-def load_for_baselines(args, data_args: DataArguments):
+def load_for_baselines(args, data_args: DataArguments, seed: int | None, normal_label: str | None) -> OneClassSplits:
     """The splits with the images that the detector's run trained on, as far as its record tells which.
+
+    Args:
+        seed, normal_label: as `load_for_evaluation` gives them.
 
     Raises:
         InputError: there are none, or no other images to test on.
@@ -145,16 +162,16 @@ def load_for_baselines(args, data_args: DataArguments):
     if data_args.streaming:
         raise InputError("--baselines holds all images in memory, which --streaming is there to avoid: leave one of them out")
     try:
-        splits = load_splits(data_args, args.seed or 0)
+        splits = load_splits(data_args, seed or 0, normal_label=normal_label)
     except InputError as error:
         raise InputError(f"--baselines takes the training images, too: {error}") from error
     if splits.test_missing_reason:
         raise InputError(f"--baselines: besides the training images there is nothing to test on, {splits.test_missing_reason}")
     recorded, division = recorded_results(args.model, args.revision), splits.division
     there = {**recorded, **{name: value for name, value in (recorded.get("division") or {}).items() if value is not None}}
-    here = {"dataset": dataset_label(splits.source), "num_train": len(splits.train), "seed": args.seed, "protocol": division.protocol}
+    here = {"dataset": dataset_label(splits.source), "num_train": len(splits.train), "seed": seed, "protocol": division.protocol}
     if not recorded:
-        logger.warning("%s does not tell which images it was trained on: --baselines takes those of --seed %d", args.model, args.seed or 0)
+        logger.warning("%s does not tell which images it was trained on: --baselines takes those of --seed %d", args.model, seed or 0)
     elif differing := [name for name in here if there.get(name) != here[name]]:
         told = ", ".join(f"{name} {here[name]} in place of {there.get(name)}" for name in differing)
         logger.warning("--baselines takes other images than the detector was trained on: %s", told)
@@ -170,7 +187,7 @@ def main(argv: list[str], program: str) -> None:
     check_output("--save_maps", args.save_maps, folder=True)
     if not args.baselines:
         data_args.refuse_training_flags("is of the training images, which --baselines alone takes")
-    model, processor, splits = load_for_evaluation(args, data_args)
+    model, processor, splits, seed, normal_label = load_for_evaluation(args, data_args)
     if args.save_maps is not None:
         check_overlay(model, "--save_maps", args.save_maps)
         if data_args.streaming:
@@ -178,7 +195,7 @@ def main(argv: list[str], program: str) -> None:
         if args.num_maps < 1:
             raise InputError(f"--num_maps must be at least 1, got {args.num_maps}")
 
-    whole = load_for_baselines(args, data_args) if args.baselines else None  # refused before anything is scored
+    whole = load_for_baselines(args, data_args, seed, normal_label) if args.baselines else None  # refused before anything is scored
 
     def score(dataset):
         return model.score(DataLoader(dataset, batch_size=args.batch_size, collate_fn=collate))
