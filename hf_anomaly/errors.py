@@ -1,5 +1,8 @@
 """The errors that are meant for people: one line, the culprit, the remedy."""
 
+INSTALL_DEMO = "pip install 'hf-anomaly[demo]'"
+NO_GRADIO = f"the demo needs gradio, which is not installed: {INSTALL_DEMO}"  # here, where nothing heavy is imported
+
 
 class InputError(ValueError):
     """Bad input from the user. The message names the file, row, column or field and the remedy; scripts print it without a traceback."""

@@ -3,16 +3,14 @@
 from argparse import Namespace
 from importlib.util import find_spec
 
-from ..errors import InputError
+from ..errors import INSTALL_DEMO, NO_GRADIO, InputError
 from .parsing import Parser
-
-INSTALL = "pip install 'hf-anomaly[demo]'"
 
 
 def parse(argv: list[str]) -> Namespace:
     parser = Parser(
         "hf-anomaly demo",
-        "Opens a page on which one drops an image and sees what a detector says of it. It needs gradio: " + INSTALL,
+        "Opens a page on which one drops an image and sees what a detector says of it. It needs gradio: " + INSTALL_DEMO,
     )
     parser.add_argument("model", help="a detector: a folder or a Hub id")
     parser.option("revision", "branch, tag or commit of a Hub model")
@@ -26,7 +24,7 @@ def parse(argv: list[str]) -> Namespace:
     parser.window_option("as in training")
     args = parser.parse(argv)
     if find_spec("gradio") is None:  # before seconds of imports
-        raise InputError(f"the demo needs gradio, which is not installed: {INSTALL}")
+        raise InputError(NO_GRADIO)
     return args
 
 

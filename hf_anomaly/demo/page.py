@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from ..detector import AnomalyDetector
 from ..dissolving import Dissolver
-from ..errors import InputError
+from ..errors import NO_GRADIO, InputError
 from ..image_processing import AnomalyImageProcessor
 from ..visualization import why_no_overlay
 from .analysis import RATE_STEP, Verdict, analyse, judge, open_upload, rate_range
@@ -27,7 +27,7 @@ _CACHE = (300, 900)  # s: every so often uploads and results are deleted that ar
 
 
 def import_gradio():
-    """gradio, without its telemetry.
+    """gradio, if it is installed.
 
     Raises:
         InputError: it is not installed.
@@ -37,7 +37,7 @@ def import_gradio():
     except ModuleNotFoundError as error:
         if error.name != "gradio":
             raise
-        raise InputError(f'the demo needs gradio, which is not installed: pip install "{GRADIO}"') from error
+        raise InputError(NO_GRADIO) from error
     return gradio
 
 
