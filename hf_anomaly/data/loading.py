@@ -56,7 +56,7 @@ class OneClassSplits:
         test: the labelled split to evaluate on; None if there is none, or if it has no labels. With `evaluation_only` it is there.
         test_missing_reason: why `test` cannot give an AUROC (missing, no labels, no anomalies, no normals), one line; None if it can.
         num_channels: 1 if every normal of the source's training split (with `evaluation_only`: every image of `test`) is gray by its header
-            (modes 1, L, LA), else 3 (palettes too).
+            (a mode of `GRAY_MODES`), else 3 (palettes too).
         native_size: the median of the larger sides of those images, in pixels.
         largest_size: the largest of these sides.
         source: the `dataset_name` asked for, or `IN_MEMORY`.

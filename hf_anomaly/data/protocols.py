@@ -92,9 +92,11 @@ def contaminate(num_normals: int, num_anomalies: int, share: float, seed: int) -
         (round(r / (1 − r) · num_normals),) sorted positions among the anomalies; of one seed those of a smaller share are among those of a larger.
 
     Raises:
-        InputError: there are too few.
+        InputError: there are too few, or so few normal images that no anomaly is such a share of them.
     """
     size = round(share / (1 - share) * num_normals)
+    if size == 0 and share > 0:
+        raise InputError(f"contamination={share} of {num_normals} normal training images is less than one anomaly: raise it, or train on more images")
     if size > num_anomalies:
         raise InputError(
             f"contamination={share} of {num_normals} normal training images takes {size} anomalies, but only {num_anomalies} do not test: "

@@ -186,7 +186,7 @@ def fit_batch_size(args, num_images: int | None) -> None:
 
 
 def check_first(args) -> None:
-    """Before anything long runs, what would else end the run after it; and makes the repository of `--push_to_hub`."""
+    """Refuses now what would otherwise end the run hours later, and makes the repository of `--push_to_hub`."""
     check_checkpoint(args.resume_from_checkpoint)
     _refuse_choices(args)
     if args.push_to_hub and args.process_index == 0:
