@@ -96,7 +96,9 @@ def contaminate(num_normals: int, num_anomalies: int, share: float, seed: int) -
     """
     size = round(share / (1 - share) * num_normals)
     if size == 0 and share > 0:
-        raise InputError(f"contamination={share} of {num_normals} normal training images is less than one anomaly: raise it, or train on more images")
+        raise InputError(
+            f"contamination={share} of {num_normals} normal training images is less than one anomaly: raise it, or train on more images"
+        )
     if size > num_anomalies:
         raise InputError(
             f"contamination={share} of {num_normals} normal training images takes {size} anomalies, but only {num_anomalies} do not test: "
