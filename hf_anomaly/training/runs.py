@@ -8,7 +8,6 @@ import time
 from dataclasses import replace
 from pathlib import Path
 
-import torch
 from accelerate import PartialState
 from transformers import SchedulerType
 from transformers.trainer_utils import get_last_checkpoint
@@ -289,11 +288,7 @@ def train_detector(
         model.save_pretrained(folder)
         processor.save_pretrained(folder)
 
-    def score(dataset):
-        prediction = trainer.predict(dataset)
-        return torch.from_numpy(prediction.predictions), torch.from_numpy(prediction.label_ids)
-
-    results, scored = evaluate_detector(model, processor, splits, score, batch_size=args.eval_batch_size)
+    results, scored = evaluate_detector(model, processor, splits, trainer.score, batch_size=args.eval_batch_size)
     results |= {
         "seconds": round(time.time() - started, 1),
         "command": shown_command(command or []),

@@ -500,15 +500,17 @@ class AnomalyTrainer(ReproducibleTrainer):
             progress=self._progress,
         )
 
+    def score(self, dataset) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """`model.score` on a prepared dataset, on any number of processes."""
+        return self.model.score(self._loader(dataset), gather=self.accelerator.gather_for_metrics, progress=self._progress)
+
     def predict(self, test_dataset, ignore_keys=None, metric_key_prefix="test") -> PredictionOutput:
         """Scores (N,), labels (N,) or None, and image-level metrics where there are labels. In mid-training the averaged weights are fitted for the call."""
         fitted_before = self.model.is_fitted
         with self.averaged_weights():
             if not fitted_before:
                 self.fit_reference()
-            scores, labels = self.model.score(
-                self._loader(test_dataset), gather=self.accelerator.gather_for_metrics, progress=self._progress
-            )
+            scores, labels = self.score(test_dataset)
             if not fitted_before:
                 self.model.reset_reference()
         scores, labels = scores.numpy(), None if labels is None else labels.numpy()
