@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..cards import write_dissolver_card
+from ..data.recipes import DatasetRecipe
 from ..errors import InputError, one_line
 from ..files import canonical_json, read_json
 from ..ops.distributed import draw_rows
@@ -26,6 +27,7 @@ from .base import (
     working_size,
 )
 
+T_MIN, T_MAX = DatasetRecipe.timesteps  # 30 and 130 unless a dataset has others
 LARGEST_SAMPLE = 1024  # px; every image is padded to the sample size, and a downloaded config may name any, as no weights depend on it
 
 
@@ -51,7 +53,7 @@ class DiffusionDissolver(Dissolver):
     kind = "diffusion"
     is_deterministic = False
 
-    def __init__(self, unet, scheduler, t_min: int = 30, t_max: int = 130):
+    def __init__(self, unet, scheduler, t_min: int = T_MIN, t_max: int = T_MAX):
         if unet.training or any(parameter.requires_grad for parameter in unet.parameters()):
             unet = copy.deepcopy(unet).eval().requires_grad_(False)
         self.unet, self.scheduler = unet, _with_tables(scheduler)
@@ -172,7 +174,7 @@ class DiffusionDissolver(Dissolver):
             ) from error
         if lost := [*info["missing_keys"], *info["mismatched_keys"]]:
             raise InputError(f"{root / 'unet'}: the weights lack {lost[0]} and do not fit config.json; save the dissolver again")
-        range_ = {name: config.get(name, default) for name, default in (("t_min", 30), ("t_max", 130))}
+        range_ = {name: config[name] for name in ("t_min", "t_max") if name in config}
         range_ |= {name: value for name, value in (("t_min", t_min), ("t_max", t_max)) if value is not None}
         # The constructor copies the network, and must: weights mapped from a file lie at addresses where kernels may round otherwise,
         # and a loaded dissolver would differ in the last bits from the one that was saved.

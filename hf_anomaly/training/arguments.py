@@ -8,6 +8,7 @@ import re
 import sys
 from collections.abc import Iterable
 from dataclasses import dataclass, field, fields, replace
+from typing import Any
 
 import torch
 from transformers import HfArgumentParser, Trainer, TrainingArguments, get_scheduler
@@ -204,9 +205,9 @@ class DenoisingTrainingArguments(ReproducibleArguments):
     }
 
 
-def given_fields(args) -> set[str]:
-    """The flags of a dataclass that were given, as far as their values tell: those that are not the defaults."""
-    return {field.name for field in fields(args) if getattr(args, field.name) != field.default}
+def given_fields(args) -> dict[str, Any]:
+    """The flags of a dataclass that were given, with their values, as far as these tell: those that are not the defaults."""
+    return {field.name: value for field in fields(args) if (value := getattr(args, field.name)) != field.default}
 
 
 @dataclass
@@ -338,6 +339,11 @@ class DataArguments:
     def recipe(self) -> DatasetRecipe | None:
         """That of `--dataset`."""
         return None if self.dataset is None else find_recipe(self.dataset)
+
+    def timesteps(self, t_min: int | None, t_max: int | None) -> tuple[int, int]:
+        """The range to dissolve at: where none was given, that of `--dataset`, else of most datasets."""
+        lowest, highest = (self.recipe or DatasetRecipe).timesteps
+        return lowest if t_min is None else t_min, highest if t_max is None else t_max
 
 
 @dataclass

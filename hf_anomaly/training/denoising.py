@@ -21,6 +21,7 @@ from ..dissolving import (
     default_resolution,
     network_resolution,
 )
+from ..dissolving.diffusion import T_MAX, T_MIN
 from ..errors import InputError
 from ..files import read_json, write_json
 from ..image_processing import AnomalyImageProcessor
@@ -44,8 +45,8 @@ def train_dissolver(
     block_out_channels: tuple[int, ...] = (32, 64, 64),
     layers_per_block: int = 1,
     max_timestep: int | None = None,
-    t_min: int = 30,
-    t_max: int = 130,
+    t_min: int = T_MIN,
+    t_max: int = T_MAX,
     resume_from_checkpoint: str | bool | None = None,
     target: str | os.PathLike | None = None,
     run: dict | None = None,

@@ -20,7 +20,7 @@ from ...files import read_json
 from ...image_processing import AnomalyImageProcessor
 from ...ops.distributed import local_main_process_first
 from .. import AnomalyTrainingArguments, DataArguments, parse_arguments
-from ..arguments import check_ranges
+from ..arguments import check_ranges, given_fields
 from ..denoising import PRETRAINING_NOTES, denoising_arguments, load_pretraining, pretrain, pretraining_run
 from ..run_record import check_same_run, describe_run, settings_of, warn_of_other_division
 from ..runs import (
@@ -101,21 +101,16 @@ class DetectorArguments:
     map_filter_size: int = field(default=1, metadata={"help": "Side of the median filter on anomaly maps; 1: none."})
 
 
-def given(args) -> dict:
-    """The flags that were given; the others have the configuration's defaults."""
-    return {name: value for name, value in asdict(args).items() if value is not None and value is not False}
-
-
 def make_model(pretraining_args, architecture_args, detector_args, processor: AnomalyImageProcessor) -> ADDPForPreTraining:
     """The network before the first stage: new, or from --pretrained."""
-    settings = {name: value for name, value in given(pretraining_args).items() if name.startswith("noise")}
+    settings = {name: value for name, value in given_fields(pretraining_args).items() if name.startswith("noise")}
     settings |= {
         "image_size": processor.size["height"],
         "num_channels": processor.num_channels,
         "pretraining_mode": pretraining_args.pretrain_mode,
         **asdict(detector_args),
     }
-    architecture = given(architecture_args)
+    architecture = given_fields(architecture_args)
     if pretraining_args.pretrained is not None:
         if architecture:
             raise InputError(f"--{next(iter(architecture))} comes with the weights of --pretrained: leave it out")

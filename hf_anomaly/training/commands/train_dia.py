@@ -99,13 +99,8 @@ class DissolverArguments:
 
     def refuse_useless(self, uses: tuple[str, ...]) -> None:
         """Raises InputError where a flag was given that is not one of these."""
-        if useless := sorted(given_fields(self).difference(uses, ["dissolver"])):
+        if useless := sorted(given_fields(self).keys() - {"dissolver", *uses}):
             raise InputError(f"--{useless[0]} is of no use to --dissolver {self.dissolver}: leave it out")
-
-    def take_timesteps(self, t_min: int, t_max: int) -> None:
-        """Fills in the range of timesteps where none was given."""
-        self.t_min = t_min if self.t_min is None else self.t_min
-        self.t_max = t_max if self.t_max is None else self.t_max
 
 
 @dataclass
@@ -210,8 +205,8 @@ class ContrastiveTrainingArguments(AnomalyTrainingArguments):
         return self.max_steps * self.images_per_step / num_images
 
 
-def make_dissolver(args: DissolverArguments, recipe, training_args, splits, processor, ready: Path | None = None) -> Dissolver | None:
-    """The dissolver that the arguments ask for, trained now if it has to be; the recipe of the dataset, if any, has timesteps where they have none.
+def make_dissolver(args: DissolverArguments, data_args, training_args, splits, processor, ready: Path | None = None) -> Dissolver | None:
+    """The dissolver that the arguments ask for, trained now if it has to be.
 
     Args:
         ready: the local folder of the one that `args` name, see `_find`.
@@ -233,10 +228,9 @@ def make_dissolver(args: DissolverArguments, recipe, training_args, splits, proc
         dissolver = DiffusionDissolver.from_pretrained(ready, t_min=args.t_min, t_max=args.t_max)
         warn_of_other_division(dissolver.training_run or {}, splits, args.dissolver)
         return dissolver
-    if recipe is not None:
-        args.take_timesteps(*recipe.timesteps)
-    t_range = {"t_min": 30 if args.t_min is None else args.t_min, "t_max": 130 if args.t_max is None else args.t_max}
-    run = describe_run(splits, processor, training_args.seed, dissolver=asdict(args))
+    t_range = dict(zip(("t_min", "t_max"), data_args.timesteps(args.t_min, args.t_max), strict=True))
+    recorded = {} if data_args.recipe is None else t_range  # the default range is recorded as none
+    run = describe_run(splits, processor, training_args.seed, dissolver=asdict(args) | recorded)
     if training_args.resume_from_checkpoint and folder.is_dir():
         dissolver = DiffusionDissolver.from_pretrained(folder, **t_range)
         check_same_run(dissolver.training_run, run, folder)
@@ -311,7 +305,7 @@ def main(argv: list[str], program: str) -> None:
     if detector_args.backbone is not None:
         model.load_backbone(detector_args.backbone)
 
-    dissolver, train_dataset = make_dissolver(dissolver_args, data_args.recipe, training_args, splits, processor, ready), splits.train
+    dissolver, train_dataset = make_dissolver(dissolver_args, data_args, training_args, splits, processor, ready), splits.train
     PartialState().wait_for_everyone()
     if dissolver_args.dissolver != "diffusion":
         replace_earlier_run(training_args, ready)

@@ -3,7 +3,6 @@
 from dataclasses import asdict, dataclass, field
 
 from ...data import collate, prepare
-from ...data.recipes import DatasetRecipe
 from ...dissolving import dissolving_quality
 from .. import DataArguments, DenoisingTrainingArguments, parse_arguments
 from ..denoising import train_dissolver
@@ -47,9 +46,7 @@ def main(argv: list[str], program: str) -> None:
     diffusion_args, data_args, training_args = parse_arguments(
         DiffusionArguments, DataArguments, DissolverTrainingArguments, description=__doc__, program=program, argv=argv
     )
-    lowest, highest = (data_args.recipe or DatasetRecipe).timesteps
-    diffusion_args.t_min = lowest if diffusion_args.t_min is None else diffusion_args.t_min
-    diffusion_args.t_max = highest if diffusion_args.t_max is None else diffusion_args.t_max
+    diffusion_args.t_min, diffusion_args.t_max = data_args.timesteps(diffusion_args.t_min, diffusion_args.t_max)
     choose_output_dir(training_args, "dissolver", data_args.dataset_name)
     check_first(training_args)
     splits, processor = load_training_images(data_args, training_args.seed)
