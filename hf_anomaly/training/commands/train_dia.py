@@ -12,13 +12,12 @@ from accelerate import PartialState
 from transformers import set_seed
 
 from ...backbones.pretrained import load_backbone_config
-from ...detectors.csi.configuration_csi import CSIConfig
 from ...detectors.csi.modeling_csi import CSIModel
-from ...detectors.dia.configuration_dia import DIAConfig
 from ...detectors.dia.modeling_dia import DIAModel
 from ...dissolving import DISSOLVERS, DiffusionDissolver, Dissolver, dissolve_dataset
 from ...dissolving.base import dissolver_kind, locate
 from ...errors import InputError
+from ...image_processing import AnomalyImageProcessor
 from ...ops.distributed import local_main_process_first
 from ...ops.views import NUM_CROPS
 from .. import AnomalyTrainingArguments, DataArguments, parse_arguments
@@ -39,7 +38,6 @@ from ..runs import (
 
 logger = logging.getLogger(__name__)
 
-ONLY_DIA = ("similarity_design",)  # detector arguments that CSI has no use for
 _TRAINED = ("dissolver_steps", "dissolver_batch_size", "dissolver_learning_rate", "dissolver_max_timestep")
 USES = {  # dissolver -> the arguments that it has a use for; of "" one that is ready in a folder or on the Hub
     "diffusion": ("t_min", "t_max", "dissolving_resolution", "dissolved_variants", *_TRAINED),
@@ -205,29 +203,60 @@ class ContrastiveTrainingArguments(AnomalyTrainingArguments):
         return self.max_steps * self.images_per_step / num_images
 
 
-def make_dissolver(args: DissolverArguments, data_args, training_args, splits, processor, ready: Path | None = None) -> Dissolver | None:
-    """The dissolver that the arguments ask for, trained now if it has to be.
+def make_model(args: DetectorArguments, model_class: type[CSIModel], processor: AnomalyImageProcessor) -> CSIModel:
+    """A new detector, whose backbone may be a pretrained one."""
+    settings = asdict(args) | {"image_size": processor.size["height"], "num_channels": processor.num_channels}
+    settings["crop_scale"] = (settings.pop("crop_scale_min"), 1.0)
+    if model_class is CSIModel:
+        del settings["similarity_design"]  # of branch D
+    if settings.pop("backbone") is not None:
+        settings["backbone_config"] = load_backbone_config(args.backbone)
+    model = model_class(model_class.config_class(**settings))
+    if args.backbone is not None:
+        model.load_backbone(args.backbone)
+    return model
 
-    Args:
-        ready: the local folder of the one that `args` name, see `_find`.
-    """
-    folder = Path(training_args.output_dir, "dissolver")
-    kernel = {} if args.blur_kernel_size is None else {"kernel_size": args.blur_kernel_size}
-    resolution = {} if args.dissolving_resolution is None else {"resolution": args.dissolving_resolution}
-    if args.dissolver == "none":
+
+def find_dissolver(name: str, folder: Path) -> Path | None:
+    """The local folder of a ready dissolver; None for one that is made, or for none. Refuses to replace another that was trained by itself in `folder`,
+    where the run's own goes."""
+    ready, kinds = None, [*DISSOLVERS, "none"]
+    if name not in kinds:
+        close = difflib.get_close_matches(name, kinds, n=1)
+        if close and not Path(name).exists():
+            raise InputError(f"--dissolver {name}: did you mean {close[0]}? A folder is written ./{name}, a Hub id org/name")
+        ready = locate(name)
+    if (folder / "README.md").is_file() and not _same_folder(ready, folder):
+        raise InputError(
+            f"{folder} holds a dissolver that was trained by itself: take another --output_dir, or use it, --dissolver {folder}"
+        )
+    return ready
+
+
+def _same_folder(ready: Path | None, folder: Path) -> bool:
+    return ready is not None and folder.is_dir() and ready.samefile(folder)
+
+
+def make_dissolver(args: DissolverArguments, ready: Path | None, splits) -> Dissolver | None:
+    """The dissolver that the arguments name; None for none, and for one that is yet to be trained."""
+    if args.dissolver in ("none", "diffusion"):
         return None
-    if args.dissolver in DISSOLVERS and args.dissolver != "diffusion":
+    if ready is None:
+        settings = {"kernel_size": args.blur_kernel_size, "resolution": args.dissolving_resolution}
         try:
-            return DISSOLVERS[args.dissolver](**kernel, **resolution)
+            return DISSOLVERS[args.dissolver](**{name: value for name, value in settings.items() if value is not None})
         except TypeError as error:  # of an own class
             raise InputError(f"--dissolver {args.dissolver}: {error}; save one with save_pretrained, and give its folder") from error
-    if ready is not None and dissolver_kind(ready) != "diffusion":
+    if dissolver_kind(ready) != "diffusion":
         args.refuse_useless(_ANY_USES)
         return Dissolver.from_pretrained(ready)
-    if ready is not None:
-        dissolver = DiffusionDissolver.from_pretrained(ready, t_min=args.t_min, t_max=args.t_max)
-        warn_of_other_division(dissolver.training_run or {}, splits, args.dissolver)
-        return dissolver
+    dissolver = DiffusionDissolver.from_pretrained(ready, t_min=args.t_min, t_max=args.t_max)
+    warn_of_other_division(dissolver.training_run or {}, splits, args.dissolver)
+    return dissolver
+
+
+def train_diffusion(args: DissolverArguments, folder: Path, data_args, training_args, splits, processor) -> DiffusionDissolver:
+    """A dissolver trained on these images and saved in `folder`; a resumed run loads it from there if it was done."""
     t_range = dict(zip(("t_min", "t_max"), data_args.timesteps(args.t_min, args.t_max), strict=True))
     recorded = {} if data_args.recipe is None else t_range  # the default range is recorded as none
     run = describe_run(splits, processor, training_args.seed, dissolver=asdict(args) | recorded)
@@ -242,12 +271,11 @@ def make_dissolver(args: DissolverArguments, data_args, training_args, splits, p
         learning_rate=args.dissolver_learning_rate,
         batch_size=args.dissolver_batch_size,
     )
-    replace_earlier_run(training_args)
     dissolver = train_dissolver(
         splits.train,
         processor=processor,
         args=arguments,
-        **resolution,
+        resolution=args.dissolving_resolution,
         max_timestep=args.dissolver_max_timestep,
         **t_range,
         resume_from_checkpoint=bool(training_args.resume_from_checkpoint),
@@ -258,14 +286,38 @@ def make_dissolver(args: DissolverArguments, data_args, training_args, splits, p
     return dissolver
 
 
-def _find(name: str) -> Path | None:
-    """The local folder of a ready dissolver; None for one that is made."""
-    if name in (*DISSOLVERS, "none"):
-        return None
-    close = difflib.get_close_matches(name, [*DISSOLVERS, "none"], n=1)
-    if close and not Path(name).exists():
-        raise InputError(f"--dissolver {name}: did you mean {close[0]}? A folder is written ./{name}, a Hub id org/name")
-    return locate(name)
+def place_dissolver(args: DissolverArguments, ready: Path | None, data_args, training_args, splits, processor) -> Dissolver | None:
+    """The dissolver that the arguments ask for, made, loaded or trained, and saved in the run's folder dissolver/ in place of an earlier run's."""
+    folder = Path(training_args.output_dir, "dissolver")
+    dissolver = make_dissolver(args, ready, splits)  # before anything is replaced: it may refuse the arguments
+    PartialState().wait_for_everyone()
+    replace_earlier_run(training_args, ready)
+    if args.dissolver == "diffusion":
+        return train_diffusion(args, folder, data_args, training_args, splits, processor)
+    resumed = training_args.resume_from_checkpoint and folder.is_dir()  # saved already; of another run it is not ours to remove
+    if training_args.should_save and not resumed:
+        if not _same_folder(ready, folder):
+            shutil.rmtree(folder, ignore_errors=True)  # an earlier run's may be of another kind
+        if dissolver is not None:
+            dissolver.save_pretrained(folder)
+        if (folder / "README.md").is_file():  # of the one that is used, whose timesteps may be others now
+            dissolver.write_card(folder)
+    return dissolver
+
+
+def dissolve(model: DIAModel, dissolver: Dissolver, variants: int, training_args, splits, processor) -> tuple:
+    """Gives the detector its dissolver, and caches at most so many dissolved variants of each image; returns `train_dataset` and `dissolving` for
+    `train_detector`."""
+    dissolver.to(training_args.device)
+    model.config.dissolver, model.config.dissolver_settings = dissolver.kind, dissolver.settings()
+    model.dissolver = dissolver
+    images = splits.train
+    if variants > 0:
+        variants = min(variants, math.ceil(training_args.passes(len(images))))
+        with local_main_process_first():
+            images = dissolve_dataset(images, dissolver, processor, num_variants=variants, seed=training_args.seed)
+        variants = len(images[0]["dissolved_images"])  # with more steps there may be more, and others
+    return images, {"fingerprint": dissolver.fingerprint(), "variants": variants}
 
 
 def main(argv: list[str], program: str) -> None:
@@ -274,60 +326,23 @@ def main(argv: list[str], program: str) -> None:
     dissolver_args, detector_args, data_args, training_args = parse_arguments(
         DissolverArguments, DetectorArguments, DataArguments, ContrastiveTrainingArguments, description=__doc__, program=program, argv=argv
     )
+    method, model_class = ("csi", CSIModel) if dissolver_args.dissolver == "none" else ("dia", DIAModel)
     if training_args.learning_rate is None:  # what is pretrained shall not be unlearnt
         training_args.learning_rate = 1e-2 if detector_args.backbone is None else 1e-3
-    method = "csi" if dissolver_args.dissolver == "none" else "dia"
     choose_output_dir(training_args, method, data_args.dataset_name)
     check_first(training_args)
-    folder, ready = Path(training_args.output_dir, "dissolver"), _find(dissolver_args.dissolver)
-    in_place = ready is not None and folder.is_dir() and ready.samefile(folder)
-    if (folder / "README.md").is_file() and not in_place:
-        raise InputError(
-            f"{folder} holds a dissolver that was trained by itself: take another --output_dir, or use it, --dissolver {folder}"
-        )
+    ready = find_dissolver(dissolver_args.dissolver, Path(training_args.output_dir, "dissolver"))
     splits, processor = load_training_images(data_args, training_args.seed)
     training_args.fit_image_size(processor.size["height"])
     fit_batch_size(training_args, num_images(splits.train))
     detector_args.fit_image_size(processor.size["height"])
-
-    settings = {name: value for name, value in asdict(detector_args).items() if name not in ("backbone", "crop_scale_min", *ONLY_DIA)}
-    settings |= {
-        "image_size": processor.size["height"],
-        "num_channels": processor.num_channels,
-        "crop_scale": (detector_args.crop_scale_min, 1.0),
-    }
-    if detector_args.backbone is not None:
-        settings["backbone_config"] = load_backbone_config(detector_args.backbone)
-    # Built before anything long runs, so that a wrong value is refused at once.
     set_seed(training_args.seed)
-    only_dia = {name: getattr(detector_args, name) for name in ONLY_DIA}
-    model = CSIModel(CSIConfig(**settings)) if method == "csi" else DIAModel(DIAConfig(**settings, **only_dia))
-    if detector_args.backbone is not None:
-        model.load_backbone(detector_args.backbone)
-
-    dissolver, train_dataset = make_dissolver(dissolver_args, data_args, training_args, splits, processor, ready), splits.train
-    PartialState().wait_for_everyone()
-    if dissolver_args.dissolver != "diffusion":
-        replace_earlier_run(training_args, ready)
-    resumed = training_args.resume_from_checkpoint and folder.is_dir()  # saved already; of another run it is not ours to remove
-    if training_args.should_save and dissolver_args.dissolver != "diffusion" and not resumed:  # that one is saved as soon as it is trained
-        if not in_place:
-            shutil.rmtree(folder, ignore_errors=True)  # an earlier run's may be of another kind
-        if dissolver is not None:
-            dissolver.save_pretrained(folder)
-        if (folder / "README.md").is_file():  # of the one that is used, whose timesteps may be others now
-            dissolver.write_card(folder)
-    dissolving, variants = None, 0 if data_args.streaming else dissolver_args.dissolved_variants  # of a stream there is nothing to keep
+    model = make_model(detector_args, model_class, processor)  # before anything long runs, so that a wrong value is refused at once
+    dissolver = place_dissolver(dissolver_args, ready, data_args, training_args, splits, processor)
+    train_dataset, dissolving = None, None
     if dissolver is not None:
-        dissolving = {"fingerprint": dissolver.fingerprint(), "variants": variants}
-        dissolver.to(training_args.device)
-        model.config.dissolver, model.config.dissolver_settings = dissolver.kind, dissolver.settings()
-        model.dissolver = dissolver
-        if variants > 0:
-            num_variants = min(variants, math.ceil(training_args.passes(len(splits.train))))
-            with local_main_process_first():
-                train_dataset = dissolve_dataset(splits.train, dissolver, processor, num_variants=num_variants, seed=training_args.seed)
-            dissolving["variants"] = len(train_dataset[0]["dissolved_images"])  # with more steps there may be more, and others
+        variants = 0 if data_args.streaming else dissolver_args.dissolved_variants  # of a stream there is nothing to keep
+        train_dataset, dissolving = dissolve(model, dissolver, variants, training_args, splits, processor)
     results = train_detector(
         model,
         processor,
