@@ -8,6 +8,8 @@ from torch import Tensor
 
 from hf_anomaly.errors import InputError
 
+from .pieces import pieces
+
 # Elements that a CPU's caches hold, 4 MiB in float32: pieces of this size are searched in two thirds of the time of sixteen times larger ones.
 _CACHED = 2**20
 
@@ -74,13 +76,12 @@ def _largest(queries: Tensor, bank: Tensor, chunk_size: int, adjust: Callable[[T
     images, shifts, features = queries.shape
     if queries.device.type == "cpu":
         chunk_size = min(chunk_size, _CACHED)
-    rows = max(1, chunk_size // max(1, shifts * (images + features)))
     queries = queries.transpose(0, 1)
     largest = queries.new_full((shifts, images), float("-inf"))
     index = torch.zeros_like(largest, dtype=torch.long)
-    for first, piece in zip(range(0, bank.shape[1], rows), bank.split(rows, dim=1), strict=True):
-        piece = piece.to(queries.dtype)
+    for rows in pieces(bank.shape[1], chunk_size, shifts * (images + features)):
+        piece = bank[:, rows].to(queries.dtype)
         value, where = adjust(queries @ piece.transpose(1, 2), piece).max(dim=2)
-        index = torch.where(value > largest, first + where, index)
+        index = torch.where(value > largest, rows.start + where, index)
         largest = torch.maximum(largest, value)
     return largest.T, index.T

@@ -3,6 +3,8 @@
 import torch
 import torch.nn.functional as F
 
+from .pieces import pieces
+
 _WINDOW_PIXELS = 2**24  # of all windows that are held at once, of at least one row of each image
 
 
@@ -27,5 +29,5 @@ def median_filter(maps: torch.Tensor, size: int, border: str = "replicate") -> t
         return maps
     padded = F.pad(maps, (size // 2,) * 4, mode=border)
     windows = padded.unfold(-2, size, 1).unfold(-2, size, 1)  # (B, C, H, W, size, size), a view
-    rows = max(1, _WINDOW_PIXELS // (size**2 * maps[:, :, 0].numel()))  # at once
-    return torch.cat([band.flatten(-2).median(-1).values for band in windows.split(rows, dim=2)], dim=2)
+    bands = pieces(maps.shape[2], _WINDOW_PIXELS, size**2 * maps[:, :, 0].numel())
+    return torch.cat([windows[:, :, band].flatten(-2).median(-1).values for band in bands], dim=2)

@@ -15,6 +15,8 @@ from torch import Tensor
 
 from hf_anomaly.errors import InputError
 
+from .pieces import pieces
+
 
 class View(IntEnum):
     """Columns of a views tensor (n, 10), float32."""
@@ -151,15 +153,13 @@ def apply_views(pixel_values: Tensor, views: Tensor) -> Tensor:
     Raises:
         InputError: shapes that do not fit.
     """
-    if pixel_values.ndim != 4 or views.shape != (len(pixel_values), len(View)):
+    if pixel_values.ndim != 4 or views.shape != (pixel_values.shape[0], len(View)):
         raise InputError(
             f"views: shape {tuple(views.shape)} does not fit images {tuple(pixel_values.shape)}; pass (N, {len(View)}) and (N, C, H, W)"
         )
-    rows = max(1, _CHUNK_SIZE // pixel_values.shape[1:].numel())
     # Filled piece by piece: joining the pieces would hold everything twice.
     result = torch.empty_like(pixel_values, memory_format=torch.channels_last)
-    for start in range(0, len(pixel_values), rows):
-        piece = slice(start, start + rows)
+    for piece in pieces(pixel_values.shape[0], _CHUNK_SIZE, pixel_values.shape[1:].numel()):
         result[piece] = _apply(pixel_values[piece], views[piece])
     return result
 
@@ -175,12 +175,10 @@ def apply_shifted_views(pixel_values: Tensor, views: Tensor, shift: Callable[[Te
     Returns:
         (K, N, C, H, W) in [−1, 1], of the dtype of `pixel_values`, with the channels innermost in memory.
     """
-    rows = max(1, _CHUNK_SIZE // (len(views) * pixel_values.shape[1:].numel()))
     # Filled piece by piece: joining the pieces would hold everything twice.
     count, channels, height, width = pixel_values.shape
     result = pixel_values.new_empty(len(views), count, height, width, channels).movedim(-1, 2)
-    for start in range(0, len(pixel_values), rows):
-        piece = slice(start, start + rows)
+    for piece in pieces(count, _CHUNK_SIZE, len(views) * channels * height * width):
         shifted, parameters = shift(pixel_values[piece]), views[:, piece]
         result[:, piece] = apply_views(shifted.flatten(0, 1), parameters.flatten(0, 1)).unflatten(0, parameters.shape[:2])
     return result
@@ -198,6 +196,8 @@ def _apply(pixel_values: Tensor, views: Tensor) -> Tensor:
 
 def _change(x: Tensor, views: Tensor, changed: Tensor, change: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
     """`change` of the images that are `changed` (N,): the others stay exact, and their time is saved."""
+    if torch.compiler.is_compiling():  # a graph cannot depend on how many they are
+        return torch.where(changed[:, None, None, None], change(x, views), x)
     rows = changed.nonzero().squeeze(1)
     if len(rows) == len(x):  # most often; nothing has to be copied
         return change(x, views)

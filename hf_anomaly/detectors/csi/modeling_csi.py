@@ -14,6 +14,7 @@ from ...detector import AnomalyDetector, AnomalyDetectorOutput, refuse_not_finit
 from ...ops.contrastive import amplified_nt_xent
 from ...ops.distributed import draw_rows
 from ...ops.knn import max_cosine, min_distance
+from ...ops.pieces import pieces
 from ...ops.resizing import resize
 from ...ops.shifts import SHIFTS
 from ...ops.views import View, apply_shifted_views, apply_views, crops_views, draw_views
@@ -186,14 +187,13 @@ class CSIModel(_Encoder, AnomalyDetector):
 
         With several encoders, those of one after the other: (B, encoders·K, d) and (B, encoders·K).
         """
-        num_views = len(views)
-        chunk = max(1, _MAX_TEST_PIXELS // (num_views * NUM_SHIFTS * pixel_values.shape[-2:].numel()))
-        parts = [self._features_of_chunk(x, views) for x in pixel_values.split(chunk)]
+        chunks = pieces(pixel_values.shape[0], _MAX_TEST_PIXELS, len(views) * NUM_SHIFTS * pixel_values.shape[-2:].numel())
+        parts = [self._features_of_chunk(pixel_values[chunk], views) for chunk in chunks]
         return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
 
     def _features_of_chunk(self, pixel_values: torch.Tensor, views: torch.Tensor) -> dict[str, torch.Tensor]:
         """As `view_features`, of so few images that all their views go through the encoders at once."""
-        batch_size, num_views = len(pixel_values), len(views)
+        batch_size, num_views = pixel_values.shape[0], len(views)
         shifted = SHIFTS[self.config.shift](pixel_values)  # (K, B, C, H, W)
         rows = shifted.transpose(0, 1).unsqueeze(2).expand(-1, -1, num_views, -1, -1, -1).flatten(0, 2)
         rows = apply_views(rows, views.to(rows.device).repeat(batch_size * NUM_SHIFTS, 1))
