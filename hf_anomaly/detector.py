@@ -330,6 +330,8 @@ class AnomalyDetector(PreTrainedModel):
     ) -> AnomalyDetectorOutput:
         """The loss in training mode, scores in eval mode.
 
+        Graphs of `torch.export` and `torch.compile` do not look at the pixels' values, and score +inf where a score is not finite.
+
         Args:
             pixel_values: (B, C, H, W) in [−1, 1], as the saved processor gives them.
             labels: (B,), ignored: training takes normal images only. Accepted so that a labelled batch passes through unchanged.
@@ -355,8 +357,10 @@ class AnomalyDetector(PreTrainedModel):
             raise InputError(f"output_anomaly_maps=True: {self.unsupported_maps_reason}")
         with self._own_precision():
             output = self.compute_scores(pixel_values, output_anomaly_maps=output_anomaly_maps, output_embeddings=output_embeddings)
-        finite = torch.isfinite(output.scores)
-        if not finite.all():  # NaN lies above no threshold: it would pass for normal
+        finite = torch.isfinite(output.scores)  # NaN lies above no threshold: it would pass for normal
+        if torch.compiler.is_compiling():  # a graph can raise nothing
+            output.scores = torch.where(finite, output.scores, torch.inf)
+        elif not finite.all():
             rows = ", ".join(map(str, (~finite).nonzero().flatten().tolist()))
             raise InputError(
                 f"the scores of these images of the batch are not finite: {rows}; in half precision take float32, else train again"
@@ -374,6 +378,8 @@ class AnomalyDetector(PreTrainedModel):
             raise InputError(
                 f"pixel_values are {pixel_values.dtype}: give floats in [−1, 1], as the processor that was saved with the detector does"
             )
+        if torch.compiler.is_compiling():  # the graphs of torch.export and torch.compile cannot depend on what the pixels are
+            return
         largest = pixel_values.abs().flatten(1).amax(1)
         within = largest <= _LARGEST_PIXEL  # False for NaN
         if not within.all():

@@ -371,6 +371,34 @@ def test_integers_are_no_pixel_values(model, dtype, refused):
             use(x)
 
 
+# Exporting --------------------------------------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def test_an_exported_program_scores_any_batch(build):
+    shape = SHAPES[1]  # test-time views change the colours of RGB images
+    model = fitted(build, **shape)
+    asked = {"output_anomaly_maps": model.supports_anomaly_maps, "output_embeddings": True}
+    batches = {"pixel_values": {0: torch.export.Dim("batch")}} | dict.fromkeys(asked)
+    program = torch.export.export(model, (images(3, **shape),), asked, dynamic_shapes=batches).module()
+    for count in (1, 100):  # more than CSI sees at once when it is not exported
+        x = torch.cat([images(count, **shape, seed=2), anomalies(1, **shape)])
+        exported, expected = program(x, **asked), model(x, **asked)
+        torch.testing.assert_close(exported.scores, expected.scores, rtol=1e-5, atol=0)
+        torch.testing.assert_close(exported.embeddings, expected.embeddings, rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(exported.anomaly_maps, expected.anomaly_maps, rtol=1e-5, atol=1e-6)
+    x[1] = torch.nan
+    assert program(x, **asked).scores.isinf().tolist() == [row == 1 for row in range(len(x))]  # above every threshold
+
+
+@torch.no_grad()
+def test_scores_of_one_compiled_graph(model):
+    torch.compiler.reset()
+    compiled = torch.compile(model, backend="eager", fullgraph=True, dynamic=True)
+    for x in (images(3), anomalies(5)):
+        torch.testing.assert_close(compiled(x).scores, model(x).scores, rtol=1e-5, atol=0)
+
+
 # Fitting and calibrating ------------------------------------------------------------------------------------------------------
 
 
