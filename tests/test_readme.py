@@ -66,6 +66,7 @@ def test_python_blocks_run(tmp_path):
     code = "\n".join(blocks("python"))
     check = "\nassert scores.shape == p_values.shape == flagged.shape == (4,)\n"
     check += "assert not scores.requires_grad\n"
+    check += "torch.testing.assert_close(exported, scores, rtol=1e-5, atol=0)\n"
     check += "assert [verdict['score'] for verdict in verdicts] == pytest.approx(scores.tolist(), rel=1e-5)\n"
     result = subprocess.run([sys.executable, "-c", "import pytest\n" + code + check], cwd=tmp_path, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
