@@ -37,12 +37,14 @@ def to_eight_bit_image(image: "PIL.Image.Image | np.ndarray | torch.Tensor", nam
         image = image.detach().cpu()
         image = image.float() if image.dtype == torch.bfloat16 else image  # which numpy does not know
     array = np.asarray(image)
-    if array.ndim == 3 and array.shape[0] in (1, 3, 4) and array.shape[-1] not in (1, 3, 4):
+    if _has_channels_first(array.shape):
         array = np.moveaxis(array, 0, -1)
     if array.ndim == 3 and array.shape[-1] == 1:
         array = array[..., 0]
     if not (array.ndim == 2 or (array.ndim == 3 and array.shape[-1] in (3, 4))) or array.size == 0:
-        raise InputError(f"{name} has shape {array.shape}: expected (H, W), (H, W, C) or (C, H, W) with 1, 3 or 4 channels")
+        raise InputError(
+            f"{name} has shape {array.shape}: expected (H, W), (H, W, C) or (C, H, W) with 1, 3 or 4 channels; several images are given as a list"
+        )
     if np.issubdtype(array.dtype, np.floating):
         if not np.isfinite(array).all():
             raise InputError(f"{name} holds NaN or infinite pixels: leave it out or repair it")
@@ -57,6 +59,10 @@ def to_eight_bit_image(image: "PIL.Image.Image | np.ndarray | torch.Tensor", nam
     elif array.dtype != np.uint8:
         raise InputError(f"{name} has dtype {array.dtype}: give uint8 or floats in [0, 1], or 16-bit integers and the processor a window")
     return PIL.Image.fromarray(array)
+
+
+def _has_channels_first(shape: tuple[int, ...]) -> bool:
+    return len(shape) == 3 and shape[0] in (1, 3, 4) and shape[-1] not in (1, 3, 4)
 
 
 def read_any_image(image, name: str, window: Window = None, timeout: float = 30.0) -> PIL.Image.Image:
@@ -211,10 +217,23 @@ class AnomalyImageProcessor(PilBackend):
     def num_channels(self) -> int:
         return 3 if self.do_convert_rgb else 1
 
+    def read(self, image, name: str, timeout: float = 30.0) -> PIL.Image.Image:
+        """`read_any_image` with the processor's window.
+
+        Raises:
+            InputError: also an array (3, H, W) or (4, H, W) where images become gray: it may be one in colour, and as well so many gray ones.
+        """
+        shape = tuple(getattr(image, "shape", ()))
+        if not self.do_convert_rgb and _has_channels_first(shape) and shape[0] != 1:
+            raise InputError(
+                f"{name} has shape {shape}, and the detector's images are gray: give {shape[0]} gray images as a list, or one in colour as (H, W, C)"
+            )
+        return read_any_image(image, name, self.window, timeout)
+
     def _prepare_images_structure(self, images, expected_ndims=3) -> list[PIL.Image.Image]:
         # transformers' own takes no (H, W) arrays, and converts files to RGB, which clips 16-bit ones before anything can be said against it.
         images = images if isinstance(images, list | tuple) or getattr(images, "ndim", 0) == 4 else [images]
-        return [read_any_image(image, f"images[{i}]", self.window) for i, image in enumerate(images)]
+        return [self.read(image, f"images[{i}]") for i, image in enumerate(images)]
 
     def process_image(self, image, *, do_convert_rgb, do_resize, size, resample, **kwargs) -> np.ndarray:
         mode = "RGB" if do_convert_rgb else "L"

@@ -19,7 +19,7 @@ from .data.transforms import process_decoded
 from .detector import AnomalyDetector, AnomalyDetectorOutput
 from .errors import HubError, InputError, one_line
 from .hub import CommitInfo
-from .image_processing import AnomalyImageProcessor, read_any_image
+from .image_processing import AnomalyImageProcessor
 
 logger = logging.getLogger(__name__)
 
@@ -82,10 +82,10 @@ class AnomalyDetectionPipeline(Pipeline):
         """Scores one image or several.
 
         Args:
-            inputs: an image, as the path or http(s) URL of a file, a PIL image, an array (H, W), (H, W, C) or (C, H, W) of uint8 or of floats in
-                [0, 1], or `{"bytes", "path"}` as a dataset holds it undecoded; several, as a list, a 4-dimensional array or a column
-                `dataset["image"]`; or a torch dataset (transformers' `KeyDataset`), a generator or a streamed column, whose results come one by one
-                while the memory stays constant.
+            inputs: an image, as the path or http(s) URL of a file, a PIL image, an array (H, W), (H, W, C) or, unless the detector's images are gray and it
+                is in colour, (C, H, W) of uint8 or of floats in [0, 1], or `{"bytes", "path"}` as a dataset holds it undecoded; several, as a list, a
+                4-dimensional array or a column `dataset["image"]`; or a torch dataset (transformers' `KeyDataset`), a generator or a streamed column,
+                whose results come one by one while the memory stays constant.
             batch_size: images scored at once; 1 by default.
             num_workers: processes that read and prepare the images; 0, none, by default.
             threshold: flag the scores strictly above this one.
@@ -258,7 +258,7 @@ def _prepare(images: list[tuple[str, Any]], processor: AnomalyImageProcessor, ti
 
     def decoded() -> Iterator[PIL.Image.Image]:
         for name, image in images:
-            image = read_any_image(image, name, processor.window, timeout)
+            image = processor.read(image, name, timeout)
             sizes.append(image.size[::-1])
             yield image
 

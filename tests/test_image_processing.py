@@ -124,6 +124,15 @@ def test_arrays_of_all_layouts():
         assert torch.equal(pixels(processor, array), pixels(processor, image)), array.shape
 
 
+@pytest.mark.parametrize("count", [3, 4])
+def test_a_stack_of_gray_images_is_not_one_in_colour(count, refused):
+    gray = np.stack([np.array(color_image("L"))] * count)
+    for stack in (gray, gray / 255, torch.from_numpy(gray)):
+        with refused("images[0]", f"({count}, 8, 8)", f"{count} gray images as a list", "(H, W, C)"):
+            GRAY(images=stack)
+        assert torch.equal(pixels(GRAY, *stack), pixels(GRAY, *[color_image("L")] * count))
+
+
 def test_tensors_in_bfloat16():
     image = torch.rand(8, 8).bfloat16()
     assert torch.equal(pixels(GRAY, image), pixels(GRAY, image.float()))
@@ -149,6 +158,7 @@ def test_lists_batches_and_single_images():
         (np.zeros((8, 8), np.int64), ["images[1]", "int64"]),
         (np.zeros((8, 8, 2), np.uint8), ["images[1]", "(8, 8, 2)"]),
         (np.zeros((0, 8), np.uint8), ["images[1]", "(0, 8)"]),
+        (np.zeros((10, 8, 8), np.uint8), ["images[1]", "(10, 8, 8)", "a list"]),
     ],
 )
 def test_arrays_that_are_no_image(array, words, refused):

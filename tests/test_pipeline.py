@@ -234,6 +234,8 @@ def test_errors_name_the_culprit(pipe, images, folder, tmp_path, refused):
         pipe(column)
     with refused("images[1]", "NaN"):
         pipe([images[0], np.full((4, 4), np.nan)])
+    with refused("the image", "(4, 8, 8)", "4 gray images as a list"):
+        pipe(np.zeros((4, 8, 8)))
     with refused("images[0]", "dict"):
         pipe([{"image": images[0]}])
     with refused("the image", "dict"):
