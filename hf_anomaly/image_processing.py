@@ -87,6 +87,13 @@ def read_any_image(image, name: str, window: Window = None, timeout: float = 30.
     raise InputError(f"{name} is a {type(image).__name__}: give a path, a URL, a PIL image or an array")
 
 
+def _converted(image: PIL.Image.Image, to_rgb: bool, size: tuple[int, int], resample: int) -> PIL.Image.Image:
+    mode = "RGB" if to_rgb else "L"
+    if image.mode != mode:  # else PIL would copy it
+        image = image.convert(mode)
+    return image if image.size == size else image.resize(size, resample)
+
+
 def _download(url: str, timeout: float) -> bytes:
     from huggingface_hub.utils import httpx  # without the client's token and offline mode: the address may be anybody's
 
@@ -230,18 +237,19 @@ class AnomalyImageProcessor(PilBackend):
             )
         return read_any_image(image, name, self.window, timeout)
 
+    def resized(self, image: PIL.Image.Image) -> PIL.Image.Image:
+        """An upright image of 8 bits a channel in the mode and at the size that all are brought to, for whoever holds many: its `pixel_values` are the same."""
+        return _converted(image, self.do_convert_rgb, (self.size["width"], self.size["height"]), self.resample)
+
     def _prepare_images_structure(self, images, expected_ndims=3) -> list[PIL.Image.Image]:
         # transformers' own takes no (H, W) arrays, and converts files to RGB, which clips 16-bit ones before anything can be said against it.
         images = images if isinstance(images, list | tuple) or getattr(images, "ndim", 0) == 4 else [images]
         return [self.read(image, f"images[{i}]") for i, image in enumerate(images)]
 
     def process_image(self, image, *, do_convert_rgb, do_resize, size, resample, **kwargs) -> np.ndarray:
-        mode = "RGB" if do_convert_rgb else "L"
-        if image.mode != mode:  # else PIL would copy it
-            image = image.convert(mode)
-        if do_resize and size.height and size.width and image.size != (size.width, size.height):
-            # Resized here, in PIL, where it costs no conversion to an array and back.
-            image = image.resize((size.width, size.height), resample)
+        # Resized here, in PIL, where it costs no conversion to an array and back.
+        wanted = (size.width, size.height) if do_resize and size.height and size.width else image.size
+        image = _converted(image, do_convert_rgb, wanted, resample)
         array = np.frombuffer(image.tobytes(), np.uint8).reshape(image.height, image.width, -1)  # in half of np.array's time
         return np.moveaxis(array, -1, 0)
 

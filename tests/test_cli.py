@@ -7,6 +7,7 @@ import os
 import shutil
 import subprocess
 import sys
+import weakref
 from pathlib import Path
 
 import datasets
@@ -30,7 +31,7 @@ from hf_anomaly import (
     cli,
     overlay_anomaly_map,
 )
-from hf_anomaly.cli import predict, train
+from hf_anomaly.cli import train
 from hf_anomaly.dissolving import build_scheduler, build_unet
 
 COLUMNS = ["image", "score", "p_value", "label", "threshold"]
@@ -670,28 +671,24 @@ def test_a_broken_image_is_skipped(run, detector, with_broken, batch_size):
 
 
 def test_memory_is_constant(detector, scans, monkeypatch, run):
-    """However many images, no more than a batch and the next are open."""
-    open_now, most = [0], [0]
+    """However many images, no more than one is held at its own size; with maps, no more than a batch and the next."""
     from hf_anomaly import data
 
-    decode = data.decode_image
+    decode, alive, most = data.decode_image, set(), [0]
 
     def counting(value, where, window):
         image = decode(value, where, window)
-        open_now[0] += 1
-        most[0] = max(most[0], open_now[0])
+        alive.add(id(image))
+        weakref.finalize(image, alive.remove, id(image))
+        most[0] = max(most[0], len(alive))
         return image
 
-    class Counted(predict.deque):
-        def popleft(self):
-            open_now[0] -= 1
-            return super().popleft()
-
     monkeypatch.setattr(data, "decode_image", counting)
-    monkeypatch.setattr(predict, "deque", Counted)
-    status, out, _ = run("predict", detector, *[scans / "a.png"] * 50, "--batch_size", 4)
-    assert (status, len(out.splitlines())) == (0, 51)
-    assert most[0] <= 8
+    for flags, limit in (([], 2), (["--save_maps", "maps"], 9)):
+        most[0] = 0
+        status, out, _ = run("predict", detector, *[scans / "a.png"] * 50, "--batch_size", 4, *flags)
+        assert (status, len(out.splitlines())) == (0, 51)
+        assert most[0] <= limit
 
 
 def test_without_calibration_and_maps(run, refused, without_maps, scans):

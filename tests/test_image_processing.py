@@ -229,6 +229,14 @@ def test_together_as_one_by_one(channels, settings):
         assert np.array_equal(result, array)
 
 
+@pytest.mark.parametrize("processor", [GRAY, RGB])
+def test_resized_before_it_is_prepared_an_image_gives_the_same(processor):
+    for image in (color_image(mode, size) for mode in ("L", "RGB", "P", "RGBA") for size in ((8, 8), (5, 3), (40, 20))):
+        small = processor.resized(image)
+        assert small.size == (8, 8)
+        assert torch.equal(pixels(processor, small), pixels(processor, image))
+
+
 @pytest.mark.parametrize("mode", ["L", "RGB"])
 def test_exif_orientation(mode):
     stored = color_image(mode, (8, 6))

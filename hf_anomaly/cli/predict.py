@@ -103,20 +103,24 @@ def run(args: Namespace) -> None:
 def _score(
     sources: list[Source], pipe: AnomalyDetectionPipeline, args: Namespace, skipped: list[str]
 ) -> Iterator[tuple[str, PIL.Image.Image, dict]]:
-    """Name, image and result of each image; errors of those that cannot be read go to `skipped`."""
+    """Name, image (without --save_maps only as the detector sees it) and result of each image; errors of those that cannot be read go to `skipped`."""
     ahead: deque = deque()  # the pipeline reads a batch ahead: its names and images wait here until their results come
+    processor = pipe.image_processor
 
     def images() -> Iterator[PIL.Image.Image]:
         for name, read in (pair for source in sources for pair in source.images):
             try:
-                found = read(pipe.image_processor.reading)
+                found = read(processor.reading)
             except InputError as error:
                 if args.on_error == "stop":
                     raise
                 skipped.append(str(error))
                 continue
             for image in found:
-                ahead.append((name if len(found) == 1 else f"{name}/{image.info['slice']:04d}", image))
+                title = name if len(found) == 1 else f"{name}/{image.info['slice']:04d}"
+                if args.save_maps is None:  # of large photos a batch would take gigabytes
+                    image = processor.resized(image)
+                ahead.append((title, image))
                 yield image
 
     results = pipe(
