@@ -112,11 +112,19 @@ def delete(path: Path) -> None:
         path.unlink(missing_ok=True)
 
 
-def check_output(flag: str, path: str | os.PathLike | None, *, folder: bool = False, suffixes: Sequence[str] = ()) -> None:
+def check_output(
+    flag: str,
+    path: str | os.PathLike | None,
+    *,
+    folder: bool = False,
+    suffixes: Sequence[str] = (),
+    apart_from: Iterable[str | os.PathLike | None] = (),
+) -> None:
     """Refuses a path to write to, if one was given, where a folder lies in place of a file, or with `folder` a file in place of a folder.
 
     Args:
         suffixes: those that its name may end in, in lower case; none: any.
+        apart_from: inputs and other outputs, which it may not overwrite.
 
     Raises:
         InputError: names the flag.
@@ -127,6 +135,8 @@ def check_output(flag: str, path: str | os.PathLike | None, *, folder: bool = Fa
     if path is not None and suffixes and Path(path).suffix.lower() not in suffixes:
         choice = " or ".join(filter(None, (", ".join(suffixes[:-1]), suffixes[-1])))
         raise InputError(f"{flag} {path}: the name must end in {choice}")
+    if path is not None and Path(path).resolve() in {Path(other).resolve() for other in apart_from if other is not None}:
+        raise InputError(f"{flag} {path}: it is an input or another output, which would be overwritten; name another file")
 
 
 def read_json(path: str | os.PathLike) -> dict:

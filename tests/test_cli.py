@@ -731,6 +731,19 @@ def test_where_predict_cannot_write_or_compute(refused, detector, scans):
     refused(["evaluate", detector, *on_digits, "--save_maps", "maps"], "--save_maps maps", "file")
 
 
+def test_no_command_writes_over_its_input(refused, detector, scans):
+    Path("list.csv").write_text(f"file_name\n{scans / 'a.png'}\n")
+    Path("link.csv").symlink_to("list.csv")
+    shutil.copy(scans / "a.png", "a.png")
+    before = {path: path.read_bytes() for path in Path().iterdir()}
+    refused(["predict", detector, scans, "list.csv", "--output", "./link.csv"], "--output ./link.csv", "input")
+    refused(["dissolve", detector, "a.png", "--output", "a.png"], "--output a.png", "input")
+    for command, flag in (("evaluate", "--output"), ("evaluate", "--scores"), ("report", "--output")):
+        refused([command, detector, "--dataset_name", "list.csv", flag, "list.csv"], f"{flag} list.csv", "input")
+    refused(["evaluate", detector, "--dataset_name", "digits", "--output", "x.csv", "--scores", "x.csv"], "--output x.csv", "output")
+    assert before == {path: path.read_bytes() for path in Path().iterdir()}
+
+
 def test_what_predict_does_not_find(refused, detector, scans):
     refused(["predict", detector, "none.png"], "none.png", "no such file")
     refused(["predict", detector, "none/*.png"], "none/*.png", "matches no file")

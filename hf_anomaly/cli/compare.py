@@ -23,7 +23,7 @@ def parse(argv: list[str]) -> Namespace:
     )
     parser.option("output", "also write the table to this file: .md, or .csv or .json for all digits")
     args = parser.parse(argv)
-    check_output("--output", args.output, suffixes=(".md", ".csv", ".json"))
+    check_output("--output", args.output, suffixes=(".md", ".csv", ".json"), apart_from=args.baselines)
     return args
 
 

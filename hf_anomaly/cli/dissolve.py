@@ -24,7 +24,7 @@ def parse(argv: list[str]) -> Namespace:
     parser.option("seed", "of dissolvers that draw random numbers (default: %(default)s)", type=int, default=0)
     parser.window_option("as in the training of the detector beside the dissolver")
     args = parser.parse(argv)
-    check_output("--output", args.output, suffixes=(".png",))
+    check_output("--output", args.output, suffixes=(".png",), apart_from=args.images)
     return args
 
 

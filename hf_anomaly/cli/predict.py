@@ -63,7 +63,7 @@ def parse(argv: list[str]) -> Namespace:
     parser.option("image_column", "of a dataset (default: image, or its only image column)")
     parser.window_option("as in training")
     args = parser.parse(argv)
-    check_output("--output", args.output, suffixes=(".csv", ".jsonl"))
+    check_output("--output", args.output, suffixes=(".csv", ".jsonl"), apart_from=args.images)
     check_output("--save_maps", args.save_maps, folder=True)
     if args.threshold is not None and args.false_positive_rate is not None:
         raise InputError("--threshold and --false_positive_rate both say what is flagged: give one of them")

@@ -46,7 +46,7 @@ def run(argv: list[str]) -> None:
     args, data_args = parse_arguments(ReportArguments, EvaluationDataArguments, description=HELP, program="hf-anomaly report", argv=argv)
     if data_args.streaming:
         raise InputError("the page shows images out of the dataset, which --streaming does not keep: leave it out")
-    check_output("--output", args.output)
+    check_output("--output", args.output, apart_from=[data_args.dataset_name])
     data_args.refuse_training_flags("is of the training images, which the page does not show")
     if args.unlabelled:
         data_args.refuse_given(("protocol", "label_column", "normal_label"), "says who is normal, which --unlabelled takes for unknown")

@@ -182,8 +182,8 @@ def main(argv: list[str], program: str) -> None:
     """Runs the command line `argv`; `program` is what comes before it, for help and card."""
     started = time.time()
     args, data_args = parse_arguments(EvaluationArguments, EvaluationDataArguments, description=__doc__, program=program, argv=argv)
-    check_output("--output", args.output)
-    check_output("--scores", args.scores, suffixes=(".csv",))
+    check_output("--output", args.output, apart_from=[data_args.dataset_name, args.scores])
+    check_output("--scores", args.scores, suffixes=(".csv",), apart_from=[data_args.dataset_name])
     check_output("--save_maps", args.save_maps, folder=True)
     if not args.baselines:
         data_args.refuse_training_flags("is of the training images, which --baselines alone takes")
