@@ -2,7 +2,7 @@
 
 import logging
 import os
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -101,8 +101,11 @@ def why_no_overlay(model: AnomalyDetector) -> str:
     return ""
 
 
-def check_overlay(model: AnomalyDetector, flag: str, folder: str | os.PathLike) -> None:
+def check_overlay(model: AnomalyDetector, flag: str, folder: str | os.PathLike, inputs: Iterable[str]) -> None:
     """Refuses a flag that asks for overlays in a folder, before any image is scored, where there would be none. Warns of other pictures there.
+
+    Args:
+        inputs: where the images come from; of a folder among them that would hold the overlays it warns, too.
 
     Raises:
         InputError: says why.
@@ -111,6 +114,9 @@ def check_overlay(model: AnomalyDetector, flag: str, folder: str | os.PathLike) 
         raise InputError(f"{flag}: {reason}")
     if any(Path(folder).glob("*.png")):
         logger.warning("%s %s: there are pictures already, which stay among the new ones but for those of the same names", flag, folder)
+    for name in inputs:
+        if Path(name).is_dir() and Path(folder).resolve().is_relative_to(Path(name).resolve()):
+            logger.warning("%s %s lies in %s: the next time its pictures would be scored, too; name another folder", flag, folder, name)
 
 
 @torch.no_grad()

@@ -505,6 +505,10 @@ def test_files_and_maps(run, detector, scans, caplog):
     assert run("predict", detector, scans / "b.png", "--save_maps", "maps")[0] == 0
     assert caplog.text.count("--save_maps maps: there are pictures already") == 1
     assert len(list(Path("maps").iterdir())) == len(rows) + 2
+    assert "lies in" not in caplog.text
+    shutil.copytree(scans, "here")
+    assert run("predict", detector, "here", "--save_maps", "here/maps")[0] == 0
+    assert caplog.text.count("--save_maps here/maps lies in here") == 1
     # Too few calibration images for the rate: an infinite threshold, which JSON does not know.
     status, _, err = run("predict", detector, scans / "a.png", "--output", "x.jsonl", "--false-positive-rate", 0.001)
     assert status == 0, err

@@ -84,7 +84,7 @@ def run(args: Namespace) -> None:
     model.require_fitted()
     processor.window = window or processor.window
     if args.save_maps is not None:
-        check_overlay(model, "--save_maps", args.save_maps)
+        check_overlay(model, "--save_maps", args.save_maps, args.images)
         Path(args.save_maps).mkdir(parents=True, exist_ok=True)
     counts = [source.count for source in sources]
     total = None if None in counts else sum(counts)

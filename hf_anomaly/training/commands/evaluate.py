@@ -189,7 +189,7 @@ def main(argv: list[str], program: str) -> None:
         data_args.refuse_training_flags("is of the training images, which --baselines alone takes")
     model, processor, splits, seed, normal_label = load_for_evaluation(args, data_args)
     if args.save_maps is not None:
-        check_overlay(model, "--save_maps", args.save_maps)
+        check_overlay(model, "--save_maps", args.save_maps, [data_args.dataset_name])
         if data_args.streaming:
             raise InputError("--save_maps picks images out of the dataset, which --streaming does not keep: leave one of them out")
         if args.num_maps < 1:
