@@ -161,6 +161,18 @@ def test_score_of_whitened_features(features, whitening, logit):
     np.testing.assert_allclose(model(queries).scores.detach().numpy(), expected, rtol=2e-4)
 
 
+def test_the_score_has_a_gradient_where_the_last_maps_are_flat():
+    backbone = SmallResNetConfig(num_channels=1, hidden_sizes=[8, 8, 8, 8], depths=[1, 1, 1, 1])  # of one pixel, at this size
+    model = tiny(score_features="all", backbone_config=backbone).eval()
+    model.fit_reference([images(5)], progress=False)
+    assert model.backbone(images(1)).feature_maps[-1].shape[-2:] == (1, 1)
+    queries = images(4, seed=1).requires_grad_()
+    model(queries).scores.sum().backward()
+    gradients = queries.grad.flatten(1)
+    assert gradients.isfinite().all()
+    assert (gradients.norm(dim=1) > 0).all()
+
+
 @pytest.mark.parametrize(("features", "count"), [("penultimate", 20), ("all", 20), ("all", 3)])
 def test_score_that_ignores_detail(features, count, tmp_path):
     model = tiny(score_features=features, score_whitening=True, score_ignores_detail=True).eval()
