@@ -670,6 +670,16 @@ def test_prepare_and_collate(tmp_path):
     assert torch.equal(test[1]["pixel_values"], expected)
 
 
+def test_labels_of_either_name_are_kept():
+    rows = Dataset.from_dict(
+        {"image": [png(pixels(i)) for i in range(3)], "labels": [1, 0, 1]}, Features({"image": Image(), "labels": Value("int64")})
+    )
+    for dataset in (rows, rows.rename_column("labels", "label"), rows.to_iterable_dataset()):
+        assert [row["labels"] for row in prepare(dataset, processor)] == [1, 0, 1]
+    both = rows.add_column("label", [0, 0, 0])
+    assert [row["labels"] for row in prepare(both, processor)] == [0, 0, 0]
+
+
 def test_collate_leaves_what_is_no_number():
     rows = [{"pixel_values": torch.zeros(1, 2, 2), "site": site, "age": age, "dose": 0.5} for site, age in (("A", 40), ("B", None))]
     batch = collate(rows)

@@ -195,11 +195,11 @@ def process_images(values: Sequence[Any], names: Sequence[str], processor: Calla
 class PixelTransform:
     """The transform of `datasets.Dataset.with_transform` that gives a detector's inputs.
 
-    Takes a batch of columns: `image` (see `decode_image`), and, if there are any, `label` (int), `dissolved_images` (V images a row) and
+    Takes a batch of columns: `image` (see `decode_image`), and, if there are any, `label` or `labels` (int), `dissolved_images` (V images a row) and
     `row` (used to name the culprit in errors). Gives
 
     - `pixel_values`: list of (C, H, W) float32 tensors in [-1, 1], whatever the processor makes of the images;
-    - `labels`: list of ints, if the batch has `label`;
+    - `labels`: list of ints, if the batch has labels;
     - `dissolved_pixel_values`: list of (V, C, H, W) uint8 tensors, if the batch has `dissolved_images`, 8-bit L or RGB images which were saved at the
       model's size. They stay levels v, which stand for x = v / 127.5 - 1: a step takes one of the V, and rescales that one.
 
@@ -225,8 +225,8 @@ class PixelTransform:
             [f"row {row}" for row in batch["row"]] if "row" in batch else [f"image {i} of the batch" for i in range(len(batch["image"]))]
         )
         features: dict[str, list[Any]] = {"pixel_values": [x.float() for x in process_images(batch["image"], names, self.processor, "pt")]}
-        if "label" in batch:
-            features["labels"] = batch["label"]
+        if labels := [batch[column] for column in ("label", "labels") if column in batch]:
+            features["labels"] = labels[0]
         if "dissolved_images" in batch:
             pairs = zip(batch["dissolved_images"], names, strict=True)
             features["dissolved_pixel_values"] = [self._dissolved(views, f"dissolved views of {name}") for views, name in pairs]
