@@ -680,6 +680,14 @@ def test_labels_of_either_name_are_kept():
     assert [row["labels"] for row in prepare(both, processor)] == [0, 0, 0]
 
 
+@pytest.mark.parametrize("kind", [np.asarray, np.ndarray.tolist])
+def test_pixel_values_that_are_no_tensors(kind):
+    rows = np.random.default_rng(0).random((3, 1, 8, 8))
+    batch = collate([{"pixel_values": kind(row), "labels": 0} for row in rows])
+    assert torch.equal(batch["pixel_values"], torch.from_numpy(rows).float())
+    assert not collate([{"pixel_values": kind(np.zeros((1, 8, 8), np.int64))}])["pixel_values"].is_floating_point()
+
+
 def test_collate_leaves_what_is_no_number():
     rows = [{"pixel_values": torch.zeros(1, 2, 2), "site": site, "age": age, "dose": 0.5} for site, age in (("A", 40), ("B", None))]
     batch = collate(rows)

@@ -282,7 +282,8 @@ def collate(features: list[dict[str, Any]]) -> dict[str, torch.Tensor | list[Any
     """Stacks rows: tensors of shape S to (B, *S), numbers to (B,); `labels` is int64. Anything else, such as names, stays a list of B.
 
     Args:
-        features: rows as a dataset with a `PixelTransform` gives them, all with the same keys and shapes.
+        features: rows as a dataset with a `PixelTransform` gives them, all with the same keys and shapes; `pixel_values` also as arrays or lists, which
+            is how `dataset.map(processor)` keeps them.
 
     Raises:
         InputError: they have no `pixel_values`.
@@ -294,6 +295,9 @@ def collate(features: list[dict[str, Any]]) -> dict[str, torch.Tensor | list[Any
         values = [row[key] for row in features]
         if isinstance(values[0], torch.Tensor):
             batch[key] = torch.stack(values)
+        elif key == "pixel_values":
+            stacked = torch.from_numpy(np.stack(values))
+            batch[key] = stacked.float() if stacked.is_floating_point() else stacked  # which the detector refuses
         elif key == "labels":
             batch[key] = torch.tensor(values, dtype=torch.int64)
         else:
