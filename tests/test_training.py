@@ -105,7 +105,7 @@ def make(tmp_path):
             model,
             AnomalyTrainingArguments(**common),
             train_dataset=prepare(train_dataset, PROCESSOR),
-            eval_dataset=None if eval_dataset is None else prepare(eval_dataset, PROCESSOR),
+            eval_dataset=prepared(eval_dataset),
             processing_class=PROCESSOR,
             callbacks=callbacks,
             compute_metrics=metrics,
@@ -113,6 +113,12 @@ def make(tmp_path):
         )
 
     return make
+
+
+def prepared(dataset):
+    if isinstance(dataset, dict):
+        return {name: prepared(part) for name, part in dataset.items()}
+    return None if dataset is None else prepare(dataset, PROCESSOR)
 
 
 def losses(trainer):
@@ -472,6 +478,22 @@ def test_metrics_of_ones_own(make):
     assert {"eval_auroc", "eval_f1_max"} < set(found)
     prediction = trainer.predict(trainer.eval_dataset)
     assert prediction.metrics["test_gap"] == metrics(prediction)["gap"]
+
+
+def test_several_evaluation_datasets_by_name(make, refused):
+    parts = {"here": images(11, 1, 5), "there": images(13, 2, 6)}
+    options = {"eval_strategy": "steps", "eval_steps": 2, "save_strategy": "steps", "save_steps": 2, "load_best_model_at_end": True}
+    with refused("metric_for_best_model='auroc'", "here_auroc", "there_f1_max"):
+        make(eval_dataset=parts, metric_for_best_model="auroc", **options)
+    trainer = make(eval_dataset=parts, metric_for_best_model="there_auroc", max_steps=4, **options)
+    trainer.train()
+    assert trainer.state.best_metric is not None
+    trainer.fit_reference()
+    found = trainer.evaluate()
+    for name, part in trainer.eval_dataset.items():
+        alone = trainer.evaluate(part)
+        assert {metric: found[metric.replace("eval_", f"eval_{name}_")] for metric in alone} == alone
+    assert trainer.evaluate(trainer.eval_dataset) == found
 
 
 def test_training_again_starts_unfitted(make):

@@ -350,9 +350,11 @@ class _AverageCallback(TrainerCallback):
             self.trainer._average.step(self.trainer.model.parameters())
 
 
-def _check_metric(name: str | None) -> None:
+def _check_metric(name: str | None, eval_dataset) -> None:
     """Refuses a metric to choose by that `evaluate` does not give, such as Trainer's own default, the loss."""
     measured = list(image_metrics([0], [0]))
+    if isinstance(eval_dataset, dict):
+        measured = [f"{part}_{metric}" for part in eval_dataset for metric in measured]
     if name is not None and name.removeprefix("eval_") not in measured:
         raise InputError(
             f"metric_for_best_model={name!r} is not measured: give {', '.join(measured)} or, with compute_metrics, one of your own"
@@ -369,7 +371,7 @@ class AnomalyTrainer(ReproducibleTrainer):
         model: the detector.
         args: `AnomalyTrainingArguments`.
         train_dataset: prepared images (`hf_anomaly.prepare`), normals only.
-        eval_dataset: prepared, with labels; `evaluate` reports image-level metrics on it.
+        eval_dataset: prepared, with labels; `evaluate` reports image-level metrics on it. Or several by name.
         reference_dataset: prepared normals that scoring compares with; default `train_dataset`.
         calibration_dataset: prepared normals, disjoint from the other two.
         processing_class: the image processor, saved beside the model.
@@ -403,7 +405,7 @@ class AnomalyTrainer(ReproducibleTrainer):
         if model.phases and any(part is not None for part in optimizers):
             raise InputError(f"{type(model).__name__} trains in phases, each with an optimizer of its own: leave out optimizers")
         if args.eval_strategy != "no" and compute_metrics is None:  # with one only the first evaluation tells which metrics there are
-            _check_metric(args.metric_for_best_model)
+            _check_metric(args.metric_for_best_model, eval_dataset)
         super().__init__(
             model,
             args,
@@ -521,10 +523,15 @@ class AnomalyTrainer(ReproducibleTrainer):
         return PredictionOutput(predictions=scores, label_ids=labels, metrics=metrics)
 
     def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix="eval") -> dict[str, float | None]:
-        """Image-level metrics on `eval_dataset`, logged as `Trainer.evaluate` does."""
+        """Image-level metrics on `eval_dataset`, logged as `Trainer.evaluate` does; of several datasets by name, those of each: eval_<name>_auroc …"""
         eval_dataset = self.eval_dataset if eval_dataset is None else eval_dataset
         if eval_dataset is None:
             raise InputError("evaluate needs an eval_dataset with labels")
+        if isinstance(eval_dataset, dict):
+            metrics = {}
+            for name, part in eval_dataset.items():
+                metrics |= self.evaluate(part, ignore_keys, f"{metric_key_prefix}_{name}")
+            return metrics
         metrics = self.predict(eval_dataset, ignore_keys, metric_key_prefix).metrics
         self.log(dict(metrics))
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
