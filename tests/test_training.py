@@ -511,6 +511,14 @@ def test_no_calibration_images(make):
         trainer.calibrate()
 
 
+def test_arguments_of_another_class_are_refused(tmp_path, refused):
+    plain = TrainingArguments(str(tmp_path), report_to="none")
+    with refused("AnomalyTrainer takes AnomalyTrainingArguments, not TrainingArguments"):
+        AnomalyTrainer(detector(), plain, train_dataset=prepare(images(4), PROCESSOR))
+    with refused("DenoisingTrainer takes DenoisingTrainingArguments, not TrainingArguments"):
+        DenoisingTrainer(detector(), plain, train_dataset=prepare(images(4), PROCESSOR))
+
+
 def test_fewer_images_than_a_batch(make):
     with pytest.raises(InputError, match="3 training images, fewer than one batch of 4: set --per_device_train_batch_size"):
         make(train_dataset=images(3)).train()

@@ -33,6 +33,7 @@ from ..files import read_json
 from ..hub import CommitInfo, hub_errors, push_checkpoint, push_folder
 from ..metrics import image_metrics
 from ..ops.distributed import share_buffers
+from .arguments import AnomalyTrainingArguments, DenoisingTrainingArguments, ReproducibleArguments
 from .lars import LARS
 from .phases import PhasedOptimizer, only
 from .run_record import check_same_run
@@ -103,9 +104,18 @@ class ReproducibleTrainer(Trainer):
     Args:
         run: what describes the run (data, seed, settings), as JSON can hold it; written into checkpoints, and a checkpoint of another run is refused.
         The others are `Trainer`'s.
+
+    Raises:
+        InputError: `args` of another class than `arguments_class`, or a process that sees several GPUs.
     """
 
+    arguments_class: type[ReproducibleArguments] = ReproducibleArguments
+
     def __init__(self, model, args, *, run: dict | None = None, **kwargs):
+        if not isinstance(args, self.arguments_class):
+            raise InputError(
+                f"{type(self).__name__} takes {self.arguments_class.__name__}, not {type(args).__name__}: they have settings of its own"
+            )
         if args.n_gpu > 1:
             raise InputError(f"one process sees {args.n_gpu} GPUs: start one process for each with `accelerate launch`")
         if args.world_size > 1 and args.device.type == "cuda":
@@ -386,6 +396,8 @@ class AnomalyTrainer(ReproducibleTrainer):
             is not measured.
     """
 
+    arguments_class = AnomalyTrainingArguments
+
     def __init__(
         self,
         model: AnomalyDetector,
@@ -577,6 +589,8 @@ class DenoisingTrainer(ReproducibleTrainer):
         args: `DenoisingTrainingArguments`.
         train_dataset: prepared images; what labels they have is ignored.
     """
+
+    arguments_class = DenoisingTrainingArguments
 
     def __init__(self, model, args, *, train_dataset, callbacks=None, run=None):
         super().__init__(model, args, run=run, data_collator=collate, train_dataset=train_dataset, callbacks=callbacks)
