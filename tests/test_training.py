@@ -511,6 +511,17 @@ def test_no_calibration_images(make):
         trainer.calibrate()
 
 
+def test_a_stream_calibrates(make):
+    trainer = make()
+    trainer.fit_reference()
+    scores = []
+    for dataset in (images(10, 3), images(10, 3).to_iterable_dataset()):
+        trainer.calibration_dataset = prepare(dataset, PROCESSOR)
+        trainer.calibrate()
+        scores.append(trainer.model.calibration.scores)
+    assert torch.equal(*scores)
+
+
 def test_arguments_of_another_class_are_refused(tmp_path, refused):
     plain = TrainingArguments(str(tmp_path), report_to="none")
     with refused("AnomalyTrainer takes AnomalyTrainingArguments, not TrainingArguments"):

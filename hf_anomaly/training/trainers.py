@@ -505,7 +505,7 @@ class AnomalyTrainer(ReproducibleTrainer):
         Raises:
             InputError: there is no calibration dataset.
         """
-        if self.calibration_dataset is None or len(self.calibration_dataset) == 0:
+        if self.calibration_dataset is None or (hasattr(self.calibration_dataset, "__len__") and len(self.calibration_dataset) == 0):
             raise InputError("there are no calibration images: hold some normal images out (--calibration_fraction)")
         self.model.calibrate(
             self._loader(self.calibration_dataset),
