@@ -5,7 +5,7 @@ import json
 import logging
 import os
 import tempfile
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -464,13 +464,13 @@ class AnomalyDetector(PreTrainedModel):
         scores, labels, _ = self._score(dataloader, gather, progress, description)
         return scores, labels
 
-    def p_values(self, scores: torch.Tensor) -> torch.Tensor:
-        """Conformal p-values (B,) of scores (B,); see `conformal_p_values`."""
-        return self.calibration.p_values(scores)
+    def p_values(self, scores: torch.Tensor | Sequence[float]) -> torch.Tensor:
+        """Conformal p-values (B,) of scores (B,), a tensor, an array or a list; see `conformal_p_values`."""
+        return self.calibration.p_values(torch.as_tensor(scores))
 
-    def is_anomalous(self, scores: torch.Tensor, false_positive_rate: float | None = None) -> torch.Tensor:
-        """(B,) bool: score strictly above the threshold of `calibrate`, or of another false-positive rate."""
-        return scores > self.calibration.threshold_at(false_positive_rate)
+    def is_anomalous(self, scores: torch.Tensor | Sequence[float], false_positive_rate: float | None = None) -> torch.Tensor:
+        """(B,) bool: score strictly above the threshold of `calibrate`, or of another false-positive rate. Scores as in `p_values`."""
+        return torch.as_tensor(scores) > self.calibration.threshold_at(false_positive_rate)
 
     # Saving and loading -------------------------------------------------------------------------------------------------------
 
@@ -716,6 +716,10 @@ class AnomalyDetector(PreTrainedModel):
         self.eval()
         try:
             for batch in tqdm(dataloader, desc=description, unit="batch", disable=not progress):
+                if not isinstance(batch, torch.Tensor) and not (isinstance(batch, Mapping) and "pixel_values" in batch):
+                    raise InputError(
+                        f"a batch is a {type(batch).__name__}: give tensors (B, C, H, W), or dicts that hold such as 'pixel_values'"
+                    )
                 pixel_values = batch if isinstance(batch, torch.Tensor) else batch["pixel_values"]
                 labels = None if isinstance(batch, torch.Tensor) else batch.get("labels")
                 yield pixel_values.to(self.device), labels

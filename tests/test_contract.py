@@ -470,6 +470,9 @@ def test_only_normal_images_and_at_least_one(model, method, refused):
         getattr(model, method)([{"pixel_values": images(3), "labels": torch.tensor([0, 0, 1])}], progress=False)
     with refused("normal"):
         getattr(model, method)([], progress=False)
+    for batch in ([images(3)], {"image": images(3)}):  # the first is a TensorDataset's
+        with refused(f"a batch is a {type(batch).__name__}", "pixel_values"):
+            getattr(model, method)([batch], progress=False)
     assert all(torch.equal(before[name], buffer) for name, buffer in states(model).items())
 
 
@@ -488,6 +491,9 @@ def test_verdicts_are_the_threshold(model):
     assert torch.equal(model.is_anomalous(scores), scores > threshold)
     assert not model.is_anomalous(threshold[None]).any()  # strictly above
     assert torch.equal(model.is_anomalous(scores), model.p_values(scores) <= model.config.false_positive_rate)
+    for kind in (scores.numpy(), scores.tolist()):
+        assert torch.equal(model.is_anomalous(kind), model.is_anomalous(scores))
+        assert torch.equal(model.p_values(kind), model.p_values(scores))
 
 
 # Training ---------------------------------------------------------------------------------------------------------------------
