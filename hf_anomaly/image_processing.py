@@ -74,7 +74,7 @@ def read_any_image(image, name: str, window: Window = None, timeout: float = 30.
     Raises:
         InputError: also a file that is missing, unreadable or cannot be fetched, and what is no image.
     """
-    if isinstance(image, str) and image.startswith(("http://", "https://")):
+    if isinstance(image, str) and image.lower().startswith(("http://", "https://")):
         return decode_image({"bytes": _download(image, timeout)}, image, window)
     if isinstance(image, (str, os.PathLike)):
         return decode_image({"path": os.fspath(image)}, name, window)

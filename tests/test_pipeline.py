@@ -272,6 +272,7 @@ def test_urls(pipe, folder, expected, refused):
     url = f"http://127.0.0.1:{server.server_address[1]}"
     try:
         same([pipe(f"{url}/0.png", timeout=10)], expected[:1])
+        same([pipe(f"{url}/0.png".replace("http", "HTTP"))], expected[:1])
         same(pipe([f"{url}/1.png", f"{url}/2.png"], batch_size=2), expected[1:3])
         for name, word in (("none.png", "404"), ("config.json", "unknown image format")):
             with refused(f"{url}/{name}", word):
