@@ -526,8 +526,28 @@ def test_arguments_of_another_class_are_refused(tmp_path, refused):
     plain = TrainingArguments(str(tmp_path), report_to="none")
     with refused("AnomalyTrainer takes AnomalyTrainingArguments, not TrainingArguments"):
         AnomalyTrainer(detector(), plain, train_dataset=prepare(images(4), PROCESSOR))
+    with refused("AnomalyTrainer takes AnomalyTrainingArguments, not NoneType"):
+        AnomalyTrainer(detector())
     with refused("DenoisingTrainer takes DenoisingTrainingArguments, not TrainingArguments"):
         DenoisingTrainer(detector(), plain, train_dataset=prepare(images(4), PROCESSOR))
+
+
+@pytest.mark.parametrize("kind", ["csi", "phases"])
+def test_every_training_may_begin_with_a_new_model(make, kind):
+    """As trials of hyperparameter_search do, which forgets the model in between."""
+    given, made = make(kind), []
+    given.train()
+
+    def init(trial):
+        made.append(adversaries() if kind == "phases" else detector())
+        return made[-1]
+
+    trainer = AnomalyTrainer(args=given.args, model_init=init, train_dataset=given.train_dataset)
+    for _ in range(2):
+        trainer.train()
+        assert trainer.model is made[-1]
+        assert_same(weights(given), weights(trainer))
+        trainer.model = None
 
 
 def test_fewer_images_than_a_batch(make):

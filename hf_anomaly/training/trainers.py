@@ -91,6 +91,11 @@ def push_output(args, folder=None, message: str = "End of training", *, token=No
     )
 
 
+def _synchronised(model, args):
+    several = args.world_size > 1 and args.device.type == "cuda"
+    return torch.nn.SyncBatchNorm.convert_sync_batchnorm(model) if several else model
+
+
 class ReproducibleTrainer(Trainer):
     """`transformers.Trainer` with random numbers derived from (seed, step, micro-step), averaged weights, whole checkpoints, and named losses in the log.
 
@@ -118,12 +123,10 @@ class ReproducibleTrainer(Trainer):
             )
         if args.n_gpu > 1:
             raise InputError(f"one process sees {args.n_gpu} GPUs: start one process for each with `accelerate launch`")
-        if args.world_size > 1 and args.device.type == "cuda":
-            model = torch.nn.SyncBatchNorm.convert_sync_batchnorm(model)
-        super().__init__(model, args, **kwargs)
+        super().__init__(None if model is None else _synchronised(model, args), args, **kwargs)
         self.model_accepts_loss_kwargs = False  # a `forward` with **kwargs would be taken to divide by the accumulation steps itself
-        if hasattr(model, "config"):
-            vars(model.config).pop("use_cache", None)  # Trainer puts it there, for language models; our configs refuse unknown fields
+        if hasattr(self.model, "config"):
+            vars(self.model.config).pop("use_cache", None)  # Trainer puts it there, for language models; our configs refuse unknown fields
         self.run = run
         self._average = None
         self._micro_step = (-1, 0)  # (global step, micro-batches done in it)
@@ -132,6 +135,9 @@ class ReproducibleTrainer(Trainer):
         self._staging = False
         # Trainer offers no other hook between the optimizer's step and the checkpoint.
         self.add_callback(_AverageCallback(self))
+
+    def call_model_init(self, trial=None):
+        return _synchronised(super().call_model_init(trial), self.args)
 
     def create_optimizer(self, model=None):
         if self.optimizer is None and self.args.lars:
@@ -380,6 +386,7 @@ class AnomalyTrainer(ReproducibleTrainer):
     Args:
         model: the detector.
         args: `AnomalyTrainingArguments`.
+        model_init: in place of `model`, makes a new one for every training, which `hyperparameter_search` needs; it may take the trial.
         train_dataset: prepared images (`hf_anomaly.prepare`), normals only.
         eval_dataset: prepared, with labels; `evaluate` reports image-level metrics on it. Or several by name.
         reference_dataset: prepared normals that scoring compares with; default `train_dataset`.
@@ -400,9 +407,10 @@ class AnomalyTrainer(ReproducibleTrainer):
 
     def __init__(
         self,
-        model: AnomalyDetector,
-        args,
+        model: AnomalyDetector | None = None,
+        args=None,
         *,
+        model_init=None,
         train_dataset=None,
         eval_dataset=None,
         reference_dataset=None,
@@ -414,14 +422,11 @@ class AnomalyTrainer(ReproducibleTrainer):
         optimizers=(None, None),
         run=None,
     ):
-        if model.phases and any(part is not None for part in optimizers):
-            raise InputError(f"{type(model).__name__} trains in phases, each with an optimizer of its own: leave out optimizers")
-        if args.eval_strategy != "no" and compute_metrics is None:  # with one only the first evaluation tells which metrics there are
-            _check_metric(args.metric_for_best_model, eval_dataset)
         super().__init__(
             model,
             args,
             run=run,
+            model_init=model_init,
             data_collator=data_collator,
             train_dataset=train_dataset,
             eval_dataset=eval_dataset,
@@ -430,6 +435,11 @@ class AnomalyTrainer(ReproducibleTrainer):
             callbacks=callbacks,
             optimizers=optimizers,
         )
+        if args.eval_strategy != "no" and compute_metrics is None:  # with one only the first evaluation tells which metrics there are
+            _check_metric(args.metric_for_best_model, eval_dataset)
+        model = self.model
+        if model.phases and any(part is not None for part in optimizers):
+            raise InputError(f"{type(model).__name__} trains in phases, each with an optimizer of its own: leave out optimizers")
         self.reference_dataset = train_dataset if reference_dataset is None else reference_dataset
         self.calibration_dataset = calibration_dataset
         parameters = inspect.signature(model.forward).parameters
@@ -491,7 +501,8 @@ class AnomalyTrainer(ReproducibleTrainer):
         return self.state.global_step * batch / len(self.reference_dataset)
 
     def train(self, resume_from_checkpoint=None, **kwargs):
-        self.model.reset_reference()  # checkpoints are unfitted
+        if self.model_init is None:
+            self.model.reset_reference()  # checkpoints are unfitted
         self._micro_batches = []
         return super().train(resume_from_checkpoint, **kwargs)
 
