@@ -120,7 +120,8 @@ def check_output(
     suffixes: Sequence[str] = (),
     apart_from: Iterable[str | os.PathLike | None] = (),
 ) -> None:
-    """Refuses a path to write to, if one was given, where a folder lies in place of a file, or with `folder` a file in place of a folder.
+    """Refuses a path to write to, if one was given, where a folder lies in place of a file, or with `folder` a file in place of a folder, or where nothing
+    can be written: before anything long runs.
 
     Args:
         suffixes: those that its name may end in, in lower case; none: any.
@@ -129,14 +130,23 @@ def check_output(
     Raises:
         InputError: names the flag.
     """
-    if path is not None and (Path(path).is_file() if folder else Path(path).is_dir()):
+    if path is None:
+        return
+    place = Path(path).resolve()
+    if place.is_file() if folder else place.is_dir():
         there, wanted = ("file", "folder") if folder else ("folder", "file")
         raise InputError(f"{flag} {path}: it is a {there}; name a {wanted}")
-    if path is not None and suffixes and Path(path).suffix.lower() not in suffixes:
+    if suffixes and Path(path).suffix.lower() not in suffixes:
         choice = " or ".join(filter(None, (", ".join(suffixes[:-1]), suffixes[-1])))
         raise InputError(f"{flag} {path}: the name must end in {choice}")
-    if path is not None and Path(path).resolve() in {Path(other).resolve() for other in apart_from if other is not None}:
+    if place in {Path(other).resolve() for other in apart_from if other is not None}:
         raise InputError(f"{flag} {path}: it is an input or another output, which would be overwritten; name another file")
+    if folder or place.is_file() or not place.exists():  # else a device or pipe
+        try:
+            with tempfile.TemporaryFile(dir=next(above for above in (place, *place.parents) if above.is_dir())):
+                pass
+        except OSError as error:
+            raise InputError(f"{flag} {path}: nothing can be written there ({error.strerror}); name another place") from error
 
 
 def read_json(path: str | os.PathLike) -> dict:

@@ -1,5 +1,6 @@
 """Files appear whole or not at all, where the user said."""
 
+import errno
 import os
 import threading
 
@@ -68,6 +69,22 @@ def test_names_of_outputs(tmp_path, suffixes, words, refused):
         check_output("--output", tmp_path / "a.pdf", suffixes=suffixes)
     check_output("--output", None, suffixes=suffixes)
     check_output("--output", tmp_path / "a.pdf")
+
+
+def test_outputs_where_nothing_can_be_written_are_refused_at_once(tmp_path, monkeypatch, refused):
+    tried = []
+
+    def refuse(dir):
+        tried.append(dir)
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(dir))
+
+    monkeypatch.setattr("tempfile.TemporaryFile", refuse)  # a superuser may write anywhere
+    (tmp_path / "there.csv").touch()
+    for path, folder in (("there.csv", False), ("new.csv", False), ("new/folder", True), ("", True)):
+        with refused("--output", path, "Permission denied"):
+            check_output("--output", tmp_path / path, folder=folder)
+    assert tried == [tmp_path.resolve()] * 4
+    check_output("--output", os.devnull)
 
 
 def test_names_that_every_file_system_has():
