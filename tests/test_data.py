@@ -766,3 +766,28 @@ def test_datasets_at_hand(tmp_path, refused):
         load_one_class(splits["train"].to_iterable_dataset())
     with refused("a datasets.Dataset", "list"):
         load_one_class([1, 2])
+
+
+@pytest.mark.parametrize(
+    "format", [{"type": "torch"}, {"type": "numpy"}, {"type": "arrow"}, {"type": "torch", "columns": ["scan"]}], ids=str
+)
+def test_a_format_changes_no_label(tmp_path, format):
+    """A label that is a tensor would be of another class than the same number in the other split."""
+    train, test = (
+        Dataset.from_parquet(str(save_parquet(tmp_path / f"{name}.parquet", labels, "label", Value("float32"))))
+        for name, labels in (("train", [0.0] * 10), ("test", [0.0, 1.0, 1.0]))
+    )
+    formatted = train.with_format(**format)
+    formatted.save_to_disk(tmp_path / "saved")  # which keeps the format
+    for source in ({"train": formatted, "test": test}, {datasets.Split.TRAIN: formatted, datasets.Split.TEST: test}):
+        found = load_one_class(source)
+        assert (found.normal_label, len(found.train), found.test["label"][:]) == ("0", 8, [0, 1, 1])
+    assert load_one_class(tmp_path / "saved").normal_label == "0"
+    assert formatted.format["type"] == format["type"]  # the caller's dataset stays as it is
+
+
+def test_a_transform_is_left_out(tmp_path, caplog):
+    write(tmp_path / "normals", {"normal": 10})
+    split = datasets.load_dataset("imagefolder", data_dir=str(tmp_path / "normals"), split="train")
+    assert len(load_one_class(split.with_transform(lambda batch: {"pixel_values": batch["image"]})).train) == 8
+    assert "The transform of split 'train' is left out" in caplog.text

@@ -261,6 +261,13 @@ def test_a_boolean_class(asked):
     assert sorted(numbers(stream_one_class({"train": booleans}, normal_label=asked, calibration_fraction=0).train)) == [0, 3, 6]
 
 
+@pytest.mark.parametrize("format", ["torch", "arrow"])
+def test_a_format_changes_no_label(format):
+    formatted = stream(*((i, {"label": i % 2}) for i in range(9)), label=Value("int64")).with_format(format)
+    found = stream_one_class({"train": formatted}, normal_label=0, calibration_fraction=0)
+    assert sorted(numbers(found.train)) == [0, 2, 4, 6, 8]
+
+
 def test_copies_in_the_head(refused):
     with refused("the first 10 normals", "copies of one image", "calibration_fraction=0"):
         stream_one_class({"train": stream(*((7, {}) for _ in range(10)))})

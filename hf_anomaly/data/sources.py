@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
+D = TypeVar("D")  # a `Dataset` or an `IterableDataset`
 
 NORMAL_NAMES = ("normal", "good", "healthy")
 IN_MEMORY = "in-memory dataset"  # the name of a source that has none
@@ -69,11 +70,23 @@ def given_splits(source: Any) -> dict[str, datasets.Dataset] | None:
         return None
     splits = {"train": source} if isinstance(source, datasets.Dataset) else source
     if isinstance(splits, Mapping) and splits and all(isinstance(split, datasets.Dataset) for split in splits.values()):
-        return dict(splits)
+        return plain_splits(splits)
     found = type(source).__name__ if not isinstance(source, Mapping) else ", ".join(type(split).__name__ for split in source.values())
     raise InputError(
         f"images come from a name, a datasets.Dataset or a DatasetDict, not from {found or 'nothing'}; stream_one_class takes streams"
     )
+
+
+def plain_splits(splits: Mapping[str, D]) -> dict[str, D]:
+    """The splits as they are stored, under names of plain text: without a format, which would make labels tensors or hide columns, or a transform."""
+    import datasets
+
+    for name, split in splits.items():
+        if isinstance(split, datasets.Dataset) and split.format["type"] == "custom":
+            logger.warning(
+                "The transform of split %r is left out, as images are read as they are stored; to keep it, apply it with map", str(name)
+            )
+    return {str(name): split.with_format(None) for name, split in splits.items()}
 
 
 def read_source(
@@ -112,7 +125,7 @@ def read_source(
         return _read_digits()
     if local and any((path / file).is_file() for file in ("dataset_dict.json", "state.json")):  # of `save_to_disk`
         saved = load_or_refuse(source, datasets.load_from_disk, str(path))
-        return {"train": saved} if isinstance(saved, datasets.Dataset) else dict(saved)
+        return plain_splits({"train": saved} if isinstance(saved, datasets.Dataset) else saved)
     if local and path.is_dir():
         return _read_folder(path, label_column, reading)
     if path.is_file() and path.suffix == ".npz":

@@ -15,7 +15,7 @@ from .content import read_image_file
 from .formats import Reading
 from .loading import OneClassSplits, channels_and_sizes, check_images, class_asked_for, class_name, image_column_of, label_column_of
 from .protocols import Division
-from .sources import UnknownClassError, by_our_names, default_normal_class, load_or_refuse, read_source, with_bytes
+from .sources import UnknownClassError, by_our_names, default_normal_class, load_or_refuse, plain_splits, read_source, with_bytes
 
 if TYPE_CHECKING:
     import datasets
@@ -69,7 +69,7 @@ def stream_one_class(
         raise InputError("head must be at least 2, shuffle_buffer and max_train_images at least 1")
     name = "a stream" if isinstance(source, Mapping) else os.fspath(source)
     raw = (
-        dict(source)
+        plain_splits(source)
         if isinstance(source, Mapping)
         else read_source(name, label_column, config_name, revision, image_column=image_column, reading=reading, streaming=True)
     )
