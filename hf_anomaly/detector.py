@@ -1,5 +1,6 @@
 """The contract that every detector obeys: configuration, output, fit_reference, calibrate, save and load."""
 
+import copy
 import difflib
 import json
 import logging
@@ -485,6 +486,14 @@ class AnomalyDetector(PreTrainedModel):
     @classmethod
     def register_for_auto_class(cls, auto_class="AutoModel"):
         """Nothing: a saved detector refers to the package, whose code is not copied beside it."""
+
+    @classmethod
+    def _from_config(cls, config, **kwargs):
+        """What `AutoModel.from_config` calls: a detector with new weights, for which what the configuration of a saved one says of reference and calibration
+        does not hold. The constructor takes it at its word, as weights may be loaded into what it builds."""
+        model = super()._from_config(copy.deepcopy(config), **kwargs)
+        model.reset_reference()
+        return model
 
     @classmethod
     def from_pretrained(

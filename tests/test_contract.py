@@ -206,6 +206,21 @@ def test_config_round_trip(model, tmp_path):
     assert (config.image_size, config.num_channels, config.num_calibration_scores) == (16, 1, 39)
 
 
+def test_new_weights_are_not_fitted(model, build, refused):
+    """Of the configuration of a fitted and calibrated detector."""
+    before = model.config.to_dict()
+    new = AutoModel.from_config(model.config).eval()
+    assert (new.is_fitted, new.calibration.is_calibrated) == (False, False)
+    assert {name: value.shape for name, value in states(new).items()} == {
+        name: value.shape for name, value in states(build(**SHAPES[0])).items()
+    }
+    with refused("fit_reference", error=NotFittedError):
+        new(images(4))
+    assert model.config.to_dict() == before
+    new.fit_reference([images(20)], progress=False)
+    assert new(images(4)).scores.isfinite().all()
+
+
 def test_misspelt_config_field(build, refused):
     config_class = type(build(**SHAPES[0]).config)
     with refused("image_sise", "'image_size'"):
