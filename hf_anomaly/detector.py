@@ -122,6 +122,7 @@ class AnomalyDetectorConfig(PreTrainedConfig):
     hf_anomaly_version: str | None = None
 
     def __post_init__(self, **kwargs):
+        kwargs.pop("use_cache", None)  # transformers.Trainer puts it into every configuration, for language models
         known = [name for name in self.__dataclass_fields__ if not name.startswith("_")]
         for name in kwargs:
             if name not in _INHERITED_KEYWORDS:

@@ -206,6 +206,12 @@ def test_config_round_trip(model, tmp_path):
     assert (config.image_size, config.num_channels, config.num_calibration_scores) == (16, 1, 39)
 
 
+def test_what_the_trainer_of_transformers_leaves_in_the_config(model, tmp_path):
+    model.config.use_cache = False
+    model.save_pretrained(tmp_path)
+    assert torch.equal(AutoModel.from_pretrained(tmp_path)(images(4)).scores, model(images(4)).scores)
+
+
 def test_new_weights_are_not_fitted(model, build, refused):
     """Of the configuration of a fitted and calibrated detector."""
     before = model.config.to_dict()
