@@ -300,11 +300,27 @@ def test_masks_are_not_taken_for_the_images(tmp_path, refused):
         ([1, 0, 1], ClassLabel(names=["bad", "fine"]), "0", [1]),
         ([1, 0, 1], ClassLabel(names=["1", "0"]), "0", [0, 2]),  # a class of that name comes before the index
         (["1", "0", "1"], Value("string"), 1, [0, 2]),
+        (["1.0", "0.0", "1.0"], Value("string"), 1, [0, 2]),  # as a table has them
+        (["1.0", "0.0", "1.0"], Value("string"), "0", [1]),
+        (["0.0", "0", "0.0"], Value("string"), 0, [1]),
+        ([1.0, 0.0, 1.0], Value("float32"), "0.0", [1]),
+        ([True, False, True], Value("bool"), "false", [1]),
+        (["TRUE", "FALSE", "TRUE"], Value("string"), True, [0, 2]),
+        ([1, 0, 1], Value("int64"), np.int64(1), [0, 2]),
+        ([True, False, True], Value("bool"), np.False_, [1]),
     ],
 )
 def test_kinds_of_labels(tmp_path, values, feature, normal_label, expected):
     path = save_parquet(tmp_path / "x.parquet", values, "label", feature)
     assert rows(load_one_class(path, normal_label=normal_label, calibration_fraction=0).train) == expected
+
+
+def test_classes_that_are_alike_are_not_confused(tmp_path, refused):
+    path = save_parquet(tmp_path / "x.parquet", ["1.0", "1.00", "2"], "label")
+    with refused("normal_label=1", "'1.00'"):
+        load_one_class(path, normal_label=1)
+    with refused("'ok'"):
+        load_one_class(save_parquet(tmp_path / "y.parquet", ["OK", "bad"] * 3, "label"), normal_label="ok")
 
 
 def test_no_label_column_warns(tmp_path, caplog):

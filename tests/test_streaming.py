@@ -255,7 +255,7 @@ def test_a_training_split_without_a_label_column(caplog):
     assert "no label column among image, sick" in caplog.text
 
 
-@pytest.mark.parametrize("asked", [0, "0", False, "False"])
+@pytest.mark.parametrize("asked", [0, "0", False, "False", "false", np.False_])
 def test_a_boolean_class(asked):
     booleans = stream(*((i, {"label": i % 3 > 0}) for i in range(9)), label=Value("bool"))
     assert sorted(numbers(stream_one_class({"train": booleans}, normal_label=asked, calibration_fraction=0).train)) == [0, 3, 6]

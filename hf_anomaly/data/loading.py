@@ -6,8 +6,9 @@ import hashlib
 import logging
 import math
 import os
+import re
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
@@ -452,10 +453,22 @@ def class_name(value: Any, feature: Any) -> str | None:
     return str(int(value)) if isinstance(value, float) and value.is_integer() else str(value)
 
 
-def class_asked_for(asked: int | str, feature: Any) -> str | None:
-    """The name of a class that is asked for by it, or by its index, or its value in a column of numbers or booleans; None if no class has the index."""
-    is_index = isinstance(asked, int) or asked.isdecimal()
-    return class_name(int(asked), feature) if is_index and "string" not in feature.dtype else str(asked)
+def class_asked_for(asked: Any, feature: Any, classes: Collection[str]) -> str | None:
+    """The name of a class that is asked for by it, or by its index, or its value in a column of numbers or booleans; None if no class has the index.
+
+    Of the `classes` that there are it is the one that is asked for in other words, such as 0 for the "0.0" of a table, or "false" for "False".
+    """
+    asked = asked.item() if isinstance(asked, np.generic) else asked
+    is_index = isinstance(asked, int) or str(asked).isdecimal()
+    name = class_name(int(asked), feature) if is_index and "string" not in feature.dtype else str(asked)
+    alike = [] if name is None or name in classes else [there for there in classes if _plain_name(there) == _plain_name(name)]
+    return alike[0] if len(alike) == 1 else name
+
+
+def _plain_name(name: str) -> str:
+    """A class's name, of numbers without a fraction of zeros, of booleans in lower case."""
+    number = re.fullmatch(r"(-?\d+)\.0+", name)
+    return number[1] if number else name.lower() if name.lower() in ("true", "false") else name
 
 
 def _labels(split: _Split, column: str | None) -> list[str] | None:
@@ -496,7 +509,7 @@ def _normal_class(source: str, splits: dict[str, _Split], column: str | None, no
     if normal_label in seen:
         return normal_label
     feature = next(split.images.features[column] for split in splits.values() if split.labels)
-    name = class_asked_for(normal_label, feature)
+    name = class_asked_for(normal_label, feature, seen)
     if name not in seen:
         raise UnknownClassError(f"normal_label={normal_label!r} is no label of {source!r}; {_counts(splits.values())}", seen)
     return name

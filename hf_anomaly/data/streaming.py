@@ -204,7 +204,7 @@ def _normal_class(
         if found is None:
             raise InputError(f"which class of {name!r} is normal? Give normal_label; classes found: {', '.join(map(repr, counted[:20]))}")
         return found
-    found = asked if asked in counted else str(asked) if classes is not None else class_asked_for(asked, feature)
+    found = asked if asked in counted else str(asked) if classes is not None else class_asked_for(asked, feature, counted)
     if isinstance(feature, datasets.ClassLabel) and found not in counted:
         raise UnknownClassError(
             f"normal_label={asked!r} is no label of {name!r}; its labels: {', '.join(map(repr, counted[:20]))}", counted
