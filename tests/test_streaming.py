@@ -255,6 +255,12 @@ def test_a_training_split_without_a_label_column(caplog):
     assert "no label column among image, sick" in caplog.text
 
 
+def test_a_training_split_that_is_evaluated_is_warned_of(caplog):
+    found = stream_one_class({"train": Source(9).stream()}, evaluation_only=True)
+    assert len(list(found.test)) == 9
+    assert "no split 'test': all of it is evaluated" in caplog.text
+
+
 @pytest.mark.parametrize("asked", [0, "0", False, "False", "false", np.False_])
 def test_a_boolean_class(asked):
     booleans = stream(*((i, {"label": i % 3 > 0}) for i in range(9)), label=Value("bool"))

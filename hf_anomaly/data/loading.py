@@ -23,6 +23,7 @@ from .protocols import PROTOCOLS, Division, contaminate, subset
 from .sources import (
     IN_MEMORY,
     UnknownClassError,
+    all_evaluated,
     by_our_names,
     check_place,
     default_normal_class,
@@ -394,9 +395,7 @@ def _our_splits(source: str, raw: dict[str, datasets.Dataset], protocol: str, ev
         pool = load_or_refuse(f"all splits of {source!r} together", datasets.concatenate_datasets, list(raw.values()))
         return {"train": _Split(source, None, pool, np.arange(len(pool)))}
     splits = by_our_names(raw)
-    if evaluation_only and splits.keys() == {"train"}:
-        logger.warning("%r has no split %r: all of it is evaluated; the detector must not have been trained on it", source, eval_split)
-        splits = {eval_split: splits["train"]}
+    splits = all_evaluated(source, splits, eval_split) if evaluation_only else splits
     needed, remedy = (
         (eval_split, "choose with eval_split") if evaluation_only else ("train", "rename the one that holds the training images")
     )

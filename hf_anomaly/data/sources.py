@@ -26,7 +26,6 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
-D = TypeVar("D")  # a `Dataset` or an `IterableDataset`
 
 NORMAL_NAMES = ("normal", "good", "healthy")
 IN_MEMORY = "in-memory dataset"  # the name of a source that has none
@@ -77,7 +76,7 @@ def given_splits(source: Any) -> dict[str, datasets.Dataset] | None:
     )
 
 
-def plain_splits(splits: Mapping[str, D]) -> dict[str, D]:
+def plain_splits(splits: Mapping[str, T]) -> dict[str, T]:
     """The splits as they are stored, under names of plain text: without a format, which would make labels tensors or hide columns, or a transform."""
     import datasets
 
@@ -384,6 +383,14 @@ def _read_folder(root: Path, label_column: str | None, reading: Reading) -> dict
 def by_our_names(splits: dict[str, T]) -> dict[str, T]:
     lower = {name.lower(): split for name, split in splits.items()}
     return {ours: lower[next(n for n in names if n in lower)] for ours, names in SPLIT_NAMES.items() if not lower.keys().isdisjoint(names)}
+
+
+def all_evaluated(source: str, splits: dict[str, T], eval_split: str) -> dict[str, T]:
+    """The splits, by our names; a training split that is the only one, as the one to evaluate on, with a warning."""
+    if splits.keys() != {"train"}:
+        return splits
+    logger.warning("%r has no split %r: all of it is evaluated; the detector must not have been trained on it", source, eval_split)
+    return {eval_split: splits["train"]}
 
 
 def label_columns(split: datasets.Dataset | datasets.IterableDataset, label_column: str | None) -> list[str]:

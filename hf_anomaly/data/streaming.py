@@ -15,7 +15,16 @@ from .content import read_image_file
 from .formats import Reading
 from .loading import OneClassSplits, channels_and_sizes, check_images, class_asked_for, class_name, image_column_of, label_column_of
 from .protocols import Division
-from .sources import UnknownClassError, by_our_names, default_normal_class, load_or_refuse, plain_splits, read_source, with_bytes
+from .sources import (
+    UnknownClassError,
+    all_evaluated,
+    by_our_names,
+    default_normal_class,
+    load_or_refuse,
+    plain_splits,
+    read_source,
+    with_bytes,
+)
 
 if TYPE_CHECKING:
     import datasets
@@ -74,8 +83,7 @@ def stream_one_class(
         else read_source(name, label_column, config_name, revision, image_column=image_column, reading=reading, streaming=True)
     )
     splits = by_our_names(raw)
-    if evaluation_only and splits.keys() == {"train"}:
-        splits = {eval_split: splits["train"]}
+    splits = all_evaluated(name, splits, eval_split) if evaluation_only else splits
     needed = eval_split if evaluation_only else "train"
     if needed not in splits:
         raise InputError(f"{name!r} has no split {needed!r}; its splits: {', '.join(raw)}")
