@@ -29,7 +29,7 @@ from .files import staged
 from .hub import CommitInfo, find_file, hub_errors, push_folder
 from .ops.maps import map_levels
 from .ops.sampling import Sample
-from .saving import Home, auto_map, bring_companions, outdated_files, write_remote_code
+from .saving import Home, auto_map, bring_companions, outdated_files, warn_of_lost_companions, write_remote_code
 from .untrusted import check_attention, check_backbone_config, check_memory, check_shard_names
 from .version import __version__
 
@@ -636,6 +636,7 @@ class AnomalyDetector(PreTrainedModel):
         vars(self.config).pop("auto_map", None)
         if ours is not None:  # transformers cannot load a config whose auto_map is null
             self.config.auto_map = ours
+        warn_of_lost_companions(self._homes)  # before `target` is made, which may be the place
         with staged(target, outdated_files(self._homes, target, self.config, variant)) as staging:
             super().save_pretrained(staging, variant=variant, **kwargs)
             try:

@@ -75,6 +75,7 @@ class Home:
         subfolder: where in it.
         cache_dir: of the Hub's client.
         reports_hold: whether card and results still tell of the detector: until it is fitted or calibrated anew.
+        was_loaded: from there, rather than saved there.
     """
 
     name: str
@@ -82,16 +83,22 @@ class Home:
     subfolder: str = ""
     cache_dir: str | None = None
     reports_hold: bool = True
+    was_loaded: bool = False
     _folder: Path | None = None
 
     @classmethod
     def of(cls, name_or_path: str | os.PathLike, revision: str | None, subfolder: str, cache_dir: str | None) -> "Home":
         """That of a detector loaded from there; of a `revision` that is resolved the commit, as the branch may move on."""
         name = os.path.abspath(name_or_path) if os.path.isdir(name_or_path) else os.fspath(name_or_path)
-        return cls(name, getattr(revision, "resolved", revision), subfolder, cache_dir)
+        return cls(name, getattr(revision, "resolved", revision), subfolder, cache_dir, was_loaded=True)
 
     def lies_in(self, target: Path) -> bool:
         return Path(self.name).is_dir() and Path(self.name, self.subfolder).resolve() == target.resolve()
+
+    @property
+    def is_gone(self) -> bool:
+        """Whether it was a folder, and there is none any more."""
+        return os.path.isabs(self.name) and not Path(self.name, self.subfolder).is_dir()
 
     def folder(self, token: str | bool | None = None) -> Path | None:
         """The local folder with the companions, downloaded if need be; None if there is none any more.
@@ -114,6 +121,14 @@ class Home:
                 )
                 self._folder = Path(snapshot, self.subfolder)
         return self._folder
+
+
+def warn_of_lost_companions(homes: list[Home]) -> None:
+    """Where a detector was loaded from is gone, and no place that it was saved to since is left. Checkpoints, to which it was saved, come and go."""
+    if all(home.is_gone for home in homes) and (lost := [home.name for home in homes if home.was_loaded]):
+        logger.warning(
+            "%s is gone: saved without the processor, the card and the results that lay there; save a processor beside it", lost[-1]
+        )
 
 
 def bring_companions(homes: list[Home], target: Path, staging: Path, token: str | bool | None = None) -> None:

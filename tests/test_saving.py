@@ -329,6 +329,25 @@ def test_a_folder_that_is_gone_is_not_sought_on_the_hub(folder, tmp_path, monkey
     assert model._homes[-1].folder() is None
 
 
+@pytest.mark.parametrize("again", ["detector", "copy"])
+def test_companions_of_a_folder_that_is_gone_are_missed(folder, tmp_path, caplog, again):
+    model = AutoModel.from_pretrained(folder)
+    model.save_pretrained(tmp_path / "checkpoint")
+    shutil.rmtree(tmp_path / "checkpoint")
+    model.save_pretrained(tmp_path / "whole")
+    assert not caplog.records
+    shutil.rmtree(folder)
+    model.save_pretrained(tmp_path / "as-whole")  # from where it was saved last
+    assert (tmp_path / "as-whole" / "preprocessor_config.json").is_file()
+    assert not caplog.records
+    shutil.rmtree(tmp_path / "whole")
+    shutil.rmtree(tmp_path / "as-whole")
+    model.save_pretrained(tmp_path / again)
+    assert [record.getMessage() for record in caplog.records] == [
+        f"{folder} is gone: saved without the processor, the card and the results that lay there; save a processor beside it"
+    ]
+
+
 def test_companions_come_after_a_save_to_a_place_that_is_gone(folder, tmp_path):
     model = AutoModel.from_pretrained(folder)
     model.save_pretrained(tmp_path / "checkpoint")
