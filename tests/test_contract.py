@@ -268,6 +268,11 @@ def test_meta_device(model, tmp_path):
         empty = type(model)(model.config)
     assert all(tensor.is_meta for tensor in empty.state_dict().values())
     model.save_pretrained(tmp_path)
+    empty = AutoModel.from_pretrained(tmp_path, device_map="meta")
+    assert {name: tensor.shape for name, tensor in empty.state_dict().items()} == {
+        name: tensor.shape for name, tensor in model.state_dict().items()
+    }
+    assert all(tensor.is_meta for tensor in empty.state_dict().values())
     loaded = AutoModel.from_pretrained(tmp_path, device_map="cpu")
     assert torch.equal(loaded(images(4)).scores, model(images(4)).scores)
 
