@@ -11,6 +11,7 @@ import pytest
 from hf_anomaly.data import decode_image, load_one_class
 from hf_anomaly.data.assembling import from_arrays
 from hf_anomaly.data.sources import dataset_label, hub_dataset
+from hf_anomaly.data.streaming import stream_one_class
 from hf_anomaly.errors import InputError
 
 datasets.disable_progress_bars()
@@ -119,6 +120,35 @@ def test_arrays_in_several_chunks(monkeypatch, shape):
     assert np.array_equal(arrays(dataset), expected)
     assert dataset["label"][:] == list(range(11))
     assert len(from_arrays(expected[:0], None)) == 0
+
+
+@pytest.mark.parametrize("shape", [(8, 6), (8, 6, 1), (8, 6, 3)])
+@pytest.mark.parametrize("is_list", [True, False])
+@pytest.mark.parametrize("is_stream", [True, False])
+def test_columns_of_arrays(shape, is_list, is_stream):
+    """Which datasets itself makes 32-bit images of, if they are gray."""
+    expected = images(5, shape)
+    kind = datasets.Value("uint8")
+    for _ in shape:
+        kind = datasets.List(kind)
+    if not is_list:
+        kind = {2: datasets.Array2D, 3: datasets.Array3D}[len(shape)](shape, "uint8")
+    dataset = datasets.Dataset.from_dict({"image": expected.tolist()}, features=datasets.Features({"image": kind}))
+    if is_stream:
+        splits = stream_one_class({"train": dataset.to_iterable_dataset()}, calibration_fraction=0)
+        found = splits.reference
+    else:
+        splits = load_one_class(dataset, calibration_fraction=0)
+        found = splits.train
+    assert np.array_equal(arrays(found), expected.squeeze() if shape[-1] == 1 else expected)
+    assert splits.num_channels == (3 if shape[-1] == 3 else 1)
+
+
+def test_a_missing_array_is_told_of(refused):
+    features = datasets.Features({"image": datasets.Array2D((8, 6), "uint8")})
+    dataset = datasets.Dataset.from_dict({"image": [*images(3).tolist(), None]}, features=features)
+    with refused("row 3", "missing"):
+        load_one_class(dataset, calibration_fraction=0)
 
 
 def test_a_folder_in_the_home_is_no_dataset_of_the_hub(tmp_path, monkeypatch):

@@ -24,6 +24,7 @@ from .sources import (
     IN_MEMORY,
     UnknownClassError,
     all_evaluated,
+    as_images,
     by_our_names,
     check_place,
     default_normal_class,
@@ -136,7 +137,7 @@ def load_one_class(
         normal_label: name or index of the normal class; everything else is an anomaly. By default the class called normal, good or healthy,
             or the only class of the training split, or "0" of digits. A training split without labels is all normal.
         classes: source's class → what it counts as: several may become one. Images of classes that are not listed are left out.
-        image_column: by default `image`, or the only `Image` column other than `mask`.
+        image_column: by default `image`, or the only `Image` column other than `mask`. Arrays and lists of uint8, (h, w[, 1 or 3]), are images, too.
         label_column: by default `label`, `labels`, the only `ClassLabel` column, or else `Label` or `Labels` in any case.
         group_column: what belongs together, such as the patient: no group both trains and calibrates, and test images of groups that do are warned of.
             By default slices of one volume belong together. With protocol "official" alone.
@@ -540,7 +541,7 @@ def _one_class_splits(
 
 def _one_class(split: _Split, image_column: str, normal_label: str, evaluated: bool = False) -> datasets.Dataset:
     """Columns `image`, `label` and `row`, and of an evaluated split `class_name` and `mask` as far as they are known, for all rows. Nothing is copied or
-    decoded."""
+    decoded, but for arrays."""
     import datasets
 
     images, labels = split.images, split.labels
@@ -553,8 +554,7 @@ def _one_class(split: _Split, image_column: str, normal_label: str, evaluated: b
     images = images.select_columns([image_column, *masks])
     images = images.cast_column("mask", datasets.Image(decode=False)) if masks else images
     images = images if image_column == "image" else images.rename_column(image_column, "image")
-    what = f"column {image_column!r} of split {split.name!r} as images"
-    images = load_or_refuse(what, images.cast_column, "image", datasets.Image(decode=False))
+    images = as_images(images, "image", f"column {image_column!r} of split {split.name!r} as images")
     if hub_dataset(split.source) is not None:
         for column in ("image", *masks):
             for path in paths_beside(images, column):

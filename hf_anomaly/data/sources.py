@@ -6,6 +6,7 @@ import logging
 import os
 from collections import Counter
 from collections.abc import Iterable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -223,6 +224,33 @@ def load_or_refuse(what: str, load: Any, *args: Any, **options: Any) -> Any:
         return load(*args, **options)
     except Exception as error:
         raise InputError(f"{what} cannot be loaded: {_with_kind(error)}") from error
+
+
+def as_images(split: T, column: str, where: str) -> T:
+    """The split with the column as `Image(decode=False)`. Arrays and lists of uint8 are encoded here, as the cast makes gray ones of 32 bits.
+
+    Raises:
+        InputError: it holds no images; `where` names it.
+    """
+    import datasets
+
+    image, kind = datasets.Image(decode=False), split.features[column]
+    is_array = isinstance(kind, datasets.Array2D | datasets.Array3D | datasets.List | datasets.LargeList)
+    while isinstance(kind, datasets.List | datasets.LargeList):
+        kind = kind.feature
+    if is_array and getattr(kind, "dtype", None) == "uint8":
+        features = datasets.Features({**split.features, column: image})
+        split = load_or_refuse(where, split.map, partial(_encoded, column=column), input_columns=[column], features=features)
+    return load_or_refuse(where, split.cast_column, column, image)
+
+
+def _encoded(value: Any, column: str) -> dict[str, Any]:
+    import datasets
+
+    if value is None:
+        return {column: None}
+    image = np.asarray(value, np.uint8)
+    return {column: datasets.Image().encode_example(image[..., 0] if image.shape[2:] == (1,) else image)}
 
 
 def _with_kind(error: Exception) -> str:

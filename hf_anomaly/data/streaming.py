@@ -18,9 +18,9 @@ from .protocols import Division
 from .sources import (
     UnknownClassError,
     all_evaluated,
+    as_images,
     by_our_names,
     default_normal_class,
-    load_or_refuse,
     plain_splits,
     read_source,
     with_bytes,
@@ -246,7 +246,7 @@ def _labelled(
     feature = None if column is None else split.features[column]
     split = split.decode(False)  # files of their own on the Hub are decoded before a cast would keep them from it
     split = split.select_columns([image_column] if column is None else [image_column, column])
-    split = load_or_refuse(f"column {image_column!r} as images", split.cast_column, image_column, datasets.Image(decode=False))
+    split = as_images(split, image_column, f"column {image_column!r} as images")
     if column is not None and classes is not None:
         split = split.filter(partial(_counts, feature=feature, classes=classes), input_columns=[column])
     label = partial(
