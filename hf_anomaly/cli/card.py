@@ -32,7 +32,7 @@ def run(args: Namespace) -> None:
     model, _ = load_detector(args.folder)
     model.require_fitted()
     results = recorded_results(args.folder)
-    if args.runs and not results:
+    if args.runs and not (folder / "eval_results.json").is_file():
         raise InputError(f"{folder} holds no eval_results.json, which the results of --runs would stand beside")
     chosen = settings_of(load_config(args.folder))  # the model's own has more than was saved, such as the backbone's dtype
     others = []
