@@ -24,7 +24,7 @@ from transformers.utils.hub import resolve_revision
 from .calibration import Calibration, Float32State, normal_map_range
 from .cards import tag_card, write_card
 from .cards.merging import read_card
-from .errors import HubError, InputError, NotFittedError
+from .errors import HubError, InputError, NotFittedError, one_line
 from .files import staged
 from .hub import CommitInfo, find_file, hub_errors, push_folder
 from .ops.maps import map_levels
@@ -640,12 +640,7 @@ class AnomalyDetector(PreTrainedModel):
         warn_of_lost_companions(self._homes)  # before `target` is made, which may be the place
         with staged(target, outdated_files(self._homes, target, self.config, variant)) as staging:
             super().save_pretrained(staging, variant=variant, **kwargs)
-            try:
-                bring_companions(self._homes, target, staging, token)
-            except OSError as error:
-                if whole:
-                    raise
-                logger.warning("Saved without what lies beside %s on the Hub: %s", self._homes[-1].name, " ".join(str(error).split()))
+            bring_companions(self._homes, target, staging, token, whole=whole)
             if ours is not None:
                 write_remote_code(staging)
 
@@ -751,7 +746,7 @@ def _weight_errors(name: str | os.PathLike | None, find: Callable[[str], str | N
         with hub_errors(str(name), reading=True):
             yield
     except (SafetensorError, RuntimeError) as error:
-        reason = " ".join(str(error).split())
+        reason = one_line(error)
         raise InputError(f"{name}: the weights are damaged or do not fit config.json ({reason}); save or download them again") from error
     except HubError:
         raise

@@ -11,6 +11,7 @@ from pathlib import Path
 from transformers import PreTrainedConfig
 
 from .cards.merging import outdate_card, read_card
+from .errors import one_line
 from .untrusted import contained_files, is_ours
 
 logger = logging.getLogger(__name__)
@@ -131,7 +132,7 @@ def warn_of_lost_companions(homes: list[Home]) -> None:
         )
 
 
-def bring_companions(homes: list[Home], target: Path, staging: Path, token: str | bool | None = None) -> None:
+def bring_companions(homes: list[Home], target: Path, staging: Path, token: str | bool | None = None, *, whole: bool = False) -> None:
     """Copies to `staging` what a detector saved in `target` brings along. This and `outdated_files` decide what then lies beside its weights:
 
         what lies in `target`       processor      dissolver             card                 results, figures
@@ -145,21 +146,30 @@ def bring_companions(homes: list[Home], target: Path, staging: Path, token: str 
     What is missing or replaced comes from the first home that has it; from one whose reports no longer hold no results come, and the card without them. A
     card in which nothing tells a program's words stays as it is, or away.
 
+    Args:
+        whole: a home on the Hub that cannot be reached is an error; otherwise it is warned of and passed over.
+
     Raises:
         InputError: a companion is a link that leads out of its folder.
-        OSError: a home on the Hub cannot be reached.
+        OSError: a file cannot be copied, or see `whole`.
     """
     another = _holds_another(target, homes)
     # Another detector's place counts as a last home, of its card without the results.
     for home in [*homes, Home(os.fspath(target), reports_hold=False)] if another else homes:
-        folder = home.folder(token)
+        try:
+            folder = home.folder(token)
+        except OSError as error:
+            if whole:
+                raise
+            logger.warning("Saved without what lies beside %s on the Hub: %s", home.name, one_line(error))
+            continue
         if folder is None or not folder.is_dir():
             continue
         in_place = home.lies_in(target)
         wanted = {name for name in COMPANIONS if in_place or another or not (target / name).exists()}
         wanted -= {path.name for path in staging.iterdir()}
         for path in contained_files(folder, lambda path, wanted=wanted: path.parts[0] in wanted):
-            if path.name == "README.md" and not home.reports_hold:
+            if path == Path("README.md") and not home.reports_hold:
                 if card := outdate_card(read_card(folder / path)):
                     (staging / path).write_text(card, encoding="utf-8")
             elif not in_place and (home.reports_hold or path.parts[0] not in _REPORTS) and _is_one_of(path, _COMPANION_FILES):

@@ -24,6 +24,7 @@ from hf_anomaly import (
 )
 from hf_anomaly.cards import write_card
 from hf_anomaly.dissolving import build_scheduler, build_unet
+from hf_anomaly.saving import Home
 
 MEASURED = {
     "dataset": "x.npz",
@@ -251,6 +252,16 @@ def test_a_generated_card_loses_its_results_when_they_no_longer_hold(folder, tmp
     assert not (target / "eval_results.json").exists()
 
 
+def test_the_card_of_a_dissolver_is_no_card_of_the_detector(folder, caplog):
+    """Trained by itself it has one, which stays as it is when the detector is calibrated anew."""
+    GaussianDissolver.from_pretrained(folder / "dissolver").write_card(folder / "dissolver")
+    before = contents(folder / "dissolver")
+    model = AutoModel.from_pretrained(folder)
+    model.calibrate([images(19, 2)], progress=False).save_pretrained(folder)
+    assert contents(folder / "dissolver") == before
+    assert not caplog.records
+
+
 def test_what_is_written_after_saving_holds(folder, tmp_path):
     """As a training script does: calibrate, save, evaluate, write the card; what is then saved elsewhere brings that card."""
     model = detector()
@@ -327,6 +338,17 @@ def test_a_folder_that_is_gone_is_not_sought_on_the_hub(folder, tmp_path, monkey
     model.save_pretrained(tmp_path / "copy")
     assert (tmp_path / "copy" / "model.safetensors").is_file()
     assert model._homes[-1].folder() is None
+
+
+def test_a_home_that_cannot_be_reached_is_passed_over(folder, tmp_path, caplog, monkeypatch):
+    """Saved over another detector while the Hub is away: the other's card does not keep its results."""
+    write_card(folder, AutoModel.from_pretrained(folder), {**MEASURED, "auroc": 0.8765})
+    model = other_detector()
+    model._homes = [Home("org/name", cache_dir=str(tmp_path / "cache"))]
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    model.save_pretrained(folder)
+    assert "Saved without what lies beside org/name on the Hub: " in caplog.text
+    assert "0.8765" not in (folder / "README.md").read_text()
 
 
 @pytest.mark.parametrize("again", ["detector", "copy"])
