@@ -406,7 +406,7 @@ def test_an_exported_program_scores_any_batch(build):
     model = fitted(build, **shape)
     asked = {"output_anomaly_maps": model.supports_anomaly_maps, "output_embeddings": True}
     batches = {"pixel_values": {0: torch.export.Dim("batch")}} | dict.fromkeys(asked)
-    program = torch.export.export(model, (images(3, **shape),), asked, dynamic_shapes=batches).module()
+    program = torch.export.export(model, (images(3, **shape),), asked, dynamic_shapes=batches, strict=False).module()
     for count in (1, 100):  # more than CSI sees at once when it is not exported
         x = torch.cat([images(count, **shape, seed=2), anomalies(1, **shape)])
         exported, expected = program(x, **asked), model(x, **asked)
@@ -417,6 +417,7 @@ def test_an_exported_program_scores_any_batch(build):
     assert program(x, **asked).scores.isinf().tolist() == [row == 1 for row in range(len(x))]  # above every threshold
 
 
+@pytest.mark.skipif(torch.__version__.startswith("2.6."), reason="torch 2.6 cannot trace the decorator of forward")
 @torch.no_grad()
 def test_scores_of_one_compiled_graph(model):
     torch.compiler.reset()

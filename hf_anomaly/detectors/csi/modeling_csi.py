@@ -284,7 +284,8 @@ class CSIModel(_Encoder, AnomalyDetector):
             terms = terms + similarity
         if config.score_shift_logit:
             terms = terms + reference.lambda_cls * logits
-        embeddings = vectors[:, ::NUM_SHIFTS].flatten(1) if output_embeddings else None  # of the image as it is, not shifted
+        of_unshifted = vectors.unflatten(1, (-1, NUM_SHIFTS)).select(2, 0)  # (B, encoders, d)
+        embeddings = of_unshifted.flatten(1) if output_embeddings else None
         return AnomalyDetectorOutput(scores=-terms.mean(-1), embeddings=embeddings)  # Eq. 10
 
     def _nearest(self, vectors):
