@@ -239,9 +239,8 @@ def drift_check(scores: torch.Tensor, calibration_scores: torch.Tensor, *, max_a
     n, m = len(reference), len(kept)
     with warnings.catch_warnings():  # of large samples, whose p-value is the asymptotic one
         warnings.filterwarnings("ignore", "ks_2samp: Exact calculation unsuccessful")
-        p_higher = float(
-            ks_2samp(kept, reference, alternative="less").pvalue
-        )  # scipy names the distribution function: less is to the right
+        # scipy names the distribution function: less is to the right.
+        p_higher = float(ks_2samp(kept, reference, alternative="less").pvalue)
         p_lower = float(ks_2samp(incoming, reference, alternative="greater").pvalue)
     gap = math.sqrt(math.log(2 / 0.05) * (n + m) / (2 * n * m))
     return DriftCheck(min(1.0, 2 * min(p_higher, p_lower)), p_higher, p_lower, m, n, gap)

@@ -6,12 +6,11 @@ from pathlib import Path
 
 import torch
 from safetensors import SafetensorError
-from transformers.utils.hub import cached_file
 
 from .detector import AnomalyDetector, AnomalyDetectorConfig
 from .errors import HubError, InputError, one_line
 from .files import read_json
-from .hub import hub_errors
+from .hub import find_file, hub_errors
 from .image_processing import AnomalyImageProcessor
 from .untrusted import load_without_code
 
@@ -104,14 +103,7 @@ def recorded_results(name_or_path: str, revision: str | None = None) -> dict:
         InputError: they are no JSON object, or its `seed` or `division` are no seed and no division.
         HubError: the Hub refused.
     """
-    with hub_errors(name_or_path, reading=True):
-        path = cached_file(
-            name_or_path,
-            "eval_results.json",
-            revision=revision,
-            _raise_exceptions_for_missing_entries=False,
-            _raise_exceptions_for_connection_errors=False,
-        )
+    path = find_file(name_or_path, "eval_results.json", revision=revision)
     results = {} if path is None else read_json(path)
     for field, kind in (("seed", int), ("division", dict)):
         if not isinstance(results.get(field), kind | None):

@@ -177,6 +177,8 @@ def load_one_class(
     normal_label = _normal_class(source, splits, label_column, normal_label)
     if protocol != "official":
         splits = _by_protocol(protocol, splits["train"], normal_label, seed, eval_split)
+    needed = eval_split if evaluation_only else "train"
+    image_column = image_column or image_column_of(splits[needed].images)
     splits = _one_class_splits(splits, image_column, normal_label, group_column, eval_split, evaluation_only)
 
     train = calibration = anomalies = None
@@ -209,7 +211,7 @@ def load_one_class(
         calibration=calibration,
         test=test,
         test_missing_reason=reason,
-        **channels_and_sizes(splits[eval_split if evaluation_only else "train"].headers),
+        **channels_and_sizes(splits[needed].headers),
         source=source,
         division=Division(
             recipe=recipe,
@@ -529,10 +531,9 @@ def _count_as(classes: Mapping[str, str], splits: dict[str, _Split], source: str
 
 
 def _one_class_splits(
-    splits: dict[str, _Split], image_column: str | None, normal_label: str, group_column: str | None, eval_split: str, evaluation_only: bool
+    splits: dict[str, _Split], image_column: str, normal_label: str, group_column: str | None, eval_split: str, evaluation_only: bool
 ) -> dict[str, _Split]:
     """The splits with images as `OneClassSplits` has them, and what these belong to; with `evaluation_only` the evaluated one alone."""
-    image_column = image_column or image_column_of(splits[eval_split if evaluation_only else "train"].images)
     wanted = {name: split for name, split in splits.items() if name == eval_split or not evaluation_only}
     images = {name: _one_class(split, image_column, normal_label, evaluated=name == eval_split) for name, split in wanted.items()}
     groups = {name: None if evaluation_only else _groups(split, images[name], group_column) for name, split in wanted.items()}

@@ -313,9 +313,8 @@ class DenoisingModel(torch.nn.Module):
             raise InputError(
                 f"noise must be {tuple(x.shape)} and timesteps ({batch_size},), got {tuple(noise.shape)} and {tuple(timesteps.shape)}"
             )
-        with torch.autocast(
-            device.type, enabled=False
-        ):  # the detector may train in mixed precision, in which the authors' did not converge
+        # The detector may train in mixed precision, in which the authors' did not converge.
+        with torch.autocast(device.type, enabled=False):
             output = self.unet(self.scheduler.add_noise(x, noise, timesteps), timesteps).sample
         if self.prediction_type == "epsilon":
             target = noise

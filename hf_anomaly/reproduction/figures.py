@@ -82,30 +82,54 @@ class Gallery(Figure):
 
     Attributes:
         others: datasets by whose models the images are dissolved, too; then the anomalous one alone is shown.
-        blurs: blurs are shown instead, and of dissolving what the middle of the dataset's range of t leaves.
     """
 
     others: tuple[str, ...] = ()
-    blurs: bool = False
 
     def models(self, dataset):
         return tuple(dict.fromkeys((dataset, *self.others)))
 
     def draw(self, datasets, selection):
-        kernels = [(kind, kernel) for kind in ("gaussian", "median") for kernel in BLUR_KERNELS] if self.blurs else []
-        blurs = {f"{kind} {kernel}": DISSOLVERS[kind](kernel_size=kernel) for kind, kernel in kernels}
-        rows, captions = [], []
+        rows, captions, titles = [], [], []
         for dataset in datasets:
-            timesteps = (sum(RECIPES[dataset].timesteps) // 2,) if self.blurs else TIMESTEPS
             for model in (name for name in self.models(dataset) if selection.instructions(name) is None):
                 dissolver = load_dissolver(model, selection)
                 normal, anomalous = _examples(dataset, dissolver.unet.config.in_channels, selection)
-                both, by_model = {"normal": normal, "anomalous": anomalous}, {f"by the model of\n{RECIPES[model].title}": anomalous}
-                for name, image in (by_model if self.others else both).items():
-                    dissolved = dissolver(image.expand(len(timesteps), -1, -1, -1), torch.tensor(timesteps))
-                    rows.append([image, *(blur(image[None])[0] for blur in blurs.values()), *dissolved])
-                    captions.append(f"{RECIPES[dataset].title}\n{name}" + (f", t = {timesteps[0]}" if self.blurs else ""))
-        return image_grid(rows, ["original", *blurs, *(["diffusion"] if self.blurs else [f"t = {t}" for t in TIMESTEPS])], captions)
+                shown = {"normal": normal, "anomalous": anomalous}
+                if self.others:
+                    shown = {f"by the model of\n{RECIPES[model].title}": anomalous}
+                for name, image in shown.items():
+                    versions = {"original": image, **self.versions(image, dissolver, dataset)}
+                    rows.append(list(versions.values()))
+                    captions.append(f"{RECIPES[dataset].title}\n{name}{self.note(dataset)}")
+                    titles = list(versions)
+        return image_grid(rows, titles, captions)
+
+    def versions(self, image: torch.Tensor, dissolver: DiffusionDissolver, dataset: str) -> dict[str, torch.Tensor]:
+        """What is shown beside an image (C, H, W), by the title of its column."""
+        dissolved = dissolver(image.expand(len(TIMESTEPS), -1, -1, -1), torch.tensor(TIMESTEPS))
+        return {f"t = {t}": version for t, version in zip(TIMESTEPS, dissolved, strict=True)}
+
+    def note(self, dataset: str) -> str:
+        """What a row's caption ends with."""
+        return ""
+
+
+@dataclass(frozen=True)
+class BlurGallery(Gallery):
+    """The same images, blurred, and dissolved in the middle of the dataset's range of t."""
+
+    def versions(self, image, dissolver, dataset):
+        kernels = [(kind, kernel) for kind in ("gaussian", "median") for kernel in BLUR_KERNELS]
+        blurred = {f"{kind} {kernel}": DISSOLVERS[kind](kernel_size=kernel)(image[None])[0] for kind, kernel in kernels}
+        return blurred | {"diffusion": dissolver(image[None], torch.tensor([_middle(dataset)]))[0]}
+
+    def note(self, dataset):
+        return f", t = {_middle(dataset)}"
+
+
+def _middle(dataset: str) -> int:
+    return sum(RECIPES[dataset].timesteps) // 2
 
 
 @dataclass(frozen=True)
@@ -205,7 +229,7 @@ _FIGURES: tuple[Figure, ...] = (
     Gallery("dia/1", "Images dissolved at ever larger t", MEDICAL),
     SimilarityMatrices("dia/3", "The target similarity matrix"),
     Gallery("dia/4", "Dissolving with the models of other datasets", LARGE, others=("cifar_10",)),
-    Gallery("dia/5", "Blur beside diffusion", MEDICAL[:4], blurs=True),
+    BlurGallery("dia/5", "Blur beside diffusion", MEDICAL[:4]),
     SimilarityMatrices("dia/6", "The two designs of the similarity matrix", designs=("a", "b")),
     # Which dataset is in which of the last five is lost in the text at hand: the order is Table 1's.
     *(

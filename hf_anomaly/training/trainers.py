@@ -126,7 +126,7 @@ class ReproducibleTrainer(Trainer):
         super().__init__(None if model is None else _synchronised(model, args), args, **kwargs)
         self.model_accepts_loss_kwargs = False  # a `forward` with **kwargs would be taken to divide by the accumulation steps itself
         if hasattr(self.model, "config"):
-            vars(self.model.config).pop("use_cache", None)  # Trainer puts it there, for language models; our configs refuse unknown fields
+            vars(self.model.config).pop("use_cache", None)  # Trainer puts it there, for language models
         self.run = run
         self._average = None
         self._micro_step = (-1, 0)  # (global step, micro-batches done in it)

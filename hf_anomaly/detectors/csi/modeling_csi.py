@@ -320,7 +320,6 @@ def _without_detail(pixel_values: torch.Tensor) -> torch.Tensor:
 def _deviation(maps: torch.Tensor) -> torch.Tensor:
     """Standard deviation over space of maps (..., h, w). On CPUs torch's own takes six to thirty times as long for so few pixels."""
     variance = (maps - maps.mean((-2, -1), keepdim=True)).square().mean((-2, -1))
-    flat = (
-        variance == 0
-    )  # as are all maps of one pixel; there the root's gradient is infinite, and NaN would reach every pixel of the image
+    # As all maps of one pixel are: there the root's gradient is infinite, and NaN would reach every pixel of the image.
+    flat = variance == 0
     return variance.masked_fill(flat, 1).sqrt().masked_fill(flat, 0)
