@@ -130,7 +130,11 @@ def main(folder, world_size):
         }
 
     torch.manual_seed(4)
-    model, callback = SharedAEModel(SharedAEConfig(image_size=SIZE, hidden_sizes=[4, 8, 8], latent_size=6)), FirstGradient()
+    config = SharedAEConfig(image_size=SIZE, hidden_sizes=[4, 8, 8], latent_size=6, max_adversarial_weight=0.5, adversarial_margin=0.93)
+    model, callback = SharedAEModel(config), FirstGradient()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(3)  # images then differ in adv: in a step some processes' share lies below the margin, and others' above
     for network in (model.encoder1, model.encoder2, model.decoder1, model.decoder2):
         for i, layer in enumerate(network):
             if isinstance(layer, torch.nn.BatchNorm2d):  # is not synchronised on CPUs

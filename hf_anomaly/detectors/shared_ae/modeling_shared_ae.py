@@ -10,6 +10,7 @@ from transformers.utils import can_return_tuple
 
 from ...detector import AnomalyDetectorOutput, SelfContainedDetector
 from ...errors import InputError
+from ...ops.distributed import gather_rows
 from .configuration_shared_ae import SharedAEConfig
 
 _LEAK = 0.2  # LeakyReLU's slope below 0
@@ -159,10 +160,17 @@ class SharedAEModel(SelfContainedDetector):
             image = self.decoder1(z2)  # x1'
             adversarial = self._error(x, image, z, self.encoder2(image))
             if phase == "ede1":
-                margin = self.config.adversarial_margin
-                adversarial = -(adversarial if margin is None else torch.minimum(adversarial, margin * reconstruction.detach()))
+                adversarial = -self._within_margin(adversarial, reconstruction.detach())
             losses[f"{phase}_loss"] = losses[f"{phase}_loss"] + weight * adversarial
         return sum(losses.values()), losses
+
+    def _within_margin(self, adversarial, reconstruction):
+        """adv, or where it is beyond `adversarial_margin` the margin, a constant. That is told from the batch of all processes, which so train as one."""
+        if self.config.adversarial_margin is None:
+            return adversarial
+        limit = self.config.adversarial_margin * reconstruction
+        beyond = gather_rows((adversarial.detach() - limit)[None]).mean() > 0
+        return torch.where(beyond, limit, adversarial)
 
     def _error(self, x, image, z, latent):
         """α‖x − image‖² + β‖z − latent‖², the norms as means."""
