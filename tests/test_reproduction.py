@@ -217,11 +217,20 @@ def test_a_row_of_ones_own(small_contrastive, data_dir, tmp_path, monkeypatch, c
 
 
 def test_the_papers_budget_trains_and_scores_as_the_authors_do(data_dir, tmp_path, monkeypatch):
-    """LARS, ResNet-18's channels behind a stem of stride 1, and all of Eq. 10; here of fewer steps, and narrower."""
+    """LARS, ResNet-18's channels behind a stem of stride 1, all of Eq. 10, and the weights of the last step; a constant rate for the diffusion model. Here of
+    fewer steps, and narrower."""
     length = contrastive.DETECTOR_LENGTHS["paper"]
     assert length.training.max_steps == 1250
     short = replace(length, training=replace(length.training, min_steps=2, max_steps=2), backbone={"hidden_sizes": [8], "depths": [1]})
     monkeypatch.setitem(contrastive.DETECTOR_LENGTHS, "paper", short)
+    length = contrastive.DISSOLVER_LENGTHS["paper"]
+    assert (length.steps, length.batch_sizes, length.learning_rate) == (25_000, {32: 256, 64: 128, 128: 32}, 8e-5)
+    monkeypatch.setitem(contrastive.DISSOLVER_LENGTHS, "paper", replace(length, steps=2, widths=(8, 8)))
+    dissolvers = []
+    original = contrastive.train_dissolver
+    monkeypatch.setattr(
+        contrastive, "train_dissolver", lambda *args, **options: (dissolvers.append(options["args"]), original(*args, **options))[1]
+    )
     trained = []
     monkeypatch.setattr(contrastive, "train_detector", lambda model, *args, **_: trained.append((model, args)) or train(model, *args, **_))
     argv = [
@@ -233,6 +242,7 @@ def test_the_papers_budget_trains_and_scores_as_the_authors_do(data_dir, tmp_pat
         "pneumonia_mnist",
         "--methods",
         "csi",
+        "dia",
         "--seeds",
         0,
         "--data_dir",
@@ -240,8 +250,10 @@ def test_the_papers_budget_trains_and_scores_as_the_authors_do(data_dir, tmp_pat
     ]
     status, _, err = reproduce(*argv, "--output_dir", tmp_path)
     assert status == 0, err
-    ((model, (_, _, args)),) = trained
-    assert (args.lars, args.learning_rate, args.warmup_steps, args.weight_decay) == (True, 1.0, 0.05, 1e-6)
+    (model, (_, _, args)), _ = trained
+    assert (args.lars, args.learning_rate, args.warmup_steps, args.weight_decay, args.ema_decay) == (True, 1.0, 0.05, 1e-6, 0)
+    (stage,) = dissolvers
+    assert (stage.lr_scheduler_type, stage.gradient_accumulation_steps, stage.ema_decay, stage.weight_decay) == ("constant", 2, 0.995, 0)
     config = model.config
     assert (config.score_features, config.score_whitening, config.test_crop_scale) == ("projection", False, [0.54, 0.54])
     assert config.score_cosine

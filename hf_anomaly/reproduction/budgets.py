@@ -90,13 +90,16 @@ class LARSTraining(Training):
     Attributes:
         learning_rate: LARS' peak.
         warmup: the share of the steps in which it rises.
+        ema_decay: of averaged weights; 0: the last ones are taken.
     """
 
     warmup: float = 0.05
     weight_decay: float = 1e-6
+    ema_decay: float = 0.0
 
     def optimizer(self) -> dict:
-        return {"lars": True, "learning_rate": self.learning_rate, "warmup_steps": self.warmup, "weight_decay": self.weight_decay}
+        decays = {"weight_decay": self.weight_decay, "ema_decay": self.ema_decay}
+        return {"lars": True, "learning_rate": self.learning_rate, "warmup_steps": self.warmup, **decays}
 
 
 def detector_settings(config: AnomalyDetectorConfig) -> dict:

@@ -54,6 +54,14 @@ class DissolverLength:
     widths: tuple[int, ...] = (32, 64, 64)
     layers: int = 1
     gradient_accumulation: int = 1
+    schedule = "cosine"  # no field, as results on disk have none
+
+
+@dataclass(frozen=True)
+class ConstantDissolverLength(DissolverLength):
+    """With a learning rate that does not fall, as DIA's authors have it."""
+
+    schedule: str = "constant"
 
 
 _SMALL_RESNET = {"hidden_sizes": [32, 64, 128, 256], "depths": [1, 1, 1, 1]}
@@ -67,7 +75,9 @@ DETECTOR_LENGTHS = {
 DISSOLVER_LENGTHS = {
     "smoke": DissolverLength(2, {32: 8, 64: 4, 128: 2}, 1e-3, max_timestep=540, widths=(8, 8)),
     "laptop": DissolverLength(250, {32: 32, 64: 8, 128: 2}, 1e-3, max_timestep=540),
-    "paper": DissolverLength(25_000, {32: 256, 64: 128, 128: 32}, 8e-5, max_timestep=1000, widths=(32, 64, 128, 256), gradient_accumulation=2),
+    "paper": ConstantDissolverLength(
+        25_000, {32: 256, 64: 128, 128: 32}, 8e-5, max_timestep=1000, widths=(32, 64, 128, 256), gradient_accumulation=2
+    ),
 }  # fmt: skip
 
 
@@ -113,7 +123,7 @@ class TrainedDissolver(Method):
         stage = denoising_arguments(
             args, "dissolver", learning_rate=length.learning_rate, batch_size=args.per_device_train_batch_size, steps=length.steps
         )
-        stage.gradient_accumulation_steps = length.gradient_accumulation
+        stage.gradient_accumulation_steps, stage.lr_scheduler_type = length.gradient_accumulation, length.schedule
         dissolver = train_dissolver(
             images,
             processor=data.processor,

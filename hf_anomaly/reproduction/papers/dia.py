@@ -144,7 +144,7 @@ def _cifar(dataset: str, lines: dict[str, tuple[float, ...]]) -> Section:
 
 COMMON_NOTES = (
     "The score is the cosine of the projections in Eq. 10, its first factor, averaged over ten fixed augmentations, and the optimizer is AdamW; the paper, "
-    "and budget paper, take all of Eq. 10 and LARS.",
+    "and budget paper, take all of Eq. 10 and LARS, whose peak learning rate there is 1, as in the authors' code; the paper's text has .001.",
 )
 KERNELS = (
     "The paper does not name the kernels of this table; on SARS-COV-2 its numbers are Table 7's of Gaussian 7 and median 3, so these are taken "
