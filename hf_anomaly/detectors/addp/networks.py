@@ -74,7 +74,7 @@ def unpool(x: torch.Tensor, size: tuple[int, int], places: torch.Tensor) -> torc
 
 
 class AttentionGate(nn.Module):
-    """α = σ₂(ψᵀ σ₁(W_x x + W_g g)), σ₁ ReLU and σ₂ the sigmoid (Oktay et al. 2018, Eq. 1), for x and g of one resolution."""
+    """α = σ₂(ψᵀ σ₁(W_x x + W_g g)), σ₁ ReLU and σ₂ the sigmoid (Oktay et al. 2018, Eq. 1–2), for x and g of one resolution."""
 
     def __init__(self, config: ADDPConfig, skip_channels: int, gating_channels: int):
         super().__init__()
