@@ -30,7 +30,7 @@ from hf_anomaly import (
     SmallResNetConfig,
 )
 from hf_anomaly.cards import shown_command, write_card, write_figures, write_pretraining_card
-from hf_anomaly.cards.merging import merge_cards, split_card
+from hf_anomaly.cards.merging import merge_cards, outdate_card, split_card, tag_card
 from hf_anomaly.dissolving import build_scheduler, build_unet
 
 MEASURED = {"auroc": 0.87654321, "average_precision": 0.7654321, "fpr_at_95_tpr": 0.4321}
@@ -274,6 +274,31 @@ def test_cards_of_other_editors(folder, refused):
     path.write_text(text, encoding="latin-1", errors="replace")
     with refused(path, "save it as UTF-8"):
         write_card(folder, detector(), RESULTS)
+
+
+@pytest.mark.parametrize(
+    ("front", "kept"),
+    [
+        ("language: no", "language: 'no'"),  # Norwegian, which YAML 1.1 takes for false
+        ("tags: [{a: b}, [c]]", "a: b"),
+        ("metrics: [{d: e}]", "d: e"),
+        ("model-index: text", ""),
+        ("model-index: [{name: x, results: text}]", "- text"),
+        ("model-index: [{name: x, results: [{task: text}]}]", "task: text"),
+    ],
+)
+def test_the_yaml_of_a_person_may_hold_anything(folder, front, kept):
+    merged = merge_cards(generated(folder), f"---\n{front}\n---\n\n# Chests\n\nMine.\n")
+    for text in (merged, tag_card(merged, ["new"]), outdate_card(merged)):
+        assert kept in text
+        assert "Mine." in text
+    assert "roc_auc" in merged
+    assert "roc_auc" not in outdate_card(merged)
+
+
+@pytest.mark.parametrize("front", ["date: 2020-13-45", f"x: {'[' * 2000}"])
+def test_yaml_that_cannot_be_read_is_text(folder, front):
+    assert front in merge_cards(generated(folder), f"---\n{front}\n---\n\n# Chests\n")
 
 
 def test_a_first_stage_that_is_written_again_is_told_anew(tmp_path):

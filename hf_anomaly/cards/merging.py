@@ -43,6 +43,19 @@ OUTDATED = (
 _BLOCK = re.compile(r"^<!-- hf-anomaly: (\w+) -->\n(.*?)^<!-- /hf-anomaly: \1 -->$", re.DOTALL | re.MULTILINE)
 _FRONT_MATTER = re.compile(r"\s*^---[ \t]*\n(.*?)^---[ \t]*$\n?", re.DOTALL | re.MULTILINE)
 _ADDRESS = re.compile(r'(?<=from_pretrained\()"(?:[^"\\\n]|\\.)*"')
+_BOOLEAN = "tag:yaml.org,2002:bool"
+
+
+class _Loader(yaml.SafeLoader):
+    """With the booleans of YAML 1.2, which the Hub reads: `language: no` is Norwegian, not false."""
+
+    yaml_implicit_resolvers = {
+        letter: [(tag, pattern) for tag, pattern in resolvers if tag != _BOOLEAN]
+        for letter, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+    }
+
+
+_Loader.add_implicit_resolver(_BOOLEAN, re.compile(r"(true|True|TRUE|false|False|FALSE)\Z"), [*"tTfF"])
 
 
 def read_card(path: str | os.PathLike, name: str | None = None) -> str:
@@ -65,8 +78,8 @@ def split_card(text: str) -> tuple[dict, str]:
     text = text.replace("\r\n", "\n")
     if match := _FRONT_MATTER.match(text):
         try:
-            data = yaml.safe_load(match[1]) or {}
-        except yaml.YAMLError:
+            data = yaml.load(match[1], _Loader) or {}
+        except (yaml.YAMLError, ValueError, RecursionError):  # ValueError: a date that is none
             data = None
         if isinstance(data, dict):
             return data, text[match.end() :]
@@ -121,7 +134,7 @@ def address_card(text: str, repo_id: str) -> str:
 def tag_card(text: str, tags: list[str]) -> str:
     """The card with these tags too."""
     data, body = split_card(text)
-    return join_card(data | {"tags": list(dict.fromkeys([*_list(data.get("tags")), *tags]))}, body)
+    return join_card(data | {"tags": _unique([*_list(data.get("tags")), *tags])}, body)
 
 
 def _kind(data: dict) -> set:
@@ -148,7 +161,7 @@ def _merge_data(ours: dict, theirs: dict, given: Collection[str] | None) -> dict
     kept["tags"] = [tag for tag in _list(theirs.get("tags")) if tag in tags or not str(tag).endswith("_anomaly")]
     merged = {**ours, **kept}
     for name in ("tags", "metrics"):
-        merged[name] = list(dict.fromkeys([*_list(kept.get(name)), *_list(ours.get(name))]))
+        merged[name] = _unique([*_list(kept.get(name)), *_list(ours.get(name))])
     entries = [*_list(kept.get("model-index")), *_list(ours.get("model-index"))]
     if entries:
         merged["model-index"] = [{**entries[-1], "results": [result for entry in entries for result in entry["results"]]}]
@@ -169,10 +182,21 @@ def _without_results(data: dict) -> dict:
     data = dict(data)
     index = []
     for entry in _list(data.pop("model-index", None)):
-        results = [r for r in _list(entry.get("results")) if (r.get("task") or {}).get("name") != TASK_NAME]
+        results = [] if not isinstance(entry, dict) else [result for result in _list(entry.get("results")) if not _is_ours(result)]
         index += [{**entry, "results": results}] if results else []
-    metrics = [metric for metric in _list(data.pop("metrics", None)) if metric not in {id_ for id_, _ in METRICS.values()}]
+    metrics = [metric for metric in _list(data.pop("metrics", None)) if metric not in [id_ for id_, _ in METRICS.values()]]
     return data | ({"model-index": index} if index else {}) | ({"metrics": metrics} if metrics else {})
+
+
+def _is_ours(result) -> bool:
+    """Whether an entry of the model index, which anybody may have written, is a program's result."""
+    task = result.get("task") if isinstance(result, dict) else None
+    return isinstance(task, dict) and task.get("name") == TASK_NAME
+
+
+def _unique(values: list) -> list:
+    """The first of equal values, which need not be hashable."""
+    return [value for i, value in enumerate(values) if value not in values[:i]]
 
 
 def _list(value) -> list:
