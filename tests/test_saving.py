@@ -24,6 +24,7 @@ from hf_anomaly import (
 )
 from hf_anomaly.cards import write_card
 from hf_anomaly.dissolving import build_scheduler, build_unet
+from hf_anomaly.loading import load_detector
 from hf_anomaly.saving import Home
 
 MEASURED = {
@@ -566,6 +567,16 @@ def test_a_hostile_config_is_refused_at_once(folder, changes, words, refused):
     finally:
         resource.setrlimit(resource.RLIMIT_AS, (limit[1], limit[1]))
     assert time.monotonic() - started < 5
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{"image_size": "8"}, {"auto_map": None}, {"model_type": []}, {"dtype": "x" * 10**4}, {"backbone_config": {**RESNET, "id2label": 0}}],
+)
+def test_a_damaged_config_is_told_in_one_line(folder, changes, refused):
+    edit_config(folder, **changes)
+    with refused(folder):
+        load_detector(str(folder))
 
 
 @pytest.mark.parametrize("shard", ["../outside.safetensors", "/etc/passwd", "model.bin", "..\\outside.safetensors", 1])
