@@ -580,7 +580,7 @@ class AnomalyDetector(PreTrainedModel):
         revision: str | None = None,
         create_pr: bool = False,
         max_shard_size: int | str = "50GB",
-        tags: list[str] | None = None,
+        tags: list[str] | str | None = None,
         git_tag: str | None = None,
         image_processor: BaseImageProcessor | None = None,
     ) -> CommitInfo:
@@ -594,7 +594,7 @@ class AnomalyDetector(PreTrainedModel):
             revision: branch to push to, made if it does not exist.
             create_pr: open a pull request instead.
             max_shard_size: larger weights are saved in several files.
-            tags: for the card.
+            tags: for the card; one or several.
             git_tag: also gives the commit this tag.
             image_processor: goes with it in place of the one that lies beside the detector.
 

@@ -131,10 +131,10 @@ def address_card(text: str, repo_id: str) -> str:
     return _BLOCK.sub(lambda match: _ADDRESS.sub(lambda _: json.dumps(repo_id), match[0]) if match[1] == "usage" else match[0], text)
 
 
-def tag_card(text: str, tags: list[str]) -> str:
-    """The card with these tags too."""
+def tag_card(text: str, tags: list[str] | str) -> str:
+    """The card with these tags, or this one, too."""
     data, body = split_card(text)
-    return join_card(data | {"tags": _unique([*_list(data.get("tags")), *tags])}, body)
+    return join_card(data | {"tags": _unique([*_list(data.get("tags")), *_list(tags)])}, body)
 
 
 def _kind(data: dict) -> set:
