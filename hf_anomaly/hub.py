@@ -255,7 +255,8 @@ def _commit(api, repo_id, folder, files, message, description, revision, create_
             path = api.hf_hub_download(repo_id, "README.md", revision=head.sha)
             card = merge_cards(card, read_card(path, f"README.md of {repo_id}"))
         contents["README.md"] = card.encode()
-    gone = {name for name in there - contents.keys() if any(fnmatch(name, pattern) for pattern in _REPLACED)}
+    replaced = _REPLACED if repo_type == "model" else ()
+    gone = {name for name in there - contents.keys() if any(_fits(name, pattern) for pattern in replaced)}
     return api.create_commit(
         repo_id,
         [
@@ -269,6 +270,11 @@ def _commit(api, repo_id, folder, files, message, description, revision, create_
         repo_type=repo_type,
         parent_commit=head.sha,
     )
+
+
+def _fits(name: str, pattern: str) -> bool:
+    """As `fnmatch`, but where the pattern names no folder the file is in none: fnmatch's * spans folders."""
+    return fnmatch(name, pattern) and ("/" in pattern or "/" not in name)
 
 
 def _status(error: Exception) -> int | None:

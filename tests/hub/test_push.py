@@ -36,6 +36,16 @@ def test_one_commit_holds_all(hub):
     """)
 
 
+def test_files_of_others_stay(hub):
+    hub.run("""
+        theirs = {"models/other.safetensors", "model_v0/a.safetensors", "notes/eval_results.json"}
+        edit("org/shared", {name: b"theirs" for name in [*theirs, "model-00001-of-00002.safetensors", "dissolver/unet/config.json"]})
+        detector().push_to_hub("org/shared", tags="mine")
+        assert files("org/shared") == theirs | {"README.md", "config.json", "model.safetensors", "modeling_hf_anomaly.py"}, files("org/shared")
+        assert "\\n- mine\\n" in text("org/shared")
+    """)
+
+
 def test_nothing_is_published_that_is_no_part_of_the_model(hub):
     output = hub.run(f"""
         from hf_anomaly.cli import main

@@ -16,10 +16,10 @@ def test_a_space_in_one_commit(hub):
         for name in three:
             assert Path(api.hf_hub_download("org/lungs", name, **made)).read_bytes() == Path("space", name).read_bytes()
         # Made again for another: its files are written anew, others stay.
-        edit("spaces/org/lungs", {"notes.txt": b"mine", "README.md": b"# old"})
+        edit("spaces/org/lungs", {"notes.txt": b"mine", "figures/own.svg": b"mine", "README.md": b"# old"})
         AutoModel.from_pretrained(finished("other", 1)).push_to_hub("org/skin", git_tag="v1")
         make_space("org/skin", "org/lungs", revision="v1")
-        assert set(api.list_repo_files("org/lungs", **made)) == three | {"notes.txt"}
+        assert set(api.list_repo_files("org/lungs", **made)) == three | {"notes.txt", "figures/own.svg"}
         now = {name: Path(api.hf_hub_download("org/lungs", name, **made)).read_text() for name in three}
         assert "run_demo('org/skin', revision='v1')" in now["app.py"] and "# old" not in now["README.md"]
         refused(HubError, lambda: make_space("org/skni", "org/new"), "org/skni", "check the name")
