@@ -1,5 +1,6 @@
 """To the Hub, in one commit: a reader finds the old state or the new one, never half a model."""
 
+import json
 import logging
 import os
 import time
@@ -70,6 +71,8 @@ def hub_errors(repo_id: str, *, reading: bool = False) -> Iterator[None]:
     except (HubError, InputError):
         raise
     except (OSError, ValueError, HTTPError) as error:  # HTTPError: of the client's library, statuses as well as failures of the network
+        if isinstance(error, json.JSONDecodeError) and not reading:  # the client reads some answers before it looks at their status
+            raise HubError(f"{repo_id}: the Hub is out of order (its answer is no JSON): try again later") from error
         causes = list(_causes(error))
         if not causes:
             raise
@@ -192,7 +195,7 @@ def push_folder(
             try:
                 commit = _commit(api, repo_id, folder, files, message, description, revision, create_pr, repo_type)
                 break
-            except (HTTPError, ConnectionError) as error:
+            except (HTTPError, ConnectionError, json.JSONDecodeError) as error:
                 # Harmless to repeat, as the next attempt starts from what is there now; but a pull request would be opened twice.
                 if pause is None or create_pr or (_status(error) or 500) < 500:
                     raise

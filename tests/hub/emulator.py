@@ -38,6 +38,7 @@ class Fault:
     Args:
         method, path: HTTP method and regular expression, searched in the path.
         status: answer with this status instead.
+        page: and with a page in place of JSON, as what stands before the Hub does.
         drop_after: read the request, or write the answer, up to this many bytes of the body, and close the connection.
         delay: wait so many seconds first.
     """
@@ -45,6 +46,7 @@ class Fault:
     method: str
     path: str
     status: int | None = None
+    page: bool = False
     drop_after: int | None = None
     delay: float = 0.0
     times: int = 1
@@ -208,6 +210,8 @@ class Handler(BaseHTTPRequestHandler):
                 self.rfile.read(min(fault.drop_after, int(self.headers.get("Content-Length") or 0)))
                 return self.hang_up()
             self.body = self.read_body()
+            if fault and fault.page:
+                return self.answer(b"<html>Bad Gateway</html>", fault.status)
             if fault and fault.status is not None:
                 raise HubError(fault.status, "a fault of the test")
             self.write_limit = fault.drop_after if fault else None

@@ -247,6 +247,13 @@ def test_trouble_on_the_way_leaves_the_old_state_or_the_new(hub):
         fault("GET", "/resolve/", delay=1.0)
         old.push_to_hub("org/trouble")
         assert len(titles("org/trouble")) == 4
+        fault("POST", "/validate-yaml", status=502, page=True)
+        new.push_to_hub("org/trouble")
+        fault("POST", "/validate-yaml", status=502, page=True, times=9)
+        refused(HubError, lambda: old.push_to_hub("org/trouble"), "org/trouble", "out of order")
+        call("/_mend", {})
+        old.push_to_hub("org/trouble")
+        assert len(titles("org/trouble")) == 6
         # Trouble without end: one line, and readers have what was there.
         fault("POST", "/commit/", status=503, times=9)
         refused(HubError, lambda: new.push_to_hub("org/trouble"), "out of order (503)")
