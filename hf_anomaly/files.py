@@ -157,7 +157,7 @@ def read_json(path: str | os.PathLike) -> dict:
     """
     try:
         content = json.loads(Path(path).read_text(encoding="utf-8"))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:  # the latter: nested too deep
         raise InputError(f"{path} is not valid JSON ({error}): restore or delete it") from error
     if not isinstance(content, dict):
         raise InputError(f"{path} must hold a JSON object, got {type(content).__name__}: restore or delete it")

@@ -6,7 +6,7 @@ import threading
 
 import pytest
 
-from hf_anomaly.files import check_output, replacing, shortened, writing
+from hf_anomaly.files import check_output, read_json, replacing, shortened, writing
 
 
 @pytest.mark.parametrize("open_", [replacing, writing])
@@ -91,3 +91,10 @@ def test_names_that_every_file_system_has():
     """A row of a dataset names its image as its author's machine did."""
     assert shortened("C:\\scans/12:30 <a>?\n") == "C__scans_12_30 _a___"
     assert shortened("肺" * 100) == "肺" * 66
+
+
+@pytest.mark.parametrize("text", ["", "[]", "{", "[" * 10**5])
+def test_json_that_is_no_object(tmp_path, text, refused):
+    (tmp_path / "x.json").write_text(text)
+    with refused(tmp_path / "x.json", "restore or delete it"):
+        read_json(tmp_path / "x.json")
