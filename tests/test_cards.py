@@ -419,6 +419,13 @@ def test_figures_are_drawn_and_shown(folder):
     assert "examples.png" not in card(folder)[0]
 
 
+def test_scores_that_nearly_tie_are_drawn(folder):
+    pytest.importorskip("matplotlib", reason="needs the extra `plots`")
+    scores, labels = np.float32([1, 1, 1, 1, 1, 1.0000001]), np.array([0, 0, 0, 1, 1, 1])
+    write_figures(folder, scores, labels, threshold=1.0)
+    assert (folder / "figures" / "scores.png").exists()
+
+
 def test_without_matplotlib_there_are_no_figures(folder, monkeypatch, caplog):
     (folder / "figures").mkdir(parents=True)
     (folder / "figures" / "roc.png").write_bytes(b"old")

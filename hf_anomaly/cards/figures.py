@@ -71,6 +71,7 @@ def draw_scores(figure, scores, labels, threshold) -> None:
     """Histogram of the scores (N,), by label (N,), or of all where labels is None; on an empty figure of matplotlib, as the others here."""
     figure.set_size_inches(6, 3)
     axes = figure.add_subplot()
+    scores = np.asarray(scores, np.float64)  # between scores that nearly tie float32 has no room for the bins
     low, high = np.quantile(scores, (0.25, 0.75))
     reach = 3 * (high - low)  # beyond it are stragglers, which would leave one bar to all others
     shown = np.clip(scores, low - reach, high + reach) if reach > 0 else scores
