@@ -30,6 +30,7 @@ from hf_anomaly import (
     SmallResNetConfig,
 )
 from hf_anomaly.cards import shown_command, write_card, write_figures, write_pretraining_card
+from hf_anomaly.cards.figures import draw_scores, new_figure
 from hf_anomaly.cards.merging import merge_cards, outdate_card, split_card, tag_card
 from hf_anomaly.dissolving import build_scheduler, build_unet
 
@@ -424,6 +425,16 @@ def test_scores_that_nearly_tie_are_drawn(folder):
     scores, labels = np.float32([1, 1, 1, 1, 1, 1.0000001]), np.array([0, 0, 0, 1, 1, 1])
     write_figures(folder, scores, labels, threshold=1.0)
     assert (folder / "figures" / "scores.png").exists()
+
+
+def test_stragglers_are_drawn_on_their_side_of_the_threshold():
+    pytest.importorskip("matplotlib", reason="needs the extra `plots`")
+    figure = new_figure("this test needs")
+    scores, labels = np.array([*range(20), 40.0, 1e6]), np.array([0] * 21 + [1])
+    draw_scores(figure, scores, labels, 50.0)
+    (last,) = [bar for bar in figure.axes[0].containers[1] if bar.get_height()]
+    assert last.get_x() > 50
+    assert figure.axes[0].get_xlim()[1] < 100
 
 
 def test_without_matplotlib_there_are_no_figures(folder, monkeypatch, caplog):

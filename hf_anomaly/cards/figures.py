@@ -72,8 +72,11 @@ def draw_scores(figure, scores, labels, threshold) -> None:
     figure.set_size_inches(6, 3)
     axes = figure.add_subplot()
     scores = np.asarray(scores, np.float64)  # between scores that nearly tie float32 has no room for the bins
+    marked = threshold is not None and np.isfinite(threshold)
     low, high = np.quantile(scores, (0.25, 0.75))
     reach = 3 * (high - low)  # beyond it are stragglers, which would leave one bar to all others
+    if marked:  # they stay on their side of it
+        low, high = min(low, threshold), max(high, threshold)
     shown = np.clip(scores, low - reach, high + reach) if reach > 0 else scores
     bins = np.histogram_bin_edges(shown, 40)
     if labels is None:
@@ -81,7 +84,7 @@ def draw_scores(figure, scores, labels, threshold) -> None:
     for label, name, color in ((0, "normal", "#475467"), (1, "anomalous", "#b42318")):
         if labels is not None and (labels == label).any():
             axes.hist(shown[labels == label], bins, alpha=0.6, color=color, label=f"{name} ({(labels == label).sum()})")
-    if threshold is not None and np.isfinite(threshold):
+    if marked:
         axes.axvline(threshold, color="black", linestyle="--", label="threshold")
     axes.set(xlabel="score" + (" (stragglers in the outermost bars)" if (shown != scores).any() else ""), ylabel="images")
     axes.legend()
