@@ -144,7 +144,7 @@ def test_the_numbers_are_those_of_the_scores(detector, processor, tmp_path):
         threshold = calibration[int(np.ceil(np.round((1 - rate) * 40, 9))) - 1]
         flagged = scores > threshold
         shares = [flagged[labels == 0].mean(), flagged[labels == 1].mean(), (labels[flagged] == 1).mean()]
-        assert cells[1:] == [f"{threshold:.4f}", str(flagged.sum()), *(f"{share:.3f}" for share in shares)]
+        assert cells[1:] == [f"{threshold:.6g}", str(flagged.sum()), *(f"{share:.3f}" for share in shares)]
     assert [cells[0] for cells in thresholds[1:]] == ["1 %", "5 %", "10 % (its own)", "20 %"]
     assert "a rate of α takes at least" in page.text
     for fact in ("abc123", "mine", "25 normal, 25 anomalous", "39 held-out normal images", "normal: good"):

@@ -112,15 +112,14 @@ def _template():
 
     environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     environment.filters["number"] = _number
+    environment.filters["score"] = lambda value: f"{value:.6g}" if math.isfinite(value) else "∞"  # of any scale
     environment.filters["interval"] = lambda ends: " to ".join(map(_number, ends))
     return environment.from_string(Path(__file__).with_name("page.html").read_text(encoding="utf-8"))
 
 
 def _number(value: float | None, digits: int = 3) -> str:
     """For a cell of a table."""
-    if value is None:
-        return "–"
-    return f"{value:.{digits}f}" if math.isfinite(value) else "∞"
+    return "–" if value is None else f"{value:.{digits}f}"
 
 
 def _facts(model, dataset, labels, data_name: str, split_hash: str | None) -> dict[str, str]:
