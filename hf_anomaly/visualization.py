@@ -1,6 +1,7 @@
 """An anomaly map as something a person sees."""
 
 import logging
+import math
 import os
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -149,11 +150,15 @@ def image_grid(
     from PIL import ImageDraw
 
     margin, header = 4, 20
-    cells = [[enlarge(to_picture(image), least_size) for image in row] for row in rows]
-    width = max(cell.width for row in cells for cell in row) + margin
-    heights = [max(cell.height for cell in row) + margin for row in cells]
     measure = ImageDraw.Draw(PIL.Image.new("RGB", (1, 1)))
-    left = margin + max((int(measure.multiline_textbbox((0, 0), caption)[2]) + 2 * margin for caption in row_captions), default=0)
+
+    def longest(texts: Sequence[str]) -> int:
+        return max((math.ceil(measure.multiline_textbbox((0, 0), text)[2]) for text in texts), default=0)
+
+    cells = [[enlarge(to_picture(image), least_size) for image in row] for row in rows]
+    width = max(longest(captions), *(cell.width for row in cells for cell in row)) + margin
+    heights = [max(cell.height for cell in row) + margin for row in cells]
+    left = margin + (longest(row_captions) + 2 * margin if row_captions else 0)
     grid = PIL.Image.new("RGB", (left + width * len(captions), sum(heights) + header + margin), "white")
     draw = ImageDraw.Draw(grid)
     for column, caption in enumerate(captions):

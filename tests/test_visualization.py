@@ -18,7 +18,7 @@ from hf_anomaly import AnomalyDetectorOutput, AnomalyImageProcessor, SharedAECon
 from hf_anomaly.calibration import normal_map_range
 from hf_anomaly.ops.maps import map_levels
 from hf_anomaly.ops.resizing import resize
-from hf_anomaly.visualization import DIMMED, HEAT, VISIBLE, enlarge
+from hf_anomaly.visualization import DIMMED, HEAT, VISIBLE, enlarge, image_grid
 
 ROOT = Path(__file__).parents[1]
 SIZE = 16
@@ -348,3 +348,13 @@ def test_maps_are_refused_before_anything_is_scored(evaluate, detector, tmp_path
     assert (status, out) == (2, "")
     assert all(word in err.splitlines()[-1] for word in words)
     assert not (tmp_path / "maps").exists()
+
+
+def test_captions_over_narrow_images_do_not_meet():
+    grid = image_grid([[torch.zeros(1, 200, 30)] * 2], ["original", "dissolved"])
+    written = (np.asarray(grid.convert("L"))[:20] < 255).any(0)
+    width = (grid.width - 4) // 2
+    assert written[:width].any()
+    assert written[width + 4 :].any()
+    assert not written[width : width + 4].any()
+    assert not written[-4:].any()
