@@ -48,7 +48,7 @@ def conformal_p_values(scores: torch.Tensor, calibration_scores: torch.Tensor) -
 
 def conformal_rank(n: int, false_positive_rate: float) -> int:
     """⌈(1 − α)(n + 1)⌉, beyond n where n values are too few for the rate α."""
-    return math.ceil(round((1 - false_positive_rate) * (n + 1), 9))  # round: (1 − .05)·100 is 95.00000000000001 in floats
+    return max(1, math.ceil(round((1 - false_positive_rate) * (n + 1), 9)))  # round: (1 − .05)·100 is 95.00000000000001 in floats
 
 
 def conformal_threshold(calibration_scores: torch.Tensor, false_positive_rate: float, *, where: str = "") -> float:

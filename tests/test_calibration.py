@@ -44,7 +44,24 @@ def test_p_values_against_brute_force(n, levels):
 
 def test_threshold_rank_is_exact():
     """⌈(1 − α)(n + 1)⌉ in rational numbers: in floats (1 − .05)·100 is 95.00000000000001."""
-    rates = ["0.001", "0.01", "0.03", "0.05", "0.07", "0.1", "0.15", "0.2", "0.29", "0.3", "1/3", "0.5", "0.7", "0.9", "0.99"]
+    rates = [
+        "0.001",
+        "0.01",
+        "0.03",
+        "0.05",
+        "0.07",
+        "0.1",
+        "0.15",
+        "0.2",
+        "0.29",
+        "0.3",
+        "1/3",
+        "0.5",
+        "0.7",
+        "0.9",
+        "0.99",
+        "0.99999999999",
+    ]
     for rate, n in product(map(Fraction, rates), [*range(1, 130), 299, 999, 1999]):
         rank = math.ceil((1 - rate) * (n + 1))
         expected = math.inf if rank > n else float(rank)
