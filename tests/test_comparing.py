@@ -33,6 +33,10 @@ def trained(tmp_path, monkeypatch):
     return write
 
 
+def test_rounding_beyond_1_compares(trained):
+    assert read_run(trained("dia", DIAConfig, 0, 1.0, average_precision=1.0000000000000002)).results["auroc"] == 1
+
+
 def test_a_row_is_a_way_of_training(trained):
     names = [trained(f"dia-{seed}", DIAConfig, seed, auroc) for seed, auroc in ((2, 0.9), (0, 0.8), (1, 0.85), (5, 0.7))]
     names.insert(1, trained("csi", CSIConfig, 0, 0.75))

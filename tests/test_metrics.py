@@ -28,6 +28,14 @@ def test_higher_means_more_anomalous():
     assert image_metrics([0.1, 0.2], [1, 0]) == {"auroc": 0, "average_precision": 0.5, "fpr_at_95_tpr": 1, "f1_max": 2 / 3}
 
 
+def test_no_error_is_1_and_not_more():
+    for num_anomalous in range(1, 60):
+        labels = np.array([0] * 12 + [1] * num_anomalous)
+        metrics = image_metrics(np.arange(len(labels)), labels)
+        assert metrics == pytest.approx({"auroc": 1, "average_precision": 1, "fpr_at_95_tpr": 0, "f1_max": 1}, rel=1e-12)
+        assert max(metrics.values()) <= 1
+
+
 def test_95_percent_is_enough_and_less_is_not():
     # 20 anomalies; the lowest one is below all normals, so 19 / 20 = 95 % are found without a false positive.
     scores, labels = [*range(2, 21), -1, 0, 1], [1] * 20 + [0] * 2

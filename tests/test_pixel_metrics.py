@@ -201,6 +201,15 @@ def test_small_regions_count_as_much_as_large_ones():
     assert computed(maps, mask)["pixel_auroc"] == pytest.approx(50 / 51)
 
 
+def test_perfect_maps_are_one():
+    for seed in range(20):
+        masks = np.random.default_rng(seed).random((2, 9, 13)) < 0.2
+        metrics = PixelMetrics()
+        metrics.update(masks.astype(np.float32), masks)
+        assert metrics.compute()["aupro"] == pytest.approx(1)
+        assert metrics.compute()["aupro"] <= 1
+
+
 def test_ties_and_perfect_maps():
     mask = disc(16, 8, 8, 3)
     assert [computed(mask, mask)[name] for name in NAMES] == pytest.approx([1, 1, 1], rel=1e-12)

@@ -39,7 +39,7 @@ def image_metrics(scores, labels, threshold: float | None = None) -> dict[str, f
         hits, false_alarms = tpr * num_anomalous, fpr * (len(labels) - num_anomalous)
         metrics = {
             "auroc": float(roc_auc_score(labels, scores)),
-            "average_precision": float(average_precision_score(labels, scores)),
+            "average_precision": min(float(average_precision_score(labels, scores)), 1.0),  # rounding goes beyond it
             "fpr_at_95_tpr": float(fpr[tpr >= 0.95].min()),
             "f1_max": float((2 * hits / (hits + false_alarms + num_anomalous)).max()),
         }

@@ -176,7 +176,7 @@ def _aupro(normal: np.ndarray, overlap: np.ndarray, max_fpr: float) -> tuple[flo
         rest, climb = max_fpr - rate[last], height[last + 1] - height[last]
         area += rest * (height[last] + climb * rest / (rate[last + 1] - rate[last]) / 2)
         error += rest * climb
-    return area / max_fpr, error / max_fpr
+    return min(area / max_fpr, 1.0), error / max_fpr  # rounding goes beyond it
 
 
 def _images(name: str, values) -> np.ndarray:

@@ -31,6 +31,8 @@ _KINDS = {
     "command": str,
 }
 
+_ROUNDING = 1e-9  # beyond 1, in what earlier versions wrote of detectors without an error
+
 # Flags of a training command that change none of its results, or that stand in its results anyhow.
 _WITHOUT_EFFECT = re.compile(
     "(seed|max_steps|dataset|dataset_name|dataset_id|data_dir|output_dir|cpu_threads|use_cpu|num_processes|disable_tqdm|report_to|run_name|card_figures"
@@ -63,7 +65,7 @@ class Run:
             raise InputError(f"{self.name} has no AUROC: {reason}")
         for name, kind in _KINDS.items():
             value = self.results.get(name)
-            if not isinstance(value, kind | None) or (name in METRICS and value is not None and not 0 <= value <= 1):
+            if not isinstance(value, kind | None) or (name in METRICS and value is not None and not 0 <= value <= 1 + _ROUNDING):
                 raise InputError(f"{self.name}: {name} is {value!r}, which no evaluation wrote: restore or delete its eval_results.json")
 
 
