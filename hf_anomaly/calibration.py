@@ -51,6 +51,12 @@ def conformal_rank(n: int, false_positive_rate: float) -> int:
     return max(1, math.ceil(round((1 - false_positive_rate) * (n + 1), 9)))  # round: (1 − .05)·100 is 95.00000000000001 in floats
 
 
+def check_rate(false_positive_rate: float) -> None:
+    """Raises InputError: the rate is not in (0, 1)."""
+    if not 0 < false_positive_rate < 1:
+        raise InputError(f"false_positive_rate must lie strictly between 0 and 1, got {false_positive_rate}")
+
+
 def conformal_threshold(calibration_scores: torch.Tensor, false_positive_rate: float, *, where: str = "") -> float:
     """The ⌈(1 − α)(n + 1)⌉-th smallest of n calibration scores; an image is flagged when its score lies strictly above.
 
@@ -64,8 +70,7 @@ def conformal_threshold(calibration_scores: torch.Tensor, false_positive_rate: f
     Raises:
         InputError: the rate is not in (0, 1).
     """
-    if not 0 < false_positive_rate < 1:
-        raise InputError(f"false_positive_rate must lie strictly between 0 and 1, got {false_positive_rate}")
+    check_rate(false_positive_rate)
     n = calibration_scores.numel()
     rank = conformal_rank(n, false_positive_rate)
     if rank > n:

@@ -21,7 +21,7 @@ from transformers import initialization as init
 from transformers.utils import ModelOutput, can_return_tuple
 from transformers.utils.hub import resolve_revision
 
-from .calibration import Calibration, Float32State, normal_map_range
+from .calibration import Calibration, Float32State, check_rate, normal_map_range
 from .cards import tag_card, write_card
 from .cards.merging import read_card
 from .errors import HubError, InputError, NotFittedError, one_line
@@ -445,6 +445,7 @@ class AnomalyDetector(PreTrainedModel):
             InputError: no images, an image labelled anomalous, or a rate outside (0, 1).
             NotFittedError: before `fit_reference`.
         """
+        check_rate(false_positive_rate)  # before anything is scored
         scores, labels, levels = self._score(dataloader, gather, progress, "Calibrating", with_map_levels=self.supports_anomaly_maps)
         refuse_anomalies(labels, "calibrate")
         self.calibration.fit(scores, false_positive_rate)

@@ -15,6 +15,7 @@ import torch
 from torch.utils.data import DataLoader, Dataset, IterableDataset
 from transformers import Pipeline
 
+from .calibration import check_rate
 from .data.transforms import process_decoded
 from .detector import AnomalyDetector, AnomalyDetectorOutput
 from .errors import HubError, InputError, one_line
@@ -69,8 +70,8 @@ class AnomalyDetectionPipeline(Pipeline):
                 raise InputError(f"{name} must be a number, got {number!r}")
         if threshold is not None and math.isnan(threshold):
             raise InputError("threshold is NaN: give a score")
-        if false_positive_rate is not None and not 0 < false_positive_rate < 1:
-            raise InputError(f"false_positive_rate must lie strictly between 0 and 1, got {false_positive_rate}")
+        if false_positive_rate is not None:
+            check_rate(false_positive_rate)
         decided = threshold is not None or false_positive_rate is not None
         return (
             {} if timeout is None else {"timeout": timeout},
