@@ -46,6 +46,7 @@ from hf_anomaly import (
 from hf_anomaly.cli.running import run_script
 from hf_anomaly.data import collate, stream_one_class
 from hf_anomaly.dissolving import DiffusionDissolver, build_scheduler, build_unet, default_resolution, network_resolution
+from hf_anomaly.files import check_output, writing
 from hf_anomaly.metrics import PixelMetrics
 from hf_anomaly.ops.contrastive import amplified_nt_xent
 from hf_anomaly.ops.knn import max_cosine
@@ -453,6 +454,7 @@ def hardware() -> str:
 
 def main() -> None:
     (args,) = parse_arguments(BenchmarkArguments, description=__doc__)
+    check_output("--output", args.output)
     lines = ["| what | A | B | ratio A/B |", "|---|---|---|---|"]
     print(*lines, sep="\n")
     for name in args.rows or ROWS:
@@ -465,7 +467,8 @@ def main() -> None:
     lines += ["", f"{args.image_size}×{args.image_size} pixels, medians of {args.repeats} in turns; {facts}; `{command}`."]
     print(*lines[-2:], sep="\n")
     if args.output is not None:
-        Path(args.output).write_text("\n".join(lines) + "\n", encoding="utf-8")
+        with writing(args.output) as file:
+            file.write_text("\n".join(lines) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -50,6 +50,7 @@ def test_ways_take_turns():
     [
         (["--repeats=0"], "--repeats must be at least 1, got 0"),
         (["--rows", "scoring", "speed"], "--rows speed is unknown; there are training_step,"),
+        (["--rows", "pixel_metrics", "--output", str(SCRIPT.parent)], f"--output {SCRIPT.parent}: it is a folder"),
     ],
 )
 def test_bad_input(monkeypatch, capsys, argv, message):
