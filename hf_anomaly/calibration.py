@@ -16,6 +16,8 @@ from .errors import InputError, NotFittedError
 
 logger = logging.getLogger(__name__)
 
+Scores = torch.Tensor | Sequence[float]  # or an array
+
 
 class Float32State(nn.Module):
     """A module of buffers that stay fp32 when the model is cast, because decisions hang on their last digits."""
@@ -87,7 +89,7 @@ def _of_rank(calibration_scores: torch.Tensor, rank: int) -> float:
 
 
 def mondrian_thresholds(
-    groups: Sequence[Hashable], calibration_scores: torch.Tensor, calibration_groups: Sequence[Hashable], false_positive_rate: float
+    groups: Sequence[Hashable], calibration_scores: Scores, calibration_groups: Sequence[Hashable], false_positive_rate: float
 ) -> torch.Tensor:
     """The threshold for each image, from the calibration scores of its own group (scanner, site, view, …): then the rate holds in every group, and not
     only on average over them (Vovk, Gammerman & Shafer 2005, section 4.5: Mondrian conformal prediction).
@@ -110,6 +112,7 @@ def mondrian_thresholds(
     Raises:
         InputError: as many groups as scores are not there, an image without group, a score that is not finite, or a rate not in (0, 1).
     """
+    calibration_scores = torch.as_tensor(calibration_scores)
     by_group, members = _scores_by_group(calibration_scores, calibration_groups), _members("groups", groups)
     dtype = torch.promote_types(calibration_scores.dtype, torch.float32)  # not rounded: a score at the threshold does not lie above it
     thresholds = torch.empty(len(groups), dtype=dtype, device=calibration_scores.device)
@@ -120,7 +123,7 @@ def mondrian_thresholds(
 
 
 def mondrian_p_values(
-    scores: torch.Tensor, groups: Sequence[Hashable], calibration_scores: torch.Tensor, calibration_groups: Sequence[Hashable]
+    scores: Scores, groups: Sequence[Hashable], calibration_scores: Scores, calibration_groups: Sequence[Hashable]
 ) -> torch.Tensor:
     """The conformal p-value of each score within its own group: for a normal image, P(p ≤ α) ≤ α in every group. See `mondrian_thresholds`.
 
@@ -134,8 +137,7 @@ def mondrian_p_values(
     Raises:
         InputError: as in `mondrian_thresholds`.
     """
-    if len(scores):
-        _check_scores("scores", scores)
+    scores = _checked("scores", scores) if len(scores) else torch.as_tensor(scores)
     by_group, members = _scores_by_group(calibration_scores, calibration_groups), _members("groups", groups, len(scores))
     p_values = torch.ones_like(conformal_p_values(scores, scores[:0]))
     for group in members.keys() & by_group.keys():
@@ -144,9 +146,9 @@ def mondrian_p_values(
     return p_values
 
 
-def _scores_by_group(scores: torch.Tensor, groups: Sequence[Hashable]) -> dict[Hashable, torch.Tensor]:
+def _scores_by_group(scores: Scores, groups: Sequence[Hashable]) -> dict[Hashable, torch.Tensor]:
     """Group → its calibration scores, ascending."""
-    _check_scores("calibration_scores", scores)
+    scores = _checked("calibration_scores", scores)
     return {group: scores[rows].sort().values for group, rows in _members("calibration_groups", groups, len(scores)).items()}
 
 
@@ -163,11 +165,14 @@ def _members(name: str, groups: Sequence[Hashable], count: int | None = None) ->
     return members
 
 
-def _check_scores(name: str, scores: torch.Tensor) -> None:
+def _checked(name: str, scores: Scores) -> torch.Tensor:
+    """Scores (n,), n ≥ 1, as a tensor."""
+    scores = torch.as_tensor(scores)
     if scores.ndim != 1 or scores.numel() == 0:
         raise InputError(f"{name} must be (n,) with at least one score, got shape {tuple(scores.shape)}")
     if not torch.isfinite(scores).all():
         raise InputError(f"{name}: number {int((~torch.isfinite(scores)).nonzero()[0])} (counted from 0) is not finite")
+    return scores
 
 
 @dataclass(frozen=True)
@@ -213,7 +218,7 @@ class DriftCheck:
         )
 
 
-def drift_check(scores: torch.Tensor, calibration_scores: torch.Tensor, *, max_anomalies: float = 0.0) -> DriftCheck:
+def drift_check(scores: Scores, calibration_scores: Scores, *, max_anomalies: float = 0.0) -> DriftCheck:
     """Are incoming scores still those of calibration? Two one-sided Kolmogorov–Smirnov tests of two samples.
 
     The hypothesis: the scores of the incoming *normal* images are exchangeable with the calibration scores. Only then do p-values and false-positive
@@ -235,8 +240,7 @@ def drift_check(scores: torch.Tensor, calibration_scores: torch.Tensor, *, max_a
     """
     from scipy.stats import ks_2samp
 
-    _check_scores("scores", scores)
-    _check_scores("calibration_scores", calibration_scores)
+    scores, calibration_scores = _checked("scores", scores), _checked("calibration_scores", calibration_scores)
     if not 0 <= max_anomalies < 1:
         raise InputError(f"max_anomalies must be a share in [0, 1), got {max_anomalies}")
     incoming, reference = (values.detach().cpu().double().sort().values.numpy() for values in (scores, calibration_scores))
@@ -251,7 +255,7 @@ def drift_check(scores: torch.Tensor, calibration_scores: torch.Tensor, *, max_a
     return DriftCheck(min(1.0, 2 * min(p_higher, p_lower)), p_higher, p_lower, m, n, gap)
 
 
-def drift_martingale(scores: torch.Tensor, calibration_scores: torch.Tensor, *, seed: int = 0, jump_rate: float = 0.01) -> torch.Tensor:
+def drift_martingale(scores: Scores, calibration_scores: Scores, *, seed: int = 0, jump_rate: float = 0.01) -> torch.Tensor:
     """The evidence against exchangeability after each image of a stream: a conformal test martingale, the Simple Jumper (Vovk, Petej, Nouretdinov,
     Ahlberg, Carlsson & Gammerman 2021, "Retrain or not retrain", Algorithm 1).
 
@@ -272,8 +276,7 @@ def drift_martingale(scores: torch.Tensor, calibration_scores: torch.Tensor, *, 
     Raises:
         InputError: no scores, one that is not finite, or a rate not in [0, 1].
     """
-    _check_scores("scores", scores)
-    _check_scores("calibration_scores", calibration_scores)
+    scores, calibration_scores = _checked("scores", scores), _checked("calibration_scores", calibration_scores)
     if not 0 <= jump_rate <= 1:
         raise InputError(f"jump_rate must be in [0, 1], got {jump_rate}")
     bets = torch.tensor([-1.0, 0.0, 1.0], dtype=torch.float64)  # on small p-values, on nothing, on large ones

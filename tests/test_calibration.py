@@ -276,6 +276,16 @@ def test_the_gap_that_can_be_seen():
     assert drift_check(shifted.double(), torch.arange(n).double()).p_value == pytest.approx(0.05, rel=0.15)
 
 
+@pytest.mark.parametrize("kind", [list, np.array])
+def test_scores_may_be_lists_and_arrays(kind):
+    x, c, groups = scores(20, 1), scores(30, 2), ["a", "b"] * 15
+    of = lambda values: kind(values.tolist())  # noqa: E731
+    assert drift_check(of(x), of(c)) == drift_check(x, c)
+    assert torch.equal(drift_martingale(of(x), of(c)), drift_martingale(x, c))
+    assert torch.equal(mondrian_p_values(of(x), groups[:20], of(c), groups), mondrian_p_values(x, groups[:20], c, groups))
+    assert torch.equal(mondrian_thresholds(groups, of(c), groups, 0.2), mondrian_thresholds(groups, c, groups, 0.2))
+
+
 def test_drift_of_nothing(refused):
     with refused("scores must be (n,) with at least one score"):
         drift_check(torch.zeros(0), torch.zeros(2))
