@@ -23,6 +23,11 @@ def test_values_by_hand(kind):
     assert image_metrics(kind(SCORES), kind(LABELS)) == pytest.approx(EXPECTED, rel=1e-12)
 
 
+def test_scores_of_a_model_in_training_and_in_half_precision():
+    scores = torch.tensor([1.0, 2, 3, 4], dtype=torch.bfloat16, requires_grad=True)
+    assert image_metrics(scores, torch.tensor([0, 1, 0, 1]))["auroc"] == 0.75
+
+
 def test_higher_means_more_anomalous():
     assert image_metrics([0.1, 0.2], [0, 1]) == {"auroc": 1, "average_precision": 1, "fpr_at_95_tpr": 0, "f1_max": 1}
     assert image_metrics([0.1, 0.2], [1, 0]) == {"auroc": 0, "average_precision": 0.5, "fpr_at_95_tpr": 1, "f1_max": 2 / 3}

@@ -234,6 +234,7 @@ def test_one_class_has_no_values(value):
         (np.zeros((2, 4, 4)), np.zeros((2, 8, 8)), ["4×4", "8×8", "ops.resizing"]),
         (np.zeros((2, 4, 4)), np.zeros((1, 4, 4)), ["maps", "2 of", "1 of"]),
         (np.zeros((2, 3, 4, 4)), np.zeros((2, 4, 4)), ["maps", "(2, 3, 4, 4)"]),
+        ([np.zeros((4, 4)), np.zeros((5, 4))], [np.zeros((4, 4)), np.zeros((5, 4))], ["maps", "one by one"]),
         (np.zeros((2, 4, 4)), np.full((2, 4, 4), "a"), ["masks", "<U1"]),
         (np.zeros((2, 1, 1)), np.array([[[1.0]], [[np.nan]]]), ["masks", "image 1", "NaN"]),
     ],
@@ -270,6 +271,7 @@ def test_half_precision_maps():
     maps, masks = example(10)
     half = torch.from_numpy(maps).bfloat16()
     assert computed(half, masks) == computed(half.float(), masks)
+    assert computed(half, torch.from_numpy(masks).bfloat16()) == computed(half, masks)
 
 
 def test_evaluate_metric_accumulates(refused):

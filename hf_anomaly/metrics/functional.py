@@ -163,6 +163,8 @@ def _columns(scores, labels) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _column(name: str, values) -> np.ndarray:
+    if hasattr(values, "detach"):
+        values = values.detach().cpu().double()  # NumPy knows no bfloat16
     try:
         column = np.asarray(values, dtype=np.float64)
     except (TypeError, ValueError) as error:

@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from ..errors import InputError
+from ..errors import InputError, one_line
 
 REGION = np.ones((3, 3), dtype=bool)  # pixels that touch at a corner are one region, as in MVTec AD's own evaluation
 
@@ -181,9 +181,13 @@ def _aupro(normal: np.ndarray, overlap: np.ndarray, max_fpr: float) -> tuple[flo
 
 def _images(name: str, values) -> np.ndarray:
     """(B, H, W) of maps or masks."""
-    values = values.detach().cpu() if hasattr(values, "detach") else values
-    values = values.float() if name == "maps" and hasattr(values, "float") else values  # NumPy knows no bfloat16
-    array = np.asarray(values)
+    if hasattr(values, "detach"):
+        values = values.detach().cpu()
+        values = values.float() if values.is_floating_point() and values.element_size() < 4 else values  # NumPy knows no bfloat16
+    try:
+        array = np.asarray(values)
+    except ValueError as error:
+        raise InputError(f"{name}: {one_line(error)}; add images of different sizes one by one") from error
     if array.ndim == 2:
         array = array[None]
     if array.ndim == 4 and array.shape[1] == 1:
