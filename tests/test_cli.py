@@ -808,6 +808,12 @@ def test_timesteps_of_a_blur_are_kernel_sizes(run, refused, scans):
     )
 
 
+def test_an_image_too_small_for_a_blur_is_named(run, refused, scans):
+    GaussianDissolver(3).save_pretrained("blur")
+    PIL.Image.new("L", (1, 1)).save("dot.png")
+    refused(["dissolve", "blur", scans / "a.png", "dot.png"], "dot.png: kernel_size 3 is too large")
+
+
 def test_a_blur_beside_a_detector(run, refused, scans, detector):
     shutil.copytree(detector, "model")
     GaussianDissolver(3).save_pretrained("model/dissolver")

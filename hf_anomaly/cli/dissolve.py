@@ -50,7 +50,9 @@ def run(args: Namespace) -> None:
         try:
             rows.append([*pixel_values, *dissolver(repeated, times)])
         except InputError as error:
-            if args.timesteps is None or dissolver.symbol != "k":
+            if args.timesteps is None:
+                raise InputError(f"{file}: {error}") from error
+            if dissolver.symbol != "k":
                 raise
             raise InputError(f"--timesteps are the kernel sizes of a {dissolver.kind} dissolver: {error}") from error
     captions = ["original", *("dissolved" if t is None else f"{dissolver.symbol} = {t}" for t in timesteps)]
