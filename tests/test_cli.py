@@ -575,6 +575,23 @@ def test_a_parquet_file_as_pandas_writes_it(run, detector, scans):
     assert scores == pytest.approx(scores_of(detector, [scans / "a.png", scans / "b.png"]).tolist(), rel=1e-5)
 
 
+@pytest.mark.parametrize("source", ["scans.parquet", "saved"])
+def test_columns_of_arrays(run, refused, detector, scans, source):
+    names = [scans / "a.png", scans / "b.png"]
+    arrays = [np.asarray(PIL.Image.open(name)).tolist() for name in names]
+    features = datasets.Features({"image": datasets.List(datasets.List(datasets.Value("uint8")))})
+    for images in (arrays, [*arrays, [[0, 1], [2]]]):
+        images = datasets.Dataset.from_dict({"image": images}, features=features)
+        images.to_parquet(source) if source == "scans.parquet" else images.save_to_disk(source)
+        if len(images) > 2:
+            refused(["predict", detector, source], "column 'image'", "inhomogeneous shape")
+            continue
+        status, out, err = run("predict", detector, source)
+        assert status == 0, err
+        scores = [float(row["score"]) for row in csv.DictReader(out.splitlines())]
+        assert scores == pytest.approx(scores_of(detector, names).tolist(), rel=1e-5)
+
+
 def test_what_of_a_folder_is_scored(run, refused, detector, scans):
     refused(["predict", detector, scans, "--split", "test"], "--split is of datasets")
     (scans / "ground_truth").mkdir()

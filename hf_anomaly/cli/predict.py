@@ -273,7 +273,7 @@ def _rows(source: str, args: Namespace) -> Source:
     import datasets
 
     from ..data.loading import image_column_of
-    from ..data.sources import load_or_refuse, read_source
+    from ..data.sources import as_images, read_source
 
     splits = read_source(source, None, args.dataset_config_name, args.dataset_revision, streaming=True)
     split = _chosen_split(splits, source, args)
@@ -293,15 +293,17 @@ def _rows(source: str, args: Namespace) -> Source:
             raise InputError(f"column {column!r} of {source!r} holds no images but {features[column]}; give another --image_column")
         dataset = dataset.decode(False) if features else dataset
     images = dataset.select_columns([column])
-    images = load_or_refuse(f"column {column!r} of {source!r} as images", images.cast_column, column, datasets.Image(decode=False))
+    images = as_images(images, column, f"column {column!r} of {source!r} as images")
     return Source(_read_rows(images, source, split, column), count, is_dataset=True)
 
 
 def _may_hold_images(feature) -> bool:
     import datasets
 
+    from ..data.sources import are_arrays
+
     encoded = isinstance(feature, dict) and "bytes" in feature  # as pandas writes them
-    return encoded or isinstance(feature, datasets.Image) or feature == datasets.Value("binary")
+    return encoded or isinstance(feature, datasets.Image) or feature == datasets.Value("binary") or are_arrays(feature)
 
 
 # Where the table goes ------------------------------------------------------------------------------------------------------------

@@ -234,23 +234,33 @@ def as_images(split: T, column: str, where: str) -> T:
     """
     import datasets
 
-    image, kind = datasets.Image(decode=False), split.features[column]
-    is_array = isinstance(kind, datasets.Array2D | datasets.Array3D | datasets.List | datasets.LargeList)
-    while isinstance(kind, datasets.List | datasets.LargeList):
-        kind = kind.feature
-    if is_array and getattr(kind, "dtype", None) == "uint8":
+    image = datasets.Image(decode=False)
+    if split.features is not None and are_arrays(split.features[column]):  # of a stream they may be unknown
         features = datasets.Features({**split.features, column: image})
-        split = load_or_refuse(where, split.map, partial(_encoded, column=column), input_columns=[column], features=features)
+        split = split.map(partial(_encoded, column=column, where=where), input_columns=[column], features=features)
     return load_or_refuse(where, split.cast_column, column, image)
 
 
-def _encoded(value: Any, column: str) -> dict[str, Any]:
+def are_arrays(feature: Any) -> bool:
+    """Whether a column with this feature holds arrays or lists of uint8."""
     import datasets
 
-    if value is None:
-        return {column: None}
+    kind = feature
+    while isinstance(kind, datasets.List | datasets.LargeList):
+        kind = kind.feature
+    is_array = kind is not feature or isinstance(feature, datasets.Array2D | datasets.Array3D)
+    return is_array and getattr(kind, "dtype", None) == "uint8"
+
+
+def _encoded(value: Any, column: str, where: str) -> dict[str, Any]:
+    return {column: None if value is None else load_or_refuse(where, _encode, value)}
+
+
+def _encode(value: Any) -> dict[str, Any]:
+    import datasets
+
     image = np.asarray(value, np.uint8)
-    return {column: datasets.Image().encode_example(image[..., 0] if image.shape[2:] == (1,) else image)}
+    return datasets.Image().encode_example(image[..., 0] if image.shape[2:] == (1,) else image)
 
 
 def _with_kind(error: Exception) -> str:
