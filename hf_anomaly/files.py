@@ -3,6 +3,7 @@
 import csv
 import io
 import json
+import logging
 import os
 import re
 import shutil
@@ -13,14 +14,26 @@ from pathlib import Path
 
 from .errors import InputError
 
+logger = logging.getLogger(__name__)
+
 
 def files_below(root: str | os.PathLike, leave_out: Collection[str] = ()) -> Iterator[Path]:
     """Every file of a folder and those in it, sorted, but for hidden ones and folders named __…. Links are followed, unless to a folder that holds them.
+    Folders in it that cannot be read are warned of.
 
     Args:
         leave_out: names of folders to leave out, in lower case.
+
+    Raises:
+        InputError: the folder itself cannot be read.
     """
-    for folder, subfolders, names in os.walk(root, followlinks=True):
+
+    def refused(error: OSError) -> None:
+        if error.filename == os.fspath(root):
+            raise InputError(f"{root}: the folder cannot be read ({error.strerror}); change its permissions") from error
+        logger.warning("%s is left out, as it cannot be read (%s)", error.filename, error.strerror)
+
+    for folder, subfolders, names in os.walk(root, followlinks=True, onerror=refused):
         here = Path(folder).absolute()
         above = {os.path.realpath(path) for path in (here, *here.parents)}  # where a link would lead round and round
         subfolders[:] = sorted(

@@ -6,7 +6,7 @@ import threading
 
 import pytest
 
-from hf_anomaly.files import check_output, read_json, replacing, shortened, writing
+from hf_anomaly.files import check_output, files_below, read_json, replacing, shortened, writing
 
 
 @pytest.mark.parametrize("open_", [replacing, writing])
@@ -98,3 +98,21 @@ def test_json_that_is_no_object(tmp_path, text, refused):
     (tmp_path / "x.json").write_text(text)
     with refused(tmp_path / "x.json", "restore or delete it"):
         read_json(tmp_path / "x.json")
+
+
+def test_a_folder_that_cannot_be_read_is_told_of(tmp_path, monkeypatch, caplog, refused):
+    for name in ("a/b/x.png", "c/y.png"):
+        (tmp_path / name).parent.mkdir(parents=True)
+        (tmp_path / name).touch()
+    scandir = os.scandir
+
+    def refuse(path):  # a superuser may read everything
+        if os.fspath(path).endswith("a"):
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), os.fspath(path))
+        return scandir(path)
+
+    monkeypatch.setattr("os.scandir", refuse)
+    assert list(files_below(tmp_path)) == [tmp_path / "c" / "y.png"]
+    assert f"{tmp_path / 'a'} is left out, as it cannot be read (Permission denied)" in caplog.text
+    with refused(tmp_path / "a", "cannot be read (Permission denied)"):
+        list(files_below(tmp_path / "a"))

@@ -212,7 +212,7 @@ def check_place(path: str, source: str) -> None:
 
 def _is_parquet(path: Path) -> bool:
     """Whether it is a parquet file, or a folder with such files and no others."""
-    if path.is_file():
+    if not path.is_dir():
         return path.suffix == ".parquet"
     suffixes = {file.suffix for file in files_below(path)}
     return ".parquet" in suffixes and suffixes <= {".parquet", ".md", ".json", ".txt", ""}
@@ -348,9 +348,9 @@ def _read_folder(root: Path, label_column: str | None, reading: Reading) -> dict
     """Class folders are read here, not by imagefolder, which infers splits from file names too, and labels from the splits read so far."""
     import datasets
 
+    files = list(files_below(root, MASK_FOLDERS))
     if splits := next(filter(None, (read(root) for read in ORIGINALS)), None):
         return splits
-    files = list(files_below(root, MASK_FOLDERS))
     suffixes = image_suffixes()
     images = [file for file in files if file.suffix.lower() in suffixes or is_medical(file)]
     tables, further = {}, []
