@@ -73,6 +73,12 @@ def test_without_labels_and_splits_all_train(folder, column, asked):
     assert values(splits.train) == [0, 1, 2, 3, 4]
 
 
+def test_rows_without_values_are_left_out(folder):
+    """As spreadsheets write them, where something was deleted."""
+    (folder / "list.csv").write_text("file_name,label\nscans/0.png,a\n,\nscans/1.png,a\n,\n , \n")
+    assert values(load_one_class(folder / "list.csv", calibration_fraction=0).train) == [0, 1]
+
+
 def test_volumes_are_sliced(folder):
     nibabel = pytest.importorskip("nibabel")
     nibabel.save(nibabel.Nifti1Image(np.arange(60, dtype=np.int16).reshape(4, 5, 3), np.eye(4)), folder / "head.nii")
@@ -97,6 +103,7 @@ def test_volumes_are_sliced(folder):
         ("file_name,split,Split\na,b,c\n", ["differ in case alone"]),
         ("file_name,label,Label\na,b,c\n", ["differ in case alone"]),
         ("file_name,label\n", ["no rows"]),
+        (f"file_name\n{'a' * 300}.png\n", ["line 2", "there is no file"]),
         ("", ["'file_name'", "none"]),
         (b"file_name\n\xff\xfe\n", ["UTF-8"]),
     ],

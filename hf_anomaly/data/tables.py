@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -54,7 +55,7 @@ def read_table(path: Path, image_column: str | None, reading: Reading | None) ->
             if row[name] is not None:
                 row[name] = str(path.parent / row[name])
                 check_name(row[name])
-                if not Path(row[name]).is_file():
+                if not os.path.isfile(row[name]):
                     raise InputError(
                         f"{path}, line {line}: there is no file {row[name]}; paths are absolute, or begin in the table's folder"
                     )
@@ -93,8 +94,8 @@ def _rows(path: Path, image_column: str | None) -> tuple[list[str], list[tuple[i
                 line = 1 + reader.line_num
                 if len(values) not in (0, len(header)):
                     raise InputError(f"{path}, line {line}: {len(values)} values for {len(header)} columns; mend it")
-                if values:
-                    rows.append((line, dict(zip(header, (value.strip() or None for value in values), strict=True))))
+                if any(filled := [value.strip() or None for value in values]):  # spreadsheets leave rows of nothing but commas
+                    rows.append((line, dict(zip(header, filled, strict=True))))
     except (UnicodeDecodeError, csv.Error) as error:
         raise InputError(f"{path}: not a CSV file in UTF-8 ({error}); save it as one") from error
     if not rows:
