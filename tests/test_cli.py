@@ -539,8 +539,8 @@ def test_the_files_that_a_table_lists(run, refused, detector, scans):
     rows = list(csv.DictReader(out.splitlines()))
     assert [row["image"] for row in rows] == [f"{scans}/sub/c.png", f"{scans}/b.png"]
     assert [float(row["score"]) for row in rows] == pytest.approx(scores_of(detector, [row["image"] for row in rows]).tolist(), rel=1e-5)
-    Path("list.csv").write_text(f"image;Split\n{scans}/a.png;Train\n{scans}/b.png;Val\n")
-    status, out, err = run("predict", detector, "list.csv", "--split", "Val")
+    Path("LIST.CSV").write_text(f"image;Split\n{scans}/a.png;Train\n{scans}/b.png;Val\n")
+    status, out, err = run("predict", detector, "LIST.CSV", "--split", "Val")
     assert status == 0, err
     assert [row["image"] for row in csv.DictReader(out.splitlines())] == [f"{scans}/b.png"]
 

@@ -115,7 +115,7 @@ def test_npz(tmp_path, shape, column):
 
 
 def test_npz_floats_and_missing_labels(tmp_path):
-    path = save_npz(tmp_path / "x.npz", train_images=np.full((4, 8, 8), 0.301, np.float32), train_labels=None)
+    path = save_npz(tmp_path / "x.npz", train_images=np.full((4, 8, 8), 0.301, np.float32), train_labels=None).rename(tmp_path / "X.NPZ")
     splits = load_one_class(path, normal_label=0)
     assert len(splits.train) == 3
     assert len(splits.calibration) == 1
@@ -268,7 +268,7 @@ def test_parquet_file_and_folder(tmp_path):
     splits = load_one_class(tmp_path / "folder", label_column="finding", eval_split="validation", calibration_fraction=0)
     assert rows(splits.train) == [0, 2, 4, 6, 8]
     assert splits.test["label"][:] == [1, 0, 0]
-    splits = load_one_class(save_parquet(tmp_path / "x.parquet"), image_column="scan", label_column="finding")
+    splits = load_one_class(save_parquet(tmp_path / "X.PARQUET"), image_column="scan", label_column="finding")
     assert len(splits.train) == 4
     assert splits.test is None
 

@@ -68,8 +68,8 @@ def test_names_of_columns_and_splits_in_any_case(folder):
 @pytest.mark.parametrize(("column", "asked"), [("file_name", None), ("image", None), ("path", "path")])
 def test_without_labels_and_splits_all_train(folder, column, asked):
     lines = [column, *(f"scans/{i}.png" for i in range(5))]
-    (folder / "list.csv").write_text("\n".join(lines))
-    splits = load_one_class(folder / "list.csv", image_column=asked, calibration_fraction=0)
+    (folder / "LIST.CSV").write_text("\n".join(lines))
+    splits = load_one_class(folder / "LIST.CSV", image_column=asked, calibration_fraction=0)
     assert values(splits.train) == [0, 1, 2, 3, 4]
 
 

@@ -224,9 +224,9 @@ def _source(word: str, args: Namespace) -> Source:
     if os.path.isdir(word):
         paths = _in_folder(word)
         return _files(paths) if paths else _rows(word, args)  # parquet files, what `save_to_disk` wrote, an original download
-    if os.path.isfile(word) and word.endswith(".csv"):
+    if os.path.isfile(word) and word.lower().endswith(".csv"):
         return _listed(word, args)
-    if os.path.isfile(word) and not word.endswith(DATASET_FILES):
+    if os.path.isfile(word) and not word.lower().endswith(DATASET_FILES):
         check_unpacked(word)
         return _files([word])
     if not os.path.exists(word) and glob.has_magic(word):

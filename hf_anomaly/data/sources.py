@@ -113,6 +113,7 @@ def read_source(
     import datasets
 
     path = Path(source).expanduser()
+    suffix = path.suffix.lower()
     local = source == "digits" or (source != "" and path.exists())  # Path("") is the working directory
     if local and (config_name or revision):
         raise InputError(f"{source!r} is local, and config_name and revision choose among a Hub dataset's versions; leave them out")
@@ -128,18 +129,18 @@ def read_source(
         return plain_splits({"train": saved} if isinstance(saved, datasets.Dataset) else saved)
     if local and path.is_dir():
         return _read_folder(path, label_column, reading)
-    if path.is_file() and path.suffix == ".npz":
+    if path.is_file() and suffix == ".npz":
         return _read_npz(path)
-    if path.is_file() and path.suffix == ".parquet":
+    if path.is_file() and suffix == ".parquet":
         return {"train": load_or_refuse(source, datasets.Dataset.from_parquet, str(path))}
-    if path.is_file() and path.suffix == ".csv":
+    if path.is_file() and suffix == ".csv":
         return read_table(path, image_column, reading)
     if path.is_file():
         check_unpacked(path)
-        if is_medical(path) or path.suffix.lower() in image_suffixes():
+        if is_medical(path) or suffix in image_suffixes():
             raise InputError(f"{source!r} is a single file of images; give the folder that it lies in")
         raise InputError(f"{source!r}: not a kind of file to load images from; give an .npz, .parquet or .csv file, a folder or a Hub id")
-    if path.suffix in (".npz", ".parquet", ".zip", ".csv") or not is_hub_id(source):
+    if suffix in (".npz", ".parquet", ".zip", ".csv") or not is_hub_id(source):
         raise InputError(f"{source!r} is neither an existing file or folder nor the id of a Hub dataset; check the spelling")
     try:
         with hub_errors(source, reading=True):
@@ -213,7 +214,7 @@ def check_place(path: str, source: str) -> None:
 def _is_parquet(path: Path) -> bool:
     """Whether it is a parquet file, or a folder with such files and no others."""
     if not path.is_dir():
-        return path.suffix == ".parquet"
+        return path.suffix.lower() == ".parquet"
     suffixes = {file.suffix for file in files_below(path)}
     return ".parquet" in suffixes and suffixes <= {".parquet", ".md", ".json", ".txt", ""}
 
