@@ -200,6 +200,19 @@ def test_a_missing_image_is_told_of(refused, missing):
         list(stream_one_class({"train": stream}, head=20).train)
 
 
+def test_images_that_filter_or_map_have_decoded_are_refused(refused):
+    stream = Source(30).stream()
+    for decoded in (stream.filter(bool), stream.map(dict, features=FEATURES)):
+        with refused("decode(False)"):
+            stream_one_class({"train": decoded}, head=5)
+    with refused("no features", "decode(False)"):
+        stream_one_class({"train": stream.map(dict)}, head=5)
+    expected, undecoded = load(Source(30)), stream.decode(False)
+    for same in (undecoded.filter(bool), undecoded.map(dict)):
+        splits = stream_one_class({"train": same}, normal_label=1, head=20, shuffle_buffer=10)
+        assert sorted(numbers(splits.train)) == sorted(numbers(expected.train))
+
+
 def test_files_of_their_own_are_fetched():
     """As streamed image folders of the Hub name them, but memory:// instead of hf://."""
     import fsspec

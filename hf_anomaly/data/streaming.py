@@ -10,7 +10,9 @@ from collections.abc import Collection, Iterable, Mapping
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from ..errors import InputError
+import PIL.Image
+
+from ..errors import InputError, one_line
 from .content import read_image_file
 from .formats import Reading
 from .loading import OneClassSplits, channels_and_sizes, check_images, class_asked_for, class_name, image_column_of, label_column_of
@@ -186,10 +188,16 @@ def _held_out(name: str, keys: list[int], fraction: float) -> set[int]:
 def _stream(split: datasets.Dataset | datasets.IterableDataset) -> datasets.IterableDataset:
     """As a stream that knows its columns."""
     import datasets
+    import pyarrow
 
     if isinstance(split, datasets.Dataset):
         return split.to_iterable_dataset()
-    return split if split.features is not None else split._resolve_features()
+    try:
+        return split if split.features is not None else split._resolve_features()
+    except pyarrow.ArrowInvalid as error:
+        raise InputError(
+            f"the stream has no features, and its rows do not tell them ({one_line(error)}): give them where it is made, or call decode(False) before map"
+        ) from error
 
 
 def _normal_class(
@@ -277,6 +285,8 @@ def _label(
 ) -> dict[str, Any]:
     if row[image_column] is None:
         raise InputError(f"a row of the stream has no image in column {image_column!r}; remove it")
+    if isinstance(row[image_column], PIL.Image.Image):  # encoded again it would be another
+        raise InputError("the images of the stream are decoded, as filter and map leave them: call decode(False) on it before these")
     if column is None:
         return {"image": with_bytes(row[image_column], name), "label": 0}
     found = class_name(row[column], feature)
