@@ -53,7 +53,7 @@ def to_eight_bit_image(image: "PIL.Image.Image | np.ndarray | torch.Tensor", nam
         array = np.rint(array * 255).astype(np.uint8)
     elif array.dtype == bool:
         array = array.astype(np.uint8) * 255
-    elif array.dtype in (np.uint16, np.int16) and window is not None:
+    elif array.dtype.kind in "ui" and array.itemsize == 2 and window is not None:  # in either order of bytes
         limits = np.iinfo(array.dtype)
         array = apply_window(array, *((limits.min, limits.max) if window == FULL else window))
     elif array.dtype != np.uint8:

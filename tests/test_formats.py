@@ -214,7 +214,7 @@ def test_processor_keeps_the_window(tmp_path, refused):
     assert json.loads((tmp_path / "preprocessor_config.json").read_text())["window"] == [5000, 40000]
     loaded = AutoImageProcessor.from_pretrained(tmp_path)
     expected = torch.tensor(slow_window(RAMP, 5000, 40000)) / 127.5 - 1
-    for image in (PIL.Image.fromarray(RAMP), RAMP):
+    for image in (PIL.Image.fromarray(RAMP), RAMP, RAMP.astype(">u2")):
         torch.testing.assert_close(loaded(images=[image], return_tensors="pt")["pixel_values"][0, 0], expected)
     full = AnomalyImageProcessor.for_images(8, 1, window="full")
     assert full(images=[RAMP], return_tensors="pt")["pixel_values"].max() < 1
