@@ -68,6 +68,7 @@ class AnomalyDetectionPipeline(Pipeline):
         for name, number in (("threshold", threshold), ("false_positive_rate", false_positive_rate)):
             if number is not None and not hasattr(number, "__float__"):
                 raise InputError(f"{name} must be a number, got {number!r}")
+        threshold, false_positive_rate = (None if number is None else float(number) for number in (threshold, false_positive_rate))
         if threshold is not None and math.isnan(threshold):
             raise InputError("threshold is NaN: give a score")
         if false_positive_rate is not None:
@@ -108,7 +109,7 @@ class AnomalyDetectionPipeline(Pipeline):
         given = self._sanitize_parameters(**parameters)
         before = (self._preprocess_params, self._forward_params, self._postprocess_params)
         preprocess, forward, decision = (old | new for old, new in zip(before, given, strict=True))
-        batch_size = next(size for size in (batch_size, self._batch_size, 1) if size is not None)
+        batch_size = int(next(size for size in (batch_size, self._batch_size, 1) if size is not None))  # of NumPy, DataLoader takes none
         num_workers = next(count for count in (num_workers, self._num_workers, 0) if count is not None)
         if batch_size < 1:
             raise InputError(f"batch_size must be at least 1, got {batch_size}")
@@ -120,7 +121,7 @@ class AnomalyDetectionPipeline(Pipeline):
 
     def _threshold(self, threshold: float | None = None, false_positive_rate: float | None = None) -> float | None:
         if threshold is not None:
-            return float(threshold)
+            return threshold
         if (calibration := self.model.calibration).is_calibrated:
             value = calibration.threshold_at(false_positive_rate)
             if false_positive_rate is None and math.isinf(value):  # of a rate that is asked for, `threshold_at` tells

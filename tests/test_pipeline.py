@@ -173,6 +173,8 @@ def test_thresholds(pipe, model, folder, images, refused, caplog):
         assert {result["threshold"] for result in results} == {model.calibration.threshold_at(rate)}
         assert [result["label"] == "anomaly" for result in results] == model.is_anomalous(scores, rate).tolist()
     # Defaults of the pipeline, and a call that decides otherwise.
+    for half in (np.float32(0.5), torch.tensor(0.5)):
+        assert pipe(images[0], false_positive_rate=half, batch_size=np.int64(2)) == pipe(images[0], false_positive_rate=0.5)
     lenient = pipeline(TASK, model=str(folder), false_positive_rate=0.5)
     assert lenient(images[0])["threshold"] == model.calibration.threshold_at(0.5)
     assert lenient(images[0], threshold=0.25)["threshold"] == 0.25
