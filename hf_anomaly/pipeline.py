@@ -16,7 +16,7 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset
 from transformers import Pipeline
 
 from .calibration import check_rate
-from .data.transforms import process_decoded
+from .data.transforms import num_pages, process_decoded
 from .detector import AnomalyDetector, AnomalyDetectorOutput
 from .errors import HubError, InputError, one_line
 from .hub import CommitInfo
@@ -113,7 +113,7 @@ class AnomalyDetectionPipeline(Pipeline):
         num_workers = next(count for count in (num_workers, self._num_workers, 0) if count is not None)
         if batch_size < 1:
             raise InputError(f"batch_size must be at least 1, got {batch_size}")
-        images, several = _images(inputs)
+        images, several = _images(inputs, self.image_processor)
         results = self.get_iterator(images, num_workers, batch_size, preprocess, forward, {"threshold": self._threshold(**decision)})
         if several is None:
             return next(results)
@@ -206,10 +206,10 @@ class _Rows(Dataset):
 
 
 class _Stream(IterableDataset):
-    """As `_Rows`, of images that come one by one."""
+    """As `_Rows`, of images that come one by one. A batch of them is read before it is prepared: what may be another image by then is kept apart."""
 
-    def __init__(self, images: Iterable):
-        self.images = images
+    def __init__(self, images: Iterable, processor: AnomalyImageProcessor):
+        self.images, self.processor = images, processor
 
     def __iter__(self) -> Iterator[tuple[str, Any]]:
         images, end = iter(self.images), object()
@@ -217,7 +217,14 @@ class _Stream(IterableDataset):
             name, image = _read(f"image {i}", lambda: next(images, end))
             if image is end:
                 return
-            yield name, image
+            yield _read(name, partial(self._kept, image, name))
+
+    def _kept(self, image, name: str):
+        if isinstance(image, (np.ndarray, torch.Tensor)):  # a buffer into which the next frame goes
+            return image.clone() if isinstance(image, torch.Tensor) else image.copy()
+        if isinstance(image, PIL.Image.Image) and num_pages(image) > 1:  # of which the next page is shown
+            return self.processor.read(image, name).copy()
+        return image
 
 
 def _read(name: str, read: Callable[[], Any]) -> tuple[str, Any]:
@@ -232,7 +239,7 @@ def _read(name: str, read: Callable[[], Any]) -> tuple[str, Any]:
         return name, InputError(f"{name}: cannot be read ({reason}); remove it or replace it by an intact image")
 
 
-def _images(inputs) -> tuple[Dataset, bool | None]:
+def _images(inputs, processor: AnomalyImageProcessor) -> tuple[Dataset, bool | None]:
     """The images as a dataset, and how results are wanted: True, as a list; False, one by one; None, for a single image."""
     if hasattr(inputs, "column_names"):
         raise InputError("a whole dataset was given: give its column of images, such as dataset['image']")
@@ -247,7 +254,7 @@ def _images(inputs) -> tuple[Dataset, bool | None]:
     if isinstance(inputs, Dataset) and isinstance(inputs, Sized):
         return _Rows(inputs, "row {}"), False
     if isinstance(inputs, Iterable):
-        return _Stream(inputs), False
+        return _Stream(inputs, processor), False
     raise InputError(f"a {type(inputs).__name__} is no image: give a path, a URL, a PIL image, an array, or several of them")
 
 

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import PIL.Image
+import PIL.ImageSequence
 import pytest
 import torch
 from datasets import Dataset, Features, Image
@@ -154,6 +155,28 @@ def test_a_stream_is_read_as_it_is_scored(pipe, images):
     results = pipe((read.append(i) or images[0] for i in range(10)), batch_size=2)
     next(results)
     assert len(read) <= 4
+
+
+def test_what_a_stream_overwrites_is_scored_as_it_was(pipe, tmp_path):
+    """Pages of a file, which are one object, and frames that are read into one buffer: a batch is read before it is prepared."""
+    frames = np.random.default_rng(0).integers(0, 256, (4, 16, 16), dtype=np.uint8)
+    pages = [PIL.Image.fromarray(frame) for frame in frames]
+    pages[0].save(tmp_path / "pages.tif", save_all=True, append_images=pages[1:])
+    buffer = np.empty((16, 16), np.uint8)
+
+    def video(buffer, view):
+        for frame in frames:
+            buffer[:] = frame
+            yield view
+
+    streams = [
+        PIL.ImageSequence.Iterator(PIL.Image.open(tmp_path / "pages.tif")),
+        video(buffer, buffer),
+        video(buffer, torch.from_numpy(buffer)),
+    ]
+    expected = [result["score"] for result in pipe(pages)]
+    for stream in streams:
+        assert [result["score"] for result in pipe(stream, batch_size=3)] == pytest.approx(expected, rel=1e-5)
 
 
 def test_maps(pipe, images, expected):
