@@ -205,6 +205,32 @@ class _Rows(Dataset):
         return _read(self.kind.format(row), lambda: self.images[row])
 
 
+class _Stored(Sequence):
+    """A column of images, undecoded but for files from elsewhere, which datasets fetches."""
+
+    def __init__(self, column: Sequence, undecoded: Sequence):
+        self.column, self.undecoded = column, undecoded
+
+    def __len__(self) -> int:
+        return len(self.column)
+
+    def __getitem__(self, row: int) -> Any:
+        value = self.undecoded[row]
+        is_elsewhere = value is not None and value["bytes"] is None and "://" in value["path"]
+        return self.column[row] if is_elsewhere else value
+
+
+def _as_stored(column: Sequence) -> Sequence:
+    """A dataset's column as `_Stored`: decoded by datasets, images of more than 8 bits no longer tell how they are meant, TIFFs that EXIF turns are scrambled,
+    and a batch of large ones takes gigabytes. Any other sequence as it is, and what a format, a transform or a mode asked for has changed."""
+    import datasets
+
+    rows = getattr(column, "source", None)
+    if not isinstance(rows, datasets.Dataset) or rows.format["type"] is not None or column.features != datasets.Image():
+        return column
+    return _Stored(column, rows.cast_column(column.column_name, datasets.Image(decode=False))[column.column_name])
+
+
 class _Stream(IterableDataset):
     """As `_Rows`, of images that come one by one. A batch of them is read before it is prepared: what may be another image by then is kept apart."""
 
@@ -250,7 +276,7 @@ def _images(inputs, processor: AnomalyImageProcessor) -> tuple[Dataset, bool | N
     if isinstance(inputs, (list, tuple)):
         return _Rows(inputs, "images[{}]"), True
     if isinstance(inputs, Sequence):
-        return _Rows(inputs, "row {}"), True
+        return _Rows(_as_stored(inputs), "row {}"), True
     if isinstance(inputs, Dataset) and isinstance(inputs, Sized):
         return _Rows(inputs, "row {}"), False
     if isinstance(inputs, Iterable):

@@ -9,6 +9,7 @@ from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import numpy as np
+import PIL.ExifTags
 import PIL.Image
 import PIL.ImageSequence
 import pytest
@@ -137,6 +138,25 @@ def test_kinds_of_input(pipe, folder, images, expected, batch_size):
     assert len(pipe(stack)) == 2
 
 
+def test_a_column_is_read_as_it_is_stored(pipe, images, expected, tmp_path, refused):
+    """datasets scrambles a TIFF that EXIF turns, and takes the upper bits of 16-bit colour without a word."""
+    import fsspec
+
+    exif = PIL.Image.Exif()
+    exif[PIL.ExifTags.Base.Orientation] = 6
+    images[1].transpose(PIL.Image.Transpose.ROTATE_90).save(tmp_path / "turned.tif", exif=exif)
+    with fsspec.open("memory://images/2.png", "wb") as file:
+        images[2].save(file, "png")
+    rows = Dataset.from_dict({"image": [str(tmp_path / "turned.tif"), "memory://images/2.png", images[3]]}, Features({"image": Image()}))
+    same(pipe(rows["image"], batch_size=2), expected[1:4])
+    same(pipe(rows.select([2, 0])["image"]), [expected[3], expected[1]])
+    turned = rows.select([2]).with_transform(lambda batch: {"image": [images[0] for _ in batch["image"]]})
+    same(pipe(turned["image"]), expected[:1])
+    (tmp_path / "wide.ppm").write_bytes(b"P6 2 1 65535\n" + bytes(range(12)))
+    with refused("wide.ppm", "16-bit"):
+        pipe(Dataset.from_dict({"image": [str(tmp_path / "wide.ppm")]}, Features({"image": Image()}))["image"])
+
+
 def test_workers_prepare_and_report(pipe, images, expected, tmp_path, refused):
     same(pipe(images, batch_size=2, num_workers=2), expected)
     with refused(str(tmp_path / "no.png")):
@@ -252,8 +272,8 @@ def test_errors_name_the_culprit(pipe, images, folder, tmp_path, refused):
         with refused(str(path), *words):
             pipe([*images, str(path)], batch_size=2)
     column = Dataset.from_dict({"image": [str(folder / "0.png"), str(broken)]}, features=Features({"image": Image()}))
-    for inputs in (column["image"], KeyDataset(column, "image")):
-        with refused("row 1"):
+    for inputs, name in ((column["image"], broken), (KeyDataset(column, "image"), "row 1")):
+        with refused(name):
             list(pipe(inputs))
     with refused("column", "dataset['image']"):
         pipe(column)
