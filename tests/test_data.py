@@ -655,6 +655,16 @@ def test_decode_mask_takes_every_mode(tmp_path, mode):
     assert np.array_equal(decode_mask({"path": str(path), "bytes": None}, "mask of row 3"), np.rot90(marked, -1))
 
 
+@pytest.mark.parametrize("mode", ["L", "RGB"])
+def test_a_mask_of_lossy_levels(tmp_path, mode):
+    """As Kvasir-SEG has them."""
+    y, x = np.mgrid[:64, :64]
+    for radius in (20, 0):
+        marked = (y - 30) ** 2 + (x - 33) ** 2 < radius**2
+        PIL.Image.fromarray(marked).convert(mode).save(tmp_path / "mask.jpg", quality=90)
+        assert np.array_equal(decode_mask({"path": str(tmp_path / "mask.jpg"), "bytes": None}, "mask of row 3"), marked)
+
+
 def test_decode_image_errors(tmp_path):
     data = png(pixels(0, (32, 32)))["bytes"]
     (tmp_path / "cut.png").write_bytes(data[: len(data) // 2])

@@ -132,7 +132,8 @@ def decode_image(value: dict[str, Any] | PIL.Image.Image | np.ndarray, where: st
 
 
 def decode_mask(value: dict[str, Any] | PIL.Image.Image | np.ndarray, where: str) -> np.ndarray:
-    """(H, W) bool, upright: True where a mask of any depth is above 0: its values, a palette's indices, or any channel of colour.
+    """(H, W) bool, upright: True where a mask of any depth is above 0: its values, a palette's indices, or any channel of colour; of a JPEG file above half of
+    the highest, as around what it marks it is nowhere 0.
 
     Args:
         value, where: as in `decode_image`.
@@ -145,12 +146,14 @@ def decode_mask(value: dict[str, Any] | PIL.Image.Image | np.ndarray, where: str
         raise InputError(
             f"{_name(value, where)}: zero is white in this TIFF, which does not tell what a mask marks; save it with zero as black"
         )
+    is_jpeg = image.format in ("JPEG", "MPO")  # which an image that is turned no longer tells
     try:
         load_pixels(image)
         image = upright(image)
         if image.mode in ("LA", "La", "PA"):
             image = image.getchannel(0)
-        marked = stored_values(image if len(image.getbands()) == 1 else image.convert("RGB")) > 0
+        values = stored_values(image if len(image.getbands()) == 1 else image.convert("RGB"))
+        marked = values > (values.max() / 2 if is_jpeg else 0)
     except Exception as error:  # as in open_image
         raise _unreadable(value, where, error) from error
     return marked if marked.ndim == 2 else marked.any(axis=2)
