@@ -306,6 +306,8 @@ def test_masks_are_not_taken_for_the_images(tmp_path, refused):
         ([1.0, 0.0, 1.0], Value("float32"), "0.0", [1]),
         ([True, False, True], Value("bool"), "false", [1]),
         (["TRUE", "FALSE", "TRUE"], Value("string"), True, [0, 2]),
+        (["\u00e9", "e\u0301", "\u00e9"], Value("string"), "e\u0301", [1]),
+        (["e\u0301", "b", "e\u0301"], Value("string"), "\u00e9", [0, 2]),
         ([1, 0, 1], Value("int64"), np.int64(1), [0, 2]),
         ([True, False, True], Value("bool"), np.False_, [1]),
     ],

@@ -7,6 +7,7 @@ import logging
 import math
 import os
 import re
+import unicodedata
 from collections import Counter
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
@@ -468,7 +469,8 @@ def class_asked_for(asked: Any, feature: Any, classes: Collection[str]) -> str |
 
 
 def _plain_name(name: str) -> str:
-    """A class's name, of numbers without a fraction of zeros, of booleans in lower case."""
+    """A class's name, of numbers without a fraction of zeros, of booleans in lower case; macOS writes an accent apart from its letter in folders' names."""
+    name = unicodedata.normalize("NFC", name)
     number = re.fullmatch(r"(-?\d+)\.0+", name)
     return number[1] if number else name.lower() if name.lower() in ("true", "false") else name
 
