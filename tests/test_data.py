@@ -308,6 +308,8 @@ def test_masks_are_not_taken_for_the_images(tmp_path, refused):
         (["TRUE", "FALSE", "TRUE"], Value("string"), True, [0, 2]),
         (["\u00e9", "e\u0301", "\u00e9"], Value("string"), "e\u0301", [1]),
         (["e\u0301", "b", "e\u0301"], Value("string"), "\u00e9", [0, 2]),
+        ([b"ok", b"bad", b"ok"], Value("binary"), "ok", [0, 2]),
+        ([b"1", b"0", b"1"], Value("binary"), 1, [0, 2]),
         ([1, 0, 1], Value("int64"), np.int64(1), [0, 2]),
         ([True, False, True], Value("bool"), np.False_, [1]),
     ],

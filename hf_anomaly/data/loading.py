@@ -453,6 +453,8 @@ def class_name(value: Any, feature: Any) -> str | None:
         return feature.names[value] if 0 <= value < feature.num_classes else None
     if feature.dtype == "bool":
         return str(bool(value))
+    if isinstance(value, bytes):  # text of parquet files that do not say so, or of NumPy's type S
+        return value.decode(errors="backslashreplace")
     return str(int(value)) if isinstance(value, float) and value.is_integer() else str(value)
 
 
