@@ -195,6 +195,9 @@ def test_what_a_stream_overwrites_is_scored_as_it_was(pipe, tmp_path):
         video(buffer, torch.from_numpy(buffer)),
     ]
     expected = [result["score"] for result in pipe(pages)]
+    (tmp_path / "broken.tif").write_bytes((tmp_path / "pages.tif").read_bytes()[:-1000])  # in the second page
+    for first in (PIL.Image.open(tmp_path / "broken.tif"), pages[0]):
+        assert [result["score"] for result in pipe(iter([first]))] == pytest.approx(expected[:1], rel=1e-5)
     for stream in streams:
         assert [result["score"] for result in pipe(stream, batch_size=3)] == pytest.approx(expected, rel=1e-5)
 

@@ -101,7 +101,11 @@ def num_pages(image: PIL.Image.Image) -> int:
     """Of an opened file, its pages or frames; 1 where what follows the first is broken, and where it is part of the first, as in PSD and MPO."""
     with suppress(Exception):  # as in open_image
         if image.format in ("TIFF", "GIF", "WEBP", "PNG", "AVIF"):
-            return image.n_frames
+            page = image.tell()
+            try:
+                return image.n_frames
+            finally:
+                image.seek(page)  # broken ones leave it where they are
     return 1
 
 
