@@ -53,7 +53,7 @@ def min_distance(queries: Tensor, bank: Tensor, chunk_size: int = 2**24) -> Tens
         queries = queries.to(dtype)
         # ‖q − b‖² = ‖q‖² − 2 (q·b − ‖b‖²/2): good enough to find the nearest row, but a difference of large numbers near zero.
         _, nearest = _largest(queries, bank, chunk_size, lambda products, piece: products.sub_(piece.square().sum(-1)[:, None] / 2))
-        return (queries - bank[torch.arange(bank.shape[0], device=bank.device), nearest].to(dtype)).norm(dim=-1)
+        return (queries - bank[torch.arange(bank.shape[0], device=bank.device), nearest]).norm(dim=-1)
 
 
 def _check(queries: Tensor, bank: Tensor, chunk_size: int) -> torch.dtype:

@@ -25,7 +25,7 @@ def median_filter(maps: torch.Tensor, size: int, border: str = "replicate") -> t
     Returns:
         (B, C, H, W).
     """
-    if size == 1 or not maps.numel():
+    if size == 1:
         return maps
     padded = F.pad(maps, (size // 2,) * 4, mode=border)
     windows = padded.unfold(-2, size, 1).unfold(-2, size, 1)  # (B, C, H, W, size, size), a view

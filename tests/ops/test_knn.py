@@ -61,10 +61,18 @@ def test_a_shift_sees_its_own_bank_only():
     assert max_cosine(queries, bank).tolist() == [[1.0, 0.0], [-1.0, 0.0]]
 
 
-def test_half_precision_is_computed_in_float32(features):
+def test_similarity_knows_no_length_but_zero():
+    rows = torch.tensor([[[0.0, 0.0], [1e-6, 1e-6]]])
+    assert max_cosine(torch.tensor([[[-1.0, -1.0]]]), rows).item() == 0
+    assert max_cosine(torch.tensor([[[1.0, 1.0]]]), rows).item() == pytest.approx(1)
+
+
+@pytest.mark.parametrize("search", [max_cosine, min_distance])
+def test_half_precision_is_computed_in_float32(features, search):
     queries, bank = (x.bfloat16() for x in features)
+    expected = search(queries.float(), bank.float())
     with torch.autocast("cpu", torch.bfloat16):
-        assert torch.equal(max_cosine(queries, bank), max_cosine(queries.float(), bank.float()))
+        assert torch.equal(search(queries, bank), expected)
 
 
 def test_much_faster_than_a_loop_over_images():
