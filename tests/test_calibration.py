@@ -260,6 +260,7 @@ def test_drift_is_seen():
     higher, lower = drift_check(scores(200, 2) + 0.5, calibration), drift_check(scores(200, 2) - 0.5, calibration)
     assert higher.p_higher < 0.001 < 0.5 < higher.p_lower
     assert lower.p_lower < 0.001 < 0.5 < lower.p_higher
+    assert drift_check(calibration, calibration).p_value == 1
     contaminated = torch.cat([scores(160, 2), anomalies])
     assert drift_check(contaminated, calibration).p_higher < 0.01
     allowed = drift_check(contaminated, calibration, max_anomalies=0.2)
@@ -293,11 +294,14 @@ def test_drift_of_nothing(refused):
         drift_martingale(torch.zeros(2), torch.tensor([math.inf]))
     with refused("max_anomalies", "1"):
         drift_check(torch.zeros(1), torch.zeros(2), max_anomalies=1)
+    with refused("jump_rate", "1.1"):
+        drift_martingale(torch.zeros(1), torch.zeros(2), jump_rate=1.1)
 
 
-def test_martingale_against_its_formula():
+@pytest.mark.parametrize("jump", [0, 0.1, 1])
+def test_martingale_against_its_formula(jump):
     """All paths of bets of the Simple Jumper, by the sum over them."""
-    incoming, calibration, jump = [2.0, -1.0, 0.3, 4.0], [0.0, 1.0, 3.0], 0.1
+    incoming, calibration = [2.0, -1.0, 0.3, 4.0], [0.0, 1.0, 3.0]
     seen, p_values = list(calibration), []
     for s in incoming:  # no ties but with itself: p lies between #above/(n + 1) and that plus 1/(n + 1)
         p_values.append((sum(c > s for c in seen) / (len(seen) + 1), 1 / (len(seen) + 1)))
