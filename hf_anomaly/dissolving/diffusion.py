@@ -200,7 +200,7 @@ def default_resolution(image_size: int) -> int:
     28 → 8, 64 → 16, 224 → 32. The paper has 32 for all, at which its larger images lose fine detail by the resizing alone and its 28 px ones do not;
     this way all do, without which an encoder does not learn to tell image and dissolved twin apart (model_cards/results/dia_ablation.md).
     """
-    return min(32, max(8, 1 << (max(1, image_size // 3).bit_length() - 1)))
+    return min(32, 1 << (max(8, image_size // 3).bit_length() - 1))
 
 
 def default_batch_size(resolution: int) -> int:
