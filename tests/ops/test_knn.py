@@ -69,7 +69,7 @@ def test_similarity_knows_no_length_but_zero():
 
 @pytest.mark.parametrize("search", [max_cosine, min_distance])
 def test_half_precision_is_computed_in_float32(features, search):
-    queries, bank = (x.bfloat16() for x in features)
+    queries, bank = ((100 + x).bfloat16() for x in features)  # large and alike, so that products rounded to bfloat16 find another row
     expected = search(queries.float(), bank.float())
     with torch.autocast("cpu", torch.bfloat16):
         assert torch.equal(search(queries, bank), expected)

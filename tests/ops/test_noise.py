@@ -78,6 +78,18 @@ def test_coarse_noise(height, width, resolution):
                     assert noise[b, c, i, j] == pytest.approx(expected, rel=1e-4, abs=1e-5)
 
 
+def test_octaves_of_simplex_noise_double_down_to_two_pixels(monkeypatch):
+    units, octave = [], module.simplex_octave
+
+    def watched(y, x, *drawn):
+        units.append(40 * x[1].item())
+        return octave(y, x, *drawn)
+
+    monkeypatch.setattr(module, "simplex_octave", watched)
+    seeded("simplex", (1, 1, 24, 40), 5)
+    assert units == pytest.approx([5, 10, 20])
+
+
 # Statistics -------------------------------------------------------------------------------------------------------------------
 
 

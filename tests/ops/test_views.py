@@ -205,6 +205,8 @@ def test_drawn_parameters_have_their_ranges_and_probabilities():
         assert torch.equal(factor != 1, brightness != 1)  # all four or none
     assert hue.min() == pytest.approx(-0.1, abs=1e-3)
     assert hue.max() == pytest.approx(0.1, abs=1e-3)
+    drawn = torch.stack([flip, x / (1 - width), y / (1 - height), area, ratio.log(), brightness, contrast, saturation, hue, gray])
+    assert (torch.corrcoef(drawn) - torch.eye(10)).abs().max() < 0.04  # independent
 
 
 def test_drawing_is_reproducible_and_follows_the_generator():
@@ -221,7 +223,8 @@ def test_drawing_is_reproducible_and_follows_the_generator():
 
 def test_everything_can_be_switched_off():
     off = {"crop_scale": (1.0, 1.0), "jitter_probability": 0.0, "gray_probability": 0.0, "flip_probability": 0.0}
-    torch.testing.assert_close(random_views(5, **off), identity_views(5), rtol=0, atol=1e-6)
+    for nothing in (off, off | {"jitter": (0.0, 0.0, 0.0, 0.0), "jitter_probability": 1.0}):
+        torch.testing.assert_close(random_views(5, **nothing), identity_views(5), rtol=0, atol=1e-6)
     x = random_images(5)
     torch.testing.assert_close(apply_views(x, random_views(5, **off)), x, rtol=0, atol=1e-5)
 
