@@ -78,16 +78,20 @@ def test_patients_that_also_test_are_told_of(caplog):
 
 
 def test_groups_are_what_they_are_called(caplog):
-    """Whatever the type of the column: of 1, 1.0 and the second name of a class."""
-    train, test = images([1, 1, 2, 2]), images([1, 7], first=9)
-    load_one_class(DatasetDict(train=train, test=test.cast_column("patient", Value("float64"))), group_column="patient")
-    assert "1 of 2 images of split 'test'" in caplog.text
-    caplog.clear()
-    named = [
-        split.cast_column("patient", ClassLabel(names=[f"{i}{name}" for i in range(9)])) for split, name in ((train, "a"), (test, "b"))
-    ]
-    load_one_class(DatasetDict(train=named[0], test=named[1]), group_column="patient")
-    assert "split 'test'" not in caplog.text
+    """Whatever the type of the column: 1 is 1.0 but not 1.5, and a class is its name."""
+
+    def shared(train, patients):
+        caplog.clear()
+        test = images([0, 0], first=9).remove_columns("patient").add_column("patient", patients)
+        load_one_class(DatasetDict(train=train, test=test), group_column="patient")
+        return "1 of 2 images of split 'test'" in caplog.text
+
+    train = images([1, 1, 2, 2])
+    assert shared(train, [1.0, 7.0])
+    assert not shared(train, [1.5, 7.0])
+    named = train.cast_column("patient", ClassLabel(names=["0a", "1a", "2a"]))
+    assert shared(named, ["1a", "7a"])
+    assert not shared(named, ["1b", "7b"])
 
 
 def test_a_large_group_is_told_of(caplog):
