@@ -229,14 +229,14 @@ def test_one_class_has_no_values(value):
 @pytest.mark.parametrize(
     ("maps", "masks", "words"),
     [
-        (np.array([[[0.0]], [[np.nan]]]), np.zeros((2, 1, 1)), ["maps", "image 1", "NaN"]),
+        (np.array([[[0.0, 0.0]], [[0.0, np.nan]]]), np.zeros((2, 1, 2)), ["maps", "image 1", "NaN"]),
         (np.array([[1e300]]), np.zeros((1, 1)), ["maps", "image 0", "infinite"]),
         (np.zeros((2, 4, 4)), np.zeros((2, 8, 8)), ["4×4", "8×8", "ops.resizing"]),
         (np.zeros((2, 4, 4)), np.zeros((1, 4, 4)), ["maps", "2 of", "1 of"]),
         (np.zeros((2, 3, 4, 4)), np.zeros((2, 4, 4)), ["maps", "(2, 3, 4, 4)"]),
         ([np.zeros((4, 4)), np.zeros((5, 4))], [np.zeros((4, 4)), np.zeros((5, 4))], ["maps", "one by one"]),
         (np.zeros((2, 4, 4)), np.full((2, 4, 4), "a"), ["masks", "<U1"]),
-        (np.zeros((2, 1, 1)), np.array([[[1.0]], [[np.nan]]]), ["masks", "image 1", "NaN"]),
+        (np.zeros((2, 1, 2)), np.array([[[1.0, 0.0]], [[0.0, np.nan]]]), ["masks", "image 1", "NaN"]),
     ],
 )
 def test_what_cannot_be_added(maps, masks, words, refused):
