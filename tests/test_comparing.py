@@ -85,7 +85,7 @@ def test_what_is_no_other_row(trained):
     command = "train_dia.py --dissolver_steps 5 --seed 0 --output_dir 'my run'"
     names = [trained("one", DIAConfig, 0, 0.9, config={"false_positive_rate": 0.1}, command=command)]
     config = {"search_chunk_size": 7, "num_calibration_scores": 3, "false_positive_rate": 0.1}
-    command = "train_dia.py --seed 1 --output-dir=other --dissolver_steps 5 --logging_steps 5 --disable_tqdm true --save_strategy no"
+    command = "train_dia.py --seed 1 --output_dir other --dissolver-steps=5 --logging_steps 5 --disable_tqdm true --save_strategy no"
     names.append(trained("other", DIAConfig, 1, 0.8, config=config, num_train=99, seconds=5, command=command))
     assert [row["seeds"] for row in compare_runs(map(read_run, names))] == [[0, 1]]
 

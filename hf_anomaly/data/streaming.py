@@ -177,7 +177,7 @@ def _held_out(name: str, keys: list[int], fraction: float) -> set[int]:
             f"the first {len(keys)} normals of {name!r} are copies of one image, which cannot train and calibrate; take a larger head, or "
             "calibration_fraction=0"
         )
-    wanted, held_out, size = max(round(fraction * len(keys)), 1), set(), 0
+    wanted, held_out, size = round(fraction * len(keys)), set(), 0
     for key in sorted(counts):
         if len(held_out) < len(counts) - 1 and abs(size + counts[key] - wanted) < abs(size - wanted):
             held_out.add(key)
