@@ -35,6 +35,7 @@ from hf_anomaly.data import prepare
 from hf_anomaly.dissolving import DenoisingModel, DiffusionDissolver, build_scheduler, build_unet, dissolve_dataset
 from hf_anomaly.training import AnomalyTrainer, AnomalyTrainingArguments, DenoisingTrainer, DenoisingTrainingArguments
 from hf_anomaly.training.lars import LARS
+from hf_anomaly.training.phases import PhasedOptimizer
 
 datasets.disable_progress_bars()
 
@@ -672,6 +673,25 @@ def test_an_optimizer_of_ones_own(make, tmp_path):
     scheduled = make("csi", "scheduled", optimizers=lambda model: (sgd(model)[0], None), lr_scheduler_type="constant", max_steps=2)
     scheduled.train()
     assert scheduled.lr_scheduler.get_last_lr() == [0.05]
+
+
+class Modal(torch.optim.SGD):
+    """As schedule-free optimizers are."""
+
+    def train(self):
+        self.mode = "train"
+
+    def eval(self):
+        self.mode = "eval"
+
+
+def test_modes_reach_the_optimizers_that_have_them():
+    weights = [torch.nn.Parameter(torch.zeros(1))]
+    modal = Modal(weights, 0.1)
+    phased = PhasedOptimizer({"plain": torch.optim.SGD(weights, 0.1), "modal": modal})
+    for mode in ("eval", "train"):
+        getattr(phased, mode)()
+        assert modal.mode == mode
 
 
 def test_phases_have_their_own_optimizers(make, refused):
