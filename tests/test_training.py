@@ -1,3 +1,4 @@
+import copy
 import itertools
 import json
 import os
@@ -406,6 +407,16 @@ def test_moments_are_kept_for_each_phase(make, tmp_path):
     first, second = (state[name]["state"][0]["exp_avg"] for name in state)  # of E1's first convolution, in both
     assert first.shape == second.shape
     assert not torch.equal(first, second)
+
+
+def test_a_copied_trainer_trains_the_copy(make):
+    trainer = make("phases", max_steps=2)
+    trainer.train()
+    twin, before = copy.deepcopy(trainer), weights(trainer)
+    twin.train()
+    assert_same(weights(trainer), before)
+    assert any(not torch.equal(tensor, before[name]) for name, tensor in weights(twin).items())
+    trainer.train()
 
 
 def test_half_precision_with_a_scaler_is_refused(make):

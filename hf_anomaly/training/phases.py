@@ -47,6 +47,13 @@ class PhasedOptimizer(torch.optim.Optimizer):
         for name, optimizer in self.optimizers.items():
             optimizer.load_state_dict(state_dict[name])
 
+    # For copies and pickles. Optimizer's own hold groups and state alone, and restoring them hooks `step` of the whole class.
+    def __getstate__(self) -> dict:
+        return {"optimizers": self.optimizers, "phase": self.phase}
+
+    def __setstate__(self, state: dict) -> None:
+        vars(self).update(state)
+
     def train(self) -> None:
         self._set_mode("train")
 
