@@ -88,6 +88,9 @@ def writing(path: str | os.PathLike) -> Iterator[Path]:
         yield temporary
 
 
+_STAGING = ".saving-"
+
+
 @contextmanager
 def staged(target: str | os.PathLike, outdated: re.Pattern | None = None) -> Iterator[Path]:
     """A temporary folder inside `target`, whose entries are renamed into it at the end, configs last; after an error, none.
@@ -102,7 +105,7 @@ def staged(target: str | os.PathLike, outdated: re.Pattern | None = None) -> Ite
     if target.is_file():
         raise InputError(f"cannot save to {target}: it is a file; name a folder")
     target.mkdir(parents=True, exist_ok=True)
-    staging = Path(tempfile.mkdtemp(prefix=".saving-", dir=target))
+    staging = Path(tempfile.mkdtemp(prefix=_STAGING, dir=target))
     try:
         yield staging
         names = {path.name for path in staging.iterdir()}
@@ -115,6 +118,12 @@ def staged(target: str | os.PathLike, outdated: re.Pattern | None = None) -> Ite
                 delete(path)
     finally:
         shutil.rmtree(staging, ignore_errors=True)
+
+
+def remove_staged(target: str | os.PathLike) -> None:
+    """Removes what a process that was killed was writing to `target` with `staged`."""
+    for path in Path(target).glob(f"{_STAGING}*"):
+        shutil.rmtree(path, ignore_errors=True)
 
 
 def delete(path: Path) -> None:

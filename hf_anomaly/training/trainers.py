@@ -29,7 +29,7 @@ from ..cards import write_card
 from ..data import collate
 from ..detector import AnomalyDetector, refuse_anomalies
 from ..errors import HubError, InputError
-from ..files import read_json
+from ..files import read_json, remove_staged
 from ..hub import CommitInfo, hub_errors, push_checkpoint, push_folder
 from ..metrics import image_metrics
 from ..ops.distributed import share_buffers
@@ -205,6 +205,7 @@ class ReproducibleTrainer(Trainer):
         self._loss_sums, self._loss_counts = {}, Counter()
         self._average = None  # of a training that was interrupted
         shutil.rmtree(Path(self.args.output_dir, _STAGING), ignore_errors=True)
+        remove_staged(self.args.output_dir)
         if hasattr(self.train_dataset, "__len__") and self.args.dataloader_drop_last:
             batch = self.args.train_batch_size * self.args.world_size
             if len(self.train_dataset) < batch:

@@ -15,7 +15,7 @@ from transformers import AutoImageProcessor, AutoModel
 from hf_anomaly.data import decode_image, load_one_class
 from hf_anomaly.dissolving import DISSOLVERS, Dissolver, MedianDissolver
 
-from .running import METRICS, SCRIPTS, class_folders, pixels, results_of, run
+from .running import METRICS, SCRIPTS, class_folders, equal, pixels, results_of, run, weights
 
 
 @pytest.fixture(scope="module")
@@ -276,6 +276,22 @@ def test_what_an_earlier_run_left_does_not_keep_a_new_one_from_being_resumed(tra
     assert not list(folder.glob("checkpoint-*"))
     train(folder, "--seed", 7, "--resume_from_checkpoint", "true")
     assert results_of(folder)["seed"] == 7
+
+
+@pytest.mark.parametrize("kind", ["diffusion", "gaussian"])
+def test_a_run_killed_while_its_dissolver_was_saved_is_resumed(train, tmp_path, kind):
+    argv = ["--dissolver", kind] + ([] if kind == "diffusion" else ["--blur_kernel_size", 3])
+    folder, _ = train(tmp_path / "run", *argv)
+    whole = weights(folder)
+    names = {path.name for path in (folder / "dissolver").iterdir()}
+    shutil.move(folder / "dissolver", tmp_path / "half")
+    shutil.rmtree(folder)
+    shutil.move(tmp_path / "half", folder / "dissolver" / ".saving-abc")
+    (folder / ".saving-def").mkdir()
+    train(folder, *argv, "--resume_from_checkpoint", "true")
+    assert {path.name for path in (folder / "dissolver").iterdir()} == names
+    assert not list(folder.glob(".saving-*"))
+    assert equal(weights(folder), whole)
 
 
 def test_resume_names_the_cause_before_the_digests(train, digits):

@@ -15,8 +15,9 @@ from ...backbones.pretrained import load_backbone_config
 from ...detectors.csi.modeling_csi import CSIModel
 from ...detectors.dia.modeling_dia import DIAModel
 from ...dissolving import DISSOLVERS, DiffusionDissolver, Dissolver, dissolve_dataset
-from ...dissolving.base import dissolver_kind, locate
+from ...dissolving.base import CONFIG_NAME, dissolver_kind, locate
 from ...errors import InputError
+from ...files import remove_staged
 from ...image_processing import AnomalyImageProcessor
 from ...ops.distributed import local_main_process_first
 from ...ops.views import NUM_CROPS
@@ -260,7 +261,7 @@ def train_diffusion(args: DissolverArguments, folder: Path, data_args, training_
     t_range = dict(zip(("t_min", "t_max"), data_args.timesteps(args.t_min, args.t_max), strict=True))
     recorded = {} if data_args.recipe is None else t_range  # the default range is recorded as none
     run = describe_run(splits, processor, training_args.seed, dissolver=asdict(args) | recorded)
-    if training_args.resume_from_checkpoint and folder.is_dir():
+    if training_args.resume_from_checkpoint and (folder / CONFIG_NAME).is_file():  # which is written last
         dissolver = DiffusionDissolver.from_pretrained(folder, **t_range)
         check_same_run(dissolver.training_run, run, folder)
         return dissolver
@@ -292,9 +293,12 @@ def place_dissolver(args: DissolverArguments, ready: Path | None, data_args, tra
     dissolver = make_dissolver(args, ready, splits)  # before anything is replaced: it may refuse the arguments
     PartialState().wait_for_everyone()
     replace_earlier_run(training_args, ready)
+    if training_args.should_save:
+        remove_staged(folder)
     if args.dissolver == "diffusion":
         return train_diffusion(args, folder, data_args, training_args, splits, processor)
-    resumed = training_args.resume_from_checkpoint and folder.is_dir()  # saved already; of another run it is not ours to remove
+    # Saved already; of another run it is not ours to remove.
+    resumed = training_args.resume_from_checkpoint and (folder / CONFIG_NAME).is_file()
     if training_args.should_save and not resumed:
         if not _same_folder(ready, folder):
             shutil.rmtree(folder, ignore_errors=True)  # an earlier run's may be of another kind
