@@ -259,3 +259,11 @@ def test_refuses_bad_datasets(tmp_path, refused):
     with refused("row 1"):
         dissolve_dataset(dataset, dissolver, Processor(), cache_dir=tmp_path)
     assert not list(tmp_path.glob("*.arrow"))
+
+
+def test_what_is_not_finite_is_refused(tmp_path, refused):
+    """Levels of 8 bits would not show it."""
+    dissolver = diffusion_dissolver()
+    next(dissolver.unet.parameters()).fill_(torch.nan)
+    with refused("the diffusion dissolver gives values that are not finite"):
+        dissolve_dataset(toy_dataset(), dissolver, Processor(), num_variants=1, cache_dir=tmp_path)

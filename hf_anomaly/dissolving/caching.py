@@ -37,7 +37,7 @@ def dissolve_dataset(
 
     Raises:
         InputError: not a `datasets.Dataset` or an empty one, no column `image`, a missing image file, an unreadable image (naming
-            its row), or a processor whose range is not [−1, 1].
+            its row), a processor whose range is not [−1, 1], or a dissolver that gives what is not finite.
     """
     import datasets
 
@@ -67,6 +67,8 @@ def dissolve_dataset(
         levels = torch.empty(len(indices), num_variants, *pixel_values.shape[1:], dtype=torch.uint8)
         for variant in range(num_variants):
             dissolved = dissolver(pixel_values, None if timesteps is None else timesteps[indices, variant].to(dissolver.device))
+            if not dissolved.isfinite().all():
+                raise InputError(f"the {dissolver.kind} dissolver gives values that are not finite: its weights are damaged, make it anew")
             levels[:, variant] = dissolved.float().add(1).mul(127.5).round()
         return {"dissolved_images": [[encode_levels(array) for array in row] for row in levels.numpy()]}
 

@@ -168,6 +168,12 @@ def _train_denoiser(model, train_dataset, *, processor, args, resume_from_checkp
     trainer = DenoisingTrainer(model, args, train_dataset=prepare(train_dataset, processor), run=run)
     logger.info("Training to denoise on %s images", num_images(train_dataset) or "streamed")
     trainer.train(resume_from_checkpoint)
+    if not all(
+        parameter.isfinite().all() for parameter in model.parameters()
+    ):  # a detector would be trained with what it gives all the same
+        raise InputError(
+            f"training to denoise diverged, the weights are not finite: take a lower learning rate than {args.learning_rate:g}"
+        )
     return trainer, {
         "steps": trainer.state.global_step,
         "batch_size": args.images_per_step,

@@ -35,3 +35,10 @@ def test_larger_images_are_fewer_a_step(tmp_path, resolution, batch_size):
     status, _, err = run("train_dissolver.py", "--output_dir", tmp_path, *options, "--report_to", "none", "--use_cpu", "true")
     assert status == 0, err
     assert json.loads((tmp_path / "dissolver_config.json").read_text())["training"]["batch_size"] == batch_size
+
+
+def test_a_training_that_diverges_saves_nothing(train, tmp_path):
+    options = ["--block_out_channels", 8, 8, "--learning_rate", 1e30]
+    folder, err = train(tmp_path / "run", *options, script="train_dissolver.py", status=2)
+    assert re.fullmatch(r"error: .* not finite: take a lower learning rate than 1e\+30", err.splitlines()[-1])
+    assert not (folder / "dissolver_config.json").exists()
