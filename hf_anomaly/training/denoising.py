@@ -28,6 +28,7 @@ from ..image_processing import AnomalyImageProcessor
 from ..loading import loading
 from ..untrusted import load_without_code
 from .arguments import AnomalyTrainingArguments, DenoisingTrainingArguments
+from .run_record import optimization_of
 from .runs import fit_batch_size, num_images, push_result
 from .trainers import DenoisingTrainer, hub_name
 
@@ -165,7 +166,8 @@ def pretraining_run(name_or_path: str | os.PathLike) -> dict:
 def _train_denoiser(model, train_dataset, *, processor, args, resume_from_checkpoint, run) -> tuple[DenoisingTrainer, dict]:
     """Trains, and tells how in JSON values. Afterwards the model holds the averaged weights."""
     fit_batch_size(args, num_images(train_dataset))
-    trainer = DenoisingTrainer(model, args, train_dataset=prepare(train_dataset, processor), run=run)
+    described = {**(run or {}), "optimization": optimization_of(args)}
+    trainer = DenoisingTrainer(model, args, train_dataset=prepare(train_dataset, processor), run=described)
     logger.info("Training to denoise on %s images", num_images(train_dataset) or "streamed")
     trainer.train(resume_from_checkpoint)
     if not all(

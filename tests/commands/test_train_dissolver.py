@@ -42,3 +42,13 @@ def test_a_training_that_diverges_saves_nothing(train, tmp_path):
     folder, err = train(tmp_path / "run", *options, script="train_dissolver.py", status=2)
     assert re.fullmatch(r"error: .* not finite: take a lower learning rate than 1e\+30", err.splitlines()[-1])
     assert not (folder / "dissolver_config.json").exists()
+
+
+@pytest.mark.parametrize(("flag", "value"), [("learning_rate", 0.01), ("gradient_accumulation_steps", 2), ("data_seed", 5)])
+def test_resume_refuses_another_optimization(train, tmp_path, flag, value):
+    """The optimizer of the checkpoint would not take it up, but the card would tell it."""
+    options = ["--block_out_channels", 8, 8]
+    folder, _ = train(tmp_path / "run", *options, script="train_dissolver.py")
+    more = [f"--{flag}", value, "--max_steps", 6, "--resume_from_checkpoint", "true"]
+    _, err = train(folder, *options, *more, script="train_dissolver.py", status=2)
+    assert f"checkpoint-4 belongs to another run (optimization.{flag} was " in err.splitlines()[-1]
