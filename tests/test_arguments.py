@@ -263,13 +263,18 @@ def test_a_run_is_named_after_its_images(monkeypatch, tmp_path, name):
     assert args.output_dir == str(Path("runs", "dia-scans"))
 
 
-def test_a_first_stage_reads_its_images_as_the_run_does(tmp_path):
-    reading = {
+def test_a_first_stage_takes_over_what_is_of_the_whole_run(tmp_path):
+    shared = {
+        "full_determinism": True,
+        "logging_strategy": "epoch",
+        "logging_first_step": True,
+        "run_name": "third",
+        "project": "screws",
         "dataloader_num_workers": 2,
         "dataloader_persistent_workers": True,
         "dataloader_prefetch_factor": 3,
         "dataloader_multiprocessing_context": "spawn",
     }
-    args = AnomalyTrainingArguments(output_dir=str(tmp_path), use_cpu=True, report_to="none", **reading)
+    args = AnomalyTrainingArguments(output_dir=str(tmp_path), use_cpu=True, report_to="none", **shared)
     stage = denoising_arguments(args, "dissolver", learning_rate=1e-3, batch_size=4, steps=2)
-    assert {name: getattr(stage, name) for name in reading} == reading
+    assert {name: getattr(stage, name) for name in shared} == shared

@@ -3,6 +3,7 @@
 import logging
 import os
 import shutil
+from contextlib import suppress
 from pathlib import Path
 
 from transformers import AutoConfig, set_seed
@@ -33,6 +34,17 @@ from .runs import fit_batch_size, num_images, push_result
 from .trainers import DenoisingTrainer, hub_name
 
 logger = logging.getLogger(__name__)
+
+# Arguments that a stage before the detector's own training takes from the run.
+_OF_THE_RUN = (
+    "seed", "full_determinism", "use_cpu",
+    "bf16", "fp16",  # accelerate allows one precision a process
+    "save_strategy", "save_steps",
+    "disable_tqdm", "logging_strategy", "logging_steps", "logging_first_step", "report_to", "run_name", "project",
+    "trackio_space_id", "trackio_bucket_id", "trackio_static_space_id",
+    "dataloader_num_workers", "dataloader_prefetch_factor", "dataloader_multiprocessing_context",
+    "dataloader_persistent_workers",  # where processes are not forked, to start some takes seconds an epoch
+)  # fmt: skip
 
 PRETRAINING_NOTES = "pretraining.json"  # beside the weights of a first stage: how they were trained
 
@@ -202,17 +214,14 @@ def denoising_arguments(
         num_train_epochs=epochs,
         learning_rate=learning_rate,
         per_device_train_batch_size=batch_size,
-        seed=args.seed,
-        logging_steps=args.logging_steps,
-        save_steps=args.save_steps,
-        save_strategy=args.save_strategy,
-        disable_tqdm=args.disable_tqdm,
-        use_cpu=args.use_cpu,
-        bf16=args.bf16,  # accelerate allows one precision a process
-        fp16=args.fp16,
-        report_to=args.report_to,
-        dataloader_num_workers=args.dataloader_num_workers,
-        dataloader_persistent_workers=args.dataloader_persistent_workers,  # where processes are not forked, to start some takes seconds an epoch
-        dataloader_prefetch_factor=args.dataloader_prefetch_factor,
-        dataloader_multiprocessing_context=args.dataloader_multiprocessing_context,
+        **{name: getattr(args, name) for name in _OF_THE_RUN},
     )
+
+
+def remove_checkpoints(args: DenoisingTrainingArguments) -> None:
+    """Of a stage that is done; what trackers wrote beside them stays."""
+    folder = Path(args.output_dir)
+    for checkpoint in folder.glob("checkpoint-*"):
+        shutil.rmtree(checkpoint, ignore_errors=True)
+    with suppress(OSError):  # it holds something else
+        folder.rmdir()

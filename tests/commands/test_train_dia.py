@@ -4,6 +4,7 @@ import json
 import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import PIL.Image
@@ -14,6 +15,7 @@ from transformers import AutoImageProcessor, AutoModel
 
 from hf_anomaly.data import decode_image, load_one_class
 from hf_anomaly.dissolving import DISSOLVERS, Dissolver, MedianDissolver
+from hf_anomaly.training.denoising import train_dissolver
 
 from .running import METRICS, SCRIPTS, class_folders, equal, pixels, results_of, run, weights
 
@@ -292,6 +294,18 @@ def test_a_run_killed_while_its_dissolver_was_saved_is_resumed(train, tmp_path, 
     assert {path.name for path in (folder / "dissolver").iterdir()} == names
     assert not list(folder.glob(".saving-*"))
     assert equal(weights(folder), whole)
+
+
+def test_of_the_dissolvers_training_only_checkpoints_go(train, tmp_path, monkeypatch):
+    """What a tracker writes beside them stays."""
+
+    def train_and_log(*args, **kwargs):
+        Path(kwargs["args"].output_dir, "runs").mkdir(parents=True)
+        return train_dissolver(*args, **kwargs)
+
+    monkeypatch.setattr("hf_anomaly.training.commands.train_dia.train_dissolver", train_and_log)
+    folder, _ = train(tmp_path / "run", "--save_steps", 2)
+    assert [path.name for path in (folder / "dissolver-training").iterdir()] == ["runs"]
 
 
 def test_resume_names_the_cause_before_the_digests(train, digits):

@@ -2,7 +2,6 @@
 
 import logging
 import math
-import shutil
 import time
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -21,7 +20,7 @@ from ...image_processing import AnomalyImageProcessor
 from ...ops.distributed import local_main_process_first
 from .. import AnomalyTrainingArguments, DataArguments, parse_arguments
 from ..arguments import check_ranges, given_fields
-from ..denoising import PRETRAINING_NOTES, denoising_arguments, load_pretraining, pretrain, pretraining_run
+from ..denoising import PRETRAINING_NOTES, denoising_arguments, load_pretraining, pretrain, pretraining_run, remove_checkpoints
 from ..run_record import check_same_run, describe_run, settings_of, warn_of_other_division
 from ..runs import (
     check_first,
@@ -182,7 +181,7 @@ def first_stage(model: ADDPForPreTraining, args: PretrainingArguments, data_args
         dataset=dataset_label(args.pretrain_dataset_name or data_args.dataset_name),
         repo_id=hub_name(training_args) if args.pretrain_only and training_args.push_to_hub else None,
     )
-    shutil.rmtree(arguments.output_dir, ignore_errors=True)
+    remove_checkpoints(arguments)
     return detector
 
 

@@ -23,7 +23,7 @@ from ...ops.distributed import local_main_process_first
 from ...ops.views import NUM_CROPS
 from .. import AnomalyTrainingArguments, DataArguments, parse_arguments
 from ..arguments import check_ranges, given_fields
-from ..denoising import denoising_arguments, train_dissolver
+from ..denoising import denoising_arguments, remove_checkpoints, train_dissolver
 from ..run_record import check_same_run, describe_run, warn_of_other_division
 from ..runs import (
     LARGEST_DEFAULT_SIZE,
@@ -283,7 +283,7 @@ def train_diffusion(args: DissolverArguments, folder: Path, data_args, training_
         target=folder,
         run=run,
     )
-    shutil.rmtree(arguments.output_dir, ignore_errors=True)
+    remove_checkpoints(arguments)
     return dissolver
 
 
