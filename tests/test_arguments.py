@@ -104,6 +104,7 @@ def test_numbers_of_a_stage_out_of_range_are_refused(refused):
     ("arguments", "words"),
     [
         ({"save_only_model": True}, "--save_only_model is not supported"),
+        ({"enable_jit_checkpoint": True}, "--enable_jit_checkpoint is not supported"),
         ({"gradient_checkpointing": True}, "--gradient_checkpointing is not supported"),
         ({"activation_checkpointing": True}, "--activation_checkpointing is not supported"),
         ({"neftune_noise_alpha": 5.0}, "--neftune_noise_alpha is not supported"),

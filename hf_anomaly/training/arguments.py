@@ -39,6 +39,7 @@ _RANGES = {
 _UNSUPPORTED = {
     **dict.fromkeys(("gradient_checkpointing", "activation_checkpointing"), "a lower --per_device_train_batch_size takes less memory, too"),
     "save_only_model": "no run could be resumed from such a checkpoint; --save_strategy no saves none",
+    "enable_jit_checkpoint": "a run that it ends would save its half-trained detector as the result; --save_steps tells how much an interruption costs",
     **dict.fromkeys(("neftune_noise_alpha", "use_liger_kernel"), "it is of language models"),
     "label_smoothing_factor": "detectors learn without labels",
     **dict.fromkeys(("fp16_full_eval", "bf16_full_eval"), "threshold and results are those of the detector that is saved"),
@@ -88,7 +89,9 @@ class ReproducibleArguments(TrainingArguments):
     max_steps: int = field(
         default=-1, metadata={"help": "Optimizer steps. Default: as many as the method needs, unless --num_train_epochs is given."}
     )
-    num_train_epochs: float = field(default=0.0, metadata={"help": "Passes over the training images; 0 means that --max_steps decides."})
+    num_train_epochs: float = field(
+        default=0.0, metadata={"help": "Passes over the training images, unless --max_steps is given; 0: the default steps."}
+    )
     per_device_train_batch_size: int = field(default=32, metadata={"help": "Images per step and device."})
     per_device_eval_batch_size: int = field(default=64, metadata={"help": "Images scored at once on a device."})
     learning_rate: float = field(default=1e-3, metadata={"help": "Peak learning rate."})
