@@ -114,6 +114,8 @@ def test_numbers_of_a_stage_out_of_range_are_refused(refused):
         ({"lr_scheduler_kwargs": "x"}, "--lr_scheduler_kwargs"),
         ({"optim": "adamw_bnb_8bit"}, "--optim adamw_bnb_8bit: You need to install"),
         ({"optim": "grokadamw"}, "--optim grokadamw: Please install"),
+        ({"optim_args": "eps"}, "--optim_args eps: write name=value"),
+        ({"dataloader_persistent_workers": True}, "--dataloader_num_workers"),
         ({"report_to": ["wandb"]}, "--report_to wandb: that is not installed; take none"),
         ({"report_to": ["paper"]}, "--report_to paper"),
         ({"fsdp": "full_shard"}, "--fsdp shards the training over several processes, and this is one: add --num_processes N"),
@@ -139,6 +141,13 @@ def test_a_schedule_with_its_settings_passes(tmp_path):
     words = ["--lr_scheduler_type", "cosine_with_min_lr", "--lr_scheduler_kwargs", '{"min_lr": 1e-5}', "--report_to", "none"]
     (args,) = parse_arguments(AnomalyTrainingArguments, description="", argv=["--output_dir", str(tmp_path), *words])
     assert args.lr_scheduler_kwargs == {"min_lr": 1e-5}
+
+
+def test_unknown_settings_of_accelerate_are_one_line(tmp_path, refused):
+    with refused("unexpected keyword argument 'split'"):
+        parse_arguments(
+            AnomalyTrainingArguments, description="", argv=["--output_dir", str(tmp_path), "--accelerator_config", '{"split": 1}']
+        )
 
 
 @pytest.mark.parametrize("words", [["--license", "MIT"], ["--dataset_id", "my images"]])

@@ -60,8 +60,14 @@ def check_ranges(args, ranges: dict[str, tuple[float, float]]) -> None:
 
 
 def _check_parts(args: TrainingArguments) -> None:
-    """Refuses a schedule without the settings that it needs, shards for one process, and what is not installed: Trainer would, but after the data were
-    prepared."""
+    """Refuses a schedule without the settings that it needs, shards for one process, workers that are none, and what is not installed: Trainer would, but
+    after the data were prepared."""
+    if args.dataloader_persistent_workers and args.dataloader_num_workers == 0:
+        raise InputError(
+            "--dataloader_persistent_workers keeps the processes that read images, and there are none: add --dataloader_num_workers N"
+        )
+    if any(setting.count("=") != 1 for setting in (args.optim_args or "=").split(",")):
+        raise InputError(f"--optim_args {args.optim_args}: write name=value, and commas between several")
     if args.fsdp and not args.fsdp_config.get("xla") and args.parallel_mode != ParallelMode.DISTRIBUTED:
         raise InputError("--fsdp shards the training over several processes, and this is one: add --num_processes N, or leave --fsdp out")
     try:
@@ -409,7 +415,7 @@ def parse_arguments(*classes: type, description: str, argv: list[str] | None = N
         *parsed, rest = parser.parse_args_into_dataclasses(args=sys.argv[1:] if argv is None else argv, return_remaining_strings=True)
     except InputError:
         raise
-    except ValueError as error:  # transformers' own, of arguments that do not go together
+    except (TypeError, ValueError) as error:  # transformers' own, of arguments that do not go together
         raise InputError(one_line(error)) from error
     if rest:
         flags = [option for action in parser._actions for option in action.option_strings]
