@@ -182,9 +182,7 @@ def _train_denoiser(model, train_dataset, *, processor, args, resume_from_checkp
     trainer = DenoisingTrainer(model, args, train_dataset=prepare(train_dataset, processor), run=described)
     logger.info("Training to denoise on %s images", num_images(train_dataset) or "streamed")
     trainer.train(resume_from_checkpoint)
-    if not all(
-        parameter.isfinite().all() for parameter in model.parameters()
-    ):  # a detector would be trained with what it gives all the same
+    if not all(parameter.isfinite().all() for parameter in model.parameters()):  # what it gives would train a detector all the same
         raise InputError(
             f"training to denoise diverged, the weights are not finite: take a lower learning rate than {args.learning_rate:g}"
         )
