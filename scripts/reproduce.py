@@ -61,6 +61,8 @@ def main() -> None:
     (args,) = parse_arguments(ReproduceArguments, description=__doc__)
     if (args.table is None) == (args.figure is None):
         raise InputError("give --table or --figure, such as --table dia/1")
+    if (args.figure is not None or args.table == calibration_study.TABLE) and (args.dry_run or args.shard != "1/1"):
+        raise InputError("--dry_run and --shard are of a paper's tables: leave them out for a figure and for calibration")
     if args.table == calibration_study.TABLE:
         calibrate(args)
         return
@@ -75,8 +77,6 @@ def main() -> None:
     )
     command = ["scripts/reproduce.py", *sys.argv[1:]]
     if args.figure is not None:
-        if args.dry_run or args.shard != "1/1":
-            raise InputError("--dry_run and --shard are of tables: leave them out for a figure")
         files = write_figure(find_figure(args.figure), selection, command)
         if PartialState().is_main_process:
             print(*(f"saved: {path}" for path in files), sep="\n")
@@ -101,11 +101,7 @@ def calibrate(args: ReproduceArguments) -> None:
         detectors=tuple(args.methods or calibration_study.DETECTORS),
         budget=args.budget,
         seed=args.seeds[0],
-        shard=args.shard,
     )
-    if args.dry_run:
-        print(study.describe())
-        return
     files = study.run(["scripts/reproduce.py", *sys.argv[1:]])
     if PartialState().is_main_process:
         print(files[0].read_text(encoding="utf-8"))

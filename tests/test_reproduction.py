@@ -290,7 +290,7 @@ def test_figures(small_contrastive, data_dir, tmp_path, caplog):
         (("--figure", "dia/2"), "there is no figure 'dia/2'; the figures: dia/1, dia/3,"),
         (("--figure", "dia/8"), "nothing can be drawn: SARS-COV-2 CT is not there"),
         (("--figure", "dia/7", "--methods", "dia"), "--methods: figure dia/7 is not of methods"),
-        (("--figure", "dia/7", "--dry_run"), "--dry_run and --shard are of tables"),
+        (("--figure", "dia/7", "--dry_run"), "--dry_run and --shard are of a paper's tables"),
         (("--figure", "dia/1", "--table", "dia/1"), "give --table or --figure"),
         ((), "give --table or --figure"),
     ):

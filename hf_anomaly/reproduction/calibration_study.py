@@ -42,7 +42,7 @@ from ..training import AnomalyTrainingArguments
 from ..training.denoising import denoising_arguments, pretrain
 from ..training.runs import train_detector
 from .budgets import Training, detector_settings
-from .running import ABSENT, FINISHED, PENDING, check_seeds, part_of, quiet
+from .running import check_seeds, quiet
 
 TABLE = "calibration"  # its id, for scripts/reproduce.py
 RATES = (0.01, 0.05, 0.1)
@@ -81,29 +81,28 @@ DETECTORS: dict[str, tuple[str, Builder, type[AnomalyDetectorConfig]]] = {
 def divided_rates(
     scores: np.ndarray,
     *,
-    rates: tuple[float, ...] = RATES,
     divisions: int = DIVISIONS,
     num_calibration: int | None = None,
     seed: int | tuple[int, ...] = 0,
 ) -> np.ndarray:
-    """The share of normal images flagged among those that did not calibrate, for each random division and target rate.
+    """The share of normal images flagged among those that did not calibrate, for each random division and rate of RATES.
 
     Args:
         scores: (N,) of held-out normal images.
         num_calibration: n, how many calibrate in each division; the other N − n are counted. By default half.
 
     Returns:
-        (divisions, len(rates)).
+        (divisions, len(RATES)).
     """
     n = len(scores) // 2 if num_calibration is None else num_calibration
     if not 0 < n < len(scores):
         raise InputError(f"num_calibration must leave some of {len(scores)} scores to count, got {n}")
     scores, draw = torch.as_tensor(np.asarray(scores)), np.random.default_rng(seed)
-    measured = np.empty((divisions, len(rates)))
+    measured = np.empty((divisions, len(RATES)))
     for division in range(divisions):
         order = draw.permutation(len(scores))
         calibration, normal = scores[order[:n]].sort().values, scores[order[n:]]
-        measured[division] = [(normal > conformal_threshold(calibration, rate)).double().mean().item() for rate in rates]
+        measured[division] = [(normal > conformal_threshold(calibration, rate)).double().mean().item() for rate in RATES]
     return measured
 
 
@@ -162,10 +161,10 @@ class Finding:
         return self.low <= self.mean <= self.high
 
 
-def findings(measured: np.ndarray, num_calibration: int, num_test: int, rates: tuple[float, ...] = RATES) -> list[Finding]:
-    """Compares `divided_rates` (divisions, len(rates)) with theory."""
+def findings(measured: np.ndarray, num_calibration: int, num_test: int) -> list[Finding]:
+    """Compares `divided_rates` (divisions, len(RATES)) with theory."""
     results = []
-    for rate, column in zip(rates, measured.T, strict=True):
+    for rate, column in zip(RATES, measured.T, strict=True):
         expected = expectation(num_calibration, num_test, rate)
         margin = BAND * expected.std / math.sqrt(len(column))
         inside = float(((column >= expected.low) & (column <= expected.high)).mean())
@@ -186,7 +185,6 @@ class CalibrationStudy:
         data_dir: see `DatasetRecipe.locate`.
         datasets, detectors: names in DATASETS and DETECTORS.
         budget: a name in STEPS.
-        shard: "i/n", train every n-th detector only, from the i-th on; the report is of all whose scores are there by then.
     """
 
     output_dir: Path
@@ -195,38 +193,19 @@ class CalibrationStudy:
     detectors: tuple[str, ...] = tuple(DETECTORS)
     budget: str = "laptop"
     seed: int = 0
-    shard: str = "1/1"
 
     def pairs(self) -> list[tuple[str, str]]:
-        """Each (dataset, detector). Raises InputError: an unknown dataset, detector, budget or shard, or a bad seed."""
+        """Each (dataset, detector). Raises InputError: an unknown dataset, detector or budget, or a bad seed."""
         known_ones = (("dataset", self.datasets, DATASETS), ("method", self.detectors, DETECTORS), ("budget", [self.budget], STEPS))
         for what, asked, known in known_ones:
             for name in asked:
                 if name not in known:
                     raise InputError(f"table {TABLE} has no {what} {name!r}; it has: {', '.join(known)}")
-        part_of([], self.shard)
         check_seeds((self.seed,))
         return [(dataset, detector) for dataset in self.datasets for detector in self.detectors]
 
     def scores_file(self, dataset: str, detector: str) -> Path:
         return Path(self.output_dir, TABLE, f"{self.budget}-{dataset}-{detector}-seed{self.seed}.json")
-
-    def describe(self) -> str:
-        """The detectors of the shard and how each stands, a line each."""
-        pairs = part_of(self.pairs(), self.shard)
-        missing = {dataset: self._is_missing(dataset) for dataset in self.datasets}
-        lines = [f"{TABLE}: false-alarm rates on held-out normal images; {len(pairs)} detectors"]
-        for pair in pairs:
-            status = FINISHED if self.finished(*pair) is not None else ABSENT if missing[pair[0]] else PENDING
-            lines.append(f"{status:15} {self.scores_file(*pair).relative_to(self.output_dir)}")
-        return "\n".join(lines)
-
-    def _is_missing(self, dataset: str) -> bool:
-        try:
-            RECIPES[dataset].locate(self.data_dir)
-        except InputError:
-            return True
-        return False
 
     def settings(self, detector: str) -> dict:
         """What scores hang on besides the names in their file's."""
@@ -310,13 +289,9 @@ class CalibrationStudy:
         from tqdm.auto import tqdm
 
         pairs = self.pairs()
-        own = part_of(pairs, self.shard)
-        for dataset, _ in own:
+        for dataset in self.datasets:
             RECIPES[dataset].locate(self.data_dir)  # before anything is trained
-        for pair in tqdm([pair for pair in own if self.finished(*pair) is None], desc=TABLE, unit="detector"):
-            self.scores(*pair, command)
-        PartialState().wait_for_everyone()
-        records = {pair: record for pair in pairs if (record := self.finished(*pair)) is not None}
+        records = {pair: self.scores(*pair, command) for pair in tqdm(pairs, desc=TABLE, unit="detector")}
         # Each detector has draws of its own: with the same ones, scores without ties would give all of them the same rates.
         measured = {
             (dataset, detector): divided_rates(
