@@ -18,7 +18,7 @@ PACKAGE = ROOT / "hf_anomaly"
 
 # From the bottom to the top; a module imports from its own part and from parts below.
 LAYERS = [
-    {"errors", "files", "names", "version"},
+    {"errors", "files", "names", "parsing", "version"},
     {"ops"},
     {"calibration", "cards", "untrusted"},
     {"saving"},

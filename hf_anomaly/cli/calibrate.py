@@ -3,7 +3,7 @@
 import logging
 from pathlib import Path
 
-from .parsing import model_first
+from ..parsing import model_first
 
 logger = logging.getLogger(__name__)
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from ..errors import InputError
 from ..files import check_output, csv_text, writing
-from .parsing import Parser
+from ..parsing import Parser
 
 logger = logging.getLogger(__name__)
 

@@ -4,7 +4,7 @@ from argparse import Namespace
 from importlib.util import find_spec
 
 from ..errors import INSTALL_DEMO, NO_GRADIO, InputError
-from .parsing import Parser
+from ..parsing import Parser
 
 
 def parse(argv: list[str]) -> Namespace:

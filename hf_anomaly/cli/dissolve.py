@@ -4,7 +4,7 @@ from argparse import Namespace
 
 from ..errors import InputError
 from ..files import check_output
-from .parsing import Parser
+from ..parsing import Parser
 
 
 def parse(argv: list[str]) -> Namespace:

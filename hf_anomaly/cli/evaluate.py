@@ -1,6 +1,6 @@
 """`hf-anomaly evaluate MODEL …`"""
 
-from .parsing import model_first
+from ..parsing import model_first
 
 HELP = """usage: hf-anomaly evaluate MODEL --dataset_name IMAGES [--normal_label NAME] [--output FILE.json] [--scores FILE.csv] …
 

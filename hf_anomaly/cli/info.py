@@ -4,7 +4,7 @@ import json
 import math
 from argparse import Namespace
 
-from .parsing import Parser
+from ..parsing import Parser
 
 
 def parse(argv: list[str]) -> Namespace:

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING
 
 from ..errors import InputError
 from ..files import check_name, check_output, files_below, shortened, writing
-from .parsing import Parser
+from ..parsing import Parser
 
 if TYPE_CHECKING:
     import PIL.Image

@@ -4,7 +4,7 @@ from argparse import Namespace
 from pathlib import Path
 
 from ..errors import InputError
-from .parsing import Parser
+from ..parsing import Parser
 
 
 def parse(argv: list[str]) -> Namespace:

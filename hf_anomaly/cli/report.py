@@ -1,6 +1,6 @@
 """`hf-anomaly report MODEL …`"""
 
-from .parsing import model_first
+from ..parsing import model_first
 
 HELP = """usage: hf-anomaly report MODEL --dataset_name IMAGES [--normal_label NAME] [--output report.html] [--unlabelled true] …
 

@@ -2,7 +2,7 @@
 
 from argparse import Namespace
 
-from .parsing import Parser
+from ..parsing import Parser
 
 
 def parse(argv: list[str]) -> Namespace:

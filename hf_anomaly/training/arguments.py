@@ -1,10 +1,8 @@
 """Command-line arguments: every flag of `TrainingArguments`, with defaults for detectors, and where the data comes from."""
 
-import difflib
 import logging
 import math
 import os
-import re
 import sys
 from collections.abc import Iterable
 from dataclasses import dataclass, field, fields, replace
@@ -20,6 +18,7 @@ from ..data.formats import Reading, parse_window
 from ..data.recipes import DatasetRecipe, find_recipe
 from ..errors import InputError, one_line
 from ..image_processing import AnomalyImageProcessor
+from ..parsing import OneLineParser
 
 logger = logging.getLogger(__name__)
 
@@ -394,6 +393,10 @@ class ScoringArguments:
         check_ranges(self, {"batch_size": (1, math.inf)})
 
 
+class _DataclassParser(OneLineParser, HfArgumentParser):
+    pass
+
+
 def parse_arguments(*classes: type, description: str, argv: list[str] | None = None, program: str | None = None) -> tuple:
     """Parses the command line into dataclasses, one of each class, and lets a training use all cores under `accelerate launch`.
 
@@ -405,22 +408,14 @@ def parse_arguments(*classes: type, description: str, argv: list[str] | None = N
         InputError: an unknown flag (with the nearest known one), a missing one, a value out of range, or values that do not go together.
     """
 
-    def refuse(message):
-        raise InputError(f"{message}; --help lists all")
-
-    parser = HfArgumentParser(classes, prog=program, description=description, allow_abbrev=False)
-    parser.error = refuse  # argparse would print every flag there is
-    parser._negative_number_matcher = re.compile(r"-\.?\d")  # as in cli.parsing
+    parser = _DataclassParser(classes, prog=program, description=description)
     try:
         *parsed, rest = parser.parse_args_into_dataclasses(args=sys.argv[1:] if argv is None else argv, return_remaining_strings=True)
     except InputError:
         raise
     except (TypeError, ValueError) as error:  # transformers' own, of arguments that do not go together
         raise InputError(one_line(error)) from error
-    if rest:
-        flags = [option for action in parser._actions for option in action.option_strings]
-        close = difflib.get_close_matches(rest[0].split("=")[0], flags, n=1)
-        raise InputError(f"unknown argument {rest[0]!r}" + (f": did you mean {close[0]}?" if close else "; --help lists all"))
+    parser.refuse_unknown(rest)
     for args in parsed:
         if isinstance(args, ReproducibleArguments):
             _use_idle_cores(args)

@@ -5,15 +5,31 @@ import difflib
 import re
 import sys
 
-from ..errors import InputError
+from .errors import InputError
 
 
-class Parser(argparse.ArgumentParser):
-    """A parser whose errors are `InputError`. Options are written with underscores, as everywhere in the package; hyphens work too."""
+class OneLineParser(argparse.ArgumentParser):
+    """A parser whose errors are `InputError`, and which takes no abbreviations."""
+
+    def __init__(self, *args, **settings):
+        super().__init__(*args, allow_abbrev=False, **settings)
+        self._negative_number_matcher = re.compile(r"-\.?\d")  # of later Pythons: before 3.14 -1e-3 is an option
+
+    def refuse_unknown(self, words: list[str]) -> None:
+        """Raises InputError if there are words that the parser left over."""
+        if words:
+            close = difflib.get_close_matches(words[0].split("=")[0], self._option_string_actions, n=1)
+            self.error(f"unknown argument {words[0]!r}" + (f": did you mean {close[0]}?" if close else ""))
+
+    def error(self, message):
+        raise InputError(f"{message}; {self.prog} --help lists all")
+
+
+class Parser(OneLineParser):
+    """Of options that are written with underscores, as everywhere in the package; hyphens work too."""
 
     def __init__(self, program: str, description: str):
-        super().__init__(prog=program, description=description, allow_abbrev=False)
-        self._negative_number_matcher = re.compile(r"-\.?\d")  # of later Pythons: before 3.14 -1e-3 is an option
+        super().__init__(prog=program, description=description)
 
     def option(self, name: str, help: str, **settings) -> None:
         spellings = dict.fromkeys((f"--{name}", f"--{name.replace('_', '-')}"))
@@ -27,13 +43,8 @@ class Parser(argparse.ArgumentParser):
     def parse(self, argv: list[str]) -> argparse.Namespace:
         """Raises InputError: an unknown option or a bad value."""
         parsed, rest = self.parse_known_intermixed_args(argv)
-        if rest:
-            close = difflib.get_close_matches(rest[0].split("=")[0], self._option_string_actions, n=1)
-            self.error(f"unknown argument {rest[0]!r}" + (f": did you mean {close[0]}?" if close else ""))
+        self.refuse_unknown(rest)
         return parsed
-
-    def error(self, message):
-        raise InputError(f"{message}; {self.prog} --help lists all")
 
 
 def model_first(argv: list[str], help: str) -> list[str]:
