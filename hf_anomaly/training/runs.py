@@ -36,10 +36,10 @@ PRINTED = (
     "pixel_auroc", "pixel_average_precision", "aupro", "num_normal", "num_anomalous", "seconds",
 )  # fmt: skip
 
+# What a run leaves in its folder, found by one file each: checkpoints, finished first stages, and its result, a detector or a dissolver.
 _CHECKPOINTS = ("checkpoint-*/run.json", "dissolver-training/checkpoint-*/run.json", "pretrained-training/checkpoint-*/run.json")
-# By these files is told what trainings leave beside their result.
-_LEFT = (*_CHECKPOINTS, "dissolver/dissolver_config.json", "pretrained/pretraining.json")
-_RESULTS = ("config.json", "model_index.json")  # of a detector and of a dissolver
+_STAGES = ("dissolver/dissolver_config.json", "pretrained/pretraining.json")
+_RESULTS = ("config.json", "model_index.json")
 
 LARGEST_DEFAULT_SIZE = 64  # px: larger images are shrunk to this unless --image_size says otherwise
 
@@ -127,9 +127,29 @@ def choose_output_dir(args, method: str, dataset_name: str) -> None:
             pass
 
 
+class _EarlierRun:
+    """What an earlier run left in a folder.
+
+    Attributes:
+        is_there: whether it left anything.
+        parts: the folders of its checkpoints and first stages. A resumed run would take them for its own.
+        unfinished: its last checkpoint, relative to the folder, if it is later than any result: the run did not end. Else None.
+    """
+
+    def __init__(self, folder: Path):
+        checkpoints, stages, results = (
+            [path for pattern in patterns for path in folder.glob(pattern)] for patterns in (_CHECKPOINTS, _STAGES, _RESULTS)
+        )
+        self.parts = sorted({folder / path.relative_to(folder).parts[0] for path in (*checkpoints, *stages)})
+        self.is_there = bool(self.parts or results)
+        last = max(checkpoints, key=os.path.getmtime, default=None)
+        ended = last is None or any(os.path.getmtime(result) >= os.path.getmtime(last) for result in results)
+        self.unfinished = None if ended else last.parent.relative_to(folder)
+
+
 def replace_earlier_run(args, used: str | os.PathLike | None = None) -> None:
-    """Before a training begins: says that it replaces what an earlier run left in its folder, which may be of other images, and removes stages and
-    checkpoints of that: resumed, this run would take them for its own. A dissolver that was trained by itself, which has a card, stays.
+    """Before a training begins: warns that it replaces what an earlier run, perhaps on other images, left in its folder, and removes that run's
+    checkpoints and first stages. A dissolver that was trained by itself, which has a card, stays.
 
     Args:
         used: the folder or Hub id of an earlier stage that the training begins with; it stays.
@@ -137,25 +157,15 @@ def replace_earlier_run(args, used: str | os.PathLike | None = None) -> None:
     if not args.should_save or args.resume_from_checkpoint:
         return
     folder = Path(args.output_dir)
-    left = sorted({folder / path.relative_to(folder).parts[0] for pattern in _LEFT for path in folder.glob(pattern)})
-    if left or any((folder / file).is_file() for file in _RESULTS):
-        unfinished = _unfinished(folder)
-        hint = (
-            f". It had not ended: its command with --resume_from_checkpoint true would have gone on from {unfinished}" if unfinished else ""
-        )
+    earlier = _EarlierRun(folder)
+    if earlier.is_there:
+        how = f"its command with --resume_from_checkpoint true would have gone on from {earlier.unfinished}"
+        hint = f". It had not ended: {how}" if earlier.unfinished else ""
         logger.warning("What an earlier run left in %s will be replaced; to keep both, give another --output_dir%s", folder, hint)
-    for path in left:
-        kept = used is not None and Path(used).resolve().is_relative_to(path.resolve())
-        if not kept and not (path.name == "dissolver" and (path / "README.md").is_file()):
-            shutil.rmtree(path, ignore_errors=True)
-
-
-def _unfinished(folder: Path) -> Path | None:
-    """The last checkpoint, relative to the folder, of a training that did not end: it is later than any result."""
-    last = max((path for pattern in _CHECKPOINTS for path in folder.glob(pattern)), key=os.path.getmtime, default=None)
-    results = [folder / file for file in _RESULTS if (folder / file).is_file()]
-    ended = last is None or any(os.path.getmtime(path) >= os.path.getmtime(last) for path in results)
-    return None if ended else last.parent.relative_to(folder)
+    for part in earlier.parts:
+        kept = used is not None and Path(used).resolve().is_relative_to(part.resolve())
+        if not kept and not (part.name == "dissolver" and (part / "README.md").is_file()):
+            shutil.rmtree(part, ignore_errors=True)
 
 
 def num_images(dataset) -> int | None:
