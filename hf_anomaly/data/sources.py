@@ -8,7 +8,7 @@ from collections import Counter
 from collections.abc import Iterable, Mapping
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 import numpy as np
 
@@ -345,6 +345,14 @@ def _dicom_without_suffix(files: list[Path]) -> Path | None:
         return first if file.read(132)[128:] == b"DICM" else None
 
 
+class _Listed(NamedTuple):
+    """The images of one split."""
+
+    folder: Path
+    paths: list[Path]  # of the images, below the folder
+    labels: list[str | None]  # the class folder that each lies in
+
+
 def _read_folder(root: Path, label_column: str | None, reading: Reading) -> dict[str, datasets.Dataset]:
     """Class folders are read here, not by imagefolder, which infers splits from file names too, and labels from the splits read so far."""
     import datasets
@@ -362,6 +370,27 @@ def _read_folder(root: Path, label_column: str | None, reading: Reading) -> dict
             return tables
     elif any(file.suffix == ".parquet" for file in files) and not images:
         return dict(load_or_refuse(f"{root}", datasets.load_dataset, "parquet", data_dir=str(root)))
+    _tell_of_other_files(root, files, images)
+    listed = _list_folders(root, images)
+    classes = {label for _, _, labels in listed.values() for label in labels if label is not None}
+    if any(label.lower() == "masks" for label in classes):
+        logger.warning("%s: the folder 'masks' is read as a class; if it marks pixels, call it ground_truth", root)
+    if further:
+        if len(classes) < 2 and not any(label.lower() in NORMAL_NAMES for label in classes):
+            return tables
+        logger.warning(
+            "%s: its folders are the classes, not a column of its metadata (%s); else give label_column", root, ", ".join(further)
+        )
+    _check_class_folders(listed.values(), classes)
+    return _with_masks(root, listed, reading)
+
+
+def _tell_of_other_files(root: Path, files: list[Path], images: list[Path]) -> None:
+    """Says which files of a folder are left out.
+
+    Raises:
+        InputError: all of them.
+    """
     unnamed = _dicom_without_suffix(files)
     if not images:
         remedy = "check the path" if unnamed is None else f"{unnamed} is DICOM: rename such files to end in .dcm"
@@ -371,35 +400,37 @@ def _read_folder(root: Path, label_column: str | None, reading: Reading) -> dict
     if others := Counter(file.suffix.lower() for file in set(files).difference(images)):
         logger.info("%s: left out, as no images: %s", root, ", ".join(f"{suffix} ({n})" for suffix, n in sorted(others.items())))
 
+
+def _list_folders(root: Path, images: list[Path]) -> dict[str, _Listed]:
+    """The images of a folder by split; all are of the training split if no folder in it has a split's name."""
     folders = {folder.name: folder for folder in root.iterdir() if folder.is_dir()}
     named = by_our_names(folders)
     listed = {}
     for split, folder in (named or {"train": root}).items():
         paths = without_masks([path.relative_to(folder) for path in images if path.is_relative_to(folder)])
         if paths:
-            listed[split] = (folder, paths, [path.parts[0] if len(path.parts) > 1 else None for path in paths])
-    classes = {label for _, _, labels in listed.values() for label in labels if label is not None}
-    if any(label.lower() == "masks" for label in classes):
-        logger.warning("%s: the folder 'masks' is read as a class; if it marks pixels, call it ground_truth", root)
+            listed[split] = _Listed(folder, paths, [path.parts[0] if len(path.parts) > 1 else None for path in paths])
     inside = [folder.name for folder in named.values()]
     outside = [path for path in without_masks([image.relative_to(root) for image in images]) if inside and path.parts[0] not in inside]
     if outside:
         what = "%s: %d images are left out, as they lie in no split's folder, the first %s; the splits: %s"
         logger.warning(what, root, len(outside), outside[0], ", ".join(inside))
-    if further:
-        if len(classes) < 2 and not any(label.lower() in NORMAL_NAMES for label in classes):
-            return tables
-        logger.warning(
-            "%s: its folders are the classes, not a column of its metadata (%s); else give label_column", root, ", ".join(further)
-        )
-    for folder, paths, labels in listed.values():
+    return listed
+
+
+def _check_class_folders(listed: Iterable[_Listed], classes: set[str]) -> None:
+    """Refuses images beside class folders, and what is most likely the folder above the dataset's own, as its anomalies would train as one class."""
+    for folder, paths, labels in listed:
         if None in labels and any(labels):
             raise InputError(f"{folder / paths[labels.index(None)]} lies beside class folders; move it into one of them")
         nested = next((path for path in paths if len(path.parts) > 2), None)
         if nested and len(classes) == 1 and min(classes).lower() not in NORMAL_NAMES:
-            # Most likely the folder above the dataset's own: its anomalies would all be trained on as one class.
             inner = folder / nested.parts[0]
             raise InputError(f"{inner} is the only class folder and holds folders of its own; give {str(inner)!r} instead")
+
+
+def _with_masks(root: Path, listed: dict[str, _Listed], reading: Reading) -> dict[str, datasets.Dataset]:
+    """The listed images with their classes and masks; of a volume its slices."""
     masks = _mask_files(root)
     splits = {}
     for split, (folder, paths, labels) in listed.items():
