@@ -102,29 +102,14 @@ def stream_one_class(
         if not (evaluation_only and ours == "train")
     }
 
-    train = calibration = reference = train_digest = None
-    if evaluation_only:
-        first = list(streams[eval_split].take(head))
-    else:
-        rows = itertools.islice(streams["train"], LOOKED_AT * head)
-        first = list(itertools.islice((row for row in rows if row["label"] == 0), head))
-        if len(first) < 2:
-            raise InputError(
-                f"{name!r} has {len(first)} images of class {normal_label!r} among its first {LOOKED_AT * head}; give normal_label"
-            )
+    first = list(streams[eval_split].take(head)) if evaluation_only else _first_normals(name, streams["train"], head, normal_label)
     if not first:
         raise InputError(f"split {eval_split!r} of {name!r} is empty")
     keys = [content_key(row["image"], seed) for row in first]
+    training = {"train": None, "calibration": None, "reference": None}
     if not evaluation_only:
         held_out = _held_out(name, keys, calibration_fraction) if calibration_fraction else set()
-        decisive = repr((sorted(held_out), max_train_images, shuffle_buffer))
-        train_digest = hashlib.sha256(decisive.encode()).hexdigest()
-        calibration = _in_memory(row for row, key in zip(first, keys, strict=True) if key in held_out)
-        others = (row for row, key in zip(first, keys, strict=True) if key not in held_out)
-        reference = _in_memory(itertools.islice(others, max_train_images))
-        train = streams["train"].filter(partial(_trains, seed=seed, held_out=held_out), input_columns=["image", "label"])
-        train = train if max_train_images is None else train.take(max_train_images)
-        train = train.shuffle(seed=seed, buffer_size=shuffle_buffer)
+        training = _training_part(streams["train"], first, keys, held_out, max_train_images, shuffle_buffer, seed)
     headers = check_images(_in_memory(first), needed, reading.window)
     test, reason = streams.get(eval_split), None
     if test is None:
@@ -137,8 +122,7 @@ def stream_one_class(
         test, reason = None, f"split {eval_split!r} of {name!r} has no images of the classes that count"
     digest = hashlib.sha256(b"stream\n" + b"".join(sorted(key.to_bytes(8, "little") for key in keys)))
     return OneClassSplits(
-        train=train,
-        calibration=calibration if calibration else None,
+        **training,
         test=test,
         test_missing_reason=reason,
         **channels_and_sizes(headers),
@@ -154,9 +138,41 @@ def stream_one_class(
             split_hash=digest.hexdigest(),
             calibration_fraction=None if evaluation_only else calibration_fraction,
         ),
-        reference=reference,
-        stream_digest=train_digest,
     )
+
+
+def _first_normals(name: str, stream: datasets.IterableDataset, head: int, normal_label: str) -> list[dict[str, Any]]:
+    """Raises InputError: there are hardly any among the first rows."""
+    rows = itertools.islice(stream, LOOKED_AT * head)
+    first = list(itertools.islice((row for row in rows if row["label"] == 0), head))
+    if len(first) < 2:
+        raise InputError(
+            f"{name!r} has {len(first)} images of class {normal_label!r} among its first {LOOKED_AT * head}; give normal_label"
+        )
+    return first
+
+
+def _training_part(
+    stream: datasets.IterableDataset,
+    first: list[dict[str, Any]],
+    keys: list[int],
+    held_out: set[int],
+    max_train_images: int | None,
+    shuffle_buffer: int,
+    seed: int,
+) -> dict[str, Any]:
+    """What of `OneClassSplits` comes from the training stream, of which the first normals with their keys have been read."""
+    train = stream.filter(partial(_trains, seed=seed, held_out=held_out), input_columns=["image", "label"])
+    train = train if max_train_images is None else train.take(max_train_images)
+    calibration = _in_memory(row for row, key in zip(first, keys, strict=True) if key in held_out)
+    others = (row for row, key in zip(first, keys, strict=True) if key not in held_out)
+    decisive = repr((sorted(held_out), max_train_images, shuffle_buffer))
+    return {
+        "train": train.shuffle(seed=seed, buffer_size=shuffle_buffer),
+        "calibration": calibration if calibration else None,
+        "reference": _in_memory(itertools.islice(others, max_train_images)),
+        "stream_digest": hashlib.sha256(decisive.encode()).hexdigest(),
+    }
 
 
 def content_key(image: dict[str, Any], seed: int) -> int:
