@@ -1,11 +1,6 @@
 """`hf-anomaly calibrate MODEL …`"""
 
-import logging
-from pathlib import Path
-
 from ..parsing import model_first
-
-logger = logging.getLogger(__name__)
 
 HELP = """usage: hf-anomaly calibrate MODEL --dataset_name IMAGES --output_dir FOLDER [--false_positive_rate RATE] …
 
@@ -26,74 +21,6 @@ def parse(argv: list[str]) -> list[str]:
 
 
 def run(argv: list[str]) -> None:
-    from dataclasses import dataclass, field
+    from ..training.commands.calibrate import main
 
-    from torch.utils.data import DataLoader
-
-    from ..calibration import drift_check
-    from ..data import collate, prepare
-    from ..data.sources import dataset_label
-    from ..files import check_output, write_json
-    from ..loading import load_detector, recorded_results
-    from ..training import EvaluationDataArguments, parse_arguments
-    from ..training.arguments import ScoringArguments
-    from ..training.run_record import without_measurements
-    from ..training.runs import load_splits, threshold_line
-
-    @dataclass(kw_only=True)
-    class CalibrationArguments(ScoringArguments):
-        """What is calibrated, and how."""
-
-        output_dir: str = field(metadata={"help": "Where the calibrated detector goes."})
-        false_positive_rate: float | None = field(
-            default=None, metadata={"help": "Share of normal images that may be flagged. Default: the detector's own."}
-        )
-
-    args, data_args = parse_arguments(
-        CalibrationArguments, EvaluationDataArguments, description=HELP, program="hf-anomaly calibrate", argv=argv
-    )
-    check_output("--output_dir", args.output_dir, folder=True)
-    data_args.refuse_training_flags("is of the training images, and all of these calibrate")
-    data_args.refuse_given(("eval_split", "protocol", "streaming"), "is of training and evaluation, and all of these images calibrate")
-    data_args.calibration_fraction = 0.0
-    model, processor = load_detector(args.model, args.revision, args.device)
-    model.require_fitted()
-    data_args.read_as(processor)
-    splits = load_splits(data_args)
-    recorded = recorded_results(args.model, args.revision)
-    if recorded.get("dataset") == dataset_label(splits.source):
-        logger.warning(
-            "The detector was trained on images of the same name, %s: those that it was trained on would make the threshold too low for new ones",
-            dataset_label(splits.source),
-        )
-    trained_on = model.config.normal_label
-    if trained_on not in (None, "normal") and splits.normal_label not in (trained_on, "normal"):  # "normal" are images without labels, too
-        logger.warning(
-            "Normal is %r here, but the detector was trained on %r: --normal_label says otherwise", splits.normal_label, trained_on
-        )
-    images = splits.train if splits.calibration is None else splits.calibration
-    former = (model.calibration.threshold.item(), model.calibration.scores) if model.calibration.is_calibrated else None
-    loader = DataLoader(prepare(images, processor), batch_size=args.batch_size, collate_fn=collate)
-    rate = model.config.false_positive_rate if args.false_positive_rate is None else args.false_positive_rate
-    model.calibrate(loader, **({} if rate is None else {"false_positive_rate": rate}))
-    model.save_pretrained(args.output_dir)
-    processor.save_pretrained(args.output_dir)
-    if of_the_training := without_measurements(recorded):
-        write_json(Path(args.output_dir, "eval_results.json"), of_the_training)
-    if former is not None:
-        threshold, scores = former
-        flagged = (model.calibration.scores > threshold).cpu().double().mean().item()
-        print(f"before: of these images {flagged:.1%} were flagged, at the threshold {threshold:.6g}")
-        drift = drift_check(model.calibration.scores, scores)
-        if drift.is_found and drift.direction == "lower":
-            logger.warning(
-                "These images score lower than those that calibrated the detector before (Kolmogorov-Smirnov, p = %.2g): most likely it was trained on them, "
-                "and the threshold is too low for new images",
-                drift.p_value,
-            )
-    print(threshold_line(model))
-    if recorded.get("auroc") is not None:
-        print(
-            "no longer hold, and are left out of eval_results.json and card: the results measured before; hf-anomaly evaluate measures anew"
-        )
-    print(f"saved: {args.output_dir}")
+    main(argv, program="hf-anomaly calibrate")
