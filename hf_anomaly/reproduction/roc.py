@@ -61,21 +61,20 @@ def curves(section: Section, methods: tuple[str, ...], selection: Selection) -> 
     """
     found, without = [], 0
     seeds, rows = selection.seeds[: BUDGETS[selection.budget].max_seeds], section.rows[: BUDGETS[selection.budget].max_rows]
-    for method in (method for method in section.methods if method in methods):
+    for method in (method for method in section.methods if method in methods and METHODS[method].is_implemented):
+        cells = [section.cell(row, method, seed, selection.budget) for seed in seeds for row in rows]
+        finished = [(cell, result) for cell in cells if (result := selection.result(cell)) is not None]
         of_seeds: dict[int, list[tuple[float, np.ndarray]]] = {}
-        for seed in seeds:
-            for row in rows:
-                cell = section.cell(row, method, seed, selection.budget)
-                if METHODS[method].is_implemented and (result := selection.result(cell)) is not None:
-                    if selection.scores_file(cell).is_file():
-                        of_seeds.setdefault(seed, []).append((result["auroc"], roc_at_grid(*_read(selection.scores_file(cell)))))
-                    else:
-                        without += 1
+        for cell, result in finished:
+            if (scores := selection.scores_file(cell)).is_file():
+                of_seeds.setdefault(cell.seed, []).append((result["auroc"], roc_at_grid(*_read(scores))))
+            else:
+                without += 1
         # A seed whose classes are not all there would be the mean of others.
-        whole = {seed: cells for seed, cells in of_seeds.items() if len(cells) == len(rows)} or of_seeds
+        whole = {seed: measured for seed, measured in of_seeds.items() if len(measured) == len(rows)} or of_seeds
         if whole:
-            lines = np.stack([np.mean([line for _, line in cells], axis=0) for cells in whole.values()])
-            auroc = {seed: float(np.mean([number for number, _ in cells])) for seed, cells in whole.items()}
+            lines = np.stack([np.mean([line for _, line in measured], axis=0) for measured in whole.values()])
+            auroc = {seed: float(np.mean([number for number, _ in measured])) for seed, measured in whole.items()}
             spread = lines.std(axis=0, ddof=1) if len(lines) > 1 else np.zeros_like(GRID)
             count = sum(map(len, whole.values()))
             found.append(Curve(method, auroc, lines.mean(axis=0), spread, count, len(seeds) * len(rows)))
