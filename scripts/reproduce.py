@@ -19,7 +19,7 @@ from hf_anomaly.reproduction import (
     find_table,
     run_table,
     write_figure,
-    write_report,
+    write_table,
 )
 from hf_anomaly.training import parse_arguments
 
@@ -87,7 +87,7 @@ def main() -> None:
         return
     run_table(table, selection, command)
     if PartialState().is_main_process:
-        files = write_report(table, selection, command, draw=args.plot)
+        files = write_table(table, selection, command, draw=args.plot)
         print(files[0].read_text(encoding="utf-8"))
         print(*(f"saved: {path}" for path in files), sep="\n")
 

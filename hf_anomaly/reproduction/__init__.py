@@ -4,7 +4,7 @@ A row of one's own stands beside them when its method is in `METHODS`, a dataset
 
     from dataclasses import replace
     from pathlib import Path
-    from hf_anomaly.reproduction import METHODS, TABLES, Selection, run_table, write_report
+    from hf_anomaly.reproduction import METHODS, TABLES, Selection, run_table, write_table
     from hf_anomaly.reproduction.contrastive import Contrastive, Dissolving
 
     METHODS["dia_resize"] = Contrastive("DIA, resized", Dissolving("resize", {"resolution": 16}, model=None))
@@ -12,14 +12,14 @@ A row of one's own stands beside them when its method is in `METHODS`, a dataset
     table = replace(TABLES["dia/1"], id="mine", sections=sections)
     selection = Selection(Path("runs/mine"), datasets=("pneumonia_mnist",), seeds=(0,), data_dir="path/to/data")
     run_table(table, selection, command=[])
-    print(write_report(table, selection, command=[])[0].read_text(encoding="utf-8"))
+    print(write_table(table, selection, command=[])[0].read_text(encoding="utf-8"))
 """
 
 from .budgets import BUDGETS
 from .cells import Cell, Row, Section, Table
 from .figures import FIGURES, find_figure, write_figure
 from .methods import METHODS
-from .report import write_report
+from .report import write_table
 from .running import Selection, describe, run_table
 from .tables import TABLES, find_table
 
@@ -38,5 +38,5 @@ __all__ = [
     "find_table",
     "run_table",
     "write_figure",
-    "write_report",
+    "write_table",
 ]

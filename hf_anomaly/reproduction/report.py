@@ -23,7 +23,7 @@ CSV_FIELDS = (
 )  # fmt: skip
 
 
-def write_report(table: Table, selection: Selection, command: list[str], *, draw: bool = True) -> list[Path]:
+def write_table(table: Table, selection: Selection, command: list[str], *, draw: bool = True) -> list[Path]:
     """Writes `<table>.md`, `<table>.csv` and, of a curve, `<table>.png` into the output folder, from all the finished cells of the whole table,
     whichever run they are of; the selection says for which budget and seeds.
 
