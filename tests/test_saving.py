@@ -121,14 +121,13 @@ def test_a_config_edited_by_hand_has_no_calibration(folder, caplog):
     assert AutoModel.from_pretrained(folder).calibration.is_calibrated
 
 
-@pytest.mark.parametrize("calibrated", [True, False])
-@pytest.mark.parametrize(
-    "changes",
-    [
-        *({"image_size": 12}, {"shift": "perm"}, {"score_features": "penultimate"}, {"score_features": "both"}, {"score_whitening": False}),
-        *({"test_views": "crops"}, {"num_test_views": 4}, {"test_crop_scale": [0.5, 0.9]}, {"flip_probability": 0.1}),
-    ],
+OTHER_FEATURES = (
+    *({"image_size": 12}, {"shift": "perm"}, {"score_features": "penultimate"}, {"score_features": "both"}, {"score_whitening": False}),
+    *({"test_views": "crops"}, {"num_test_views": 4}, {"test_crop_scale": [0.5, 0.9]}, {"flip_probability": 0.1}),
 )
+
+
+@pytest.mark.parametrize(("changes", "calibrated"), [*((changes, True) for changes in OTHER_FEATURES), ({"shift": "perm"}, False)])
 def test_other_features_have_no_reference(tmp_path, caplog, calibrated, changes):
     config = CSIConfig(
         image_size=8, projection_size=8, score_features="projection", backbone_config=SmallResNetConfig(hidden_sizes=[8], depths=[1])

@@ -125,8 +125,14 @@ def slow_scores(model, bank_images, queries, views):
 SWITCHES = [switches for switches in itertools.product([True, False], repeat=3) if any(switches)]
 
 
-@pytest.mark.parametrize(("shift", "features"), [("rotate", "penultimate"), ("rotate", "projection"), ("perm", "penultimate")])
-@pytest.mark.parametrize(("cosine", "norm", "logit"), SWITCHES)
+@pytest.mark.parametrize(
+    ("cosine", "norm", "logit", "shift", "features"),
+    [
+        *((*switches, "rotate", "penultimate") for switches in SWITCHES),
+        (True, True, True, "rotate", "projection"),
+        (True, True, True, "perm", "penultimate"),
+    ],
+)
 def test_score_is_equation_10(cosine, norm, logit, shift, features):
     model = tiny(score_cosine=cosine, score_norm=norm, score_shift_logit=logit, shift=shift, score_features=features).eval()
     model.shift_classifier.bias.data = torch.tensor([1.0, 2.0, 3.0, -9.0])  # the last λ_cls must be left out
@@ -151,10 +157,9 @@ def test_embeddings_are_the_features_of_the_image_as_it_is(features, shift):
 
 
 @pytest.mark.parametrize("whitening", [True, False])
-@pytest.mark.parametrize("logit", [True, False])
 @pytest.mark.parametrize("features", ["projection", "penultimate", "both", "all"])
-def test_score_of_whitened_features(features, whitening, logit):
-    model = tiny(score_features=features, score_whitening=whitening, score_shift_logit=logit).eval()
+def test_score_of_whitened_features(features, whitening):
+    model = tiny(score_features=features, score_whitening=whitening, score_shift_logit=True).eval()
     bank, queries = images(20), images(4, seed=1)
     model.fit_reference([bank], progress=False)
     expected, *_ = slow_scores(model, bank, queries, crops_views(2, 0.54))
