@@ -1,5 +1,5 @@
-"""Conformal calibration: what a score means, learned from held-out normal images alone; for all images alike, or for each group of them; and whether
-what comes in is still like these."""
+"""Conformal calibration: what a score means, learned from held-out normal images alone, for all images alike or for each group of them; and whether
+incoming images are still like these."""
 
 import bisect
 import logging
@@ -20,7 +20,7 @@ Scores = torch.Tensor | Sequence[float]  # or an array
 
 
 class Float32State(nn.Module):
-    """A module of buffers that stay fp32 when the model is cast, because decisions hang on their last digits."""
+    """A module of buffers that stay fp32 when the model is cast, because decisions depend on their last digits."""
 
     def _apply(self, fn, recurse=True):
         exact = {name: buffer for name, buffer in self.named_buffers(recurse=False) if buffer.dtype == torch.float32}
@@ -357,7 +357,7 @@ class Calibration(Float32State):
             )
 
     def move_to(self, false_positive_rate: float) -> bool:
-        """Puts the threshold where it belongs at this rate. Whether it was elsewhere."""
+        """Sets the threshold that belongs to this rate. Returns whether it was another one."""
         if self.threshold.item() == _of_rank(self.scores, conformal_rank(self.scores.numel(), false_positive_rate)):
             return False
         self.threshold = torch.full_like(self.threshold, conformal_threshold(self.scores, false_positive_rate))  # which warns of infinity

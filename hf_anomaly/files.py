@@ -96,7 +96,7 @@ def staged(target: str | os.PathLike, outdated: re.Pattern | None = None) -> Ite
     """A temporary folder inside `target`, whose entries are renamed into it at the end, configs last; after an error, none.
 
     Args:
-        outdated: names of what goes there if it is not written anew.
+        outdated: names in `target` that are deleted at the end unless the block wrote them anew.
 
     Raises:
         InputError: `target` is a file.
@@ -142,8 +142,8 @@ def check_output(
     suffixes: Sequence[str] = (),
     apart_from: Iterable[str | os.PathLike | None] = (),
 ) -> None:
-    """Refuses a path to write to, if one was given, where a folder lies in place of a file, or with `folder` a file in place of a folder, or where nothing
-    can be written: before anything long runs.
+    """Refuses a path to write to, if one was given, before anything long runs: where a folder lies in place of a file (with `folder` a file in place of
+    a folder), or where nothing can be written.
 
     Args:
         suffixes: those that its name may end in, in lower case; none: any.

@@ -29,7 +29,7 @@ from .untrusted import contained_files
 
 logger = logging.getLogger(__name__)
 
-# What belongs to the model that was there before, and would be read together with the new one.
+# What a push deletes: files of the model that was there before, which would be read together with the new one's.
 _REPLACED = (
     *("model*.safetensors", "model.safetensors.index.json", "eval_results.json", "figures/*", "dissolver/*", "pretrained/*"),
     *("dissolver_config.json", "model_index.json", "unet/*", "scheduler/*"),  # of a dissolver in a repository of its own
@@ -61,10 +61,10 @@ _PAUSES = (1, 4)  # seconds before the second and the third attempt
 
 @contextmanager
 def hub_errors(repo_id: str, *, reading: bool = False) -> Iterator[None]:
-    """What goes wrong with the Hub inside the block, as a `HubError` of one line with the remedy; also where a library hides it behind an `OSError`.
+    """Turns what goes wrong with the Hub inside the block into a `HubError` of one line with the remedy, even if a library hid it behind an `OSError`.
 
     Args:
-        reading: what is done there is loading; the remedies are a reader's.
+        reading: whether the block loads something: the remedies are then a reader's.
     """
     try:
         yield
@@ -83,7 +83,7 @@ def hub_errors(repo_id: str, *, reading: bool = False) -> Iterator[None]:
 
 
 def _causes(error: BaseException | None) -> Iterator[BaseException]:
-    """The Hub's errors among an error and those that it arose from. That a single file is missing is no trouble of the Hub."""
+    """The Hub's errors among an error and those that caused it. A single missing file is none."""
     while error is not None:
         missing = isinstance(error, EntryNotFoundError) and not isinstance(error, LocalEntryNotFoundError)
         if not missing and isinstance(
@@ -240,7 +240,7 @@ def push_checkpoint(
 
 
 def _left_out(folder: Path, files: list[Path]) -> list[str]:
-    """What lies in a folder beside these files of it, a folder without any of them as one entry."""
+    """What else lies in a folder than these files; a subfolder without any of them is one entry."""
     kept = {Path(), *files, *(parent for file in files for parent in file.parents)}
     entries = (entry for place in kept - {*files} for entry in (folder / place).iterdir())
     return sorted(

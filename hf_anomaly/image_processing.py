@@ -106,7 +106,7 @@ def _download(url: str, timeout: float) -> bytes:
 
 
 def _are_finite(values, counts: tuple[int, ...]) -> bool:
-    """Whether it is a finite number, or so many: a downloaded config may hold anything."""
+    """Whether the values are finite numbers, as many as one of the counts: a downloaded config may hold anything."""
     try:
         numbers = np.asarray(values, np.float64)
     except (TypeError, ValueError, OverflowError):
@@ -118,8 +118,8 @@ class AnomalyImageProcessor(PilBackend):
     """Images of any mode and size → `pixel_values` (B, C, H, W) float32 in [−1, 1].
 
     Gray when `do_convert_rgb` is False, RGB otherwise; transparency is dropped. The whole image is resized to `size`, without keeping its aspect.
-    `window`, (low, high) or "full", is what becomes black and white of images of more than 8 bits; None refuses them. `slice_axis` and `central_slices`
-    tell how volumes were sliced that the detector was trained on, for whoever reads such files; None: as by default. See `data.formats.Reading`.
+    `window`, (low, high) or "full", tells which values of images of more than 8 bits become black and white; None refuses such images. `slice_axis` and
+    `central_slices` tell readers of volumes how those were sliced that trained the detector; None: as by default. See `data.formats.Reading`.
     Build it with `AnomalyImageProcessor.for_images(image_size, num_channels)`.
     """
 
@@ -166,7 +166,7 @@ class AnomalyImageProcessor(PilBackend):
         )
 
     def check_fits(self, config: AnomalyDetectorConfig) -> None:
-        """Refuses to make other images than a detector with this configuration takes: a downloaded processor may ask for any amount of memory.
+        """Refuses a processor that makes other images than a detector with this configuration takes: a downloaded one may ask for any amount of memory.
 
         Raises:
             InputError: another size or number of channels, no resizing, a step that changes the size, or numbers that nothing can be computed with.
@@ -228,7 +228,7 @@ class AnomalyImageProcessor(PilBackend):
         """`read_any_image` with the processor's window.
 
         Raises:
-            InputError: also an array (3, H, W) or (4, H, W) where images become gray: it may be one in colour, and as well so many gray ones.
+            InputError: also an array (3, H, W) or (4, H, W) where images become gray: it may be one image in colour, or three or four gray ones.
         """
         shape = tuple(getattr(image, "shape", ()))
         if not self.do_convert_rgb and _has_channels_first(shape) and shape[0] != 1:
@@ -238,7 +238,7 @@ class AnomalyImageProcessor(PilBackend):
         return read_any_image(image, name, self.window, timeout)
 
     def resized(self, image: PIL.Image.Image) -> PIL.Image.Image:
-        """An upright image of 8 bits a channel in the mode and at the size that all are brought to, for whoever holds many: its `pixel_values` are the same."""
+        """An upright image of 8 bits a channel in the processor's mode and size, which takes less memory to hold; its `pixel_values` are the same."""
         return _converted(image, self.do_convert_rgb, (self.size["width"], self.size["height"]), self.resample)
 
     def _prepare_images_structure(self, images, expected_ndims=3) -> list[PIL.Image.Image]:

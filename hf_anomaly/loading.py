@@ -16,7 +16,7 @@ from .untrusted import load_without_code
 
 @contextmanager
 def loading(name_or_path: str, failure: str) -> Iterator[None]:
-    """Says in one line what goes wrong while something is loaded, after the name and `failure`.
+    """Turns what goes wrong while the block loads something into one line, which begins with the name and `failure`.
 
     Raises:
         InputError: in place of what transformers raises for a bad name, file or configuration.

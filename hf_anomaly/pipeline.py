@@ -266,7 +266,7 @@ def _read(name: str, read: Callable[[], Any]) -> tuple[str, Any]:
 
 
 def _images(inputs, processor: AnomalyImageProcessor) -> tuple[Dataset, bool | None]:
-    """The images as a dataset, and how results are wanted: True, as a list; False, one by one; None, for a single image."""
+    """The images as a dataset, and how their results are given: True, as a list; False, one by one; None, that of a single image."""
     if hasattr(inputs, "column_names"):
         raise InputError("a whole dataset was given: give its column of images, such as dataset['image']")
     if isinstance(inputs, (str, os.PathLike, PIL.Image.Image, dict)):
@@ -285,7 +285,7 @@ def _images(inputs, processor: AnomalyImageProcessor) -> tuple[Dataset, bool | N
 
 
 def _prepare(images: list[tuple[str, Any]], processor: AnomalyImageProcessor, timeout: float = 30.0) -> dict:
-    """`AnomalyDetectionPipeline.preprocess`, without the pipeline: a worker process that is not forked would be sent the detector too."""
+    """`AnomalyDetectionPipeline.preprocess`, as a function: with the method a worker process that is not forked would be sent the whole detector."""
     for _, image in images:
         if isinstance(image, InputError):  # its row could not be read
             raise image
@@ -302,7 +302,7 @@ def _prepare(images: list[tuple[str, Any]], processor: AnomalyImageProcessor, ti
 
 
 def _or_error(action, batch):
-    """An `InputError` as a value: a worker process would bury the message in its traceback."""
+    """What the action gives, or its `InputError` as a value: a worker process would bury the message in its traceback."""
     try:
         return action(batch)
     except InputError as error:

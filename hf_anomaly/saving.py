@@ -76,7 +76,7 @@ class Home:
         subfolder: where in it.
         cache_dir: of the Hub's client.
         reports_hold: whether card and results still tell of the detector: until it is fitted or calibrated anew.
-        was_loaded: from there, rather than saved there.
+        was_loaded: whether the detector was loaded from there, rather than saved there.
     """
 
     name: str
@@ -89,7 +89,7 @@ class Home:
 
     @classmethod
     def of(cls, name_or_path: str | os.PathLike, revision: str | None, subfolder: str, cache_dir: str | None) -> "Home":
-        """That of a detector loaded from there; of a `revision` that is resolved the commit, as the branch may move on."""
+        """The home of a detector loaded from there. Of a resolved `revision` it keeps the commit, as the branch may move on."""
         name = os.path.abspath(name_or_path) if os.path.isdir(name_or_path) else os.fspath(name_or_path)
         return cls(name, getattr(revision, "resolved", revision), subfolder, cache_dir, was_loaded=True)
 
@@ -125,7 +125,7 @@ class Home:
 
 
 def warn_of_lost_companions(homes: list[Home]) -> None:
-    """Where a detector was loaded from is gone, and no place that it was saved to since is left. Checkpoints, to which it was saved, come and go."""
+    """Warns if the place that a detector was loaded from is gone, and so is each place that it was saved to since: such as checkpoints, which come and go."""
     if all(home.is_gone for home in homes) and (lost := [home.name for home in homes if home.was_loaded]):
         logger.warning(
             "%s is gone: saved without the processor, the card and the results that lay there; save a processor beside it", lost[-1]
@@ -143,8 +143,8 @@ def bring_companions(homes: list[Home], target: Path, staging: Path, token: str 
         another detector            is replaced,   is replaced, else     is replaced, else    are replaced, else go
                                     else stays     another method's goes loses its results
 
-    What is missing or replaced comes from the first home that has it; from one whose reports no longer hold no results come, and the card without them. A
-    card in which nothing tells a program's words stays as it is, or away.
+    What is missing or replaced comes from the first home that has it. A home whose reports no longer hold gives no results, and its card without them. A
+    card in which nothing separates a program's words from a person's cannot lose its results: it stays as it is, or is not copied.
 
     Args:
         whole: a home on the Hub that cannot be reached is an error; otherwise it is warned of and passed over.
@@ -178,8 +178,8 @@ def bring_companions(homes: list[Home], target: Path, staging: Path, token: str 
 
 
 def outdated_files(homes: list[Home], target: Path, config: PreTrainedConfig, variant: str | None = None) -> re.Pattern:
-    """The names of what goes from `target` when a detector is saved there, unless it is written anew: companions, see the table of `bring_companions`,
-    and all files of weights of a `variant` such as "fp16", as an earlier save in other shards would be loaded instead."""
+    """The names of what is deleted from `target` when a detector is saved there, unless it is written anew: companions, see the table of
+    `bring_companions`, and all weights of this `variant`, such as "fp16": those of an earlier save in other shards would be loaded instead."""
     of_variant = re.escape(f".{variant}" if variant else "")
     names = [rf"model{of_variant}(-\d+-of-\d+)?\.safetensors", rf"model\.safetensors\.index{of_variant}\.json"]
     another = _holds_another(target, homes)

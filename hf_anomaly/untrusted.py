@@ -1,4 +1,4 @@
-"""Files from elsewhere: what they may ask of the loader. A repository's config must not read or write outside its folder, exhaust the memory, or name code."""
+"""Checks of files from elsewhere: a repository's config must not make the loader read or write outside its folder, exhaust the memory, or run code."""
 
 import json
 import os
@@ -17,7 +17,7 @@ LARGEST_NUMBER = 2**20  # no width, image or kernel size comes near it
 LARGEST_DEPTH = 1000  # layers; each costs time even where its weights cost nothing
 LARGEST_LIST = 1000  # a schedule has so many β, a network fewer stages
 MOST_LABELS = 2**15  # ImageNet-21k has two thirds of it; transformers names each of them as it reads the config
-_FREE_BYTES = 64 * 2**20  # so much more than its file a model may always take
+_FREE_BYTES = 64 * 2**20  # a model may always take so much more than its files
 
 
 def is_ours(class_: type) -> bool:
@@ -139,7 +139,7 @@ def contained_files(folder: str | os.PathLike, wanted: Callable[[Path], bool]) -
     Symbolic links may lead within the folder or, in a snapshot of the Hub's cache, to the cache's own blobs.
 
     Raises:
-        InputError: a link leads elsewhere: what lies there is nobody's to copy or to publish.
+        InputError: a link leads elsewhere; what lies there must not be copied or published.
     """
     root = Path(folder).resolve()
     allowed = [root]

@@ -33,7 +33,7 @@ def _heat() -> np.ndarray:
 
 
 HEAT = _heat()
-VISIBLE = 224  # px: smaller pictures are enlarged to be looked at; as many as images of vision models often have, which stay as they are
+VISIBLE = 224  # px: smaller pictures are enlarged to be looked at; images of the usual size of vision models stay as they are
 DIMMED = 0.6  # what is left of the image's brightness under a map: on full white, yellow would hardly be seen
 
 
@@ -94,7 +94,7 @@ def overlay_anomaly_map(
 
 
 def why_no_overlay(model: AnomalyDetector) -> str:
-    """Why there is no overlay of a detector's maps, for a person; "" where there is one."""
+    """Why there can be no overlay of a detector's maps, in words for a person; "" if there can be one."""
     if not model.supports_anomaly_maps:
         return model.unsupported_maps_reason
     if model.config.anomaly_map_range is None:
@@ -103,10 +103,10 @@ def why_no_overlay(model: AnomalyDetector) -> str:
 
 
 def check_overlay(model: AnomalyDetector, flag: str, folder: str | os.PathLike, inputs: Iterable[str]) -> None:
-    """Refuses a flag that asks for overlays in a folder, before any image is scored, where there would be none. Warns of other pictures there.
+    """Before any image is scored: refuses a flag that asks for overlays in a folder if the detector gives none, and warns of other pictures there.
 
     Args:
-        inputs: where the images come from; of a folder among them that would hold the overlays it warns, too.
+        inputs: where the images come from; it also warns if the overlays would lie in one of these folders.
 
     Raises:
         InputError: says why.
@@ -129,7 +129,7 @@ def paint(model: AnomalyDetector, processor: AnomalyImageProcessor, image: PIL.I
 
 
 def enlarge(image: PIL.Image.Image, least_size: int) -> PIL.Image.Image:
-    """Enlarged by a whole factor until its longer side has `least_size` pixels, which become squares: blurring them would show what is not there."""
+    """The image, enlarged by a whole factor until its longer side has `least_size` pixels. Pixels become squares, as blurring would show what is not there."""
     factor = max(1, -(-least_size // max(image.size)))
     return image.resize((image.width * factor, image.height * factor), PIL.Image.Resampling.NEAREST)
 

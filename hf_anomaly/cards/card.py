@@ -122,7 +122,7 @@ def write_card(
         results: what `eval_results.json` holds; None if nothing is known of data and results.
         other_runs: the same of runs that differ in the seed alone, for the mean and standard deviation.
         repo_id: where the folder will be pushed; the card's code then loads it from there.
-        license: of the weights, as the Hub spells it; without one what a person wrote stays.
+        license: of the weights, as the Hub spells it; None keeps the one that a person wrote.
         dataset_id: id on the Hub of the images that it was trained on. By default the one in `results`, if any, unless a person wrote another.
 
     Raises:
@@ -315,7 +315,7 @@ def write_dissolver_card(
 
 
 def _save(card: ModelCard, folder: Path, given: Collection[str] = ()) -> None:
-    """Writes a card with what a person wrote in the one that is there, but for the fields of the YAML that are `given`."""
+    """Writes a card that keeps what a person wrote in the one that is there, except for the fields of the YAML that are `given`."""
     path = folder / "README.md"
     text = merge_cards(card.content, read_card(path), given) if path.is_file() else card.content
     with replacing(path) as temporary:

@@ -74,7 +74,7 @@ def draw_scores(figure, scores, labels, threshold) -> None:
     scores = np.asarray(scores, np.float64)  # between scores that nearly tie float32 has no room for the bins
     marked = threshold is not None and np.isfinite(threshold)
     low, high = np.quantile(scores, (0.25, 0.75))
-    reach = 3 * (high - low)  # beyond it are stragglers, which would leave one bar to all others
+    reach = 3 * (high - low)  # beyond it are stragglers, which would squeeze all others into one bar
     if marked:  # they stay on their side of it
         low, high = min(low, threshold), max(high, threshold)
     shown = np.clip(scores, low - reach, high + reach) if reach > 0 else scores

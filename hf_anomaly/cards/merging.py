@@ -1,11 +1,11 @@
-"""Cards that both a program and a person write: what the program wrote lies between marks, all else is the person's.
+"""Cards that both a program and a person write: the program writes between marks, everything else is the person's.
 
     <!-- hf-anomaly: results -->
     …
     <!-- /hf-anomaly: results -->
 
-In the YAML the program's are the results of the task `TASK_NAME`, their metrics, the tag of the model type, and licence and data sets as long as they are
-what it noted in the entry `hf_anomaly`; the rest is the person's.
+In the YAML these are the program's: the results of the task `TASK_NAME`, their metrics, the tag of the model type, and licence and data sets as long as
+they are what it noted in the entry `hf_anomaly`. The rest is the person's.
 """
 
 import copy
@@ -24,7 +24,7 @@ from ..errors import InputError
 logger = logging.getLogger(__name__)
 
 TASK_NAME = "Image anomaly detection"
-NOTED = "hf_anomaly"  # the YAML's entry with what a program wrote of `FIELDS`, to be told from what a person did
+NOTED = "hf_anomaly"  # the YAML's entry in which the program notes which values of `FIELDS` it wrote itself
 FIELDS = ("license", "datasets")
 METRICS = {  # key in eval_results.json → metric id and name
     "auroc": ("roc_auc", "AUROC"),
@@ -95,11 +95,11 @@ def join_card(data: dict, body: str) -> str:
 def merge_cards(ours: str, theirs: str, given: Collection[str] | None = None) -> str:
     """A new generated card, with all that a person wrote in the card that it replaces.
 
-    A block that the person deleted stays away. Text of a person in `ours` gives way to such text in `theirs`.
+    A block that the person deleted stays away. If both cards have text of a person, that in `theirs` is kept.
 
     Args:
-        given: which of `FIELDS` were asked for and come from `ours`, the others from `theirs`; None: as that is not known, all that are in `ours` but
-            those that a person wrote in `theirs`.
+        given: those of `FIELDS` that the caller asked for: they come from `ours`, the others from `theirs`. None: it is not known which; then all come
+            from `ours` except those that a person wrote in `theirs`.
     """
     (our_data, our_body), (their_data, their_body) = split_card(ours), split_card(theirs)
     data = _merge_data(our_data, their_data, given)
@@ -110,14 +110,14 @@ def merge_cards(ours: str, theirs: str, given: Collection[str] | None = None) ->
     blocks = {match[1]: match[0] for match in _BLOCK.finditer(our_body)}
     their_blocks = {match[1] for match in _BLOCK.finditer(their_body)}
     body = _BLOCK.sub(lambda match: blocks.get(match[1], ""), their_body)
-    # In a card of the same kind a block that is not there was deleted; in another it never was.
+    # If a card of the same kind lacks a block, somebody deleted it; a card of another kind never had it.
     same = their_blocks and _kind(our_data) == _kind(their_data)
     missing = [] if same else [block for name, block in blocks.items() if name not in their_blocks]
     return join_card(data, "\n\n".join([body.strip(), *missing]))
 
 
 def outdate_card(text: str) -> str | None:
-    """The card of a detector that was fitted or calibrated since, without its results; None if nothing tells which words are a program's."""
+    """The card, without its results, of a detector that was fitted or calibrated again since; None if no marks tell which words are a program's."""
     data, body = split_card(text)
     if not _BLOCK.search(body):
         return None
@@ -138,7 +138,7 @@ def tag_card(text: str, tags: list[str] | str) -> str:
 
 
 def _kind(data: dict) -> set:
-    """The tags that tell apart cards of dissolvers, of pretrained weights, and of each method's detectors."""
+    """The tags that distinguish cards of dissolvers, of pretrained weights, and of each method's detectors."""
     return {tag for tag in _list(data.get("tags")) if tag in ("denoising", "dissolver") or str(tag).endswith("_anomaly")}
 
 

@@ -69,7 +69,7 @@ def _timesteps(dissolver, asked: list[int] | None) -> list[int | None]:
 
 
 def _processor(name: str):
-    """That of the detector beside the dissolver; None if it is alone."""
+    """The processor of the detector that the dissolver belongs to; None if there is no detector beside it."""
     from transformers.utils.hub import cached_file
 
     from ..loading import load_detector

@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 DATASET_FILES = (".npz", ".parquet")
-OF_DATASETS = ("split", "image_column", "dataset_config_name", "dataset_revision")  # options that say nothing of files
+OF_DATASETS = ("split", "image_column", "dataset_config_name", "dataset_revision")  # options that do not apply to image files
 
 
 def parse(argv: list[str]) -> Namespace:
@@ -103,7 +103,7 @@ def run(args: Namespace) -> None:
 def _score(
     sources: list[Source], pipe: AnomalyDetectionPipeline, args: Namespace, skipped: list[str]
 ) -> Iterator[tuple[str, PIL.Image.Image, dict]]:
-    """Name, image (without --save_maps only as the detector sees it) and result of each image; errors of those that cannot be read go to `skipped`."""
+    """Name, image and result of each image. Without --save_maps images are shrunk to the detector's size. Errors of unreadable ones go to `skipped`."""
     ahead: deque = deque()  # the pipeline reads a batch ahead: its names and images wait here until their results come
     processor = pipe.image_processor
 
@@ -134,7 +134,7 @@ def _score(
 
 
 def _write(results: Iterable, total: int | None, args: Namespace, map_range: tuple[float, float] | None) -> tuple[int, int]:
-    """Writes table and maps; how many images there were, and how many of them are flagged."""
+    """Writes table and maps. Returns how many images there were, and how many of them are flagged."""
     from tqdm.auto import tqdm
 
     from ..visualization import VISIBLE, overlay_anomaly_map, write_image
@@ -162,9 +162,9 @@ class Source:
     """Where images come from.
 
     Args:
-        images: pairs (name, how its image, or the slices of a volume, are read).
-        count: of the images; None if that is not known.
-        is_dataset: whether `OF_DATASETS` say something of it.
+        images: pairs of a name and a function that reads its image, or the slices of a volume.
+        count: how many images there are; None if that is not known.
+        is_dataset: whether the options `OF_DATASETS` apply to it.
     """
 
     images: Iterable[tuple[str, Callable]]
@@ -311,7 +311,7 @@ def _may_hold_images(feature) -> bool:
 
 @contextmanager
 def _table(output: str | None, columns: list[str]) -> Iterator[Callable[[dict], None]]:
-    """What writes a row: to the terminal, or to a file that appears when all are written."""
+    """Gives a function that writes a row, to the terminal or to a file that appears when all rows are written."""
     if output is None:
         yield _csv(sys.stdout, columns)
         return

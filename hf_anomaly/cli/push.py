@@ -39,7 +39,7 @@ def run(args: Namespace) -> None:
 
 
 def _check(folder: Path) -> None:
-    """Refuses what nobody could use; a detector without a card gets one."""
+    """Refuses a folder that nobody could use, and gives a detector without a card one."""
     if not folder.is_dir():
         raise InputError(f"{folder} is no folder: give the one that training wrote")
     if (folder / "model_index.json").exists() or (folder / "dissolver_config.json").exists():

@@ -141,7 +141,7 @@ def _is_signed_byte(image: PIL.Image.Image) -> bool:
 
 
 def is_white_zero(image: PIL.Image.Image) -> bool:
-    """Whether the lowest of an image's values is white: of those of more than 8 bits; others are inverted by Pillow."""
+    """Whether the lowest value of an image of more than 8 bits is white; those of 8 bits are inverted by Pillow itself."""
     return image.mode[0] in "IF" and _tiff_tag(image, TiffImagePlugin.PHOTOMETRIC_INTERPRETATION) == 0
 
 
@@ -175,7 +175,7 @@ def check_depth(image: PIL.Image.Image, name: str, window: Window = None) -> Non
 
 
 def to_eight_bits(image: PIL.Image.Image, window: Window, name: str) -> PIL.Image.Image:
-    """An image of any mode with 8 bits a channel: L, or as it is where Pillow converts it to gray and RGB, else RGB. To be checked by `check_depth` before.
+    """An image of any mode with 8 bits a channel: L if it had more, as it is if Pillow converts its mode to gray and RGB, else RGB. `check_depth` comes first.
 
     Raises:
         InputError: NaN or infinite values, or a mode that Pillow cannot convert.
@@ -290,7 +290,7 @@ def _read_nifti(path: Path, reading: Reading) -> Iterator[tuple[int, np.ndarray]
         raise InputError(f"{path}: a NIfTI file does not say which window to look at: {REMEDY}")
     low, high = _own_range(volume) if reading.window == FULL else reading.window
     axis = reading.slice_axis
-    # Turned so that what is up, or in axial slices in front, is above.
+    # Turned so that the top of the patient, or in axial slices the front, is above.
     return ((i, np.rot90(apply_window(volume.take(i, axis), low, high))) for i in reading.chosen(volume.shape[axis]))
 
 
@@ -315,7 +315,7 @@ def _read_dicom(path: Path, reading: Reading) -> Iterator[tuple[int, np.ndarray]
 
 
 def _of_frame(header: pydicom.Dataset, frame: int, sequence: str) -> pydicom.Dataset:
-    """Where a file says something of a frame: enhanced ones frame by frame, or of all frames at once, others in the header itself."""
+    """The part of a file that describes a frame: an enhanced file does so frame by frame, or for all frames at once, any other in its header itself."""
     for groups, item in (("PerFrameFunctionalGroupsSequence", frame), ("SharedFunctionalGroupsSequence", 0)):
         found = header.get(groups) or ()
         if item < len(found) and found[item].get(sequence):

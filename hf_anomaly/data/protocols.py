@@ -121,7 +121,7 @@ class Division:
         max_train_images: n, the limit of normal training images; None: all.
         split_hash: see `OneClassSplits`.
         group_column: what kept images together; None: nothing, or the volumes that slices come from.
-        calibration_fraction: of the training normals, held out where the source has no split for it; None where nothing was to train.
+        calibration_fraction: the share of the training normals that is held out if the source has no split for it; None if nothing was to train.
     """
 
     recipe: str | None

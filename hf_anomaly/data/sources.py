@@ -50,8 +50,8 @@ class UnknownClassError(InputError):
 
 
 def default_normal_class(source: str, classes: Iterable[str], training_classes: Iterable[str]) -> str | None:
-    """The class that is normal where nobody says so: of scikit-learn's digits zero, else the one called normal, good or healthy, else the only one that
-    trains; None where that leaves a choice."""
+    """The class that is normal if nobody says which: zero of scikit-learn's digits, else the class called normal, good or healthy, else the only class that
+    trains; None if that leaves a choice."""
     if source == "digits":
         return "0"
     found = [label for label in classes if label.lower() in NORMAL_NAMES] or list(training_classes)
@@ -59,7 +59,7 @@ def default_normal_class(source: str, classes: Iterable[str], training_classes: 
 
 
 def given_splits(source: Any) -> dict[str, datasets.Dataset] | None:
-    """The splits of a source that is no name but a `datasets.Dataset`, a training split, or several of them by name; None of a name.
+    """The splits of a source that is a `datasets.Dataset`, which is a training split, or several of them by name; None if the source is a name.
 
     Raises:
         InputError: it is neither.
@@ -78,7 +78,7 @@ def given_splits(source: Any) -> dict[str, datasets.Dataset] | None:
 
 
 def plain_splits(splits: Mapping[str, T]) -> dict[str, T]:
-    """The splits as they are stored, under names of plain text: without a format, which would make labels tensors or hide columns, or a transform."""
+    """The splits as they are stored, without a transform or a format, which would make labels tensors or hide columns; their names are plain text."""
     import datasets
 
     for name, split in splits.items():
@@ -104,7 +104,7 @@ def read_source(
     Args:
         image_column: of a CSV file, see `read_table`.
         reading: how the DICOM and NIfTI files of a folder or a CSV file are cut into images.
-        streaming: Hub datasets, downloaded while they are read, and parquet files as `IterableDataset`s; other local ones are files anyhow.
+        streaming: read Hub datasets, which are downloaded meanwhile, and parquet files as `IterableDataset`s; other local sources are files anyhow.
 
     Raises:
         InputError: nothing readable under that name; names the file and, where it can, the row.
@@ -315,8 +315,8 @@ def _mask_files(root: Path) -> dict[Path, Path]:
 
 
 def _mask(masks: dict[Path, Path], split: str, folder: Path, path: Path) -> Path | None:
-    """The mask of the image `path` in a split's `folder`, itself relative to the root: <class>/<name>_mask in `masks` of the test split's <class>/<name>,
-    as MVTec AD has it; of any split <split>/<class>/<name>_mask. See `MASK_NAMES`."""
+    """The mask of the image `path` in a split's `folder`, which is relative to the root; None if it has none. In `masks` it is called <class>/<name>_mask
+    for the test split's <class>/<name>, as in MVTec AD, or <split>/<class>/<name>_mask for any split; see `MASK_NAMES`."""
     if path.parent == Path():
         return None
     prefixes = [folder, Path()] if split == "test" else [folder]

@@ -46,7 +46,7 @@ def _name(value: Any, where: str) -> str:
 
 
 def file_name(value: Any, otherwise: str) -> str:
-    """Where a person finds an image: its file and the folder that this lies in, which is often its class; `otherwise` if it came out of no file."""
+    """Where a person finds an image: its file with the folder above it, which is often its class; `otherwise` if it did not come from a file."""
     path = value.get("path") if isinstance(value, dict) else None
     if path is None:
         return otherwise
@@ -98,7 +98,7 @@ def open_image(value: dict[str, Any] | PIL.Image.Image | np.ndarray, where: str,
 
 
 def num_pages(image: PIL.Image.Image) -> int:
-    """Of an opened file, its pages or frames; 1 where what follows the first is broken, and where it is part of the first, as in PSD and MPO."""
+    """How many pages or frames an opened file has; 1 if what follows the first is broken, or is part of it, as in PSD and MPO."""
     with suppress(Exception):  # as in open_image
         if image.format in ("TIFF", "GIF", "WEBP", "PNG", "AVIF"):
             page = image.tell()
@@ -164,10 +164,10 @@ def decode_mask(value: dict[str, Any] | PIL.Image.Image | np.ndarray, where: str
 
 
 def pieces(images: Iterable[PIL.Image.Image], most: int | None = None) -> Iterator[list[PIL.Image.Image]]:
-    """Decoded images, a few at a time: of large ones a batch would take gigabytes.
+    """Decoded images, a few at a time: a batch of large ones would take gigabytes.
 
     Args:
-        most: of small ones, so many at once; None: any number.
+        most: how many at once at most, however small they are; None: any number.
     """
     held, pixels = [], 0
     for image in images:

@@ -1,4 +1,4 @@
-"""What the page says of an image, without the page: one run of the model, then verdicts at any false-alarm rate."""
+"""What the page says of an image, computed without the page: one run of the model, then verdicts at any false-alarm rate."""
 
 import math
 import os

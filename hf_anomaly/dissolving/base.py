@@ -26,8 +26,8 @@ CONFIG_NAME = "dissolver_config.json"
 class Dissolver(ABC):
     """Base of all dissolvers. Images larger than `resolution` are resized down to it (bilinear, antialiased), dissolved and resized back.
 
-    An own one has a `kind` of its own, `_dissolve`, and `settings` if its constructor takes anything. A deterministic one gives one variant of an image;
-    in any other all that is random follows from the timesteps, of which each image has one: a strength, or the seed of what is drawn for that image.
+    Your own dissolver needs a new `kind`, `_dissolve`, and `settings` if its constructor takes anything. A deterministic dissolver gives one variant of an
+    image. In any other, all randomness follows from the timesteps, one an image: a strength, or the seed of what is drawn for that image.
 
         class MaskDissolver(Dissolver):
             kind, is_deterministic, symbol = "mask", False, "seed"
@@ -57,12 +57,14 @@ class Dissolver(ABC):
 
     kind: str
     is_deterministic = True  # no timestep to draw
-    symbol = "t"  # what people call that which `sample_timesteps` draws
-    choices: list[int] | None = None  # all that it draws from, where they are few
+    symbol = "t"  # what people call the numbers that `sample_timesteps` draws
+    choices: list[int] | None = None  # all numbers that it draws from, if they are few
     resolution: int | None = None
     device = torch.device("cpu")
     training_notes: dict | None = None
-    _own_code = b""  # of a class from outside this package; without it fingerprints of the package's own outlast its versions
+    _own_code = (
+        b""  # the source of a class from outside this package; the package's own have none, so that their fingerprints outlast its versions
+    )
 
     def __init_subclass__(cls, **options):
         super().__init_subclass__(**options)
@@ -131,7 +133,7 @@ class Dissolver(ABC):
         return self
 
     def settings(self) -> dict:
-        """The constructor's arguments, as JSON can hold them; those that it cannot, such as networks, are `_weights`' to tell."""
+        """The constructor's arguments, as JSON can hold them; what JSON cannot hold, such as networks, is told by `_weights`."""
         return {}
 
     def _weights(self) -> Iterator[bytes]:
@@ -151,8 +153,8 @@ class Dissolver(ABC):
         return {"kind": self.kind, **settings}
 
     def fingerprint(self) -> str:
-        """SHA-256, in hex, over settings and weights: the same in every process and on every device. Of a class from outside this package the source
-        counts, too; what it calls elsewhere does not. Where there is no source to read, as in a notebook, every definition of the class is another one.
+        """SHA-256, in hex, over settings and weights: the same in every process and on every device. For a class from outside this package its source
+        counts, too, but not what that calls elsewhere. If there is no source to read, as in a notebook, each definition of the class has its own fingerprint.
 
         Raises:
             InputError: the constructor takes what `settings` leaves out.
@@ -294,7 +296,7 @@ def read_config(root: Path) -> dict:
 
 
 def dissolver_kind(root: Path) -> str:
-    """Of the dissolver in a folder that `locate` gave."""
+    """The kind of the dissolver in a folder that `locate` gave."""
     return read_config(root).get("kind", "diffusion")  # a plain DDPMPipeline has no dissolver_config.json
 
 

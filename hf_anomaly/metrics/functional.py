@@ -8,7 +8,7 @@ from ..errors import InputError, one_line
 
 INTERVALS = ("auroc", "average_precision")  # the metrics that `bootstrap_intervals` gives
 
-_VALUES_AT_ONCE = 2**20  # that the bootstrap holds of one kind: bounds its memory
+_VALUES_AT_ONCE = 2**20  # scores of resamples that the bootstrap holds at once, which bounds its memory
 
 
 def image_metrics(scores, labels, threshold: float | None = None) -> dict[str, float | None]:
@@ -23,7 +23,7 @@ def image_metrics(scores, labels, threshold: float | None = None) -> dict[str, f
         `auroc`; `average_precision`; `fpr_at_95_tpr`, the smallest false-positive rate of any threshold whose true-positive rate is at least
         0.95; `f1_max`, the largest F1 of any threshold: as it is chosen with the labels at hand, it says what the ranking allows and not
         what a user gets; with `threshold` also `balanced_accuracy_at_threshold`. All in [0, 1]; all None if only one class is there, as
-        none of them is defined then (the F1 would be, but hangs on the share of anomalies alone).
+        none of them is defined then (the F1 would be, but depends on the share of anomalies alone).
 
     Raises:
         InputError: other shapes, no rows, a score that is not finite, a label that is neither 0 nor 1, a threshold that is NaN.
@@ -53,7 +53,7 @@ def metrics_by_class(scores, labels, classes: Sequence[str], threshold: float | 
 
     Args:
         scores, labels, threshold: as in `image_metrics`.
-        classes: (N,) every image's class; those of normal images say nothing.
+        classes: (N,) every image's class; those of normal images are ignored.
 
     Returns:
         Class → `num_images`, `auroc` (None without normal images) and, with `threshold`, `true_positive_rate_at_threshold`.

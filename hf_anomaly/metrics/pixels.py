@@ -14,10 +14,10 @@ class PixelMetrics:
     images, against the false-positive rate of all normal pixels, up to the rate `max_fpr` and divided by it (Bergmann et al., The MVTec
     Anomaly Detection Dataset, IJCV 129, 2021). That average is linear: one histogram in which each pixel weighs 1 / size of its region holds it.
 
-    A bin holds the values whose float32 numbers agree in their first `bits` bits. Read as integers these are in the order of the values, so that no
-    range need be known and no pass goes before: with 20 bits a bin is 1/4096 to 1/2048 of its values wide, on either side of `center`. The
-    histograms take 24 MiB. What the bins lose is bounded by what is inside them: each metric comes with the largest error that any order
-    of the values within the bins could make, those of equal values too. Maps that vary little about a large value need a `center`.
+    A bin holds the values whose float32 numbers agree in their first `bits` bits. Read as integers, these are in the order of the values, so that the
+    range need not be known before: with 20 bits a bin is 1/4096 to 1/2048 of its values wide, on either side of `center`. The histograms take
+    24 MiB. What the bins lose is bounded: each metric comes with the largest error that any order of the values within the bins, also of equal
+    ones, could make. Maps that vary little about a large value need a `center`.
 
     Args:
         center: where the bins are finest, such as a usual value of normal pixels.
@@ -121,7 +121,7 @@ class PixelMetrics:
         }
 
     def _bins(self, maps: np.ndarray) -> np.ndarray:
-        """The bin of every value, same shape: a function that never falls."""
+        """The bin of every value, of the same shape; a larger value never has a lower bin."""
         values = maps + np.float32(0.0 - self.center)  # a new array; −0.0 becomes 0.0
         bins = values.view(np.int32)
         bins >>= 32 - self.bits
@@ -133,7 +133,7 @@ class PixelMetrics:
         return bins.astype(np.intp)
 
 
-# What is known of a curve from its bins, the highest first, and by how much the exact value may differ.
+# Each gives a curve's area as far as its bins, the highest first, tell it, and by how much the exact one may differ.
 
 
 def _auroc(normal: np.ndarray, anomalous: np.ndarray) -> tuple[float, float]:

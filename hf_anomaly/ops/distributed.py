@@ -1,4 +1,4 @@
-"""What N processes need to train as one: rows of the global batch drawn alike and gathered with gradient, equal buffers; and who writes a cache."""
+"""What lets N processes train as one: they draw rows of the global batch alike, gather rows with gradient, share buffers, and write a cache in turn."""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -65,7 +65,7 @@ def gather_rows(x: Tensor) -> Tensor:
 
 
 def share_buffers(module: torch.nn.Module) -> None:
-    """Every process takes the buffers of process 0, such as running statistics, which DDP itself brings into line only before a forward in training."""
+    """Every process takes the buffers of process 0, such as running statistics, which DDP itself does only before a forward in training."""
     if world()[1] > 1:
         for buffer in module.buffers():
             dist.broadcast(buffer, src=0)

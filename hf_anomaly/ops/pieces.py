@@ -6,8 +6,8 @@ import torch
 def pieces(count: int, budget: int, row: int) -> list[slice]:
     """Slices that part `count` rows of `row` elements each, so that one has `budget` elements at most, but at least one row.
 
-    While `torch.export` or `torch.compile` traces, it is one slice of all rows: how many slices there are would bind the graph to a batch size. So
-    would `len` of a batch: give its `shape[0]`.
+    While `torch.export` or `torch.compile` traces, it is one slice of all rows: a number of slices would bind the graph to a batch size. `len` of a batch
+    would do so, too: give its `shape[0]`.
     """
     if torch.compiler.is_compiling():
         return [slice(0, None)]

@@ -7,8 +7,8 @@ from torch import Tensor
 class Sample:
     """At most `limit` rows of all that are added, each as likely as any other, in the order in which they came.
 
-    The choice is the same in every process and hangs on a row's number alone, not on how rows come together. At no time are more than 1.5 `limit` rows
-    and those of the last call held.
+    The choice is the same in every process: it depends only on the rows' numbers, not on how they are batched. Never more than 1.5 `limit` rows and those
+    of the last call are held.
 
     Args:
         limit: None: all rows.

@@ -1,4 +1,4 @@
-"""Trained detectors side by side: a row for each way of training, with mean and standard deviation over its seeds."""
+"""Trained detectors side by side: a row for each combination of settings, with mean and standard deviation over its seeds."""
 
 import json
 import logging
@@ -33,7 +33,7 @@ _KINDS = {
 
 _ROUNDING = 1e-9  # beyond 1, in what earlier versions wrote of detectors without an error
 
-# Flags of a training command that change none of its results, or that stand in its results anyhow.
+# Flags of a training command that do not change its results, or that its results hold anyhow.
 _WITHOUT_EFFECT = re.compile(
     "(seed|max_steps|dataset|dataset_name|dataset_id|data_dir|output_dir|cpu_threads|use_cpu|num_processes|disable_tqdm|report_to|run_name|card_figures"
     "|license|resume_from_checkpoint|push_to_hub|per_device_eval_batch_size)|(log|logging|save|hub|dataloader)_.*"
@@ -42,7 +42,7 @@ _WITHOUT_EFFECT = re.compile(
 
 @dataclass(frozen=True)
 class Run:
-    """What one training came to, or one baseline.
+    """The results of one training, or of one baseline.
 
     Args:
         name: how an error calls it.
@@ -84,7 +84,7 @@ def read_run(name_or_path: str | os.PathLike) -> Run:
     run = Run(name, type(config).__name__.removesuffix("Config"), results)  # refuses what is damaged, before it is read
     division = {key: value for key, value in (results.get("division") or {}).items() if key not in ("seed", "split_hash", "normal_label")}
     settings = {**settings_of(config), "false_positive_rate": config.false_positive_rate, **division, **(results.get("optimization") or {})}
-    settings = _flags(results.get("command")) | settings  # what is only in the command trained a first stage, say
+    settings = _flags(results.get("command")) | settings  # the settings of a first stage, say, are in the command alone
     if settings.get("data_seed") == results.get("seed"):  # as it is unless somebody says otherwise
         settings.pop("data_seed", None)
     run.settings.update(flat(json.loads(json.dumps(settings))))
@@ -92,7 +92,7 @@ def read_run(name_or_path: str | os.PathLike) -> Run:
 
 
 def _flags(command: str | None) -> dict[str, str]:
-    """The flags of a training command, and what they were given, as far as they may change its results."""
+    """The flags of a training command that may change its results, with their values."""
     try:
         words = shlex.split(command or "")
     except ValueError:  # of a command that somebody wrote
@@ -154,7 +154,7 @@ def compare_runs(runs: Iterable[Run]) -> list[dict]:
 
 
 def _differing(run: Run, others: list[Run]) -> dict:
-    """The settings of a run that are not those of all others; of what a run of an earlier version did not record it is not known."""
+    """The settings in which a run differs from any of the others. Where a run of an earlier version did not record a setting, this is not known."""
     recorded = {other.name: other.results.get("optimization") for other in (run, *others)}
     differing = {
         name: value
@@ -180,7 +180,7 @@ def _seeds(runs: list[Run]) -> list[int]:
 
 
 def _check_divisions(runs: list[Run]) -> None:
-    """Refuses runs that should have been divided alike, by protocol, limits and seed, and were not: their images differ."""
+    """Refuses runs whose data have the same protocol, limits and seed, but were divided otherwise: their images differ."""
     found: dict[str, Run] = {}
     for run in runs:
         division = run.results.get("division")

@@ -103,7 +103,7 @@ class LARSTraining(Training):
 
 
 def detector_settings(config: AnomalyDetectorConfig) -> dict:
-    """What a configuration says of its detector, as JSON holds it, but for the images' shape and the encoder; for `Method.settings`."""
+    """A configuration's fields, as JSON holds them, except for the images' shape and the encoder; for `Method.settings`."""
     apart = {*PreTrainedConfig.__dataclass_fields__, "image_size", "num_channels", "backbone_config"}
     return as_json({name: value for name, value in settings_of(config).items() if name not in apart})
 
@@ -150,7 +150,7 @@ class Method(ABC):
 
     @abstractmethod
     def settings(self, cell) -> dict:
-        """What a result hangs on besides its cell, as JSON holds it."""
+        """What a result depends on besides its cell, as JSON holds it."""
 
     def requires(self, cell) -> tuple:
         """The cells whose folders `run` needs."""

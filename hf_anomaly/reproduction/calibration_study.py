@@ -208,7 +208,7 @@ class CalibrationStudy:
         return Path(self.output_dir, TABLE, f"{self.budget}-{dataset}-{detector}-seed{self.seed}.json")
 
     def settings(self, detector: str) -> dict:
-        """What scores hang on besides the names in their file's."""
+        """What scores depend on besides the names that their file's name consists of."""
         return {
             "training": vars(self._training()),
             "held_out": HELD_OUT,
@@ -322,7 +322,7 @@ def divisions_csv(measured: dict[tuple[str, str], np.ndarray]) -> str:
 
 
 def markdown(records: dict, measured: dict, budget: str, seed: int, command: list[str]) -> str:
-    """The table of what was expected and whether it came so, and what becomes of it on the test split."""
+    """The table of expected and measured rates, and the rates on the test split."""
     lines = [
         "# Calibration: is the false-alarm rate the one that was asked for?",
         "",

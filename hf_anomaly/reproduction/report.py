@@ -24,8 +24,8 @@ CSV_FIELDS = (
 
 
 def write_table(table: Table, selection: Selection, command: list[str], *, draw: bool = True) -> list[Path]:
-    """Writes `<table>.md`, `<table>.csv` and, of a curve, `<table>.png` into the output folder, from all the finished cells of the whole table,
-    whichever run they are of; the selection says for which budget and seeds.
+    """Writes `<table>.md`, `<table>.csv` and, of a curve, `<table>.png` into the output folder, from all finished cells of the whole table, whichever run
+    left them; of the selection only the budget and the seeds count.
 
     Returns:
         The files written. There is no picture before a method has two points.

@@ -53,7 +53,7 @@ class Selection:
     data_dir: str | None = None
 
     def cells(self, table: Table) -> list[Cell]:
-        """The selected cells, those that share their data in a row; first the ones that others of them require, which may be in several shards.
+        """The selected cells, those with the same data one after another, first the ones that others require; these may be in several shards.
 
         Raises:
             InputError: an unknown dataset, method, budget or shard, or no seed.

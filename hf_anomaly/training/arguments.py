@@ -24,7 +24,7 @@ logger = logging.getLogger(__name__)
 
 _SOURCES = "A Hub id, a folder of images or of MNIST's files, a .csv file that lists images, a .parquet file, a MedMNIST-style .npz file, or 'digits'."
 
-# Fields of numbers → the least value, and the one that all are below. None passes.
+# Fields of numbers → the least value that they take, and the first that is too large. None passes.
 _RANGES = {
     **dict.fromkeys(("seed", "data_seed"), (0, 2**32)),  # what numpy takes
     **dict.fromkeys(
@@ -34,7 +34,7 @@ _RANGES = {
     **dict.fromkeys(("adam_beta1", "adam_beta2", "ema_decay"), (0, 1)),
 }
 
-# Flags of `TrainingArguments` from which no good comes, and why.
+# Flags of `TrainingArguments` that are refused, and why.
 _UNSUPPORTED = {
     **dict.fromkeys(("gradient_checkpointing", "activation_checkpointing"), "a lower --per_device_train_batch_size takes less memory, too"),
     "save_only_model": "no run could be resumed from such a checkpoint; --save_strategy no saves none",
@@ -46,7 +46,7 @@ _UNSUPPORTED = {
 
 
 def check_ranges(args, ranges: dict[str, tuple[float, float]]) -> None:
-    """Refuses numbers that are not at least the first of their field's two bounds, and below the second; None passes.
+    """Refuses numbers below the first of their field's two bounds, and from the second on; None passes.
 
     Raises:
         InputError: names the flag.
@@ -59,8 +59,8 @@ def check_ranges(args, ranges: dict[str, tuple[float, float]]) -> None:
 
 
 def _check_parts(args: TrainingArguments) -> None:
-    """Refuses a schedule without the settings that it needs, shards for one process, workers that are none, and what is not installed: Trainer would, but
-    after the data were prepared."""
+    """Refuses a schedule without the settings that it needs, shards for one process, persistent workers without workers, and what is not installed. Trainer would
+    do so only after the data have been prepared."""
     if args.dataloader_persistent_workers and args.dataloader_num_workers == 0:
         raise InputError(
             "--dataloader_persistent_workers keeps the processes that read images, and there are none: add --dataloader_num_workers N"
@@ -147,7 +147,7 @@ class ReproducibleArguments(TrainingArguments):
                 raise InputError(f"--{name} is not supported: {why}")
         if isinstance(self.resume_from_checkpoint, str) and self.resume_from_checkpoint.lower() in ("true", "false"):
             self.resume_from_checkpoint = self.resume_from_checkpoint.lower() == "true"
-        if self.data_seed is None:  # else the images' order hangs on the global random state too
+        if self.data_seed is None:  # else the images' order depends on the global random state, too
             self.data_seed = self.seed
         if (self.metric_for_best_model or "").endswith("fpr_at_95_tpr") and self.greater_is_better is None:
             self.greater_is_better = False
@@ -214,7 +214,7 @@ class DenoisingTrainingArguments(ReproducibleArguments):
 
 
 def given_fields(args) -> dict[str, Any]:
-    """The flags of a dataclass that were given, with their values, as far as these tell: those that are not the defaults."""
+    """The flags of a dataclass that were given, with their values: those that differ from the defaults, as nothing else tells."""
     return {field.name: value for field in fields(args) if (value := getattr(args, field.name)) != field.default}
 
 
@@ -345,11 +345,11 @@ class DataArguments:
 
     @property
     def recipe(self) -> DatasetRecipe | None:
-        """That of `--dataset`."""
+        """The recipe that `--dataset` names."""
         return None if self.dataset is None else find_recipe(self.dataset)
 
     def timesteps(self, t_min: int | None, t_max: int | None) -> tuple[int, int]:
-        """The range to dissolve at: where none was given, that of `--dataset`, else of most datasets."""
+        """The range of timesteps to dissolve with: as given, else that of `--dataset`, else that of most datasets."""
         lowest, highest = (self.recipe or DatasetRecipe).timesteps
         return lowest if t_min is None else t_min, highest if t_max is None else t_max
 
@@ -370,11 +370,11 @@ class EvaluationDataArguments(DataArguments):
         self.refuse_given(("image_size", "num_channels"), "is the detector's own")
 
     def refuse_training_flags(self, why: str) -> None:
-        """Refuses flags that say which images train, where none are taken."""
+        """Refuses flags that choose training images, where none are read."""
         self.refuse_given(("max_train_images", "contamination", "calibration_fraction", "group_column"), why)
 
     def read_as(self, processor: AnomalyImageProcessor) -> None:
-        """What no flag says of windows and slices is as in the detector's training; the processor takes the window."""
+        """Windows and slices that no flag sets are as in the detector's training; the processor takes over the window."""
         given = {"window": self.reading.window, "slice_axis": self.slice_axis, "central_slices": self.central_slices}
         self.reading = replace(processor.reading, **{name: value for name, value in given.items() if value is not None})
         processor.window = self.reading.window
@@ -407,7 +407,6 @@ def parse_arguments(*classes: type, description: str, argv: list[str] | None = N
     Raises:
         InputError: an unknown flag (with the nearest known one), a missing one, a value out of range, or values that do not go together.
     """
-
     parser = _DataclassParser(classes, prog=program, description=description)
     try:
         *parsed, rest = parser.parse_args_into_dataclasses(args=sys.argv[1:] if argv is None else argv, return_remaining_strings=True)

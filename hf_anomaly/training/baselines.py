@@ -1,4 +1,4 @@
-"""What a detector adds to trivial baselines, and what remains of both once all images have the same contrast."""
+"""How much better a detector is than trivial baselines, and what remains of both once all images have the same contrast."""
 
 import copy
 import logging
@@ -21,7 +21,7 @@ WITHOUT_CONTRAST = ("pixel_knn", "pca_residual")  # the baselines that tell stan
 
 
 def pixel_matrix(dataset, processor, batch_size: int = 64) -> np.ndarray:
-    """(n, C·H·W) float32: what `processor` makes of a dataset's images, all in memory; of `batch_size` of them at once."""
+    """(n, C·H·W) float32: what `processor` makes of a dataset's images, `batch_size` at a time; the result is in memory as a whole."""
     prepared = prepare(dataset, processor)
     batches = (prepared[start : start + batch_size]["pixel_values"] for start in range(0, len(prepared), batch_size))
     return np.concatenate([np.stack(batch).reshape(len(batch), -1) for batch in batches])
@@ -61,7 +61,7 @@ class _ChangedImages:
 def compare_with_baselines(model: AnomalyDetector, processor, train, test, *, batch_size: int = 64) -> dict[str, dict[str, float | None]]:
     """AUROC of a fitted detector and of the trivial baselines, on images as they are, standardized, and equalized.
 
-    The detector's weights stay as they are. What it compares with, and what the baselines do, are the training images, changed as those of the test are.
+    The detector's weights stay as they are. It and the baselines compare with the training images, which are changed as the test images are.
 
     Args:
         train: normal images, unprepared: those that the detector was trained on.

@@ -1,4 +1,4 @@
-"""What a detector's results are: metrics, intervals and figures of an evaluation."""
+"""A detector's results: metrics, intervals and figures of an evaluation."""
 
 import copy
 import logging
@@ -41,8 +41,8 @@ def evaluate_detector(
         `average_precision_interval`, [low, high] with `interval_confidence` (see `bootstrap_intervals`); `num_normal`, `num_anomalous`; `division` (see
         `Division`); for a calibrated detector the rates and the balanced accuracy at its threshold, and `drift_p_value`, of the normal images' scores
         against those of calibration (see `drift_check`); where there are several classes of anomalies, `by_class`, see `metrics_by_class`;
-        and, where the test split has a column `mask` and the detector gives maps, what `evaluate_maps` finds. And what `score` gave; None without a test
-        split.
+        and, where the test split has a column `mask` and the detector gives maps, what `evaluate_maps` finds. The second element is what `score` gave,
+        None without a test split.
     """
     results = dict.fromkeys(("auroc", "average_precision", "fpr_at_95_tpr", "f1_max"))
     results |= {

@@ -26,7 +26,7 @@ def evaluate_maps(model: AnomalyDetector, processor, dataset, batch_size: int) -
             without a mask is normal everywhere; an anomalous one is left out with a warning, as where it is anomalous is not known.
 
     Returns:
-        What `PixelMetrics.compute` gives; nothing where there is no mask at all.
+        What `PixelMetrics.compute` gives; {} if there is no mask at all.
 
     Raises:
         InputError: an image or mask that cannot be decoded, or a map that is not finite.
@@ -60,5 +60,5 @@ def evaluate_maps(model: AnomalyDetector, processor, dataset, batch_size: int) -
 
 
 def _mask(value, image, where: str) -> np.ndarray:
-    """(H, W) bool, True where the anomaly is; of an image without a mask nowhere, at its size."""
+    """(H, W) bool, True where the anomaly is: nowhere in an image without a mask, whose size it then has."""
     return np.zeros(image.size[::-1], bool) if value is None else decode_mask(value, where)

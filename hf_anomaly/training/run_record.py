@@ -1,4 +1,4 @@
-"""What makes a run this run: written into checkpoints and results, compared before one is gone on with, and shown where runs differ."""
+"""What identifies a run: it is written into checkpoints and results, compared before a run is resumed, and shown where runs differ."""
 
 import json
 import logging
@@ -22,7 +22,7 @@ _OPTIMIZATION = (
     "dataloader_drop_last",
 )  # fmt: skip
 
-# What results tell of the training, which holds whatever calibrates the detector later.
+# What results tell of the training, which stays true if the detector is calibrated again.
 _OF_THE_TRAINING = (
     "dataset", "dataset_id", "normal_label", "division", "split_hash", "seed", "steps", "num_processes", "optimization", "num_train", "num_calibration",
     "command",
@@ -30,14 +30,14 @@ _OF_THE_TRAINING = (
 
 
 def without_measurements(results: dict) -> dict:
-    """What `eval_results.json` holds of a detector's training, for the same detector calibrated anew: no metric, and the `reason` why not; {} if it
-    holds nothing of that."""
+    """The results of a detector that is calibrated anew: what they told of its training, without metrics, and the `reason` why; {} if they told nothing
+    of it."""
     kept = {name: results[name] for name in _OF_THE_TRAINING if name in results}
     return kept and {"reason": results.get("reason") or "the detector was calibrated again since it was evaluated", **kept}
 
 
 def describe_run(splits: OneClassSplits, processor: AnomalyImageProcessor, seed: int, **settings) -> dict:
-    """What makes a run this run: its images, seed and settings. A checkpoint of another is not resumed."""
+    """What identifies a run: its images, seed and settings. A checkpoint of another run is not resumed."""
     data = {
         "dataset": dataset_label(splits.source),
         "normal_label": splits.normal_label,
@@ -49,11 +49,11 @@ def describe_run(splits: OneClassSplits, processor: AnomalyImageProcessor, seed:
 
 
 def warn_of_other_division(trained: dict, splits: OneClassSplits, name: str) -> None:
-    """Warns where images that calibrate or test now may have trained what is gone on with: of the same dataset, divided otherwise.
+    """Warns if images that calibrate or test now may have trained an earlier stage: it had the same dataset, but divided it otherwise.
 
     Args:
-        trained: `dataset`, `split_hash` and, if known, `seed`, as `describe_run` gives them; empty if nothing is known.
-        name: what was trained.
+        trained: the stage's `dataset`, `split_hash` and, if known, `seed`, as `describe_run` gives them; {} if nothing is known.
+        name: what the stage is called.
     """
     if trained.get("dataset") == dataset_label(splits.source) and trained.get("split_hash") != splits.split_hash:
         seed = "" if trained.get("seed") is None else f" with seed {trained['seed']}"
@@ -94,7 +94,7 @@ def check_same_run(theirs: dict | None, ours: dict | None, where: str | os.PathL
 
 
 def first_difference(first: dict, second: dict) -> tuple[str, Any, Any] | None:
-    """The first field, in the order of names but digests last, of which two runs have other JSON values, and these; "a.b" is `b` in `a`; None if none is."""
+    """The first field, by name but digests last, in which two runs differ as JSON, with both values; "a.b" is `b` in `a`. None if they do not differ."""
     first, second = (flat(json.loads(json.dumps(run))) for run in (first, second))
     pairs = ((name, first.get(name), second.get(name)) for name in sorted(first.keys() | second.keys(), key=_seldom_the_cause))
     return next((pair for pair in pairs if pair[1] != pair[2]), None)

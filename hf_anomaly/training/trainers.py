@@ -76,7 +76,7 @@ def hub_name(args) -> str:
 
 
 def push_output(args, folder=None, message: str = "End of training", *, token=None, revision=None, private=None) -> CommitInfo:
-    """Pushes `folder`, by default `args.output_dir`, in one commit, to the repository `hub_name`; what is not given is as in `args`.
+    """Pushes `folder`, by default `args.output_dir`, in one commit to the repository `hub_name`. Other settings that are None are taken from `args`.
 
     Raises:
         HubError: the Hub refused or cannot be reached; one line, with the remedy.
@@ -305,7 +305,7 @@ class ReproducibleTrainer(Trainer):
             super().init_hf_repo(token, private)
 
     def push_to_hub(self, commit_message="End of training", blocking=True, token=None, revision=None, private=None) -> CommitInfo | None:
-        """Pushes what is part of the model in `args.output_dir`, in one commit; to `args.hub_model_id` or a repository named like it. On the main process.
+        """Pushes the model's files in `args.output_dir`, in one commit, to `args.hub_model_id` or a repository named like the folder. Main process only.
 
         Args:
             blocking: only True is taken.
@@ -324,7 +324,7 @@ class ReproducibleTrainer(Trainer):
         """Nothing here: the checkpoint is not whole yet. `_push_checkpoint` comes after."""
 
     def _push_checkpoint(self, checkpoint: Path):
-        """In mid-training, as `args.hub_strategy` says, to a branch of its own: who loads the model never gets an unfinished one."""
+        """Pushes a checkpoint in mid-training, as `args.hub_strategy` says, to a branch of its own: who loads the model never gets an unfinished one."""
         path_in_repo = _CHECKPOINT_PATHS.get(self.args.hub_strategy)
         if not self.args.push_to_hub or path_in_repo is None:
             return
@@ -368,7 +368,7 @@ class _AverageCallback(TrainerCallback):
 
 
 def _check_metric(name: str | None, eval_dataset) -> None:
-    """Refuses a metric to choose by that `evaluate` does not give, such as Trainer's own default, the loss."""
+    """Refuses to choose a model by a metric that `evaluate` does not give, such as Trainer's own default, the loss."""
     measured = list(image_metrics([0], [0]))
     if isinstance(eval_dataset, dict):
         measured = [f"{part}_{metric}" for part in eval_dataset for metric in measured]
@@ -395,8 +395,8 @@ class AnomalyTrainer(ReproducibleTrainer):
         processing_class: the image processor, saved beside the model.
         compute_metrics: further metrics of `predict` and `evaluate`, from an `EvalPrediction` of scores (N,) and labels (N,), as {name: number}.
         callbacks: as in `Trainer`.
-        optimizers: an optimizer of `model.parameters()` and its schedule, in place of what `args` say; either may be None. A resumed run takes both
-            up from the checkpoint.
+        optimizers: an optimizer of `model.parameters()` and its schedule, in place of what `args` say; either may be None. A resumed run loads their
+            states from the checkpoint.
         run: as in `ReproducibleTrainer`.
 
     Raises:

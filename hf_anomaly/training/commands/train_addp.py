@@ -80,7 +80,7 @@ class PretrainingArguments:
 
 @dataclass
 class ArchitectureArguments:
-    """What the weights' shapes hang on; the configuration's docstring has details and defaults. With --pretrained it is given."""
+    """What the weights' shapes depend on; the configuration's docstring has details and defaults. With --pretrained these are given."""
 
     encoder: str | None = field(
         default=None, metadata={"help": "unet, segnet, or a pretrained backbone as a Hub id or folder. Default: unet."}
@@ -127,10 +127,10 @@ def make_model(pretraining_args, architecture_args, detector_args, processor: An
 
 
 def without_held_out(images, splits: OneClassSplits):
-    """A `datasets.Dataset` without what is byte for byte an image that calibrates or tests the detector; of a streamed test split nothing is known.
+    """A `datasets.Dataset` without copies, byte for byte, of images that calibrate or test the detector. A streamed test split is not looked at.
 
     Raises:
-        InputError: no others are there.
+        InputError: all are such copies.
     """
     held_out = {row for split in (splits.calibration, splits.test) if hasattr(split, "select") for row in find_copies(split, images)[0]}
     if not held_out:
@@ -142,7 +142,7 @@ def without_held_out(images, splits: OneClassSplits):
 
 
 def first_stage(model: ADDPForPreTraining, args: PretrainingArguments, data_args, training_args, splits, processor) -> ADDPModel:
-    """The detector that the second stage begins with, pretrained now if it has to be; what comes of that lies in the run's folder pretrained/."""
+    """The detector that the second stage begins with. If it is pretrained now, the result is saved in the run's folder pretrained/."""
     folder = Path(training_args.output_dir, "pretrained")
     if not any(args.duration.values()):
         PartialState().wait_for_everyone()
