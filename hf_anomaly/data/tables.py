@@ -35,7 +35,7 @@ def read_table(path: Path, image_column: str | None, reading: Reading | None) ->
 
     Args:
         path: of a table with a header, separated by commas, semicolons or tabs. Its column `split`, if there is one, tells the splits (train or Training,
-            test, val …), else all train; its column `mask`, if there is one, names files, too. Upper and lower case are one in the names of these columns.
+            test, val …), else all train; its column `mask`, if there is one, names files, too. The case of these columns' names does not matter.
         image_column: with the images' files, absolute or from the table's folder on; None: `file_name`, or else `image`, in any case.
         reading: how DICOM and NIfTI files are cut into images, each with what the row says of the file; None: they are not.
 
@@ -49,16 +49,9 @@ def read_table(path: Path, image_column: str | None, reading: Reading | None) ->
     files = [name for name in (wanted, MASK_COLUMN) if name in header]
     splits: dict[str, dict[str, list]] = {}
     for line, row in rows:
-        for name in files:
-            if row[name] is None and name == wanted:
-                raise InputError(f"{path}, line {line}: column {name!r} is empty; name the image's file")
-            if row[name] is not None:
-                row[name] = str(path.parent / row[name])
-                check_name(row[name])
-                if not os.path.isfile(row[name]):
-                    raise InputError(
-                        f"{path}, line {line}: there is no file {row[name]}; paths are absolute, or begin in the table's folder"
-                    )
+        if row[wanted] is None:
+            raise InputError(f"{path}, line {line}: column {wanted!r} is empty; name the image's file")
+        row |= {name: _located(path, line, row[name]) for name in files if row[name] is not None}
         columns = splits.setdefault(our_split_name(row.get(SPLIT_COLUMN) or "train"), {name: [] for name in header})
         for image in slice_files(Path(row[wanted]), reading) if reading is not None and is_medical(row[wanted]) else [row[wanted]]:
             for name, value in (row | {wanted: str(image)}).items():
@@ -67,9 +60,18 @@ def read_table(path: Path, image_column: str | None, reading: Reading | None) ->
     return {split: datasets.Dataset.from_dict(columns, features=datasets.Features(kinds)) for split, columns in splits.items()}
 
 
+def _located(table: Path, line: int, file: str) -> str:
+    """The path of a file that a line of a table names. Raises InputError: there is no such file."""
+    located = str(table.parent / file)
+    check_name(located)
+    if not os.path.isfile(located):
+        raise InputError(f"{table}, line {line}: there is no file {located}; paths are absolute, or begin in the table's folder")
+    return located
+
+
 def _rows(path: Path, image_column: str | None) -> tuple[list[str], list[tuple[int, dict[str, str | None]]]]:
-    """Header, in which a column of files is, and the rows with their lines; what is empty is None. Columns that mean something have their name in lower
-    case, but for labels, which are looked up by any."""
+    """The header, which has a column of files, and the rows with their line numbers; an empty entry is None. Columns that mean something have their name in
+    lower case, except for labels, which are found in any case."""
     wanted = FILE_COLUMNS if image_column is None else (image_column,)
     ours = {*FILE_COLUMNS, SPLIT_COLUMN, MASK_COLUMN}
 

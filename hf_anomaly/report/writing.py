@@ -49,10 +49,10 @@ def write_report(
         model: fitted; without calibration there are no thresholds.
         processor: the detector's.
         dataset: a `datasets.Dataset` with a column `image` and, with `has_labels`, `label` (0 normal, 1 anomalous); `row` if images have other numbers
-            than their place in it; `class_name` for results by kind of anomaly; `mask` for pixel-level metrics, see `evaluate_maps`. Where
-            only normal or only anomalous images are there, what needs both is left out.
+            than their place in it; `class_name` for results by kind of anomaly; `mask` for pixel-level metrics, see `evaluate_maps`. If it has
+            only normal or only anomalous images, what needs both is left out.
         path: of the page, replaced if it is there.
-        has_labels: False: the labels, if there are any, say nothing; the page shows scores alone.
+        has_labels: False: labels, if there are any, are ignored, and the page shows scores alone.
         title: default: the name of the place that the detector came from.
         data_name, split_hash: of the images, for the head of the page.
         num_examples: how many images each row of examples shows.
@@ -76,6 +76,11 @@ def write_report(
     threshold = None if calibration is None else calibration.threshold.item()
     numbers = scores.double().numpy()
     both = labels is not None and 0 < labels.sum() < len(labels)
+    has_masks = labels is not None and "mask" in dataset.column_names
+    pixel_metrics = evaluate_maps(model, processor, dataset, batch_size) if has_masks and model.supports_anomaly_maps else {}
+    drift = None
+    if labels is not None and calibration is not None and (labels == 0).any():
+        drift = drift_check(scores[labels == 0], calibration.scores)
     drawn = {"scores": draw_scores} | ({"roc": draw_roc, "precision_recall": draw_precision_recall} if both else {})
     title = title or Path(str(model.config.name_or_path)).name or type(model).__name__
     page = _template().render(
@@ -85,13 +90,9 @@ def write_report(
         intervals=bootstrap_intervals(numbers, labels, confidence=INTERVAL_CONFIDENCE) if both else {},
         confidence=INTERVAL_CONFIDENCE,
         by_class=results_by_class(model, dataset, scores, torch.from_numpy(labels)) if both else {},
-        pixel_metrics=evaluate_maps(model, processor, dataset, batch_size)
-        if labels is not None and "mask" in dataset.column_names and model.supports_anomaly_maps
-        else {},
+        pixel_metrics=pixel_metrics,
         counts=None if labels is None else {name: int((labels == label).sum()) for label, name in enumerate(CLASSES)},
-        drift=None
-        if labels is None or calibration is None or not (labels == 0).any()
-        else drift_check(scores[labels == 0], calibration.scores),
+        drift=drift,
         own_rate=model.config.false_positive_rate,
         thresholds=[] if calibration is None else _thresholds(model, scores, labels),
         num_calibration=0 if calibration is None else calibration.scores.numel(),
@@ -180,7 +181,7 @@ def _picture(image: PIL.Image.Image) -> str:
 
 
 def _examples(model, processor, dataset, scores: torch.Tensor, labels: np.ndarray | None, count: int) -> list[dict]:
-    """Rows of images, the most telling first: heading, what it says, and the images with the detector's opinion of them."""
+    """Rows of images, the most telling first, each with a heading, a sentence on it, and what the detector says of the images."""
     order = scores.argsort().tolist()
     if labels is None:
         rows = [("Highest scores", "The detector finds these least like normal images.", order[::-1])]

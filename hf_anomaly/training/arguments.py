@@ -59,8 +59,8 @@ def check_ranges(args, ranges: dict[str, tuple[float, float]]) -> None:
 
 
 def _check_parts(args: TrainingArguments) -> None:
-    """Refuses a schedule without the settings that it needs, shards for one process, persistent workers without workers, and what is not installed. Trainer would
-    do so only after the data have been prepared."""
+    """Refuses a schedule without the settings that it needs, shards for one process, persistent workers without workers, and what is not installed. Trainer
+    would do so only after the data have been prepared."""
     if args.dataloader_persistent_workers and args.dataloader_num_workers == 0:
         raise InputError(
             "--dataloader_persistent_workers keeps the processes that read images, and there are none: add --dataloader_num_workers N"
