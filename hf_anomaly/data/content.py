@@ -1,4 +1,4 @@
-"""What images are, byte for byte: embedded in a dataset, or in files beside it."""
+"""The content of images, byte for byte, whether they are embedded in a dataset or in files beside it."""
 
 from __future__ import annotations
 
@@ -24,7 +24,8 @@ def content_digest(dataset: datasets.Dataset) -> str:
 
 
 def find_copies(among: datasets.Dataset, *others: datasets.Dataset) -> list[list[int]]:
-    """Of each of the others the indices of images that are byte for byte `among` the first's. Images of a length of their own are not read."""
+    """For each of the other datasets, the indices of its images that are byte for byte also in `among`. Images whose length is only on one side are not
+    read."""
     theirs, *ours = ([(_length(*image), *image) for image in _encoded(images)] for images in (among, *others))
     shared = {length for length, *_ in theirs} & {length for images in ours for length, *_ in images}
     digests = {_digest(*image) for length, *image in theirs if length in shared}

@@ -23,7 +23,7 @@ WARNING = (
 )
 _BLANK = "<p style='opacity: .7'>Drop an image to see its score.</p>"
 _STYLE = "<style>#image img { width: 100%; height: 100%; object-fit: contain; image-rendering: pixelated }</style>"
-_CACHE = (300, 900)  # s: every so often uploads and results are deleted that are older than this
+_CACHE = (300, 900)  # s: how often old uploads and results are deleted, and what counts as old
 
 
 def import_gradio():

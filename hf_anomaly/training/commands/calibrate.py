@@ -31,7 +31,7 @@ class CalibrationArguments(ScoringArguments):
     )
 
 
-def warn_of_unlike_training(model: AnomalyDetector, recorded: dict, splits: OneClassSplits) -> None:
+def _warn_of_unlike_training(model: AnomalyDetector, recorded: dict, splits: OneClassSplits) -> None:
     """Warns where the images may be those that trained the detector, or are of another class than it learnt.
 
     Args:
@@ -49,7 +49,7 @@ def warn_of_unlike_training(model: AnomalyDetector, recorded: dict, splits: OneC
         )
 
 
-def compare_with_former(scores: torch.Tensor, former_threshold: float, former_scores: torch.Tensor) -> None:
+def _compare_with_former(scores: torch.Tensor, former_threshold: float, former_scores: torch.Tensor) -> None:
     """Prints what the former calibration would have made of these images, and warns if they look like those that trained the detector.
 
     Args:
@@ -78,7 +78,7 @@ def main(argv: list[str], program: str) -> None:
     data_args.read_as(processor)
     splits = load_splits(data_args)
     recorded = recorded_results(args.model, args.revision)
-    warn_of_unlike_training(model, recorded, splits)
+    _warn_of_unlike_training(model, recorded, splits)
     images = splits.train if splits.calibration is None else splits.calibration
     former = (model.calibration.threshold.item(), model.calibration.scores) if model.calibration.is_calibrated else None
     loader = DataLoader(prepare(images, processor), batch_size=args.batch_size, collate_fn=collate)
@@ -89,7 +89,7 @@ def main(argv: list[str], program: str) -> None:
     if of_the_training := without_measurements(recorded):
         write_json(Path(args.output_dir, "eval_results.json"), of_the_training)
     if former is not None:
-        compare_with_former(model.calibration.scores, *former)
+        _compare_with_former(model.calibration.scores, *former)
     print(threshold_line(model))
     if recorded.get("auroc") is not None:
         print(

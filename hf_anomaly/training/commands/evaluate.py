@@ -61,13 +61,13 @@ class EvaluationArguments(ScoringArguments):
 
 
 def load_for_evaluation(args, data_args: EvaluationDataArguments) -> tuple:
-    """What `args.model` and the data arguments name: the detector, its processor, the splits with `test` alone, and with which seed and normal class these
-    were loaded.
+    """Loads what `args.model` and the data arguments name: the detector, its processor, the splits with `test` alone, and the seed and normal class that
+    these were loaded with.
 
     Args:
         args: with `model`, `revision`, `seed` and `device`; the seed is by default the one recorded beside the model.
-        data_args: normal class, window and slices are by default those that the detector was trained on; where that class is none of the labels, the class
-            that is normal where nobody says so, see `default_normal_class`. Its `reading` becomes what is read.
+        data_args: normal class, window and slices are by default those that the detector was trained on; if that class is none of the labels,
+            `default_normal_class` chooses one. Its `reading` becomes the one in use.
 
     Raises:
         InputError: what `load_detector` and `load_one_class` refuse, or a seed that does not say which images the detector was not trained on.
@@ -138,7 +138,7 @@ def save_maps(model, processor, dataset, rows: list[int], folder: Path) -> None:
 
 
 def rows_of_scores(model, dataset, scores: torch.Tensor, labels: torch.Tensor) -> list[dict]:
-    """What `--scores` writes of the evaluated images, a row each; `dataset`, if no stream, and scores (N,) and labels (N,) are in one order."""
+    """The rows that `--scores` writes, one an image; `dataset` (unless it is a stream), scores (N,) and labels (N,) have the same order."""
     columns = {"image": range(len(scores)), "row": range(len(scores))}
     if hasattr(dataset, "__len__"):
         files = (value["path"] or row for value, row in zip(dataset["image"], dataset["row"], strict=True))
