@@ -34,6 +34,7 @@ def _heat() -> np.ndarray:
 
 HEAT = _heat()
 VISIBLE = 224  # px: smaller pictures are enlarged to be looked at; images of the usual size of vision models stay as they are
+GRID_CELL = 128  # px, as VISIBLE, of the images in a grid
 DIMMED = 0.6  # what is left of the image's brightness under a map: on full white, yellow would hardly be seen
 
 
@@ -134,15 +135,12 @@ def enlarge(image: PIL.Image.Image, least_size: int) -> PIL.Image.Image:
     return image.resize((image.width * factor, image.height * factor), PIL.Image.Resampling.NEAREST)
 
 
-def image_grid(
-    rows: "Sequence[Sequence[torch.Tensor]]", captions: Sequence[str], row_captions: Sequence[str] = (), *, least_size: int = 128
-) -> PIL.Image.Image:
+def image_grid(rows: "Sequence[Sequence[torch.Tensor]]", captions: Sequence[str], row_captions: Sequence[str] = ()) -> PIL.Image.Image:
     """Images side by side, with a caption over each column and on request beside each row.
 
     Args:
         rows: images (C, H, W) in [−1, 1], gray or RGB, as many in each row as there are captions.
         row_captions: one a row, of one or more lines.
-        least_size: small images are enlarged by a whole factor until their longer side has so many pixels.
 
     Returns:
         An RGB image.
@@ -155,7 +153,7 @@ def image_grid(
     def longest(texts: Sequence[str]) -> int:
         return max((math.ceil(measure.multiline_textbbox((0, 0), text)[2]) for text in texts), default=0)
 
-    cells = [[enlarge(to_picture(image), least_size) for image in row] for row in rows]
+    cells = [[enlarge(to_picture(image), GRID_CELL) for image in row] for row in rows]
     width = max(longest(captions), *(cell.width for row in cells for cell in row)) + margin
     heights = [max(cell.height for cell in row) + margin for row in cells]
     left = margin + (longest(row_captions) + 2 * margin if row_captions else 0)

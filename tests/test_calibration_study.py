@@ -80,8 +80,6 @@ def test_too_few_scores(refused):
     with refused("98 calibration scores", "0.01"):
         expectation(98, 100, 0.01)
     assert expectation(99, 100, 0.01).mean == pytest.approx(0.01)
-    with refused("num_calibration", "got 3"):
-        divided_rates(POOL[:3], num_calibration=3)
 
 
 def tiny(kind, config, **settings):

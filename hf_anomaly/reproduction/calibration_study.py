@@ -82,21 +82,17 @@ def divided_rates(
     scores: np.ndarray,
     *,
     divisions: int = DIVISIONS,
-    num_calibration: int | None = None,
     seed: int | tuple[int, ...] = 0,
 ) -> np.ndarray:
-    """The share of normal images flagged among those that did not calibrate, for each random division and rate of RATES.
+    """The share of normal images flagged, for each random division and rate of RATES: half of the scores calibrate, the others are counted.
 
     Args:
         scores: (N,) of held-out normal images.
-        num_calibration: n, how many calibrate in each division; the other N − n are counted. By default half.
 
     Returns:
         (divisions, len(RATES)).
     """
-    n = len(scores) // 2 if num_calibration is None else num_calibration
-    if not 0 < n < len(scores):
-        raise InputError(f"num_calibration must leave some of {len(scores)} scores to count, got {n}")
+    n = len(scores) // 2
     scores, draw = torch.as_tensor(np.asarray(scores)), np.random.default_rng(seed)
     measured = np.empty((divisions, len(RATES)))
     for division in range(divisions):
