@@ -1,4 +1,4 @@
-"""Whole runs of what is trained by denoising: DIA's dissolver, and ADDP's first stage."""
+"""Whole runs of the two models that are trained by denoising: DIA's dissolver, and ADDP's first stage."""
 
 import logging
 import os
@@ -30,7 +30,7 @@ from ..loading import loading
 from ..untrusted import load_without_code
 from .arguments import AnomalyTrainingArguments, DenoisingTrainingArguments
 from .run_record import optimization_of
-from .runs import fit_batch_size, num_images, push_result
+from .runs import lower_batch_size, num_images, push_result
 from .trainers import DenoisingTrainer, hub_name
 
 logger = logging.getLogger(__name__)
@@ -142,11 +142,11 @@ def pretrain(
 
 
 def load_pretraining(name_or_path: str | os.PathLike, *, image_size: int, num_channels: int, **changes) -> ADDPForPreTraining:
-    """What `pretrain` saved, for images of another size too.
+    """Loads what `pretrain` saved, also for images of another size.
 
     Args:
         name_or_path: a folder or Hub id; that of an ADDP detector serves as well.
-        changes: further fields of the configuration that shall differ, none that changes the weights' shapes.
+        changes: new values of further fields of the configuration; none may change the weights' shapes.
 
     Raises:
         InputError: there is none, it is something else, or it takes images of other channels.
@@ -166,7 +166,7 @@ def load_pretraining(name_or_path: str | os.PathLike, *, image_size: int, num_ch
 
 
 def pretraining_run(name_or_path: str | os.PathLike) -> dict:
-    """On which division of which dataset what `load_pretraining` loads was trained, for `warn_of_other_division`; empty if that is not known."""
+    """The dataset, and its division, that trained what `load_pretraining` loads, for `warn_of_other_division`; {} if they are not known."""
     for file in (PRETRAINING_NOTES, "eval_results.json"):
         if (path := cached_file(name_or_path, file, _raise_exceptions_for_missing_entries=False)) is not None:
             content = read_json(Path(path))
@@ -176,8 +176,8 @@ def pretraining_run(name_or_path: str | os.PathLike) -> dict:
 
 
 def _train_denoiser(model, train_dataset, *, processor, args, resume_from_checkpoint, run) -> tuple[DenoisingTrainer, dict]:
-    """Trains, and tells how in JSON values. Afterwards the model holds the averaged weights."""
-    fit_batch_size(args, num_images(train_dataset))
+    """Trains a model, which then holds the averaged weights. Returns the trainer, and notes on the training as JSON values."""
+    lower_batch_size(args, num_images(train_dataset))
     described = {**(run or {}), "optimization": optimization_of(args)}
     trainer = DenoisingTrainer(model, args, train_dataset=prepare(train_dataset, processor), run=described)
     logger.info("Training to denoise on %s images", num_images(train_dataset) or "streamed")

@@ -173,7 +173,7 @@ def num_images(dataset) -> int | None:
     return len(dataset) if hasattr(dataset, "__len__") else None
 
 
-def fit_batch_size(args, num_images: int | None) -> None:
+def lower_batch_size(args, num_images: int | None) -> None:
     """Lowers the training batch to the number of images where there are fewer: a folder of 20 normals trains too.
 
     Args:
@@ -203,7 +203,7 @@ def check_first(args) -> None:
 
 
 def _refuse_choices(args) -> None:
-    """Refuses what would choose a detector by the images that its results are reported on."""
+    """Refuses arguments that would choose a detector by the images that its results are reported on."""
     refused = None
     if args.load_best_model_at_end or args.save_strategy == "best":
         refused = "--load_best_model_at_end and --save_strategy best would choose the checkpoint"
@@ -237,7 +237,7 @@ def train_detector(
         model: a new detector; it holds the result.
         splits: of `load_one_class` or `stream_one_class`.
         train_dataset: the training images if they have more columns than `splits.train`, such as dissolved ones.
-        dissolving: what these columns hang on, for `describe_run`. Default: the columns themselves, or the model's dissolver.
+        dissolving: what these columns depend on, for `describe_run`. Default: the columns themselves, or the model's dissolver.
         started: `time.time()` at the start of the run, for `seconds` in the results; None: now.
         command: the command line, for the card.
         scores_file: where the scores and labels of the test images go, see `write_scores`; None: nowhere.
@@ -249,39 +249,8 @@ def train_detector(
         InputError: arguments that would choose by the images that are evaluated, or what `AnomalyTrainer` refuses.
     """
     started = time.time() if started is None else started
-    if not isinstance(args, AnomalyTrainingArguments):
-        raise InputError(f"args must be AnomalyTrainingArguments, got {type(args).__name__}")
-    if splits.train is None:
-        raise InputError("the splits hold no images to train on: load them without evaluation_only")
-    if dissolving is None:
-        dissolving = _what_dissolves(model, train_dataset)
-    if args.card_figures and num_images(splits.train) is None:
-        raise InputError("--card_figures picks images out of the evaluation split, which --streaming does not keep: leave one of them out")
-    if args.card_figures and splits.test_missing_reason:
-        logger.warning("--card_figures: there will be none, which show labelled test images: %s", splits.test_missing_reason)
-    fit_batch_size(args, num_images(splits.train))
-    _refuse_choices(args)
-    if splits.test_missing_reason and args.eval_strategy != "no":
-        logger.warning("No evaluation during training: %s", splits.test_missing_reason)
-        args.eval_strategy = "no"
-    model.config.normal_label = splits.normal_label
-    trainer = AnomalyTrainer(
-        model,
-        args,
-        train_dataset=prepare(splits.train if train_dataset is None else train_dataset, processor),
-        reference_dataset=prepare(splits.reference, processor),
-        calibration_dataset=None if splits.calibration is None else prepare(splits.calibration, processor),
-        eval_dataset=None if splits.test_missing_reason else prepare(splits.test, processor),
-        processing_class=processor,
-        run=describe_run(
-            splits,
-            processor,
-            args.seed,
-            config=settings_of(model.config),
-            optimization=optimization_of(args),
-            **({} if dissolving is None else {"dissolving": dissolving}),
-        ),
-    )
+    _check_task(splits, args)
+    trainer = _make_trainer(model, processor, splits, args, train_dataset, dissolving)
     try:
         trainer.train(args.resume_from_checkpoint)
     except KeyboardInterrupt as interruption:
@@ -289,15 +258,8 @@ def train_detector(
     trainer.fit_reference()
     if splits.calibration is not None:
         trainer.calibrate()
-    folder = Path(args.output_dir)
     if trainer.is_world_process_zero():  # before the evaluation, which a broken test image may end
-        (folder / "eval_results.json").unlink(missing_ok=True)
-        if not args.resume_from_checkpoint:  # else what a person wrote in the card stays
-            (folder / "README.md").unlink(missing_ok=True)
-        shutil.rmtree(folder / "figures", ignore_errors=True)
-        model.save_pretrained(folder)
-        processor.save_pretrained(folder)
-
+        _save_unevaluated(model, processor, args)
     results, scored = evaluate_detector(model, processor, splits, trainer.score, batch_size=args.eval_batch_size)
     results |= {
         "seconds": round(time.time() - started, 1),
@@ -314,6 +276,7 @@ def train_detector(
         images = splits.calibration if splits.test is None else splits.test
         if images is not None:
             results |= bfloat16_agreement(model, prepare(images, processor), args.eval_batch_size)
+        folder = Path(args.output_dir)
         write_json(folder / "eval_results.json", results)
         if scores_file is not None and scored is not None:
             write_scores(scores_file, *scored)
@@ -326,8 +289,56 @@ def train_detector(
     return results
 
 
+def _check_task(splits: OneClassSplits, args: AnomalyTrainingArguments) -> None:
+    """Refuses what cannot be trained or evaluated; fits the batch size and the evaluations during training to the images there are."""
+    if not isinstance(args, AnomalyTrainingArguments):
+        raise InputError(f"args must be AnomalyTrainingArguments, got {type(args).__name__}")
+    if splits.train is None:
+        raise InputError("the splits hold no images to train on: load them without evaluation_only")
+    if args.card_figures and num_images(splits.train) is None:
+        raise InputError("--card_figures picks images out of the evaluation split, which --streaming does not keep: leave one of them out")
+    if args.card_figures and splits.test_missing_reason:
+        logger.warning("--card_figures: there will be none, which show labelled test images: %s", splits.test_missing_reason)
+    lower_batch_size(args, num_images(splits.train))
+    _refuse_choices(args)
+    if splits.test_missing_reason and args.eval_strategy != "no":
+        logger.warning("No evaluation during training: %s", splits.test_missing_reason)
+        args.eval_strategy = "no"
+
+
+def _make_trainer(model, processor, splits: OneClassSplits, args, train_dataset, dissolving: dict | None) -> AnomalyTrainer:
+    """Args: as in `train_detector`."""
+    model.config.normal_label = splits.normal_label
+    if dissolving is None:
+        dissolving = _what_dissolves(model, train_dataset)
+    settings = {"config": settings_of(model.config), "optimization": optimization_of(args)}
+    if dissolving is not None:
+        settings["dissolving"] = dissolving
+    return AnomalyTrainer(
+        model,
+        args,
+        train_dataset=prepare(splits.train if train_dataset is None else train_dataset, processor),
+        reference_dataset=prepare(splits.reference, processor),
+        calibration_dataset=None if splits.calibration is None else prepare(splits.calibration, processor),
+        eval_dataset=None if splits.test_missing_reason else prepare(splits.test, processor),
+        processing_class=processor,
+        run=describe_run(splits, processor, args.seed, **settings),
+    )
+
+
+def _save_unevaluated(model, processor, args) -> None:
+    """Saves a trained detector with its processor. An earlier one's results, card and figures go, but a resumed run keeps what a person wrote in its card."""
+    folder = Path(args.output_dir)
+    (folder / "eval_results.json").unlink(missing_ok=True)
+    if not args.resume_from_checkpoint:
+        (folder / "README.md").unlink(missing_ok=True)
+    shutil.rmtree(folder / "figures", ignore_errors=True)
+    model.save_pretrained(folder)
+    processor.save_pretrained(folder)
+
+
 def _what_dissolves(model: AnomalyDetector, train_dataset) -> dict | None:
-    """What a checkpoint is to be resumed with, as far as it can be told."""
+    """What `describe_run` says of the dissolved images if the caller does not say it: of the cached column, else of the dissolver; None without either."""
     if train_dataset is not None and "dissolved_images" in (train_dataset.column_names or ()):
         return {"dataset": train_dataset._fingerprint}
     fingerprint = getattr(getattr(model, "dissolver", None), "fingerprint", None)
@@ -342,7 +353,7 @@ def _how_to_go_on(args: AnomalyTrainingArguments, started: float) -> str:
 
 
 def print_results(results: dict, model: AnomalyDetector, args: AnomalyTrainingArguments) -> None:
-    """What a training script prints at its end, once: the results of `train_detector`, what decides now, and where it is."""
+    """What a training script prints at its end, on one process: the results of `train_detector`, the threshold, and where the detector is saved."""
     if args.process_index != 0:
         return
     if "reason" in results:
@@ -357,7 +368,7 @@ def print_results(results: dict, model: AnomalyDetector, args: AnomalyTrainingAr
 
 
 def threshold_line(model: AnomalyDetector) -> str:
-    """What decides in a calibrated detector, in words."""
+    """The threshold of a calibrated detector, and where it comes from, in words."""
     threshold, config = model.calibration.threshold.item(), model.config
     held_out = f"{config.num_calibration_scores} held-out normal images"
     return f"threshold: {threshold:.6g}, for a false-positive rate of {config.false_positive_rate:g}, from {held_out}"

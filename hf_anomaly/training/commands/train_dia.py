@@ -29,8 +29,8 @@ from ..runs import (
     LARGEST_DEFAULT_SIZE,
     check_first,
     choose_output_dir,
-    fit_batch_size,
     load_training_images,
+    lower_batch_size,
     num_images,
     print_results,
     replace_earlier_run,
@@ -40,7 +40,7 @@ from ..runs import (
 logger = logging.getLogger(__name__)
 
 _TRAINED = ("dissolver_steps", "dissolver_batch_size", "dissolver_learning_rate", "dissolver_max_timestep")
-USES = {  # dissolver -> the arguments that it has a use for; of "" one that is ready in a folder or on the Hub
+USES = {  # dissolver -> the arguments that it has a use for; "" stands for one that is ready in a folder or on the Hub
     "diffusion": ("t_min", "t_max", "dissolving_resolution", "dissolved_variants", *_TRAINED),
     **dict.fromkeys(("gaussian", "median"), ("blur_kernel_size", "dissolving_resolution", "dissolved_variants")),
     "resize": ("dissolving_resolution", "dissolved_variants"),
@@ -219,8 +219,8 @@ def make_model(args: DetectorArguments, model_class: type[CSIModel], processor: 
 
 
 def find_dissolver(name: str, folder: Path) -> Path | None:
-    """The local folder of a ready dissolver; None for one that is made, or for none. Refuses to replace another that was trained by itself in `folder`,
-    where the run's own goes."""
+    """The local folder of a dissolver that exists already; None if it is yet to be made, or if there is to be none. In `folder`, where the run's own
+    dissolver goes, it refuses to replace one that was trained by itself."""
     ready, kinds = None, [*DISSOLVERS, "none"]
     if name not in kinds:
         close = difflib.get_close_matches(name, kinds, n=1)
@@ -239,7 +239,7 @@ def _same_folder(ready: Path | None, folder: Path) -> bool:
 
 
 def make_dissolver(args: DissolverArguments, ready: Path | None, splits) -> Dissolver | None:
-    """The dissolver that the arguments name; None for none, and for one that is yet to be trained."""
+    """The dissolver that the arguments name; None if there is to be none, or if it is yet to be trained."""
     if args.dissolver in ("none", "diffusion"):
         return None
     if ready is None:
@@ -257,7 +257,7 @@ def make_dissolver(args: DissolverArguments, ready: Path | None, splits) -> Diss
 
 
 def train_diffusion(args: DissolverArguments, folder: Path, data_args, training_args, splits, processor) -> DiffusionDissolver:
-    """A dissolver trained on these images and saved in `folder`; a resumed run loads it from there if it was done."""
+    """A dissolver trained on these images and saved in `folder`; a resumed run that had trained it loads it from there."""
     t_range = dict(zip(("t_min", "t_max"), data_args.timesteps(args.t_min, args.t_max), strict=True))
     recorded = {} if data_args.recipe is None else t_range  # the default range is recorded as none
     run = describe_run(splits, processor, training_args.seed, dissolver=asdict(args) | recorded)
@@ -338,7 +338,7 @@ def main(argv: list[str], program: str) -> None:
     ready = find_dissolver(dissolver_args.dissolver, Path(training_args.output_dir, "dissolver"))
     splits, processor = load_training_images(data_args, training_args.seed)
     training_args.fit_image_size(processor.size["height"])
-    fit_batch_size(training_args, num_images(splits.train))
+    lower_batch_size(training_args, num_images(splits.train))
     detector_args.fit_image_size(processor.size["height"])
     set_seed(training_args.seed)
     model = make_model(detector_args, model_class, processor)  # before anything long runs, so that a wrong value is refused at once
