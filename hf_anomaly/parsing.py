@@ -19,10 +19,12 @@ class OneLineParser(argparse.ArgumentParser):
         """Raises InputError if there are words that the parser left over."""
         if words:
             close = difflib.get_close_matches(words[0].split("=")[0], self._option_string_actions, n=1)
-            self.error(f"unknown argument {words[0]!r}" + (f": did you mean {close[0]}?" if close else ""))
+            if close:
+                raise InputError(f"unknown argument {words[0]!r}: did you mean {close[0]}?")
+            self.error(f"unknown argument {words[0]!r}")
 
     def error(self, message):
-        raise InputError(f"{message}; {self.prog} --help lists all")
+        raise InputError(f"{message}; see --help")
 
 
 class Parser(OneLineParser):

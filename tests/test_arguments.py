@@ -19,6 +19,21 @@ from hf_anomaly.training.denoising import denoising_arguments
 from hf_anomaly.training.runs import choose_output_dir, replace_earlier_run
 
 
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--max_stepz", "1"], "unknown argument '--max_stepz': did you mean --max_steps?"),
+        (["--xyzzy"], "unknown argument '--xyzzy'; see --help"),
+        (["--max_steps", "x"], "argument --max_steps/--max-steps: invalid int value: 'x'; see --help"),
+    ],
+)
+def test_what_an_error_says_of_flags(words, message):
+    """Whatever the program was called by: `python scripts/…`, from another folder too, `accelerate launch`, or `hf-anomaly`, whose --help may be short."""
+    with pytest.raises(InputError) as caught:
+        parse_arguments(AnomalyTrainingArguments, description="", argv=words)
+    assert str(caught.value) == message
+
+
 @pytest.mark.skipif(torch.cuda.is_available(), reason="of CPUs")
 @pytest.mark.parametrize(
     ("launched", "threads", "words", "then"),
