@@ -109,10 +109,11 @@ class AnomalyDetectionPipeline(Pipeline):
         given = self._sanitize_parameters(**parameters)
         before = (self._preprocess_params, self._forward_params, self._postprocess_params)
         preprocess, forward, decision = (old | new for old, new in zip(before, given, strict=True))
-        batch_size = int(next(size for size in (batch_size, self._batch_size, 1) if size is not None))  # of NumPy, DataLoader takes none
+        batch_size = next(size for size in (batch_size, self._batch_size, 1) if size is not None)
         num_workers = next(count for count in (num_workers, self._num_workers, 0) if count is not None)
-        if batch_size < 1:
-            raise InputError(f"batch_size must be at least 1, got {batch_size}")
+        if not hasattr(batch_size, "__index__") or batch_size < 1:
+            raise InputError(f"batch_size must be a whole number of at least 1, got {batch_size!r}")
+        batch_size = int(batch_size)  # of NumPy, DataLoader takes none
         images, several = _images(inputs, self.image_processor)
         results = self.get_iterator(images, num_workers, batch_size, preprocess, forward, {"threshold": self._threshold(**decision)})
         if several is None:
@@ -216,7 +217,7 @@ class _Stored(Sequence):
 
     def __getitem__(self, row: int) -> Any:
         value = self.undecoded[row]
-        is_elsewhere = value is not None and value["bytes"] is None and "://" in value["path"]
+        is_elsewhere = value is not None and value["bytes"] is None and "://" in (value["path"] or "")
         return self.column[row] if is_elsewhere else value
 
 

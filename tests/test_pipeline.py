@@ -153,6 +153,9 @@ def test_a_column_is_read_as_it_is_stored(pipe, images, expected, tmp_path, refu
     turned = rows.select([2]).with_transform(lambda batch: {"image": [images[0] for _ in batch["image"]]})
     same(pipe(turned["image"]), expected[:1])
     (tmp_path / "wide.ppm").write_bytes(b"P6 2 1 65535\n" + bytes(range(12)))
+    nothing = Dataset.from_dict({"image": [{"bytes": None, "path": None}]}).cast_column("image", Image())
+    with refused("row 0", "the image is missing"):
+        pipe(nothing["image"])
     with refused("wide.ppm", "16-bit"):
         pipe(Dataset.from_dict({"image": [str(tmp_path / "wide.ppm")]}, Features({"image": Image()}))["image"])
 
@@ -293,8 +296,9 @@ def test_errors_name_the_culprit(pipe, images, folder, tmp_path, refused):
             pipe([images[0], value])
     with refused("int"):
         pipe(3)
-    with refused("batch_size", "0"):
-        pipe(images, batch_size=0)
+    for size in (0, 2.5, "2"):
+        with refused("batch_size", repr(size)):
+            pipe(images, batch_size=size)
 
 
 def test_a_stream_names_the_image_that_cannot_be_read(pipe, images, folder, refused):
