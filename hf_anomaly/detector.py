@@ -581,7 +581,7 @@ class AnomalyDetector(PreTrainedModel):
         revision: str | None = None,
         create_pr: bool = False,
         max_shard_size: int | str = "50GB",
-        tags: list[str] | str | None = None,
+        tags: Iterable[str] | str | None = None,
         git_tag: str | None = None,
         image_processor: BaseImageProcessor | None = None,
     ) -> CommitInfo:

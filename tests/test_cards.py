@@ -289,15 +289,17 @@ def test_cards_of_other_editors(folder, refused):
     ],
 )
 def test_the_yaml_of_a_person_may_hold_anything(folder, front, kept):
-    merged = merge_cards(generated(folder), f"---\n{front}\n---\n\n# Chests\n\nMine.\n")
-    for text in (merged, tag_card(merged, ["new"]), outdate_card(merged)):
+    written = f"---\n{front}\n---\n\n# Chests\n\nMine.\n"
+    merged = merge_cards(generated(folder), written)
+    for text in (merged, tag_card(merged, ("new",)), outdate_card(merged), merge_cards(written, merged)):
         assert kept in text
         assert "Mine." in text
+        assert "!!" not in text  # a tag of Python's own, which nothing else reads
     assert "roc_auc" in merged
     assert "roc_auc" not in outdate_card(merged)
 
 
-@pytest.mark.parametrize("front", ["date: 2020-13-45", f"x: {'[' * 2000}"])
+@pytest.mark.parametrize("front", ["date: 2020-13-45", "x: !!bool perhaps", f"x: {'[' * 2000}"])
 def test_yaml_that_cannot_be_read_is_text(folder, front):
     assert front in merge_cards(generated(folder), f"---\n{front}\n---\n\n# Chests\n")
 

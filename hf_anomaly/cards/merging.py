@@ -13,7 +13,7 @@ import json
 import logging
 import os
 import re
-from collections.abc import Collection
+from collections.abc import Collection, Iterable
 from pathlib import Path
 
 import yaml
@@ -79,7 +79,9 @@ def split_card(text: str) -> tuple[dict, str]:
     if match := _FRONT_MATTER.match(text):
         try:
             data = yaml.load(match[1], _Loader) or {}
-        except (yaml.YAMLError, ValueError, RecursionError):  # ValueError: a date that is none
+        except (
+            Exception
+        ):  # PyYAML's own, and what its constructors stumble over: a date or a tag's value that is none, lists in lists without end
             data = None
         if isinstance(data, dict):
             return data, text[match.end() :]
@@ -131,10 +133,10 @@ def address_card(text: str, repo_id: str) -> str:
     return _BLOCK.sub(lambda match: _ADDRESS.sub(lambda _: json.dumps(repo_id), match[0]) if match[1] == "usage" else match[0], text)
 
 
-def tag_card(text: str, tags: list[str] | str) -> str:
+def tag_card(text: str, tags: Iterable[str] | str) -> str:
     """The card with these tags, or this one, too."""
     data, body = split_card(text)
-    return join_card(data | {"tags": _unique([*_list(data.get("tags")), *_list(tags)])}, body)
+    return join_card(data | {"tags": _unique([*_list(data.get("tags")), *([tags] if isinstance(tags, str) else tags)])}, body)
 
 
 def _kind(data: dict) -> set:
@@ -162,9 +164,9 @@ def _merge_data(ours: dict, theirs: dict, given: Collection[str] | None) -> dict
     merged = {**ours, **kept}
     for name in ("tags", "metrics"):
         merged[name] = _unique([*_list(kept.get(name)), *_list(ours.get(name))])
-    entries = [*_list(kept.get("model-index")), *_list(ours.get("model-index"))]
+    entries = [entry for entry in (*_list(kept.get("model-index")), *_list(ours.get("model-index"))) if isinstance(entry, dict)]
     if entries:
-        merged["model-index"] = [{**entries[-1], "results": [result for entry in entries for result in entry["results"]]}]
+        merged["model-index"] = [{**entries[-1], "results": [result for entry in entries for result in _list(entry.get("results"))]}]
     merged[NOTED] = {
         name: merged[name] for name in FIELDS if merged.get(name) and merged[name] in (our_notes.get(name), their_notes.get(name))
     }
