@@ -45,23 +45,8 @@ def test_p_values_against_brute_force(n, levels):
 def test_threshold_rank_is_exact():
     """⌈(1 − α)(n + 1)⌉ in rational numbers: in floats (1 − .05)·100 is 95.00000000000001."""
     rates = [
-        "0.001",
-        "0.01",
-        "0.03",
-        "0.05",
-        "0.07",
-        "0.1",
-        "0.15",
-        "0.2",
-        "0.29",
-        "0.3",
-        "1/3",
-        "0.5",
-        "0.7",
-        "0.9",
-        "0.99",
-        "0.99999999999",
-    ]
+        "0.001", "0.01", "0.03", "0.05", "0.07", "0.1", "0.15", "0.2", "0.29", "0.3", "1/3", "0.5", "0.7", "0.9", "0.99", "0.99999999999",
+    ]  # fmt: skip
     for rate, n in product(map(Fraction, rates), [*range(1, 130), 299, 999, 1999]):
         rank = math.ceil((1 - rate) * (n + 1))
         expected = math.inf if rank > n else float(rank)
@@ -280,7 +265,10 @@ def test_the_gap_that_can_be_seen():
 @pytest.mark.parametrize("kind", [list, np.array])
 def test_scores_may_be_lists_and_arrays(kind):
     x, c, groups = scores(20, 1), scores(30, 2), ["a", "b"] * 15
-    of = lambda values: kind(values.tolist())  # noqa: E731
+
+    def of(values):
+        return kind(values.tolist())
+
     assert drift_check(of(x), of(c)) == drift_check(x, c)
     assert torch.equal(drift_martingale(of(x), of(c)), drift_martingale(x, c))
     assert torch.equal(mondrian_p_values(of(x), groups[:20], of(c), groups), mondrian_p_values(x, groups[:20], c, groups))

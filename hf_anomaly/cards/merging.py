@@ -79,9 +79,7 @@ def split_card(text: str) -> tuple[dict, str]:
     if match := _FRONT_MATTER.match(text):
         try:
             data = yaml.load(match[1], _Loader) or {}
-        except (
-            Exception
-        ):  # PyYAML's own, and what its constructors stumble over: a date or a tag's value that is none, lists in lists without end
+        except Exception:  # PyYAML's own, and what it stumbles over: a date that is none, a value that is not of its tag, too deep lists
             data = None
         if isinstance(data, dict):
             return data, text[match.end() :]

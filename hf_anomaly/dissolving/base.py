@@ -62,9 +62,7 @@ class Dissolver(ABC):
     resolution: int | None = None
     device = torch.device("cpu")
     training_notes: dict | None = None
-    _own_code = (
-        b""  # the source of a class from outside this package; the package's own have none, so that their fingerprints outlast its versions
-    )
+    _own_code = b""  # source of a class from outside this package; its own have none, so that fingerprints outlast versions
 
     def __init_subclass__(cls, **options):
         super().__init_subclass__(**options)
