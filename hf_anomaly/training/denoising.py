@@ -217,9 +217,9 @@ def denoising_arguments(
 
 
 def remove_checkpoints(args: DenoisingTrainingArguments) -> None:
-    """Of a stage that is done; what trackers wrote beside them stays."""
+    """Removes the checkpoints of a stage that is done; what trackers wrote beside them stays."""
     folder = Path(args.output_dir)
-    for checkpoint in folder.glob("checkpoint-*"):
-        shutil.rmtree(checkpoint, ignore_errors=True)
-    with suppress(OSError):  # it holds something else
+    with suppress(OSError):  # another process was first, or the folder holds something else
+        for checkpoint in folder.glob("checkpoint-*"):
+            shutil.rmtree(checkpoint, ignore_errors=True)
         folder.rmdir()
