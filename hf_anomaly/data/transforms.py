@@ -136,8 +136,8 @@ def decode_image(value: dict[str, Any] | PIL.Image.Image | np.ndarray, where: st
 
 
 def decode_mask(value: dict[str, Any] | PIL.Image.Image | np.ndarray, where: str) -> np.ndarray:
-    """(H, W) bool, upright: True where a mask of any depth is above 0: its values, a palette's indices, or any channel of colour; of a JPEG file above half of
-    the highest, as around what it marks it is nowhere 0.
+    """(H, W) bool, upright: True where a mask of any depth is above 0: its values, a palette's indices, or any channel of colour. In a JPEG file, where
+    compression leaves ripples round what is marked, True where it is above half of its highest level.
 
     Args:
         value, where: as in `decode_image`.

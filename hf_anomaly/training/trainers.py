@@ -204,8 +204,8 @@ class ReproducibleTrainer(Trainer):
         self._micro_step = (-1, 0)
         self._loss_sums, self._loss_counts = {}, Counter()
         self._average = None  # of a training that was interrupted
-        shutil.rmtree(Path(self.args.output_dir, _STAGING), ignore_errors=True)
-        remove_staged(self.args.output_dir)
+        shutil.rmtree(Path(self.args.output_dir, _STAGING), ignore_errors=True)  # the checkpoint that a killed process was writing
+        remove_staged(self.args.output_dir)  # and the detector
         if hasattr(self.train_dataset, "__len__") and self.args.dataloader_drop_last:
             batch = self.args.train_batch_size * self.args.world_size
             if len(self.train_dataset) < batch:
