@@ -1,4 +1,4 @@
-"""What lets N processes train as one: they draw rows of the global batch alike, gather rows with gradient, share buffers, and write a cache in turn."""
+"""What lets N processes train as one: rows of the global batch drawn alike and gathered with gradient, equal buffers, and a cache that one of them writes."""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
