@@ -483,7 +483,8 @@ def _labels(split: _Split, column: str | None) -> list[str] | None:
     images = split.images
     if column not in images.column_names:
         return None
-    names = [class_name(value, images.features[column]) for value in images[column][:]]
+    feature = images.features[column]  # once: datasets copies all features each time
+    names = [class_name(value, feature) for value in images[column][:]]
     if all(name is None for name in names):
         return None
     if None in names:
