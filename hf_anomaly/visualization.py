@@ -35,6 +35,7 @@ def _heat() -> np.ndarray:
 HEAT = _heat()
 VISIBLE = 224  # px: smaller pictures are enlarged to be looked at; images of the usual size of vision models stay as they are
 GRID_CELL = 128  # px, as VISIBLE, of the images in a grid
+_ROWS = 32  # painted at once: the colours of a whole photo would take a gigabyte, and longer
 DIMMED = 0.6  # what is left of the image's brightness under a map: on full white, yellow would hardly be seen
 
 
@@ -88,10 +89,12 @@ def overlay_anomaly_map(
     values = resize(values.view(1, 1, *values.shape[-2:]), (picture.height, picture.width))[0, 0].numpy()
     heat = ((values - low) / (high - low)).clip(0, 1)
     opacity = alpha * heat[..., None] ** 1.5  # so that what is usual leaves but a trace
-    painted = (1 - opacity) * DIMMED * np.asarray(picture)[..., None] + opacity * 255 * colors[
-        np.rint(heat * (len(colors) - 1)).astype(int)
-    ]
-    return PIL.Image.fromarray(np.rint(painted).astype(np.uint8))
+    gray, painted = np.asarray(picture), np.empty((*heat.shape, 3), np.uint8)
+    for start in range(0, len(heat), _ROWS):
+        rows = slice(start, start + _ROWS)
+        colored = colors[np.rint(heat[rows] * (len(colors) - 1)).astype(int)]
+        painted[rows] = np.rint((1 - opacity[rows]) * DIMMED * gray[rows, :, None] + opacity[rows] * 255 * colored)
+    return PIL.Image.fromarray(painted)
 
 
 def why_no_overlay(model: AnomalyDetector) -> str:
