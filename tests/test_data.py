@@ -710,6 +710,29 @@ def test_labels_of_either_name_are_kept():
     assert [row["labels"] for row in prepare(both, processor)] == [0, 0, 0]
 
 
+@pytest.mark.parametrize("kind", [int, np.int64, bool, float, torch.tensor])
+def test_a_column_label_becomes_labels(kind):
+    """As of `datasets.map(processor)`, which keeps its name; transformers' own collators do so, too."""
+    rows = [{"pixel_values": torch.zeros(1, 2, 2), "label": kind(label)} for label in (0, 1)]
+    batch = collate(rows)
+    assert set(batch) == {"pixel_values", "labels"}
+    assert batch["labels"].tolist() == [0, 1]
+    both = collate([{**row, "labels": 0} for row in rows])
+    assert (both["labels"].tolist(), both["label"].tolist()) == ([0, 0], [0, 1])
+
+
+@pytest.mark.parametrize("label", ["bad", None, 0.9, np.nan, [1, 0], np.asarray([1, 0])])
+def test_labels_that_are_no_whole_numbers(label, refused):
+    with refused("labels must be whole numbers", "0 for normal images"):
+        collate([{"pixel_values": torch.zeros(1, 2, 2), "labels": value} for value in (0, label)])
+
+
+@pytest.mark.parametrize("row", [(torch.zeros(1, 2, 2), 0), torch.zeros(1, 2, 2)])
+def test_rows_that_are_no_dicts(row, refused):
+    with refused(f"is a {type(row).__name__}", "pixel_values", "data_collator"):
+        collate([row, row])
+
+
 @pytest.mark.parametrize("kind", [np.asarray, np.ndarray.tolist])
 def test_pixel_values_that_are_no_tensors(kind):
     rows = np.random.default_rng(0).random((3, 1, 8, 8))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from numbers import Real
 from pathlib import Path
@@ -286,27 +286,43 @@ def prepare(
 
 
 def collate(features: list[dict[str, Any]]) -> dict[str, torch.Tensor | list[Any]]:
-    """Stacks rows: tensors of shape S to (B, *S), numbers to (B,); `labels` is int64. Anything else, such as names, stays a list of B.
+    """Stacks rows: tensors of shape S to (B, *S), numbers to (B,); `labels`, or `label` where there is no `labels`, become int64 `labels`. Anything else, such
+    as names, stays a list of B.
 
     Args:
         features: rows as a dataset with a `PixelTransform` gives them, all with the same keys and shapes; `pixel_values` also as arrays or lists, which
             is how `dataset.map(processor)` keeps them.
 
     Raises:
-        InputError: they have no `pixel_values`.
+        InputError: they are no dicts, or have no `pixel_values`, or a label is no whole number.
     """
+    if not isinstance(features[0], Mapping):
+        raise InputError(
+            f"a row of the dataset is a {type(features[0]).__name__}: give dicts that hold 'pixel_values' (C, H, W), "
+            "as prepare(dataset, processor) does, or a data_collator of your own"
+        )
     if "pixel_values" not in features[0]:
         raise InputError(f"rows of a dataset have {', '.join(features[0])}, but no pixel_values: pass prepare(dataset, processor)")
     batch: dict[str, torch.Tensor | list[Any]] = {}
     for key in features[0]:
         values = [row[key] for row in features]
+        name = "labels" if key == "label" and "labels" not in features[0] else key
         if isinstance(values[0], torch.Tensor):
-            batch[key] = torch.stack(values)
-        elif key == "pixel_values":
+            batch[name] = torch.stack(values)
+        elif name == "pixel_values":
             stacked = torch.from_numpy(np.stack(values))
-            batch[key] = stacked.float() if stacked.is_floating_point() else stacked  # which the detector refuses
-        elif key == "labels":
-            batch[key] = torch.tensor(values, dtype=torch.int64)
+            batch[name] = stacked.float() if stacked.is_floating_point() else stacked  # which the detector refuses
+        elif name == "labels":
+            batch[name] = _whole_numbers(values)
         else:
-            batch[key] = torch.tensor(values) if all(isinstance(value, Real) for value in values) else values
+            batch[name] = torch.tensor(values) if all(isinstance(value, Real) for value in values) else values
     return batch
+
+
+def _whole_numbers(labels: list[Any]) -> torch.Tensor:
+    with suppress(TypeError, ValueError, RuntimeError):
+        numbers = torch.tensor(labels, dtype=torch.int64)
+        if numbers.tolist() == labels:  # not 0 for 0.9
+            return numbers
+    found = ", ".join(sorted({repr(label) for label in labels})[:5])
+    raise InputError(f"labels must be whole numbers, 0 for normal images and 1 for anomalies; a batch has {found}")
