@@ -508,6 +508,15 @@ def test_several_evaluation_datasets_by_name(make, refused):
     assert trainer.evaluate(trainer.eval_dataset) == found
 
 
+def test_without_labels_there_is_nothing_to_evaluate(make, refused):
+    trainer = make(max_steps=2)
+    trainer.fit_reference()
+    unlabelled = [{"pixel_values": row["pixel_values"]} for row in trainer.train_dataset]
+    assert trainer.predict(unlabelled).metrics == {}
+    with refused("eval_dataset with labels", "predict"):
+        trainer.evaluate(unlabelled)
+
+
 def test_training_again_starts_unfitted(make):
     trainer = make(max_steps=2, save_strategy="steps", save_steps=2)
     trainer.fit_reference()
@@ -560,6 +569,26 @@ def test_every_training_may_begin_with_a_new_model(make, kind):
         assert trainer.model is made[-1]
         assert_same(weights(given), weights(trainer))
         trainer.model = None
+
+
+def test_a_saved_detector_is_trained_again_unfitted(make, tmp_path):
+    """A reference of the weights before would score all evaluations in mid-training."""
+    done = make(max_steps=2)
+    done.train()
+    done.fit_reference()
+    done.model.save_pretrained(tmp_path / "saved")
+    fitted = []
+
+    class Watch(TrainerCallback):
+        def on_step_end(self, args, state, control, model=None, **kwargs):
+            fitted.append(model.is_fitted)
+
+    def load():
+        return CSIModel.from_pretrained(tmp_path / "saved")
+
+    for model in ({"model": load()}, {"model_init": load}):
+        AnomalyTrainer(args=done.args, train_dataset=done.train_dataset, callbacks=[Watch()], **model).train()
+    assert fitted == [False] * 4
 
 
 def test_fewer_images_than_a_batch(make):

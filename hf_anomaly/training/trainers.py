@@ -387,7 +387,7 @@ class AnomalyTrainer(ReproducibleTrainer):
     Args:
         model: the detector.
         args: `AnomalyTrainingArguments`.
-        model_init: in place of `model`, makes a new one for every training, which `hyperparameter_search` needs; it may take the trial.
+        model_init: in place of `model`, makes a new or loads a saved one for every training, which `hyperparameter_search` needs; it may take the trial.
         train_dataset: prepared images (`hf_anomaly.prepare`), normals only.
         eval_dataset: prepared, with labels; `evaluate` reports image-level metrics on it. Or several by name.
         reference_dataset: prepared normals that scoring compares with; default `train_dataset`.
@@ -452,6 +452,11 @@ class AnomalyTrainer(ReproducibleTrainer):
             raise InputError(
                 f"{type(model).__name__} trains in phases, which fp16, FSDP and DeepSpeed do not know: take bf16 or fp32 and plain processes"
             )
+
+    def call_model_init(self, trial=None):
+        model = super().call_model_init(trial)
+        model.reset_reference()  # of a saved detector
+        return model
 
     def create_optimizer(self, model=None):
         if self.optimizer is not None or not self.model.phases:
@@ -557,6 +562,8 @@ class AnomalyTrainer(ReproducibleTrainer):
                 metrics |= self.evaluate(part, ignore_keys, f"{metric_key_prefix}_{name}")
             return metrics
         metrics = self.predict(eval_dataset, ignore_keys, metric_key_prefix).metrics
+        if not metrics:
+            raise InputError("evaluate needs an eval_dataset with labels, and its batches have none; predict gives the scores alone")
         self.log(dict(metrics))
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
