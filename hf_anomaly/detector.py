@@ -269,6 +269,7 @@ class AnomalyDetector(PreTrainedModel):
     config: AnomalyDetectorConfig
     base_model_prefix = "detector"
     main_input_name = "pixel_values"
+    input_modalities = ("image",)
     _keep_in_fp32_modules_strict = {"calibration", "reference"}
     unsupported_maps_reason = "this method gives no anomaly maps"
     supports_anomaly_maps = False
@@ -342,8 +343,8 @@ class AnomalyDetector(PreTrainedModel):
             output_embeddings: also return `embeddings` (B, d).
 
         Raises:
-            InputError: wrong shape or channels, integers, pixels that are NaN, infinite or far from [−1, 1], maps asked of a method that has none, or a
-                score that is not finite.
+            InputError: no tensor, wrong shape or channels, integers, pixels that are NaN, infinite or far from [−1, 1], maps asked of a method that has none,
+                or a score that is not finite.
             NotFittedError: eval mode before `fit_reference`.
         """
         return self._forward(pixel_values, epoch, output_anomaly_maps, output_embeddings)
@@ -370,6 +371,10 @@ class AnomalyDetector(PreTrainedModel):
         return output
 
     def check_pixel_values(self, pixel_values: torch.Tensor) -> None:
+        if not isinstance(pixel_values, torch.Tensor):
+            raise InputError(
+                f"pixel_values are a {type(pixel_values).__name__}: give a tensor, as the processor does with return_tensors='pt'"
+            )
         expected = (self.config.num_channels, self.config.image_size, self.config.image_size)
         if pixel_values.ndim != 4 or tuple(pixel_values.shape[1:]) != expected:
             raise InputError(
@@ -724,13 +729,13 @@ class AnomalyDetector(PreTrainedModel):
         self.eval()
         try:
             for batch in tqdm(dataloader, desc=description, unit="batch", disable=not progress):
-                if not isinstance(batch, torch.Tensor) and not (isinstance(batch, Mapping) and "pixel_values" in batch):
+                held = batch if isinstance(batch, Mapping) else {"pixel_values": batch}
+                if not isinstance(pixel_values := held.get("pixel_values"), torch.Tensor):
                     raise InputError(
                         f"a batch is a {type(batch).__name__}: give tensors (B, C, H, W), or dicts that hold such as 'pixel_values'"
                     )
-                pixel_values = batch if isinstance(batch, torch.Tensor) else batch["pixel_values"]
-                labels = None if isinstance(batch, torch.Tensor) else batch.get("labels")
-                yield pixel_values.to(self.device), labels
+                labels = held.get("labels")
+                yield pixel_values.to(self.device), None if labels is None else torch.as_tensor(labels)
         finally:
             self.train(was_training)
 

@@ -325,6 +325,11 @@ def test_eval_mode_gives_scores_and_no_loss(model):
     assert model(images(3)).embeddings is None
 
 
+def test_it_takes_images(model):
+    """As `transformers.Pipeline` prints it."""
+    assert model.input_modalities == ("image",)
+
+
 def test_tuples(model):
     scores = model(images(3)).scores
     (alone,) = model(images(3), return_dict=False)
@@ -365,6 +370,9 @@ def test_wrong_pixel_values(model, training, refused):
         x = images(3)
         x[1, 0, 2, 2] = value
         with refused("pixel_values[1]", "NaN"):
+            model(x)
+    for x in (images(2).numpy(), [*images(2)]):  # the second is the processor's without return_tensors
+        with refused(f"a {type(x).__name__}", "return_tensors='pt'"):
             model(x)
     x = images(3)
     x[2] = (x[2] + 1) * 127.5
@@ -493,11 +501,12 @@ def test_fitting_and_scoring_keep_the_mode_and_the_weights(model, training):
 @pytest.mark.parametrize("method", ["fit_reference", "calibrate"])
 def test_only_normal_images_and_at_least_one(model, method, refused):
     before = states(model)
-    with refused(method, "image 2", "anomalous"):
-        getattr(model, method)([{"pixel_values": images(3), "labels": torch.tensor([0, 0, 1])}], progress=False)
+    for labels in (torch.tensor([0, 0, 1]), [0, 0, 1]):
+        with refused(method, "image 2", "anomalous"):
+            getattr(model, method)([{"pixel_values": images(3), "labels": labels}], progress=False)
     with refused("normal"):
         getattr(model, method)([], progress=False)
-    for batch in ([images(3)], {"image": images(3)}):  # the first is a TensorDataset's
+    for batch in ([images(3)], {"image": images(3)}, {"pixel_values": images(3).numpy()}):  # the first is a TensorDataset's
         with refused(f"a batch is a {type(batch).__name__}", "pixel_values"):
             getattr(model, method)([batch], progress=False)
     assert all(torch.equal(before[name], buffer) for name, buffer in states(model).items())
