@@ -153,8 +153,10 @@ class AnomalyImageProcessor(PilBackend):
         slice_axis: int | None = None,
         central_slices: int | None = None,
     ) -> "AnomalyImageProcessor":
-        """The processor that goes with a detector of this size and number of channels; `window` for images of more than 8 bits, `slice_axis` and
+        """The processor that goes with a detector of this size and number of channels, 1 or 3; `window` for images of more than 8 bits, `slice_axis` and
         `central_slices` of volumes."""
+        if num_channels not in (1, 3):
+            raise InputError(f"num_channels must be 1 (gray) or 3 (RGB), got {num_channels}")
         return cls(
             window=window,
             slice_axis=slice_axis,

@@ -259,6 +259,12 @@ def test_save_and_load(processor, tmp_path):
         assert torch.equal(pixels(loaded, *images), pixels(processor, *images))
 
 
+@pytest.mark.parametrize("count", [0, 2, 4, 16])
+def test_images_have_one_or_three_channels(count, refused):
+    with refused("num_channels", "1 (gray) or 3 (RGB)", count):
+        AnomalyImageProcessor.for_images(1, count)
+
+
 @pytest.mark.parametrize("channels", [1, 3])
 def test_the_detector_takes_what_the_processor_gives(channels):
     model = CSIModel(CSIConfig(image_size=8, num_channels=channels))
