@@ -9,7 +9,7 @@ import numpy as np
 import PIL.Image
 import pytest
 import torch
-from datasets import ClassLabel, Dataset, Features, Image, List, Value
+from datasets import ClassLabel, Dataset, DatasetDict, Features, Image, List, Value
 from torch.utils.data import DataLoader
 
 from hf_anomaly.data import PixelTransform, check_images, collate, decode_image, load_one_class, load_unlabelled, prepare
@@ -677,6 +677,7 @@ def test_decode_image_errors(tmp_path):
         ({"bytes": None, "path": str(tmp_path / "cut.png")}, r"cut\.png: unreadable image"),
         ({"bytes": None, "path": str(tmp_path / "none.png")}, r"none\.png: unreadable image \(No such file.*restore"),
         (None, "^row 3: the image is missing"),
+        ("a/path.png", r"^row 3: a str is no image; .*cast_column\('image', datasets.Image\(\)\)"),
         (PIL.Image.new("I;16", (8, 8)), "^row 3: 16-bit"),
         (np.zeros((8, 8), np.float32), "^row 3: an array must be uint8"),
         (np.zeros((8, 8, 2), np.uint8), "^row 3: an array must be uint8"),
@@ -698,6 +699,12 @@ def test_prepare_and_collate(tmp_path):
     assert batch["row"].tolist() == [0, 1, 2]
     expected = processor([PIL.Image.open(tmp_path / "test" / "bad" / "1.png")], return_tensors="pt")["pixel_values"][0]
     assert torch.equal(test[1]["pixel_values"], expected)
+
+
+def test_prepare_takes_one_split(refused):
+    for other in (DatasetDict(train=Dataset.from_dict({"image": []})), [pixels(0)], processor):
+        with refused("one split", type(other).__name__):
+            prepare(other, processor)
 
 
 def test_labels_of_either_name_are_kept():

@@ -91,8 +91,10 @@ def open_image(value: dict[str, Any] | PIL.Image.Image | np.ndarray, where: str,
             image = open_raster(io.BytesIO(value["bytes"]) if value.get("bytes") is not None else Path(value["path"]))
         except Exception as error:  # on broken files PIL's plugins raise OSError, SyntaxError, struct.error, DecompressionBombError …
             raise _unreadable(value, where, error) from error
-    else:
+    elif value is None or isinstance(value, dict):
         raise InputError(f"{where}: the image is missing; remove the row")
+    else:  # such as a path
+        raise InputError(f"{where}: a {type(value).__name__} is no image; make it one with cast_column('image', datasets.Image())")
     check_depth(image, _name(value, where), window)
     return image
 
@@ -269,10 +271,12 @@ def prepare(
     Image columns are left encoded first, so that an unreadable image is named by `PixelTransform`.
 
     Raises:
-        InputError: when read, as `PixelTransform`.
+        InputError: something else, such as a `DatasetDict`; and when read, as `PixelTransform`.
     """
     import datasets
 
+    if not isinstance(dataset, datasets.Dataset | datasets.IterableDataset):
+        raise InputError(f"prepare takes one split, a datasets.Dataset or IterableDataset, got {type(dataset).__name__}")
     transform = PixelTransform(processor, extra_columns)
     is_stream = isinstance(dataset, datasets.IterableDataset)
     if is_stream and dataset.features is None:
