@@ -8,6 +8,7 @@ import os
 import sys
 from importlib import import_module
 from pathlib import PurePath
+from typing import TYPE_CHECKING
 
 from .version import __version__
 
@@ -15,6 +16,43 @@ from .version import __version__
 # after the other (model_cards/results/speed.md). Read when torch is first imported.
 if not os.environ.keys() & {"GOMP_SPINCOUNT", "OMP_WAIT_POLICY"}:
     os.environ["GOMP_SPINCOUNT"] = "10000"
+
+if TYPE_CHECKING:  # editors and type checkers do not follow _HOMES
+    from .backbones.configuration_small_resnet import SmallResNetConfig as SmallResNetConfig
+    from .backbones.modeling_small_resnet import SmallResNetBackbone as SmallResNetBackbone
+    from .data import load_one_class as load_one_class
+    from .data import prepare as prepare
+    from .detector import AnomalyDetector as AnomalyDetector
+    from .detector import AnomalyDetectorConfig as AnomalyDetectorConfig
+    from .detector import AnomalyDetectorOutput as AnomalyDetectorOutput
+    from .detectors.addp.configuration_addp import ADDPConfig as ADDPConfig
+    from .detectors.addp.modeling_addp import ADDPForPreTraining as ADDPForPreTraining
+    from .detectors.addp.modeling_addp import ADDPModel as ADDPModel
+    from .detectors.csi.configuration_csi import CSIConfig as CSIConfig
+    from .detectors.csi.modeling_csi import CSIModel as CSIModel
+    from .detectors.dia.configuration_dia import DIAConfig as DIAConfig
+    from .detectors.dia.modeling_dia import DIAModel as DIAModel
+    from .detectors.shared_ae.configuration_shared_ae import SharedAEConfig as SharedAEConfig
+    from .detectors.shared_ae.modeling_shared_ae import SharedAEModel as SharedAEModel
+    from .dissolving import DISSOLVERS as DISSOLVERS
+    from .dissolving import DiffusionDissolver as DiffusionDissolver
+    from .dissolving import Dissolver as Dissolver
+    from .dissolving import GaussianDissolver as GaussianDissolver
+    from .dissolving import IdentityDissolver as IdentityDissolver
+    from .dissolving import MedianDissolver as MedianDissolver
+    from .dissolving import ResizeDissolver as ResizeDissolver
+    from .dissolving import dissolve_dataset as dissolve_dataset
+    from .errors import HubError as HubError
+    from .errors import InputError as InputError
+    from .errors import NotFittedError as NotFittedError
+    from .image_processing import AnomalyImageProcessor as AnomalyImageProcessor
+    from .metrics import image_metrics as image_metrics
+    from .pipeline import AnomalyDetectionPipeline as AnomalyDetectionPipeline
+    from .registry import DETECTORS as DETECTORS
+    from .training import AnomalyTrainer as AnomalyTrainer
+    from .training import AnomalyTrainingArguments as AnomalyTrainingArguments
+    from .training.runs import train_detector as train_detector
+    from .visualization import overlay_anomaly_map as overlay_anomaly_map
 
 _HOMES = {  # public name -> its module
     "ADDPConfig": "detectors.addp.configuration_addp",
@@ -66,7 +104,7 @@ def __getattr__(name: str):
 
 def __dir__() -> list[str]:
     """What is not imported yet, too: completion shows what there is."""
-    return sorted({*__all__, *globals()} - {"PurePath", "import_module", "os", "sys"})
+    return sorted({*__all__, *globals()} - {"PurePath", "TYPE_CHECKING", "import_module", "os", "sys"})
 
 
 # The console script imports this package before it knows what it is asked for. torch and transformers take seconds: `hf-anomaly --help` must not wait for

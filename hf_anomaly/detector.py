@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Self
 
 import torch
 from huggingface_hub.dataclasses import strict
@@ -402,7 +403,7 @@ class AnomalyDetector(PreTrainedModel):
             raise NotFittedError(f"{type(self).__name__} is not fitted: call fit_reference(dataloader) with normal training images first")
 
     @torch.no_grad()
-    def fit_reference(self, dataloader: Iterable, *, gather: Callable | None = None, progress: bool = True) -> "AnomalyDetector":
+    def fit_reference(self, dataloader: Iterable, *, gather: Callable | None = None, progress: bool = True) -> Self:
         """One pass over the normal training images fills what scoring needs. Any earlier calibration is dropped.
 
         Args:
@@ -437,7 +438,7 @@ class AnomalyDetector(PreTrainedModel):
 
     def calibrate(
         self, dataloader: Iterable, *, false_positive_rate: float = 0.05, gather: Callable | None = None, progress: bool = True
-    ) -> "AnomalyDetector":
+    ) -> Self:
         """Held-out *normal* images, neither trained on nor in the reference, give the threshold and the conformal p-values.
 
         Args:
@@ -505,7 +506,7 @@ class AnomalyDetector(PreTrainedModel):
     @classmethod
     def from_pretrained(
         cls, pretrained_model_name_or_path, *model_args, output_loading_info=False, ignore_mismatched_sizes=False, **kwargs
-    ):
+    ) -> Self:
         """As `PreTrainedModel.from_pretrained`, from safetensors only. With other values of `config.score_fields` than the calibration was made for,
         such as keywords here can give, the calibration is dropped with a warning; with other values of `config.reference_fields` the reference, too. With
         another `false_positive_rate` the threshold becomes that of the new rate; `anomaly_map_range` stays that of the old one.

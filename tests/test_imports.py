@@ -177,9 +177,20 @@ def test_lazy_names_are_there():
     for name in hf_anomaly.__all__:
         assert getattr(hf_anomaly, name) is not None
     assert {*hf_anomaly.__all__, "__file__"} <= set(dir(hf_anomaly))
-    assert not {"PurePath", "import_module", "os", "sys"} & set(dir(hf_anomaly))
+    assert not {"PurePath", "TYPE_CHECKING", "import_module", "os", "sys"} & set(dir(hf_anomaly))
     with pytest.raises(AttributeError, match="no attribute 'xyzzy'"):
         _ = hf_anomaly.xyzzy
+
+
+def test_editors_and_type_checkers_see_the_lazy_names():
+    """They read import statements, and of an installed package only where there is a py.typed."""
+    import hf_anomaly
+
+    assert (PACKAGE / "py.typed").is_file()
+    tree = ast.parse((PACKAGE / "__init__.py").read_text(encoding="utf-8"))
+    seen = next(node for node in tree.body if isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING")
+    names = {alias.asname: node.module for node in seen.body for alias in node.names}
+    assert names == hf_anomaly._HOMES
 
 
 @pytest.mark.parametrize(("given", "then"), [({}, "10000"), ({"GOMP_SPINCOUNT": "7"}, "7"), ({"OMP_WAIT_POLICY": "PASSIVE"}, None)])
