@@ -553,6 +553,14 @@ def test_arguments_of_another_class_are_refused(tmp_path, refused):
         DenoisingTrainer(detector(), plain, train_dataset=prepare(images(4), PROCESSOR))
 
 
+def test_what_is_no_detector(make, refused):
+    trainer = make(max_steps=2)
+    for model in (torch.nn.Sequential(detector()), CSIModel, trainer.args):
+        with refused("AnomalyDetector", type(model).__name__):
+            AnomalyTrainer(model, trainer.args, train_dataset=trainer.train_dataset)
+    AnomalyTrainer(torch.compile(detector(), backend="eager"), trainer.args, train_dataset=trainer.train_dataset).train()
+
+
 @pytest.mark.parametrize("kind", ["csi", "phases"])
 def test_every_training_may_begin_with_a_new_model(make, kind):
     """As trials of hyperparameter_search do, which forgets the model in between."""
@@ -646,6 +654,8 @@ def test_what_train_detector_refuses(tmp_path, refused):
     with refused("TrainingArguments"):
         train_detector(detector(), PROCESSOR, load_one_class("digits"), TrainingArguments(str(tmp_path)))
     args = AnomalyTrainingArguments(output_dir=str(tmp_path), report_to="none")
+    with refused("OneClassSplits", "load_one_class", "got Dataset"):
+        train_detector(detector(), PROCESSOR, images(8), args)
     with refused("evaluation_only"):
         train_detector(detector(), PROCESSOR, load_one_class("digits", evaluation_only=True), args)
 

@@ -293,6 +293,8 @@ def _check_task(splits: OneClassSplits, args: AnomalyTrainingArguments) -> None:
     """Refuses what cannot be trained or evaluated; fits the batch size and the evaluations during training to the images there are."""
     if not isinstance(args, AnomalyTrainingArguments):
         raise InputError(f"args must be AnomalyTrainingArguments, got {type(args).__name__}")
+    if not isinstance(splits, OneClassSplits):
+        raise InputError(f"splits must be OneClassSplits, as load_one_class gives them, got {type(splits).__name__}")
     if splits.train is None:
         raise InputError("the splits hold no images to train on: load them without evaluation_only")
     if args.card_figures and num_images(splits.train) is None:

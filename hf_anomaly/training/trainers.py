@@ -400,8 +400,8 @@ class AnomalyTrainer(ReproducibleTrainer):
         run: as in `ReproducibleTrainer`.
 
     Raises:
-        InputError: a detector with phases under fp16, FSDP or DeepSpeed, or with `optimizers`: each phase has its own; or a `metric_for_best_model` that
-            is not measured.
+        InputError: a model that is no detector; one with phases under fp16, FSDP or DeepSpeed, or with `optimizers`: each phase has its own; or a
+            `metric_for_best_model` that is not measured.
     """
 
     arguments_class = AnomalyTrainingArguments
@@ -423,6 +423,8 @@ class AnomalyTrainer(ReproducibleTrainer):
         optimizers=(None, None),
         run=None,
     ):
+        if model is not None and not isinstance(getattr(model, "_orig_mod", model), AnomalyDetector):  # as torch.compile wraps it
+            raise InputError(f"AnomalyTrainer trains an AnomalyDetector, not {type(model).__name__}: give the detector itself")
         super().__init__(
             model,
             args,
