@@ -263,6 +263,9 @@ class AnomalyDetector(PreTrainedModel):
     what scoring compares with (buffers in modules derived from `Float32State`). `calibrate` scores held-out normal images and sets
     the threshold. All of it is in the saved folder, so that a loaded detector scores bit for bit as before.
 
+    `AnomalyTrainer.train` empties reference and calibration. A loop of your own leaves them as they are, of the weights before it: fit and calibrate
+    after it, and to score in between, too.
+
     A subclass implements `compute_losses`, `reference_features`, `set_reference`, `clear_reference`, `is_fitted` and `compute_scores`.
     """
 
@@ -315,6 +318,7 @@ class AnomalyDetector(PreTrainedModel):
 
     @property
     def is_fitted(self) -> bool:
+        """Whether it has a reference, without which it scores nothing."""
         raise NotImplementedError
 
     def compute_scores(self, pixel_values: torch.Tensor, *, output_anomaly_maps: bool, output_embeddings: bool) -> AnomalyDetectorOutput:
@@ -372,6 +376,7 @@ class AnomalyDetector(PreTrainedModel):
         return output
 
     def check_pixel_values(self, pixel_values: torch.Tensor) -> None:
+        """Refuses what the processor does not give, see `forward`."""
         if not isinstance(pixel_values, torch.Tensor):
             raise InputError(
                 f"pixel_values are a {type(pixel_values).__name__}: give a tensor, as the processor does with return_tensors='pt'"
@@ -399,6 +404,7 @@ class AnomalyDetector(PreTrainedModel):
             )
 
     def require_fitted(self) -> None:
+        """Raises NotFittedError before `fit_reference`."""
         if not self.is_fitted:
             raise NotFittedError(f"{type(self).__name__} is not fitted: call fit_reference(dataloader) with normal training images first")
 

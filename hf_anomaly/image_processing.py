@@ -224,6 +224,7 @@ class AnomalyImageProcessor(PilBackend):
 
     @property
     def num_channels(self) -> int:
+        """Of the images it makes: 3 (RGB) or 1 (gray)."""
         return 3 if self.do_convert_rgb else 1
 
     def read(self, image, name: str, timeout: float = 30.0) -> PIL.Image.Image:
