@@ -15,14 +15,14 @@ from hf_anomaly.ops.maps import median_filter
 @pytest.mark.parametrize("size", [1, 3, 5])
 def test_median_filter(size, at_once, border, numpy_mode, monkeypatch):
     monkeypatch.setattr(maps_module, "_WINDOW_PIXELS", at_once)
-    maps = torch.rand(2, 3, 6, 9, generator=torch.Generator().manual_seed(0))
+    maps = torch.rand(2, 3, 9, 6, generator=torch.Generator().manual_seed(0))
     filtered = median_filter(maps, size, border).numpy()
     reach = size // 2
     for b, c in np.ndindex(2, 3):
         padded = np.pad(maps[b, c].numpy(), reach, mode=numpy_mode)
-        for i, j in np.ndindex(6, 9):
+        for i, j in np.ndindex(9, 6):
             assert filtered[b, c, i, j] == np.median(padded[i : i + size, j : j + size])
-    assert median_filter(maps[:0], size, border).shape == (0, 3, 6, 9)
+    assert median_filter(maps[:0], size, border).shape == (0, 3, 9, 6)
 
 
 def test_the_median_of_a_large_batch_takes_bounded_memory(monkeypatch):
