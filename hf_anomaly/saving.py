@@ -23,7 +23,7 @@ _COMPANION_FILES = (
     "figures/*.png",
     *(f"dissolver/{name}" for name in ("*.json", "*.safetensors", "*/*.json", "*/*.safetensors")),
 )
-_REPORTS = ("README.md", "eval_results.json", "figures")  # companions that a new reference or calibration makes untrue
+_REPORTS = ("eval_results.json", "figures")  # companions that a new reference or calibration makes untrue, as it does results in a card
 
 REMOTE_CODE_FILE = "modeling_hf_anomaly.py"
 REMOTE_CODE = '''\
@@ -93,13 +93,18 @@ class Home:
         name = os.path.abspath(name_or_path) if os.path.isdir(name_or_path) else os.fspath(name_or_path)
         return cls(name, getattr(revision, "resolved", revision), subfolder, cache_dir, was_loaded=True)
 
+    @property
+    def is_folder(self) -> bool:
+        """Whether it is or was one of this machine, also if one that is named like a repository has come to lie here since."""
+        return os.path.isabs(self.name)
+
     def lies_in(self, target: Path) -> bool:
-        return Path(self.name).is_dir() and Path(self.name, self.subfolder).resolve() == target.resolve()
+        return self.is_folder and Path(self.name, self.subfolder).resolve() == target.resolve()
 
     @property
     def is_gone(self) -> bool:
         """Whether it was a folder, and there is none any more."""
-        return os.path.isabs(self.name) and not Path(self.name, self.subfolder).is_dir()
+        return self.is_folder and not Path(self.name, self.subfolder).is_dir()
 
     def folder(self, token: str | bool | None = None) -> Path | None:
         """The local folder with the companions, downloaded if need be; None if there is none any more.
@@ -108,10 +113,10 @@ class Home:
             OSError: the Hub refused or cannot be reached.
         """
         if self._folder is None or not self._folder.is_dir():
-            if os.path.isdir(self.name):
-                self._folder = Path(self.name, self.subfolder)
-            elif os.path.isabs(self.name):  # it was a folder
+            if self.is_gone:
                 return None
+            if self.is_folder:
+                self._folder = Path(self.name, self.subfolder)
             else:
                 from huggingface_hub import snapshot_download
 
@@ -126,7 +131,7 @@ class Home:
 
 def warn_of_lost_companions(homes: list[Home]) -> None:
     """Warns if the place that a detector was loaded from is gone, and so is each place that it was saved to since: such as checkpoints, which come and go."""
-    if all(home.is_gone for home in homes) and (lost := [home.name for home in homes if home.was_loaded]):
+    if all(home.is_gone for home in homes) and (lost := [Path(home.name, home.subfolder) for home in homes if home.was_loaded]):
         logger.warning(
             "%s is gone: saved without the processor, the card and the results that lay there; save a processor beside it", lost[-1]
         )

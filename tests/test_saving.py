@@ -84,6 +84,8 @@ def test_load_and_save_brings_the_companions(folder, tmp_path):
     assert after == before
     assert (tmp_path / "copy" / "config.json").is_file()
     assert "dissolver/dissolver_config.json" in after
+    AutoModel.from_pretrained(tmp_path, subfolder=folder.name).save_pretrained(tmp_path)
+    assert before.keys() < contents(tmp_path).keys()
 
 
 def test_card_and_results_do_not_follow_a_detector_calibrated_anew(folder, tmp_path):
@@ -340,6 +342,15 @@ def test_a_folder_that_is_gone_is_not_sought_on_the_hub(folder, tmp_path, monkey
     assert model._homes[-1].folder() is None
 
 
+def test_a_folder_called_like_the_repository_is_not_taken_for_it(folder, tmp_path, monkeypatch):
+    model = AutoModel.from_pretrained(folder)
+    model._homes = [Home("org/name", was_loaded=True)]
+    monkeypatch.setattr("huggingface_hub.snapshot_download", lambda *args, **kwargs: folder)
+    monkeypatch.chdir(tmp_path)
+    model.save_pretrained("org/name")
+    assert contents(tmp_path / "org" / "name").keys() == contents(folder).keys()
+
+
 def test_a_home_that_cannot_be_reached_is_passed_over(folder, tmp_path, caplog, monkeypatch):
     """Saved over another detector while the Hub is away: the other's card does not keep its results."""
     write_card(folder, AutoModel.from_pretrained(folder), {**MEASURED, "auroc": 0.8765})
@@ -353,7 +364,7 @@ def test_a_home_that_cannot_be_reached_is_passed_over(folder, tmp_path, caplog, 
 
 @pytest.mark.parametrize("again", ["detector", "copy"])
 def test_companions_of_a_folder_that_is_gone_are_missed(folder, tmp_path, caplog, again):
-    model = AutoModel.from_pretrained(folder)
+    model = AutoModel.from_pretrained(folder.parent, subfolder=folder.name)
     model.save_pretrained(tmp_path / "checkpoint")
     shutil.rmtree(tmp_path / "checkpoint")
     model.save_pretrained(tmp_path / "whole")
@@ -396,9 +407,11 @@ def test_links_that_leave_the_folder_are_not_followed(folder, tmp_path, refused,
 def test_only_files_of_a_dissolver_come_from_its_folder(folder, tmp_path):
     (folder / "dissolver" / "unet").mkdir()
     for name in ("weights.bin", "code.py", "model.safetensors"):
+        (folder / "dissolver" / name).write_text("")
         (folder / "dissolver" / "unet" / name).write_text("")
     AutoModel.from_pretrained(folder).save_pretrained(tmp_path / "copy")
-    assert [path.name for path in (tmp_path / "copy" / "dissolver" / "unet").iterdir()] == ["model.safetensors"]
+    names = {"dissolver_config.json", "model.safetensors", "unet/model.safetensors"}
+    assert contents(tmp_path / "copy" / "dissolver").keys() == names
 
 
 class DiskFull(CSIModel):
