@@ -216,7 +216,8 @@ def test_passes_over_the_images(tmp_path, words, passes):
     assert args.passes(num_images=200) == passes
 
 
-def test_what_lies_in_the_folder_is_not_replaced_without_a_word(monkeypatch, tmp_path, caplog):
+@pytest.mark.parametrize("result", ["config.json", "model_index.json"])
+def test_what_lies_in_the_folder_is_not_replaced_without_a_word(monkeypatch, tmp_path, caplog, result):
     monkeypatch.chdir(tmp_path)
 
     def warned(**arguments):
@@ -232,7 +233,7 @@ def test_what_lies_in_the_folder_is_not_replaced_without_a_word(monkeypatch, tmp
     assert warned() == (folder, False)
     Path(folder).mkdir(parents=True)
     assert warned() == (folder, False)
-    Path(folder, "config.json").write_text("{}")
+    Path(folder, result).write_text("{}")
     assert warned() == (folder, True)
     assert warned(resume_from_checkpoint="true") == (folder, False)
     assert warned(output_dir=folder) == (folder, True)
@@ -241,7 +242,11 @@ def test_what_lies_in_the_folder_is_not_replaced_without_a_word(monkeypatch, tmp
         run = Path(folder, stage, "checkpoint-4", "run.json")
         run.parent.mkdir(parents=True)
         run.touch()
-        os.utime(Path(folder, "config.json"), (0, 0))
+        older = Path(folder, "pretrained-training", "checkpoint-4", "run.json")
+        older.parent.mkdir(parents=True)
+        older.touch()
+        os.utime(older, (1, 1))
+        os.utime(Path(folder, result), (0, 0))
         assert warned() == (folder, True)
         assert f"--resume_from_checkpoint true would have gone on from {Path(stage, 'checkpoint-4')}" in caplog.text
 
@@ -250,6 +255,7 @@ def test_of_an_earlier_run_stays_what_is_used_or_none_of_its_own(tmp_path):
     ours = [
         "checkpoint-4/run.json",
         "dissolver-training/checkpoint-4/run.json",
+        "pretrained-training/checkpoint-4/run.json",
         "dissolver/dissolver_config.json",
         "pretrained/pretraining.json",
     ]
