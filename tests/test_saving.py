@@ -222,8 +222,10 @@ def test_companions_already_there_are_kept(folder, tmp_path):
     target = tmp_path / "copy"
     target.mkdir()
     (target / "README.md").write_text("# mine")
-    AutoModel.from_pretrained(folder).save_pretrained(target)
-    assert (target / "README.md").read_text() == "# mine"
+    model = AutoModel.from_pretrained(folder)
+    model.save_pretrained(target)
+    model.save_pretrained(tmp_path / "next")  # from where it was saved last
+    assert (target / "README.md").read_text() == (tmp_path / "next" / "README.md").read_text() == "# mine"
 
 
 def test_saving_in_place_keeps_everything_else(folder):
@@ -307,7 +309,9 @@ def test_what_belongs_to_a_detector_replaces_what_belongs_to_the_one_that_lay_th
 
 
 def test_a_dissolver_saved_for_the_detector_stays(folder):
-    """As in training, into a folder of an earlier run of another method."""
+    """As in training, into a folder of an earlier run of the same method, then of another."""
+    detector().save_pretrained(folder)
+    assert (folder / "dissolver" / "dissolver_config.json").exists()
     config = DIAConfig(
         image_size=8, projection_size=4, backbone_config=SmallResNetConfig(hidden_sizes=[8], depths=[1]), dissolver="gaussian"
     )
@@ -315,13 +319,19 @@ def test_a_dissolver_saved_for_the_detector_stays(folder):
     assert (folder / "dissolver" / "dissolver_config.json").exists()
 
 
-def test_every_folder_that_it_was_saved_to_is_its_own(tmp_path):
+def test_every_folder_that_it_was_saved_to_is_its_own(tmp_path, caplog):
     model = detector()
-    for name in "abc":
+    model.save_pretrained(tmp_path / "a")
+    model.calibrate([images(19, 2)], progress=False)
+    for name in "bc":
         model.save_pretrained(tmp_path / name)
     (tmp_path / "b" / "eval_results.json").write_text("{}")
     model.save_pretrained(tmp_path / "b")
     assert (tmp_path / "b" / "eval_results.json").exists()
+    for name in "abc":  # as checkpoints go
+        shutil.rmtree(tmp_path / name)
+    model.save_pretrained(tmp_path / "d")
+    assert not caplog.records
 
 
 def test_results_of_a_detector_calibrated_in_place_hold(folder):
