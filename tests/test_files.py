@@ -2,11 +2,13 @@
 
 import errno
 import os
+import re
 import threading
+from pathlib import Path
 
 import pytest
 
-from hf_anomaly.files import check_output, files_below, read_json, replacing, shortened, writing
+from hf_anomaly.files import check_output, files_below, read_json, replacing, shortened, staged, writing
 
 
 @pytest.mark.parametrize("open_", [replacing, writing])
@@ -85,6 +87,21 @@ def test_outputs_where_nothing_can_be_written_are_refused_at_once(tmp_path, monk
             check_output("--output", tmp_path / path, folder=folder)
     assert tried == [tmp_path.resolve()] * 4
     check_output("--output", os.devnull)
+
+
+def test_a_staged_folder_comes_with_its_config_last(tmp_path, monkeypatch):
+    moved, replace = [], os.replace
+    monkeypatch.setattr("os.replace", lambda source, place: moved.append(Path(place).name) or replace(source, place))
+    (tmp_path / "mine").mkdir()
+    target = tmp_path / "target"
+    (target / "figures-of-mine").mkdir(parents=True)
+    (target / "figures").symlink_to(tmp_path / "mine")
+    with staged(target, re.compile("figures|weights")) as folder:
+        for name in ("config.json", "weights", "x"):
+            (folder / name).touch()
+    assert moved == ["weights", "x", "config.json"]
+    assert {path.name for path in target.iterdir()} == {"config.json", "weights", "x", "figures-of-mine"}
+    assert (tmp_path / "mine").is_dir()
 
 
 def test_names_that_every_file_system_has():
