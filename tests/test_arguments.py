@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import joblib
 import pytest
@@ -16,7 +17,7 @@ from hf_anomaly.training import AnomalyTrainingArguments, DataArguments, Denoisi
 from hf_anomaly.training.commands.train_addp import PretrainingArguments
 from hf_anomaly.training.commands.train_dia import ContrastiveTrainingArguments, DetectorArguments, DissolverArguments
 from hf_anomaly.training.denoising import denoising_arguments
-from hf_anomaly.training.runs import choose_output_dir, replace_earlier_run
+from hf_anomaly.training.runs import choose_output_dir, lower_batch_size, replace_earlier_run
 
 
 @pytest.mark.parametrize(
@@ -216,6 +217,12 @@ def test_passes_over_the_images(tmp_path, words, passes):
     assert args.passes(num_images=200) == passes
 
 
+def test_processes_share_the_images_of_a_step():
+    args = SimpleNamespace(max_steps=-1, world_size=2, dataloader_drop_last=True, per_device_train_batch_size=8)
+    lower_batch_size(args, 7)
+    assert args.per_device_train_batch_size == 3
+
+
 @pytest.mark.parametrize("result", ["config.json", "model_index.json"])
 def test_what_lies_in_the_folder_is_not_replaced_without_a_word(monkeypatch, tmp_path, caplog, result):
     monkeypatch.chdir(tmp_path)
@@ -233,6 +240,10 @@ def test_what_lies_in_the_folder_is_not_replaced_without_a_word(monkeypatch, tmp
     assert warned() == (folder, False)
     Path(folder).mkdir(parents=True)
     assert warned() == (folder, False)
+    Path(folder, "checkpoint-4").mkdir()
+    Path(folder, "checkpoint-4", "run.json").touch()
+    assert warned() == (folder, True)
+    assert "--resume_from_checkpoint true would have gone on from checkpoint-4" in caplog.text
     Path(folder, result).write_text("{}")
     assert warned() == (folder, True)
     assert warned(resume_from_checkpoint="true") == (folder, False)
@@ -251,7 +262,7 @@ def test_what_lies_in_the_folder_is_not_replaced_without_a_word(monkeypatch, tmp
         assert f"--resume_from_checkpoint true would have gone on from {Path(stage, 'checkpoint-4')}" in caplog.text
 
 
-def test_of_an_earlier_run_stays_what_is_used_or_none_of_its_own(tmp_path):
+def test_of_an_earlier_run_stays_what_is_used_or_none_of_its_own(tmp_path, monkeypatch):
     ours = [
         "checkpoint-4/run.json",
         "dissolver-training/checkpoint-4/run.json",
@@ -270,10 +281,14 @@ def test_of_an_earlier_run_stays_what_is_used_or_none_of_its_own(tmp_path):
 
     assert left() == set()
     assert left(str(tmp_path / "images" / ".." / "pretrained")) == {"pretrained/pretraining.json"}
+    assert left(str(tmp_path / "dissolver-training" / "checkpoint-4")) == {"dissolver-training/checkpoint-4/run.json"}
     assert left("org/dissolver") == set()
     assert left(resume_from_checkpoint="true") == set(ours)
-    (tmp_path / "dissolver" / "README.md").touch()  # by train_dissolver, into a folder of its own
-    assert left() == {"dissolver/dissolver_config.json"}
+    for stage in ("dissolver", "pretrained"):
+        (tmp_path / stage / "README.md").touch()
+    assert left() == {"dissolver/dissolver_config.json"}, "which train_dissolver wrote into a folder of its own"
+    monkeypatch.setattr(AnomalyTrainingArguments, "should_save", False)  # another process
+    assert left() == set(ours)
 
 
 def test_a_folder_that_cannot_be_written_to_is_refused_at_once(tmp_path, monkeypatch):
@@ -296,7 +311,14 @@ def test_a_run_is_named_after_its_images(monkeypatch, tmp_path, name):
 
 def test_a_first_stage_takes_over_what_is_of_the_whole_run(tmp_path):
     shared = {
+        "seed": 7,
         "full_determinism": True,
+        "use_cpu": True,
+        "bf16": True,
+        "save_strategy": "epoch",
+        "save_steps": 3,
+        "disable_tqdm": True,
+        "logging_steps": 3,
         "logging_strategy": "epoch",
         "logging_first_step": True,
         "run_name": "third",
@@ -306,6 +328,6 @@ def test_a_first_stage_takes_over_what_is_of_the_whole_run(tmp_path):
         "dataloader_prefetch_factor": 3,
         "dataloader_multiprocessing_context": "spawn",
     }
-    args = AnomalyTrainingArguments(output_dir=str(tmp_path), use_cpu=True, report_to="none", **shared)
+    args = AnomalyTrainingArguments(output_dir=str(tmp_path), report_to="none", **shared)
     stage = denoising_arguments(args, "dissolver", learning_rate=1e-3, batch_size=4, steps=2)
     assert {name: getattr(stage, name) for name in shared} == shared
