@@ -232,6 +232,13 @@ def test_unlabelled_test_is_not_called_normal(tmp_path):
     splits = load_one_class(write(tmp_path, {"train": 3, "test": 2}))
     assert splits.test is None
     assert "has no labels" in splits.test_missing_reason
+    features = Features({"image": Image(), "label": ClassLabel(names=["good", "hole"])})
+    parts = {"train": 0, "test": -1}  # as on the Hub, where labels are held back
+    hidden = {
+        name: Dataset.from_dict({"image": [PIL.Image.fromarray(pixels(0))] * 2, "label": [label] * 2}, features)
+        for name, label in parts.items()
+    }
+    assert "has no labels" in load_one_class(hidden).test_missing_reason
 
 
 def test_imagefolder_metadata(tmp_path):
