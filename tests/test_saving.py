@@ -566,7 +566,7 @@ RESNET = {"model_type": "small_resnet", "num_channels": 1}
         ({"backbone_config": {**RESNET, "hidden_sizes": [10**9], "depths": [1]}}, ["hidden_sizes"]),
         ({"backbone_config": {**RESNET, "hidden_sizes": [8], "depths": [10**9]}}, ["depths"]),
         ({"backbone_config": {**RESNET, "hidden_sizes": [8], "depths": [10**5]}}, ["depths"]),
-        ({"backbone_config": {"model_type": "hgnet_v2", "stage_num_blocks": [1, 1, 1, 4000]}}, ["stage_num_blocks"]),
+        ({"backbone_config": {"model_type": "hgnet_v2", "stage_num_blocks": [300] * 4}}, ["stage_num_blocks"]),
         ({"backbone_config": {**RESNET, "auto_map": {"AutoBackbone": "evil.Evil", "AutoConfig": "evil.Evil"}}}, ["auto_map"]),
         ({"backbone_config": {**RESNET, "hidden_sizes": [8], "depths": [1], "num_labels": 10**6}}, ["num_labels"]),
         ({"backbone_config": {"model_type": "evil"}}, ["evil", "backbone"]),
