@@ -209,6 +209,14 @@ def test_rates_at_the_threshold(detector):
     assert results["false_positive_rate_at_threshold"] == pytest.approx(1 / 4)
     assert results["true_positive_rate_at_threshold"] == pytest.approx(2 / 3)
     assert results["balanced_accuracy_at_threshold"] == pytest.approx((3 / 4 + 2 / 3) / 2)
+    for only, what, missing in (
+        (labels == 0, "4 images of the evaluation split are normal", "true_positive_rate_at_threshold"),
+        (labels == 1, "3 images of the evaluation split are anomalies", "false_positive_rate_at_threshold"),
+    ):
+        results, _ = evaluate_detector(model, processor, splits, lambda dataset, only=only: (scores[only], labels[only]), batch_size=4)
+        assert results["reason"] == f"all {what}"
+        assert results["auroc"] is results[missing] is None
+        assert ("drift_p_value" in results) == ("normal" in what)
 
 
 def test_figures_show_the_lowest_the_median_and_the_highest_score_of_each_class(detector, tmp_path, monkeypatch):
