@@ -59,7 +59,7 @@ def _encoded(dataset: datasets.Dataset, column: str = "image") -> Iterator[tuple
     undecoded = dataset.with_format(None).cast_column(column, datasets.Image(decode=False))
     for batch in undecoded.select_columns(column).with_format("arrow").iter(batch_size=1000):
         data, paths = (pyarrow.compute.struct_field(batch[column], name) for name in ("bytes", "path"))
-        yield from ((value.as_buffer() if value.is_valid else None, path.as_py()) for value, path in zip(data, paths, strict=True))
+        yield from ((value.as_buffer(), path.as_py()) for value, path in zip(data, paths, strict=True))
 
 
 def _length(data: pyarrow.Buffer | None, path: str | None) -> int:
