@@ -18,6 +18,7 @@ from hf_anomaly import (
     DIAModel,
     DiffusionDissolver,
     GaussianDissolver,
+    HubError,
     SharedAEConfig,
     SharedAEModel,
     SmallResNetConfig,
@@ -361,7 +362,7 @@ def test_a_folder_called_like_the_repository_is_not_taken_for_it(folder, tmp_pat
     assert contents(tmp_path / "org" / "name").keys() == contents(folder).keys()
 
 
-def test_a_home_that_cannot_be_reached_is_passed_over(folder, tmp_path, caplog, monkeypatch):
+def test_a_home_that_cannot_be_reached_is_passed_over(folder, tmp_path, caplog, monkeypatch, refused):
     """Saved over another detector while the Hub is away: the other's card does not keep its results."""
     write_card(folder, AutoModel.from_pretrained(folder), {**MEASURED, "auroc": 0.8765})
     model = other_detector()
@@ -370,6 +371,10 @@ def test_a_home_that_cannot_be_reached_is_passed_over(folder, tmp_path, caplog, 
     model.save_pretrained(folder)
     assert "Saved without what lies beside org/name on the Hub: " in caplog.text
     assert "0.8765" not in (folder / "README.md").read_text()
+    caplog.clear()
+    with refused("org/name", error=HubError):  # what is pushed is whole
+        model.push_to_hub("org/name")
+    assert not caplog.text
 
 
 @pytest.mark.parametrize("again", ["detector", "copy"])
