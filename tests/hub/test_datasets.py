@@ -137,6 +137,12 @@ def test_rows_name_no_files_of_this_machine(hub, stored):
                 assert repo_id in message and "secret.png" in message and "no file of the Hub" in message, message
             for load in (load_one_class, stream_one_class):
                 refused(InputError, lambda: load(repo_id), repo_id, "secret.png", "no file of the Hub")
+    kinds = datasets.Features(image=datasets.Image(), mask=datasets.Image(), label=datasets.ClassLabel(names=["good", "bad"]))
+    content = {"image": [{"bytes": png(pictures[0]), "path": None}] * 2, "mask": [{"bytes": None, "path": str(secret)}] * 2, "label": [0, 1]}
+    table = io.BytesIO()
+    pyarrow.parquet.write_table(pyarrow.Table.from_pydict(content, schema=kinds.arrow_schema), table)
+    edit("datasets/org/masks", {"data/test-00000-of-00001.parquet": table.getvalue()})
+    refused(InputError, lambda: load_one_class("org/masks", normal_label="good", evaluation_only=True), "org/masks", "secret.png", "no file of the Hub")
     Path("own.csv").write_text("image\\n" + "secret.png\\n" * 5)
     assert len(load_one_class("own.csv", calibration_fraction=0).train) == 5  # of this machine's own list
 
