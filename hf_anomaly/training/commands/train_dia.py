@@ -256,12 +256,17 @@ def make_dissolver(args: DissolverArguments, ready: Path | None, splits) -> Diss
     return dissolver
 
 
+def _was_saved(folder: Path, training_args) -> bool:
+    """Whether a resumed run had saved its dissolver: the config, which is written last, is there."""
+    return bool(training_args.resume_from_checkpoint) and (folder / CONFIG_NAME).is_file()
+
+
 def train_diffusion(args: DissolverArguments, folder: Path, data_args, training_args, splits, processor) -> DiffusionDissolver:
     """A dissolver trained on these images and saved in `folder`; a resumed run that had trained it loads it from there."""
     t_range = dict(zip(("t_min", "t_max"), data_args.timesteps(args.t_min, args.t_max), strict=True))
     recorded = {} if data_args.recipe is None else t_range  # the default range is recorded as none
     run = describe_run(splits, processor, training_args.seed, dissolver=asdict(args) | recorded)
-    if training_args.resume_from_checkpoint and (folder / CONFIG_NAME).is_file():  # which is written last
+    if _was_saved(folder, training_args):
         dissolver = DiffusionDissolver.from_pretrained(folder, **t_range)
         check_same_run(dissolver.training_run, run, folder)
         return dissolver
@@ -297,9 +302,7 @@ def place_dissolver(args: DissolverArguments, ready: Path | None, data_args, tra
         remove_staged(folder)
     if args.dissolver == "diffusion":
         return train_diffusion(args, folder, data_args, training_args, splits, processor)
-    # Saved already; of another run it is not ours to remove.
-    resumed = training_args.resume_from_checkpoint and (folder / CONFIG_NAME).is_file()
-    if training_args.should_save and not resumed:
+    if training_args.should_save and not _was_saved(folder, training_args):  # of another run it is not ours to remove
         if not _same_folder(ready, folder):
             shutil.rmtree(folder, ignore_errors=True)  # an earlier run's may be of another kind
         if dissolver is not None:
