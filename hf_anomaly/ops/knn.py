@@ -1,7 +1,5 @@
 """Nearest neighbours in a bank of training features."""
 
-from collections.abc import Callable
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -31,13 +29,15 @@ def max_cosine(queries: Tensor, bank: Tensor, chunk_size: int = 2**24) -> Tensor
         InputError: an empty bank, shapes that do not fit, or chunk_size < 1.
     """
     dtype = _check(queries, bank, chunk_size)
-
-    def cosine(products, piece):
-        lengths = piece.norm(dim=-1).clamp(min=1e-12)  # dividing by them afterwards spares a copy of the piece
-        return products.div_(lengths[:, None])
-
     with torch.autocast(queries.device.type, enabled=False):
-        return _largest(F.normalize(queries.to(dtype), dim=-1), bank, chunk_size, cosine)[0]
+        directions = F.normalize(queries.to(dtype), dim=-1).transpose(0, 1)
+        largest = directions.new_full(directions.shape[:2], float("-inf"))
+        for rows in _pieces(queries, bank, chunk_size):
+            piece = bank[:, rows].to(dtype)
+            lengths = piece.norm(dim=-1).clamp(min=1e-12)  # dividing by them afterwards spares a copy of the piece
+            products = (directions @ piece.transpose(1, 2)).div_(lengths[:, None])
+            largest = torch.maximum(largest, products.amax(dim=2))  # max(dim) also finds the row, in a fifth more time
+        return largest.T
 
 
 def min_distance(queries: Tensor, bank: Tensor, chunk_size: int = 2**24) -> Tensor:
@@ -50,10 +50,16 @@ def min_distance(queries: Tensor, bank: Tensor, chunk_size: int = 2**24) -> Tens
     """
     dtype = _check(queries, bank, chunk_size)
     with torch.autocast(queries.device.type, enabled=False):
-        queries = queries.to(dtype)
-        # ‖q − b‖² = ‖q‖² − 2 (q·b − ‖b‖²/2): good enough to find the nearest row, but a difference of large numbers near zero.
-        _, nearest = _largest(queries, bank, chunk_size, lambda products, piece: products.sub_(piece.square().sum(-1)[:, None] / 2))
-        return (queries - bank[torch.arange(bank.shape[0], device=bank.device), nearest]).norm(dim=-1)
+        points = queries.to(dtype).transpose(0, 1)
+        largest = points.new_full(points.shape[:2], float("-inf"))
+        nearest = torch.zeros_like(largest, dtype=torch.long)
+        for rows in _pieces(queries, bank, chunk_size):
+            piece = bank[:, rows].to(dtype)
+            # ‖q − b‖² = ‖q‖² − 2 (q·b − ‖b‖²/2): good enough to find the nearest row, but a difference of large numbers near zero.
+            value, where = (points @ piece.transpose(1, 2)).sub_(piece.square().sum(-1)[:, None] / 2).max(dim=2)
+            nearest = torch.where(value > largest, rows.start + where, nearest)
+            largest = torch.maximum(largest, value)
+        return (queries.to(dtype) - bank[torch.arange(bank.shape[0], device=bank.device), nearest.T]).norm(dim=-1)
 
 
 def _check(queries: Tensor, bank: Tensor, chunk_size: int) -> torch.dtype:
@@ -67,21 +73,9 @@ def _check(queries: Tensor, bank: Tensor, chunk_size: int) -> torch.dtype:
     return torch.promote_types(torch.promote_types(queries.dtype, bank.dtype), torch.float32)
 
 
-def _largest(queries: Tensor, bank: Tensor, chunk_size: int, adjust: Callable[[Tensor, Tensor], Tensor]) -> tuple[Tensor, Tensor]:
-    """max_m adjust(q·b_m) and that m, each (B, K), of queries (B, K, d) and bank (K, M, d), a piece of the bank after the other.
-
-    Args:
-        adjust: gets the products (K, B, m) with a piece of the bank, and the piece (K, m, d).
-    """
+def _pieces(queries: Tensor, bank: Tensor, chunk_size: int) -> list[slice]:
+    """Rows m of the bank to search at a time: a piece (K, m, d) and its products (K, B, m) have `chunk_size` elements at most."""
     images, shifts, features = queries.shape
     if queries.device.type == "cpu":
         chunk_size = min(chunk_size, _CACHED)
-    queries = queries.transpose(0, 1)
-    largest = queries.new_full((shifts, images), float("-inf"))
-    index = torch.zeros_like(largest, dtype=torch.long)
-    for rows in pieces(bank.shape[1], chunk_size, shifts * (images + features)):
-        piece = bank[:, rows].to(queries.dtype)
-        value, where = adjust(queries @ piece.transpose(1, 2), piece).max(dim=2)
-        index = torch.where(value > largest, rows.start + where, index)
-        largest = torch.maximum(largest, value)
-    return largest.T, index.T
+    return pieces(bank.shape[1], chunk_size, shifts * (images + features))
