@@ -115,6 +115,9 @@ def test_what_is_refused():
         values = [nothing, nothing] if nothing == "" else [1.0, nothing]
         with pytest.raises(InputError, match=r"says nothing in column 'person'"):
             load_one_class(images([1, 2]).add_column("person", values), group_column="person")
+    held_back = images([1, 2]).add_column("person", [0, -1]).cast_column("person", ClassLabel(names=["a"]))
+    with pytest.raises(InputError, match=r"row 1 of split 'train' of .* says nothing in column 'person'"):
+        load_one_class(held_back, group_column="person")
     with pytest.raises(InputError, match=r"column 'person' of .* holds List.*not one name or number"):
         load_one_class(images([1, 2]).add_column("person", [[1], [2]]), group_column="person")
     with pytest.raises(InputError, match="contamination draws image by image"):

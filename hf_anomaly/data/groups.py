@@ -29,10 +29,12 @@ def groups_by_column(split: datasets.Dataset, column: str, where: str) -> np.nda
     if not isinstance(feature, datasets.Value | datasets.ClassLabel):
         raise InputError(f"column {column!r} of {where} holds {feature}, not one name or number an image; give another group_column")
     values = split.select_columns([column])[column][:]
-    missing = next((i for i, value in enumerate(values) if value is None or value == "" or value != value), None)
+    is_class = isinstance(feature, datasets.ClassLabel)
+    nothing = (None, "", -1) if is_class else (None, "")  # of a class held back the Hub writes -1
+    missing = next((i for i, value in enumerate(values) if value in nothing or value != value), None)
     if missing is not None:
         raise InputError(f"row {missing} of {where} says nothing in column {column!r}; fill it in, or leave group_column out")
-    if isinstance(feature, datasets.ClassLabel):
+    if is_class:
         return np.asarray(feature.int2str(values))
     return np.asarray([str(int(value)) if isinstance(value, float) and value.is_integer() else str(value) for value in values])
 
