@@ -724,21 +724,22 @@ def test_labels_of_either_name_are_kept():
     assert [row["labels"] for row in prepare(both, processor)] == [0, 0, 0]
 
 
-@pytest.mark.parametrize("kind", [int, np.int64, bool, float, torch.tensor])
+@pytest.mark.parametrize("kind", [int, np.int64, bool, float, torch.tensor, lambda label: torch.tensor(float(label))])
 def test_a_column_label_becomes_labels(kind):
     """As of `datasets.map(processor)`, which keeps its name; transformers' own collators do so, too."""
     rows = [{"pixel_values": torch.zeros(1, 2, 2), "label": kind(label)} for label in (0, 1)]
     batch = collate(rows)
     assert set(batch) == {"pixel_values", "labels"}
-    assert batch["labels"].tolist() == [0, 1]
+    assert (batch["labels"].tolist(), batch["labels"].dtype) == ([0, 1], torch.int64)
     both = collate([{**row, "labels": 0} for row in rows])
     assert (both["labels"].tolist(), both["label"].tolist()) == ([0, 0], [0, 1])
 
 
-@pytest.mark.parametrize("label", ["bad", None, 0.9, np.nan, [1, 0], np.asarray([1, 0])])
-def test_labels_that_are_no_whole_numbers(label, refused):
+@pytest.mark.parametrize("label", ["bad", None, 0.9, np.nan, [1, 0], np.eye(9), torch.tensor(0.9), torch.tensor([1, 0])])
+@pytest.mark.parametrize("alone", [True, False])
+def test_labels_that_are_no_whole_numbers(label, alone, refused):
     with refused("labels must be whole numbers", "0 for normal images"):
-        collate([{"pixel_values": torch.zeros(1, 2, 2), "labels": value} for value in (0, label)])
+        collate([{"pixel_values": torch.zeros(1, 2, 2), "labels": value} for value in ([] if alone else [0]) + [label]])
 
 
 @pytest.mark.parametrize("row", [(torch.zeros(1, 2, 2), 0), torch.zeros(1, 2, 2)])

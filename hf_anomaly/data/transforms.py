@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from numbers import Real
 from pathlib import Path
+from textwrap import shorten
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -311,13 +312,13 @@ def collate(features: list[dict[str, Any]]) -> dict[str, torch.Tensor | list[Any
     for key in features[0]:
         values = [row[key] for row in features]
         name = "labels" if key == "label" and "labels" not in features[0] else key
-        if isinstance(values[0], torch.Tensor):
+        if name == "labels":
+            batch[name] = _whole_numbers(values)
+        elif isinstance(values[0], torch.Tensor):
             batch[name] = torch.stack(values)
         elif name == "pixel_values":
             stacked = torch.from_numpy(np.stack(values))
             batch[name] = stacked.float() if stacked.is_floating_point() else stacked  # which the detector refuses
-        elif name == "labels":
-            batch[name] = _whole_numbers(values)
         else:
             batch[name] = torch.tensor(values) if all(isinstance(value, Real) for value in values) else values
     return batch
@@ -325,8 +326,8 @@ def collate(features: list[dict[str, Any]]) -> dict[str, torch.Tensor | list[Any
 
 def _whole_numbers(labels: list[Any]) -> torch.Tensor:
     with suppress(TypeError, ValueError, RuntimeError):
-        numbers = torch.tensor(labels, dtype=torch.int64)
-        if numbers.tolist() == labels:  # not 0 for 0.9
+        numbers = torch.tensor(labels).long()
+        if numbers.ndim == 1 and numbers.tolist() == labels:  # not 0 for 0.9
             return numbers
-    found = ", ".join(sorted({repr(label) for label in labels})[:5])
+    found = ", ".join(sorted({shorten(repr(label), 80) for label in labels})[:5])
     raise InputError(f"labels must be whole numbers, 0 for normal images and 1 for anomalies; a batch has {found}")
