@@ -24,6 +24,24 @@ def test_training_images_that_do_not_vary_are_a_plane_of_no_dimension(count):
     assert BASELINES["pca_residual"](train, test).tolist() == [0, 5]
 
 
+def test_baselines_by_hand():
+    train, test = np.split(np.random.default_rng(0).normal(scale=(4, 2, 1, 0.5), size=(30, 4)).astype(np.float32), [25])
+    distances = np.sort(np.linalg.norm(test[:, None] - train, axis=2))
+    variances, axes = np.linalg.eigh(np.cov(train.T))
+    assert variances[3] < 0.9 * variances.sum() < variances[2:].sum()  # two components
+    expected = {
+        "mean_intensity": test.mean(1),
+        "contrast": -test.std(1),
+        "pixel_knn": distances[:, :5].mean(1),
+        "pca_residual": np.square((test - train.mean(0)) @ axes[:, :2]).sum(1),
+    }
+    for name, baseline in BASELINES.items():
+        np.testing.assert_allclose(baseline(train, test), expected[name], rtol=1e-4)
+    np.testing.assert_allclose(
+        BASELINES["pixel_knn"](train[:3], test), np.linalg.norm(test[:, None] - train[:3], axis=2).mean(1), rtol=1e-4
+    )
+
+
 @pytest.mark.parametrize("channels", [1, 3])
 def test_standardized_images_have_one_mean_and_deviation(channels):
     x = images(5, channels, 16, 16)
