@@ -43,14 +43,15 @@ OUTDATED = (
 _BLOCK = re.compile(r"^<!-- hf-anomaly: (\w+) -->\n(.*?)^<!-- /hf-anomaly: \1 -->$", re.DOTALL | re.MULTILINE)
 _FRONT_MATTER = re.compile(r"\s*^---[ \t]*\n(.*?)^---[ \t]*$\n?", re.DOTALL | re.MULTILINE)
 _ADDRESS = re.compile(r'(?<=from_pretrained\()"(?:[^"\\\n]|\\.)*"')
-_BOOLEAN = "tag:yaml.org,2002:bool"
+_BOOLEAN, _TEXT = "tag:yaml.org,2002:bool", "tag:yaml.org,2002:str"
+_BASE_60 = re.compile(r"[-+]?[0-9_]+(:[0-5]?[0-9])+(\.[0-9_]*)?\Z")
 
 
 class _Loader(yaml.SafeLoader):
-    """With the booleans of YAML 1.2, which the Hub reads: `language: no` is Norwegian, not false."""
+    """With what YAML 1.2, which the Hub reads, takes for text: `language: no` is Norwegian, not false, and `time: 12:30` is not 750, in base 60."""
 
     yaml_implicit_resolvers = {
-        letter: [(tag, pattern) for tag, pattern in resolvers if tag != _BOOLEAN]
+        letter: [(_TEXT, _BASE_60), *((tag, pattern) for tag, pattern in resolvers if tag != _BOOLEAN)]
         for letter, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
     }
 
