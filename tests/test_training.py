@@ -678,19 +678,19 @@ def test_lars(make, kind, tmp_path):
 def test_a_step_of_lars_is_that_of_the_formula():
     """You et al. 2017, Algorithm 1, in NumPy, with the momentum of torch's SGD."""
     rng = np.random.default_rng(0)
-    start = [rng.normal(size=shape) for shape in ((3, 4), (5,), (2,))]
+    start = [rng.normal(size=shape) for shape in ((3, 4), (5,), (2,), (2,), (2,))]
     start[2][:] = 0  # a bias as it begins
     lr, momentum, decay, trust = 0.7, 0.9, 0.1, 0.01
     parameters = [torch.nn.Parameter(torch.tensor(w)) for w in start]
     optimizer = LARS(parameters, lr, momentum=momentum, weight_decay=decay, trust=trust)
-    expected, velocity = [w.copy() for w in start], [0.0] * 3
+    expected, velocity = [w.copy() for w in start], [0.0] * 4
     for _ in range(3):
-        for i, parameter in enumerate(parameters):
-            gradient = rng.normal(size=parameter.shape)
+        for i, parameter in enumerate(parameters[:4]):  # the last one has no gradient
+            gradient = rng.normal(size=parameter.shape) * (i != 3)
             parameter.grad = torch.tensor(gradient)
             w = expected[i]
             norms = np.sqrt((w**2).sum()), np.sqrt((gradient**2).sum())
-            rate = trust * norms[0] / (norms[1] + decay * norms[0]) if norms[0] > 0 else 1.0
+            rate = trust * norms[0] / (norms[1] + decay * norms[0]) if min(norms) > 0 else 1.0
             velocity[i] = momentum * velocity[i] + rate * (gradient + decay * w)
             expected[i] = w - lr * velocity[i]
         optimizer.step()
