@@ -281,6 +281,7 @@ def test_cards_of_other_editors(folder, refused):
     ("front", "kept"),
     [
         ("language: no", "language: 'no'"),  # Norwegian, which YAML 1.1 takes for false
+        ("inference: false", "inference: false"),
         ("duration: 12:30", "duration: '12:30'"),  # text, which YAML 1.1 takes for 750
         ("tags: [{a: b}, [c]]", "a: b"),
         ("metrics: [{d: e}]", "d: e"),

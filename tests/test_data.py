@@ -681,6 +681,7 @@ def test_decode_image_errors(tmp_path):
     (tmp_path / "cut.png").write_bytes(data[: len(data) // 2])
     for value, message in [
         ({"bytes": data[: len(data) // 2], "path": "a.png"}, r"^row 3 \(a\.png\): unreadable image"),
+        ({"bytes": b"none", "path": "/a.dcm"}, r"^row 3 \(/a\.dcm\): unreadable image \(unknown"),  # not a file of this machine
         ({"bytes": None, "path": str(tmp_path / "cut.png")}, r"cut\.png: unreadable image"),
         ({"bytes": None, "path": str(tmp_path / "none.png")}, r"none\.png: unreadable image \(No such file.*restore"),
         (None, "^row 3: the image is missing"),
