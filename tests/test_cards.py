@@ -254,11 +254,15 @@ def test_what_a_program_wrote_in_the_yaml_gives_way_and_a_persons_stays(folder, 
     assert "license cc0-1.0, which somebody wrote there: it is kept in place of other" in caplog.text
 
 
-def test_a_person_needs_to_write_nothing_to_be_heard(folder):
+def test_a_person_needs_to_write_nothing_to_be_heard(folder, caplog):
     ours = generated(folder)
     block = re.search(r"<!-- hf-anomaly: settings -->.*?<!-- /hf-anomaly: settings -->\n", ours, re.DOTALL)[0]
     theirs = ours.replace(block, "").replace("# dia-chest", "# Chests")
     assert merge_cards(ours, theirs).replace("\n", "") == theirs.replace("\n", "")
+    for mine, warned in (("", False), ("\nTheirs.", False), ("\nMine.", True)):
+        merged = merge_cards(ours + mine, theirs + "\nTheirs.")
+        assert ("Theirs." in merged, "Mine." in merged) == (True, False)
+        assert ("kept instead of that in the new card" in caplog.text) == warned
     of_another_kind = re.sub("<!-- hf-anomaly: results -->.*", "", theirs, flags=re.DOTALL).replace("dia_anomaly", "dissolver")
     assert "# Chests" in merge_cards(ours, of_another_kind)
     assert "| AUROC | 0.8765 |" in merge_cards(ours, of_another_kind)  # its card never had results
