@@ -1,6 +1,7 @@
 """Checks of files from elsewhere: a repository's config must not make the loader read or write outside its folder, exhaust the memory, or run code."""
 
 import json
+import math
 import os
 from collections.abc import Callable, Iterator
 from pathlib import Path, PurePosixPath
@@ -53,8 +54,9 @@ def check_plausible(config: dict, where: str) -> None:
         if isinstance(value, dict):
             check_plausible(value, f"{where}.{name}")
             continue
-        values = list(value) if isinstance(value, list | tuple) else [value]
-        numbers = [abs(number) for number in values if isinstance(number, int)]
+        values = list(_leaves(value))
+        # Floats, too: 1e10 steps are as many. Only infinity, which nothing allocates, may be a schedule's bound.
+        numbers = [abs(number) for number in values if isinstance(number, int | float) and abs(number) < math.inf]
         if len(values) > LARGEST_LIST:
             raise InputError(f"{where}.{name} is a list of {len(values)}: more than {LARGEST_LIST} is no network's; correct the config")
         if any(number > LARGEST_NUMBER for number in numbers):
@@ -63,6 +65,15 @@ def check_plausible(config: dict, where: str) -> None:
             raise InputError(f"{where}.{name} is {value}: more than {MOST_LABELS} classes are no network's; correct the config")
         if any(word in str(name) for word in ("depth", "layers", "blocks")) and sum(numbers) > LARGEST_DEPTH:
             raise InputError(f"{where}.{name} is {value}: more than {LARGEST_DEPTH} layers are no network's; correct the config")
+
+
+def _leaves(value: Any) -> Iterator[Any]:
+    """What a list holds, also in lists within it; of anything else the value itself."""
+    if isinstance(value, list | tuple):
+        for entry in value:
+            yield from _leaves(entry)
+    else:
+        yield value
 
 
 def check_backbone_config(backbone_config: dict) -> None:

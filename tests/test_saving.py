@@ -569,6 +569,7 @@ RESNET = {"model_type": "small_resnet", "num_channels": 1}
         ({"num_test_views": 10**12}, []),
         ({"num_labels": 10**6}, ["num_labels"]),
         ({"backbone_config": {**RESNET, "hidden_sizes": [10**9], "depths": [1]}}, ["hidden_sizes"]),
+        ({"backbone_config": {**RESNET, "hidden_sizes": [[10**30]], "depths": [1]}}, ["hidden_sizes", "no network's"]),
         ({"backbone_config": {**RESNET, "hidden_sizes": [8], "depths": [10**9]}}, ["depths"]),
         ({"backbone_config": {**RESNET, "hidden_sizes": [8], "depths": [10**5]}}, ["depths"]),
         ({"backbone_config": {"model_type": "hgnet_v2", "stage_num_blocks": [300] * 4}}, ["stage_num_blocks"]),
@@ -618,7 +619,11 @@ def test_an_index_names_files_beside_it_only(folder, shard, refused):
 
 @pytest.mark.parametrize(
     ("file", "changes"),
-    [("scheduler/scheduler_config.json", {"num_train_timesteps": 10**10}), ("unet/config.json", {"layers_per_block": 10**6})],
+    [
+        ("scheduler/scheduler_config.json", {"num_train_timesteps": 10**10}),
+        ("scheduler/scheduler_config.json", {"num_train_timesteps": 1e10}),
+        ("unet/config.json", {"layers_per_block": 10**6}),
+    ],
 )
 def test_a_hostile_dissolver_is_refused(tmp_path, file, changes, refused):
     DiffusionDissolver(build_unet(8, 1, (8, 16)), build_scheduler()).save_pretrained(tmp_path)
