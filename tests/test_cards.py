@@ -252,6 +252,12 @@ def test_what_a_program_wrote_in_the_yaml_gives_way_and_a_persons_stays(folder, 
     by_hand = generated(folder, **old).replace("license: mit", "license: cc0-1.0", 1)
     assert merged(generated(folder, **new), by_hand) == ("cc0-1.0", ["org/other"])
     assert "license cc0-1.0, which somebody wrote there: it is kept in place of other" in caplog.text
+    caplog.clear()
+    again = merge_cards(generated(folder), by_hand)
+    merge_cards(generated(folder, **new), again, given=())
+    merge_cards(generated(folder, license="cc0-1.0"), again)
+    assert not caplog.records
+    assert merged(generated(folder, **new), again) == ("cc0-1.0", ["org/other"])  # still known as a person's
 
 
 def test_a_person_needs_to_write_nothing_to_be_heard(folder, caplog):
@@ -263,9 +269,14 @@ def test_a_person_needs_to_write_nothing_to_be_heard(folder, caplog):
         merged = merge_cards(ours + mine, theirs + "\nTheirs.")
         assert ("Theirs." in merged, "Mine." in merged) == (True, False)
         assert ("kept instead of that in the new card" in caplog.text) == warned
-    of_another_kind = re.sub("<!-- hf-anomaly: results -->.*", "", theirs, flags=re.DOTALL).replace("dia_anomaly", "dissolver")
-    assert "# Chests" in merge_cards(ours, of_another_kind)
-    assert "| AUROC | 0.8765 |" in merge_cards(ours, of_another_kind)  # its card never had results
+    assert merge_cards(ours, ours) == ours
+    title_alone = "---\ntags: [x]\n---\n\n# Chests\n"
+    assert split_card(merge_cards(ours, title_alone))[1] == split_card(ours)[1]
+    for kind, another in (("dia_anomaly", "dissolver"), ("dia_anomaly", "csi_anomaly"), ("dissolver", "denoising")):
+        of_another_kind = re.sub("<!-- hf-anomaly: results -->.*", "", theirs, flags=re.DOTALL).replace("dia_anomaly", another)
+        merged = merge_cards(ours.replace("dia_anomaly", kind), of_another_kind)
+        assert "# Chests" in merged
+        assert "| AUROC | 0.8765 |" in merged  # its card never had results
 
 
 def test_cards_of_other_editors(folder, refused):
@@ -290,6 +301,7 @@ def test_cards_of_other_editors(folder, refused):
         ("tags: [{a: b}, [c]]", "a: b"),
         ("metrics: [{d: e}]", "d: e"),
         ("model-index: text", ""),
+        ("", ""),
         ("model-index: [{name: x, results: text}]", "- text"),
         ("model-index: [{name: x, results: [{task: text}]}]", "task: text"),
     ],
@@ -301,8 +313,10 @@ def test_the_yaml_of_a_person_may_hold_anything(folder, front, kept):
         assert kept in text
         assert "Mine." in text
         assert "!!" not in text  # a tag of Python's own, which nothing else reads
+        assert len(re.findall("^---$", text, re.MULTILINE)) == 2
     assert "roc_auc" in merged
     assert "roc_auc" not in outdate_card(merged)
+    assert tag_card(tag_card(merged, "new"), ["new"]).count("- new") == 1
 
 
 @pytest.mark.parametrize("front", ["date: 2020-13-45", "x: !!bool perhaps", f"x: {'[' * 2000}"])
