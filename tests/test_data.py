@@ -688,12 +688,12 @@ def test_decode_image_errors(tmp_path):
         ("a/path.png", r"^row 3: a str is no image; .*cast_column\('image', datasets.Image\(\)\)"),
         (PIL.Image.new("I;16", (8, 8)), "^row 3: 16-bit"),
         (np.zeros((8, 8), np.float32), "^row 3: an array must be uint8"),
-        (np.zeros((8, 8, 2), np.uint8), "^row 3: an array must be uint8"),
+        *((np.zeros(shape, np.uint8), "^row 3: an array must be uint8") for shape in ((8,), (8, 8, 2), (8, 8, 4), (8, 8, 3, 1))),
     ]:
         with pytest.raises(InputError, match=message) as error:
             decode_image(value, "row 3")
         one_line(error)
-    assert decode_image(np.zeros((8, 8, 1), np.uint8), "").mode == "L"
+    assert [decode_image(np.zeros((8, 8, *channels), np.uint8), "").mode for channels in ((), (1,), (3,))] == ["L", "L", "RGB"]
 
 
 def test_prepare_and_collate(tmp_path):
@@ -719,8 +719,11 @@ def test_labels_of_either_name_are_kept():
     rows = Dataset.from_dict(
         {"image": [png(pixels(i)) for i in range(3)], "labels": [1, 0, 1]}, Features({"image": Image(), "labels": Value("int64")})
     )
-    for dataset in (rows, rows.rename_column("labels", "label"), rows.to_iterable_dataset()):
-        assert [row["labels"] for row in prepare(dataset, processor)] == [1, 0, 1]
+    stream = rows.to_iterable_dataset()
+    for dataset in (rows, rows.rename_column("labels", "label"), stream, stream.map(lambda row: row)):  # which knows no features
+        prepared = list(prepare(dataset, processor))
+        assert [row["labels"] for row in prepared] == [1, 0, 1]
+        assert set(prepared[0]) == {"pixel_values", "labels"}
     both = rows.add_column("label", [0, 0, 0])
     assert [row["labels"] for row in prepare(both, processor)] == [0, 0, 0]
 
@@ -790,6 +793,15 @@ def test_transform_errors():
         PixelTransform(processor)({"image": [pixels(0), None], "row": [4, 5]})
     with pytest.raises(InputError, match=r"^dissolved views of image 0 of the batch: .* one size"):
         PixelTransform(processor)({"image": [pixels(0)], "dissolved_images": [[pixels(0), pixels(0, (8, 8))]]})
+    with pytest.raises(InputError, match="L or RGB images"):
+        PixelTransform(processor)({"image": [pixels(0)], "dissolved_images": [[PIL.Image.new("P", (8, 8))]]})
+    broken = {"bytes": b"no image", "path": None}
+    for image, view, name in ((broken, png(pixels(0)), "image"), (png(pixels(0)), broken, "dissolved views of image")):
+        columns = {"image": [image], "dissolved_images": [[view]]}
+        rows = Dataset.from_dict(columns, Features({"image": Image(), "dissolved_images": List(Image(), length=1)}))
+        for dataset in (rows, rows.to_iterable_dataset()):
+            with pytest.raises(InputError, match=f"^{name} 0 of the batch: unreadable"):
+                next(iter(prepare(dataset, processor)))
 
 
 # Images of any class

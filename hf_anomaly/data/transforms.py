@@ -280,10 +280,9 @@ def prepare(
         raise InputError(f"prepare takes one split, a datasets.Dataset or IterableDataset, got {type(dataset).__name__}")
     transform = PixelTransform(processor, extra_columns)
     is_stream = isinstance(dataset, datasets.IterableDataset)
-    if is_stream and dataset.features is None:
-        dataset = dataset._resolve_features()
-    columns = list(dataset.features)
-    for column, feature in dataset.features.items():
+    features = dataset.features or {}  # of a stream from a generator or `map` nobody knows them
+    columns = list(features or next(iter(dataset), {}))
+    for column, feature in features.items():
         if _undecoded(feature) != feature:
             dataset = dataset.cast_column(column, _undecoded(feature))
     # A stream has no transforms. Its batches are small: they are read ahead.
