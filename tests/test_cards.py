@@ -31,7 +31,7 @@ from hf_anomaly import (
 )
 from hf_anomaly.cards import shown_command, write_card, write_figures, write_pretraining_card
 from hf_anomaly.cards.figures import draw_scores, new_figure
-from hf_anomaly.cards.merging import merge_cards, outdate_card, split_card, tag_card
+from hf_anomaly.cards.merging import address_card, merge_cards, outdate_card, read_card, split_card, tag_card
 from hf_anomaly.dissolving import build_scheduler, build_unet
 
 MEASURED = {"auroc": 0.87654321, "average_precision": 0.7654321, "fpr_at_95_tpr": 0.4321}
@@ -290,6 +290,8 @@ def test_cards_of_other_editors(folder, refused):
     path.write_text(text, encoding="latin-1", errors="replace")
     with refused(path, "save it as UTF-8"):
         write_card(folder, detector(), RESULTS)
+    with refused("README.md of org/chests is not"):
+        read_card(path, "README.md of org/chests")
 
 
 @pytest.mark.parametrize(
@@ -315,8 +317,11 @@ def test_the_yaml_of_a_person_may_hold_anything(folder, front, kept):
         assert "!!" not in text  # a tag of Python's own, which nothing else reads
         assert len(re.findall("^---$", text, re.MULTILINE)) == 2
     assert "roc_auc" in merged
-    assert "roc_auc" not in outdate_card(merged)
-    assert tag_card(tag_card(merged, "new"), ["new"]).count("- new") == 1
+    assert not {"roc_auc", "0.8765"} & set(outdate_card(merged).split())
+    assert outdate_card(merged).count("no longer hold") == 1
+    assert outdate_card(written) is None
+    for text in (merged, written):
+        assert tag_card(tag_card(text, "new"), ["new"]).count("- new") == 1
 
 
 @pytest.mark.parametrize("front", ["date: 2020-13-45", "x: !!bool perhaps", f"x: {'[' * 2000}"])
@@ -564,6 +569,7 @@ def test_a_method_without_a_citation(folder, monkeypatch):
 def test_a_pushed_card_loads_from_its_repository(folder):
     body, _ = card(folder, repo_id="org/lungs")
     assert 'AutoModel.from_pretrained("org/lungs")' in body
+    assert address_card(body, "org/hearts") == body.replace('from_pretrained("org/lungs"', 'from_pretrained("org/hearts"')
 
 
 def test_the_card_cites_its_method(folder):

@@ -145,7 +145,7 @@ def _kind(data: dict) -> set:
 
 def _own_text(body: str) -> str:
     """What a person wrote, beyond the blocks and the title."""
-    return re.sub(r"^# .*\n?", "", _BLOCK.sub("", body).strip(), count=1).strip()
+    return re.sub(r"^# .*\n?", "", _BLOCK.sub("", body).strip()).strip()
 
 
 def _merge_data(ours: dict, theirs: dict, given: Collection[str] | None) -> dict:
