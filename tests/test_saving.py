@@ -1,9 +1,11 @@
 """Saving is whole or nothing, brings the companions, and loading refuses what is damaged."""
 
 import json
+import math
 import resource
 import shutil
 import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -27,6 +29,7 @@ from hf_anomaly.cards import write_card
 from hf_anomaly.dissolving import build_scheduler, build_unet
 from hf_anomaly.loading import load_detector
 from hf_anomaly.saving import Home
+from hf_anomaly.untrusted import check_attention, check_memory, check_plausible
 
 MEASURED = {
     "dataset": "x.npz",
@@ -607,7 +610,48 @@ def test_a_damaged_config_is_told_in_one_line(folder, changes, refused):
         load_detector(str(folder))
 
 
-@pytest.mark.parametrize("shard", ["../outside.safetensors", "/etc/passwd", "model.bin", "..\\outside.safetensors", 1])
+PLAUSIBLE = {
+    "num_layers": [500, 500],
+    "trained_betas": [0.1] * 1000,
+    "num_labels": 2**15,
+    "image_size": 2**20,
+    "least": -math.inf,
+    "name": None,
+}
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("num_layers", [500, 501]),
+        ("trained_betas", [0.1] * 1001),
+        ("num_labels", 2**15 + 1),
+        ("image_size", 2**20 + 1),
+        ("least", -(2.0**21)),
+    ],
+)
+def test_what_a_network_may_have_and_one_more(name, value, refused):
+    check_attention("eager")
+    check_plausible({**PLAUSIBLE, "more": PLAUSIBLE}, "config")
+    with refused(f"config.{name}"):
+        check_plausible(PLAUSIBLE | {name: value}, "config")
+    with refused(f"config.more.{name}"):
+        check_plausible({"more": {name: value}}, "config")
+
+
+def test_files_may_lack_four_times_what_they_hold(tmp_path, monkeypatch, refused):
+    monkeypatch.setattr("hf_anomaly.untrusted._FREE_BYTES", 0)
+    file = str(tmp_path / "model.safetensors")
+    save_file({"weight": torch.zeros(9, 9)}, file)
+    model = torch.nn.Linear(9, 9, bias=False)
+    model.register_buffer("more", torch.zeros(Path(file).stat().st_size))
+    check_memory(model, [file], "here")
+    model.register_buffer("more", torch.zeros(Path(file).stat().st_size + 1))
+    with refused("here", "more"):
+        check_memory(model, [file], "here")
+
+
+@pytest.mark.parametrize("shard", ["../outside.safetensors", "/etc/passwd", "model.bin", "..\\outside.safetensors", 1, [1]])
 def test_an_index_names_files_beside_it_only(folder, shard, refused):
     weights = load_file(folder / "model.safetensors")
     (folder / "model.safetensors").rename(folder.parent / "outside.safetensors")
@@ -615,6 +659,10 @@ def test_an_index_names_files_beside_it_only(folder, shard, refused):
     (folder / "model.safetensors.index.json").write_text(json.dumps(index))
     with refused("model.safetensors.index.json"):
         AutoModel.from_pretrained(folder)
+    for damaged in ("{", "{}", "1", "[]", '{"weight_map": []}'):
+        (folder / "model.safetensors.index.json").write_text(damaged)
+        with refused("model.safetensors.index.json", "no index"):
+            AutoModel.from_pretrained(folder)
 
 
 @pytest.mark.parametrize(

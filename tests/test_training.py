@@ -403,6 +403,7 @@ def test_moments_are_kept_for_each_phase(make, tmp_path):
     state = torch.load(tmp_path / "run" / "checkpoint-12" / "optimizer.pt", weights_only=True)
     assert list(state) == ["ede1", "ede2"]
     for phase in state.values():
+        assert len(phase["state"]) == sum(len(group["params"]) for group in phase["param_groups"])  # the other decoder is not its own
         assert all(moments["step"] == 12 for moments in phase["state"].values())
     first, second = (state[name]["state"][0]["exp_avg"] for name in state)  # of E1's first convolution, in both
     assert first.shape == second.shape
@@ -742,6 +743,11 @@ def test_modes_reach_the_optimizers_that_have_them():
     for mode in ("eval", "train"):
         getattr(phased, mode)()
         assert modal.mode == mode
+    weights[0].grad = torch.ones(1)
+    phased.phase = "modal"
+    assert (phased.state, phased.defaults) == (modal.state, modal.defaults)
+    phased.zero_grad()
+    assert weights[0].grad is None
 
 
 def test_phases_have_their_own_optimizers(make, refused):
