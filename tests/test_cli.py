@@ -33,6 +33,7 @@ from hf_anomaly import (
 )
 from hf_anomaly.cli import train
 from hf_anomaly.dissolving import build_scheduler, build_unet
+from hf_anomaly.training.run_record import without_measurements
 
 COLUMNS = ["image", "score", "p_value", "label", "threshold"]
 SCRIPT = "import sys; sys.argv[0] = '/usr/bin/hf-anomaly'\nfrom hf_anomaly.cli import main\n"
@@ -384,6 +385,8 @@ def test_calibrate_in_place_by_the_normal_ones_of_labelled_images(run, refused, 
     assert (AutoModel.from_pretrained("model").calibration.scores == scores_of("model", normal).sort().values).all()
     told = json.loads(Path("model/eval_results.json").read_text())
     assert told == {"dataset": "site", "num_train": 30, "seed": 1, "reason": "the detector was calibrated again since it was evaluated"}
+    assert without_measurements({"seed": 1, "reason": "no anomalies", "auroc": None}) == {"seed": 1, "reason": "no anomalies"}
+    assert without_measurements({"auroc": 0.9}) == {}
     assert any("trained on images of the same name, site" in record.getMessage() for record in caplog.records)
 
 

@@ -36,7 +36,7 @@ from hf_anomaly.data import prepare
 from hf_anomaly.dissolving import DenoisingModel, DiffusionDissolver, build_scheduler, build_unet, dissolve_dataset
 from hf_anomaly.training import AnomalyTrainer, AnomalyTrainingArguments, DenoisingTrainer, DenoisingTrainingArguments
 from hf_anomaly.training.lars import LARS
-from hf_anomaly.training.phases import PhasedOptimizer
+from hf_anomaly.training.phases import PhasedOptimizer, only
 
 datasets.disable_progress_bars()
 
@@ -744,6 +744,7 @@ def test_modes_reach_the_optimizers_that_have_them():
         getattr(phased, mode)()
         assert modal.mode == mode
     weights[0].grad = torch.ones(1)
+    assert phased.phase == "plain"
     phased.phase = "modal"
     assert (phased.state, phased.defaults) == (modal.state, modal.defaults)
     phased.zero_grad()
@@ -753,6 +754,11 @@ def test_modes_reach_the_optimizers_that_have_them():
 def test_phases_have_their_own_optimizers(make, refused):
     with refused("SharedAEModel", "leave out optimizers"):
         make("phases", optimizers=sgd)
+    layer = torch.nn.Linear(1, 1)
+    layer.bias.requires_grad_(False)
+    with only([], layer):
+        assert not layer.weight.requires_grad
+    assert (layer.weight.requires_grad, layer.bias.requires_grad) == (True, False)
 
 
 @pytest.mark.parametrize("kind", ["cached", "phases"])
