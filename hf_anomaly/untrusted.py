@@ -68,12 +68,13 @@ def check_plausible(config: dict, where: str) -> None:
 
 
 def _leaves(value: Any) -> Iterator[Any]:
-    """What a list holds, also in lists within it; of anything else the value itself."""
-    if isinstance(value, list | tuple):
-        for entry in value:
-            yield from _leaves(entry)
-    else:
-        yield value
+    """What a list holds, also in lists within it, however deep; of anything else the value itself."""
+    entries = [value]
+    for entry in entries:  # which grows meanwhile
+        if isinstance(entry, list | tuple):
+            entries += entry
+        else:
+            yield entry
 
 
 def check_backbone_config(backbone_config: dict) -> None:
