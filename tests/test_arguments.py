@@ -132,6 +132,7 @@ def test_numbers_of_a_stage_out_of_range_are_refused(refused):
         ({"optim": "grokadamw"}, "--optim grokadamw: Please install"),
         ({"optim_args": "eps"}, "--optim_args eps: write name=value"),
         ({"dataloader_persistent_workers": True}, "--dataloader_num_workers"),
+        ({"torch_compile_backend": "inductr"}, "--torch_compile_backend inductr: torch has no such compiler; take one of"),
         ({"report_to": ["wandb"]}, "--report_to wandb: that is not installed; take none"),
         ({"report_to": ["paper"]}, "--report_to paper"),
         ({"fsdp": "full_shard"}, "--fsdp shards the training over several processes, and this is one: add --num_processes N"),

@@ -59,8 +59,8 @@ def check_ranges(args, ranges: dict[str, tuple[float, float]]) -> None:
 
 
 def _check_parts(args: TrainingArguments) -> None:
-    """Refuses a schedule without the settings that it needs, shards for one process, persistent workers without workers, and what is not installed. Trainer
-    would do so only after the data have been prepared."""
+    """Refuses a schedule without the settings that it needs, shards for one process, persistent workers without workers, a compiler that torch does not have,
+    and what is not installed. Trainer would do so only after the data have been prepared."""
     if args.dataloader_persistent_workers and args.dataloader_num_workers == 0:
         raise InputError(
             "--dataloader_persistent_workers keeps the processes that read images, and there are none: add --dataloader_num_workers N"
@@ -80,6 +80,9 @@ def _check_parts(args: TrainingArguments) -> None:
     except (ImportError, ValueError) as error:
         if isinstance(error, ImportError) or "install" in str(error) or "import" in str(error):  # some also want the model
             raise InputError(f"--optim {args.optim.value}: {error}") from error
+    if args.torch_compile and args.torch_compile_backend not in torch.compiler.list_backends(exclude_tags=()):
+        usual = ", ".join(torch.compiler.list_backends())
+        raise InputError(f"--torch_compile_backend {args.torch_compile_backend}: torch has no such compiler; take one of {usual}")
     available = get_available_reporting_integrations()
     for name in args.report_to:
         if name not in available:
