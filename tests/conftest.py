@@ -1,5 +1,6 @@
 """Set before Hugging Face libraries are imported: neither the network nor the user's cache is touched."""
 
+import gc
 import json
 import os
 import runpy
@@ -16,6 +17,13 @@ os.environ["HF_HOME"] = _home.name
 os.environ["HF_DATASETS_CACHE"] = os.path.join(_home.name, "datasets")
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def libraries_are_no_garbage():
+    """Each training looks for garbage a few times. Among all that has been imported, a million objects, that took longer than most trainings."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture
