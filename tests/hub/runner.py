@@ -1,9 +1,10 @@
 """Runs pieces of Python, each in a process forked from one that has imported the libraries and done nothing else.
 
 The Hub's address and cache are frozen when huggingface_hub is imported, so they must be in this process's environment; importing costs seconds,
-a fork does not. One JSON line in, {"code": …}; one out, {"status": …, "output": …}.
+a fork does not, as long as garbage is not looked for among what was imported. One JSON line in, {"code": …}; one out, {"status": …, "output": …}.
 """
 
+import gc
 import json
 import linecache
 import os
@@ -35,10 +36,14 @@ def run_forked(code: str) -> dict:
 
 
 if __name__ == "__main__":
-    import diffusers  # noqa: F401
+    import kornia  # noqa: F401
+    import sklearn.datasets
+    import sklearn.metrics  # noqa: F401
+    from diffusers import DDPMPipeline, DDPMScheduler, UNet2DModel  # noqa: F401
     from transformers import AutoConfig, AutoImageProcessor, AutoModel, Trainer  # noqa: F401
 
     import hf_anomaly.training.denoising  # noqa: F401
 
+    gc.freeze()
     for line in sys.stdin:
         print(json.dumps(run_forked(json.loads(line)["code"])), flush=True)
