@@ -20,6 +20,7 @@ from hf_anomaly import AnomalyImageProcessor, AnomalyTrainer, AnomalyTrainingArg
 from hf_anomaly.data import collate, decode_image, stream_one_class
 
 datasets.disable_progress_bars()
+datasets.config.SLEEP_TIME_ON_THREADS_SHUTDOWN = 0  # at the end of each pass over a parquet file, for interpreters that end there
 ENDLESS = 10**9
 FEATURES = Features({"image": Image(), "label": ClassLabel(names=["bad", "good"])})
 
