@@ -110,7 +110,7 @@ class DiffusionDissolver(Dissolver):
         """
         batch_size, channels = x.shape[:2]
         _check_channels(channels, self.unet)
-        if batch_size and not (timesteps.min() >= 0 and timesteps.max() < len(self.alphas_cumprod)):
+        if not torch.compiler.is_compiling() and batch_size and not (timesteps.min() >= 0 and timesteps.max() < len(self.alphas_cumprod)):
             raise InputError(f"timesteps must be within the schedule's 0…{len(self.alphas_cumprod) - 1}, got {timesteps.tolist()}")
         padded, rows, columns = _pad(x, self.resolution)
         output = self.unet(padded.to(self.unet.dtype), timesteps).sample[:, :channels]
