@@ -10,6 +10,7 @@ from itertools import accumulate
 from pathlib import Path
 
 import pytest
+from forks import Forks
 
 _home = tempfile.TemporaryDirectory(prefix="hf-anomaly-tests-")
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -24,6 +25,14 @@ def libraries_are_no_garbage():
     """Each training looks for garbage a few times. Among all that has been imported, a million objects, that took longer than most trainings."""
     gc.collect()
     gc.freeze()
+
+
+@pytest.fixture(scope="session")
+def forks(tmp_path_factory):
+    """Processes that have imported the libraries and done nothing else."""
+    forks = Forks(dict(os.environ), tmp_path_factory.mktemp("forks"))
+    yield forks
+    forks.close()
 
 
 @pytest.fixture

@@ -1,4 +1,4 @@
-"""Trains, fits, calibrates and scores tiny detectors; run as one process and under torchrun by test_distributed_training.py.
+"""Trains, fits, calibrates and scores tiny detectors; run as one process and as two by test_distributed_training.py.
 
 python tests/distributed_run.py FOLDER WORLD_SIZE
 """

@@ -3,8 +3,6 @@
 import copy
 import itertools
 import json
-import subprocess
-import sys
 
 import pytest
 import torch
@@ -141,14 +139,13 @@ def test_every_registered_class_is_found_in_the_package():
 # Saving and loading -----------------------------------------------------------------------------------------------------------
 
 FRESH_PROCESS = """
-import sys
 from pathlib import Path
 import torch
 import hf_anomaly
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoImageProcessor, AutoModel
 
-for folder in sorted(Path(sys.argv[1]).iterdir()):
+for folder in sorted(Path(ROOT).iterdir()):
     model = AutoModel.from_pretrained(folder)
     assert not model.training
     scores = model(**load_file(folder / "inputs.safetensors")).scores
@@ -159,7 +156,7 @@ for folder in sorted(Path(sys.argv[1]).iterdir()):
 
 
 @pytest.fixture(scope="module")
-def fresh(tmp_path_factory):
+def fresh(tmp_path_factory, forks):
     """Name → (what this process computes, what another one computes from the saved folder, its classes), one process for all cases."""
     from safetensors import safe_open
 
@@ -175,7 +172,8 @@ def fresh(tmp_path_factory):
                 model.save_pretrained(root / key)
                 AnomalyImageProcessor.for_images(**shape).save_pretrained(root / key)
                 save_file({"pixel_values": x}, root / key / "inputs.safetensors")
-    subprocess.run([sys.executable, "-c", FRESH_PROCESS, str(root)], check=True)
+    statuses, output = forks.run(f"ROOT = {str(root)!r}\n{FRESH_PROCESS}")
+    assert statuses == [0], output
     after = {key: load_file(root / key / "fresh.safetensors") for key in before}
     classes = {key: safe_open(root / key / "fresh.safetensors", "pt").metadata()["classes"].split() for key in before}
     return before, after, classes

@@ -3,8 +3,6 @@
 import io
 import json
 import os
-import subprocess
-import sys
 from pathlib import Path
 
 import datasets
@@ -208,27 +206,27 @@ def test_default_cache_folder(tmp_path, monkeypatch):
     assert len(list((tmp_path / "hf_anomaly").glob("*.arrow"))) == 1
 
 
-def test_fresh_process(tmp_path, diffusion):
+def test_fresh_process(tmp_path, diffusion, forks):
     """Fingerprints are stable across processes, so the cache is found there too; a bad name offline is one line."""
     diffusion.save_pretrained(tmp_path / "d")
     dissolved = dissolve_dataset(toy_dataset(), CountingMedian(3), Processor(), cache_dir=tmp_path / "cache")
     script = """
-import json, sys, hf_anomaly
+import json, hf_anomaly
 from test_dissolving_cache import CountingMedian, DiffusionDissolver, Processor, dissolve_dataset, images_of, np, toy_dataset
 
 dissolver = CountingMedian(3)
-found = dissolve_dataset(toy_dataset(), dissolver, Processor(), cache_dir=sys.argv[1] + "/cache")
-diffusion = DiffusionDissolver.from_pretrained(sys.argv[1] + "/d")
+found = dissolve_dataset(toy_dataset(), dissolver, Processor(), cache_dir=FOLDER + "/cache")
+diffusion = DiffusionDissolver.from_pretrained(FOLDER + "/d")
 try:
     DiffusionDissolver.from_pretrained("nobody/nothing")
 except hf_anomaly.HubError as error:
     message = str(error)
 print(json.dumps([dissolver.calls, diffusion.fingerprint(), np.asarray(images_of(found[3])[0]).tolist(), message]))
 """
-    here = Path(__file__).parent
-    environment = os.environ | {"HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path / "home"), "PYTHONPATH": f"{here}{os.pathsep}{here.parent}"}
-    run = subprocess.run([sys.executable, "-c", script, str(tmp_path)], env=environment, capture_output=True, text=True, check=True)
-    calls, fingerprint, levels, message = json.loads(run.stdout.splitlines()[-1])
+    here = str(Path(__file__).parent)
+    (status,), output = forks.run(f"import sys\nsys.path.insert(0, {here!r})\nFOLDER = {str(tmp_path)!r}\n{script}")
+    assert status == 0, output
+    calls, fingerprint, levels, message = json.loads(output.splitlines()[-1])
     assert calls == 0
     assert fingerprint == diffusion.fingerprint()
     assert levels == np.asarray(images_of(dissolved[3])[0]).tolist()

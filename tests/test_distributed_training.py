@@ -1,10 +1,6 @@
 """Two processes with batches of b train as one with batches of 2b, on an encoder without batch statistics."""
 
 import importlib.util
-import os
-import socket
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -28,21 +24,12 @@ script = load_script()
 
 
 @pytest.fixture(scope="module")
-def runs(tmp_path_factory):
+def runs(tmp_path_factory, forks):
     """What one process and two gloo processes got."""
     folder = tmp_path_factory.mktemp("distributed")
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--master_addr=127.0.0.1", f"--master_port={port}"]
-    # Without the variable accelerate looks for GPUs; the script checks the world size.
-    environment = os.environ | {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
-    two = subprocess.Popen(
-        [*command, str(SCRIPT), str(folder), "2"], env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
-    )
     script.main(folder, 1)
-    output, _ = two.communicate(timeout=300)
-    assert two.returncode == 0, output
+    statuses, output = forks.run_script(SCRIPT, folder, 2, processes=2)  # which checks the number of processes
+    assert statuses == [0, 0], output
     return load_file(folder / "1.safetensors"), load_file(folder / "2.safetensors")
 
 

@@ -3,11 +3,9 @@
 import csv
 import gzip
 import json
-import os
 import re
 import shutil
 import struct
-import subprocess
 import sys
 import textwrap
 from dataclasses import replace
@@ -631,25 +629,11 @@ def test_baselines_against_loops():
     )
 
 
-def test_two_processes(data_dir, tmp_path):
-    command = [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--standalone",
-        "--nproc_per_node",
-        "2",
-        str(SCRIPT),
-        "--table",
-        "dia/1",
-    ]
-    options = ["--budget", "smoke", "--datasets", "pneumonia_mnist", "--methods", "dia", "contrast"]
-    environment = {**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
-    result = subprocess.run(
-        [*command, *options, "--data_dir", str(data_dir), "--output_dir", str(tmp_path)], env=environment, capture_output=True, text=True
-    )
-    assert result.returncode == 0, result.stderr
-    assert result.stdout.count("# dia/1") == 1, "one process reports"
+def test_two_processes(data_dir, tmp_path, forks):
+    options = ["--table", "dia/1", "--budget", "smoke", "--datasets", "pneumonia_mnist", "--methods", "dia", "contrast"]
+    statuses, output = forks.run_script(SCRIPT, *options, "--data_dir", data_dir, "--output_dir", tmp_path, processes=2)
+    assert statuses == [0, 0], output
+    assert output.count("# dia/1") == 1, "one process reports"
     cells = sorted((tmp_path / "cells").rglob("*.json"))
     cells = [path for path in cells if path.name == "seed0.json"]
     assert [path.parent.name for path in cells] == ["contrast", "dia", "dissolver"]

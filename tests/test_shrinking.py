@@ -1,8 +1,5 @@
 """Training images kept at the processor's size."""
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import datasets
@@ -72,18 +69,14 @@ def test_a_broken_image_is_named_and_nothing_is_left(folder, tmp_path, refused):
     assert not list((tmp_path / "cache").glob("*.arrow"))
 
 
-def test_two_processes_report_a_broken_image(folder, tmp_path):
+def test_two_processes_report_a_broken_image(folder, tmp_path, forks):
     file = folder / "train" / "normal" / "3.png"
     file.write_bytes(file.read_bytes()[:200])
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", str(SCRIPT)]
-    options = ["--dataset_name", str(folder), "--image_size", "8", "--dissolver", "none", "--max_steps", "1", "--calibration_fraction", "0"]
-    environment = {**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
-    result = subprocess.run(
-        [*command, *options, "--output_dir", str(tmp_path / "run")], env=environment, capture_output=True, text=True, timeout=300
-    )
-    assert result.returncode != 0
-    assert "3.png: unreadable" in result.stderr
-    assert "Connection closed" not in result.stderr, "the second process waited for one that was gone"
+    options = ["--dataset_name", folder, "--image_size", 8, "--dissolver", "none", "--max_steps", 1, "--calibration_fraction", 0]
+    statuses, output = forks.run_script(SCRIPT, *options, "--output_dir", tmp_path / "run", processes=2)
+    assert 0 not in statuses
+    assert "3.png: unreadable" in output
+    assert "Connection closed" not in output, "the second process waited for one that was gone"
 
 
 def test_training_shrinks_larger_images_alone(folder, tmp_path, monkeypatch):

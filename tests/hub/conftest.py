@@ -1,6 +1,5 @@
 """A Hub for the session, and processes that use it through the real client."""
 
-import json
 import os
 import subprocess
 import sys
@@ -8,6 +7,7 @@ import textwrap
 from pathlib import Path
 
 import pytest
+from forks import Forks
 
 from .emulator import Hub, serve
 
@@ -25,7 +25,7 @@ class HubSession:
 
     def __init__(self, url: str, state: Hub, home: Path):
         self.url, self.state, self.home = url, state, home
-        self._runner = None
+        self._forks = Forks(self.environment(), home)
 
     def environment(self, **changes: str | None) -> dict[str, str]:
         """Variables under which the client talks to this Hub alone; None takes one away."""
@@ -49,16 +49,9 @@ class HubSession:
 
     def run(self, code: str) -> str:
         """Runs the prelude and a script; the script fails the test by an exception. Returns what it printed."""
-        if self._runner is None:
-            command = [sys.executable, str(HERE / "runner.py")]
-            self._runner = subprocess.Popen(
-                command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=self.environment(), text=True, cwd=self.home
-            )
-        self._runner.stdin.write(json.dumps({"code": PRELUDE + textwrap.dedent(code)}) + "\n")
-        self._runner.stdin.flush()
-        result = json.loads(self._runner.stdout.readline())
-        assert result["status"] == 0, result["output"]
-        return result["output"]
+        (status,), output = self._forks.run(PRELUDE + textwrap.dedent(code))
+        assert status == 0, output
+        return output
 
     def run_fresh(self, code: str, prelude: bool = False, **environment: str | None) -> str:
         script = (PRELUDE if prelude else "") + textwrap.dedent(code)
@@ -69,9 +62,7 @@ class HubSession:
         return result.stdout
 
     def close(self):
-        if self._runner is not None:
-            self._runner.stdin.close()
-            self._runner.wait()
+        self._forks.close()
 
 
 @pytest.fixture(scope="session")

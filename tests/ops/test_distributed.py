@@ -1,4 +1,5 @@
 from datetime import timedelta
+from pathlib import Path
 
 import pytest
 import torch
@@ -30,8 +31,9 @@ def loss_and_gradient(images, design):
     return loss.detach(), weight.grad
 
 
-def process(rank, folder):
-    dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=WORLD, timeout=timedelta(seconds=60))
+def process(folder):
+    dist.init_process_group("gloo", timeout=timedelta(seconds=60))
+    rank = dist.get_rank()
     torch.set_num_threads(1)
     images = draw_rows(draw, BATCH)
     results = {"world": torch.tensor(world()), "rows": images}
@@ -48,10 +50,13 @@ def process(rank, folder):
 
 
 @pytest.fixture(scope="module")
-def ranks(tmp_path_factory):
+def ranks(tmp_path_factory, forks):
     """What each of two gloo processes saw."""
     folder = tmp_path_factory.mktemp("gloo")
-    torch.multiprocessing.spawn(process, args=(str(folder),), nprocs=WORLD)
+    here = str(Path(__file__).parent)
+    code = f"import sys\nsys.path.insert(0, {here!r})\nfrom test_distributed import process\nprocess({str(folder)!r})"
+    statuses, output = forks.run(code, processes=WORLD)
+    assert statuses == [0, 0], output
     results = [load_file(folder / f"{rank}.safetensors") for rank in range(WORLD)]
     assert [r["world"].tolist() for r in results] == [[0, 2], [1, 2]]
     return results
