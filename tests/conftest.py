@@ -13,7 +13,7 @@ import pytest
 from forks import Forks
 
 _home = tempfile.TemporaryDirectory(prefix="hf-anomaly-tests-")
-os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["HF_HUB_OFFLINE"] = os.environ["HF_EVALUATE_OFFLINE"] = "1"
 os.environ["HF_HOME"] = _home.name
 os.environ["HF_DATASETS_CACHE"] = os.path.join(_home.name, "datasets")
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
