@@ -37,6 +37,7 @@ class HubSession:
             "HF_DATASETS_CACHE": str(self.home / "datasets"),
             "HF_HUB_DISABLE_XET": "1",
             "HF_HUB_DISABLE_TELEMETRY": "1",
+            "HF_UPDATE_DOWNLOAD_COUNTS": "0",  # which datasets has elsewhere
             "HF_HUB_DISABLE_PROGRESS_BARS": "1",
             "HF_HUB_DOWNLOAD_TIMEOUT": "20",
             "DISABLE_SAFETENSORS_CONVERSION": "1",
