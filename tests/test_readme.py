@@ -56,19 +56,20 @@ def test_console_commands_are_understood(monkeypatch):
             import_module(f"hf_anomaly.cli.{name}").parse(argv)  # an InputError, if not
 
 
-def test_python_blocks_run(tmp_path):
-    """After the commands that train their detectors, cut to a few steps."""
+def test_python_blocks_run(tmp_path, monkeypatch):
+    """After the commands that train their detectors, cut to a few steps and an encoder."""
+    monkeypatch.chdir(tmp_path)
     few = ["--max_steps", "4", "--disable_tqdm", "true"]
-    for command in (["train_dia.py", "--dissolver_steps", "4", "--dissolved_variants", "1"], ["train_shared_ae.py"]):
-        subprocess.run(
-            [sys.executable, str(ROOT / "scripts" / command[0]), *command[1:], *few], cwd=tmp_path, check=True, capture_output=True
-        )
+    small = ["--dissolver_steps", "4", "--dissolved_variants", "1", "--num_encoders", "1"]
+    for command in (["train_dia.py", *small], ["train_shared_ae.py"]):
+        status, _, err = run(*command, *few)
+        assert status == 0, err
     code = "\n".join(blocks("python"))
     check = "\nassert scores.shape == p_values.shape == flagged.shape == (4,)\n"
     check += "assert not scores.requires_grad\n"
     check += "torch.testing.assert_close(exported, scores, rtol=1e-5, atol=0)\n"
     check += "assert [verdict['score'] for verdict in verdicts] == pytest.approx(scores.tolist(), rel=1e-5)\n"
-    result = subprocess.run([sys.executable, "-c", "import pytest\n" + code + check], cwd=tmp_path, capture_output=True, text=True)
+    result = subprocess.run([sys.executable, "-c", "import pytest\n" + code + check], capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
     assert len(list(tmp_path.glob("overlay?.png"))) == 4
     saved = tmp_path / "runs" / "python"
