@@ -12,6 +12,7 @@ import datasets
 import numpy as np
 import pytest
 import torch
+from commands.running import SCRIPTS, run
 from datasets import ClassLabel, Dataset, Features, Image
 from PIL import Image as PILImage
 from safetensors.torch import load_file
@@ -875,16 +876,11 @@ def test_a_checkpoint_without_an_average(make, tmp_path):
 def test_a_killed_run_resumes_bit_for_bit(tmp_path):
     torch.manual_seed(0)
     SmallResNetBackbone(SmallResNetConfig(hidden_sizes=[8, 16], depths=[1, 1])).save_pretrained(tmp_path / "backbone")
-    script = Path(__file__).parents[1] / "scripts" / "train_dia.py"
-    environment = os.environ | {"HF_DATASETS_CACHE": str(tmp_path / "cache"), "HF_HUB_OFFLINE": "1"}
+    options = ["--max_steps=30", "--save_steps=4", "--logging_steps=1", "--save_total_limit=3", "--dissolver_steps=3"]
+    options += ["--dissolved_variants=2", "--report_to=none", "--use_cpu=true", f"--backbone={tmp_path / 'backbone'}"]
 
-    def start(folder, *more):
-        options = ["--max_steps=30", "--save_steps=4", "--logging_steps=1", "--save_total_limit=3", "--dissolver_steps=3"]
-        options += ["--dissolved_variants=2", "--report_to=none", "--use_cpu=true", f"--backbone={tmp_path / 'backbone'}"]
-        command = [sys.executable, str(script), f"--output_dir={tmp_path / folder}", *options, *more]
-        return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-
-    killed, whole = start("killed"), start("whole")
+    command = [sys.executable, str(SCRIPTS / "train_dia.py"), f"--output_dir={tmp_path / 'killed'}", *options]
+    killed = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     deadline = time.monotonic() + 240
     while not list((tmp_path / "killed").glob("checkpoint-*")) and killed.poll() is None and time.monotonic() < deadline:
         time.sleep(0.005)
@@ -895,10 +891,9 @@ def test_a_killed_run_resumes_bit_for_bit(tmp_path):
     reached = max(int(path.name.split("-")[1]) for path in (tmp_path / "killed").glob("checkpoint-*"))
     assert 4 <= reached < 30
 
-    resumed = start("killed", "--resume_from_checkpoint=true")
-    for process in (resumed, whole):
-        output, _ = process.communicate(timeout=240)
-        assert process.returncode == 0, output
+    for folder, *more in (("killed", "--resume_from_checkpoint=true"), ("whole",)):
+        status, _, err = run("train_dia.py", f"--output_dir={tmp_path / folder}", *options, *more)
+        assert status == 0, err
 
     def read(folder, name):
         return json.loads((tmp_path / folder / name).read_text())
