@@ -242,6 +242,16 @@ def test_a_pretrained_backbone_is_where_training_starts(train, tmp_path, backbon
             torch.testing.assert_close(trained[f"backbone.{name}"], value, rtol=1e-4, atol=1e-6)
 
 
+GAUSSIAN = ("--dissolver", "gaussian", "--blur_kernel_size", 3)
+
+
+@pytest.fixture(scope="module")
+def gaussian(tmp_path_factory, train):
+    """A finished run, and its files."""
+    folder, _ = train(tmp_path_factory.mktemp("gaussian") / "run", *GAUSSIAN)
+    return folder, {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
 @pytest.mark.parametrize(
     ("more", "culprit"),
     [
@@ -256,11 +266,9 @@ def test_a_pretrained_backbone_is_where_training_starts(train, tmp_path, backbon
         (["--dissolver", "none"], "config.dissolver was 'gaussian'"),
     ],
 )
-def test_resume_refuses_the_work_of_another_run(train, tmp_path, more, culprit):
-    common = ["--dissolver", "gaussian", "--blur_kernel_size", 3]
-    folder, _ = train(tmp_path / "run", *common)
-    before = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
-    argv = more if "--dissolver" in more else [*common, *more]
+def test_resume_refuses_the_work_of_another_run(train, gaussian, more, culprit):
+    folder, before = gaussian
+    argv = more if "--dissolver" in more else [*GAUSSIAN, *more]
     _, err = train(folder, *argv, "--resume_from_checkpoint", "true", status=2)
     assert f"checkpoint-4 belongs to another run ({culprit}" in err.splitlines()[-1]
     assert {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()} == before, "nothing is lost"
