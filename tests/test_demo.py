@@ -20,7 +20,7 @@ from hf_anomaly import (
     SmallResNetConfig,
 )
 from hf_anomaly.demo import build_demo, make_space, run_demo
-from hf_anomaly.demo.analysis import RATE_STEP, analyse, dissolved_versions, judge, open_upload, rate_range
+from hf_anomaly.demo.analysis import RATE_STEP, Verdict, analyse, dissolved_versions, judge, open_upload, rate_range
 from hf_anomaly.demo.page import GRADIO, WARNING, heading_html, result_html
 from hf_anomaly.demo.serving import load_dissolver
 from hf_anomaly.demo.space import space_files
@@ -91,6 +91,8 @@ def test_the_numbers_are_the_detectors(processor, picture):
     for rate in (0.05, 0.1, 0.3, 0.9):
         assert judge(model, analysis.score, rate).flagged == model.is_anomalous(scores, rate).item()
     assert judge(model, analysis.score, 0.1).threshold == model.calibration.threshold.item()
+    threshold = judge(model, analysis.score, 0.1).threshold
+    assert not judge(model, threshold, 0.1).flagged, "it lies not strictly above"
     assert not runs
     assert not analysis.dissolved
 
@@ -130,6 +132,14 @@ def test_every_rate_of_the_slider_has_a_threshold(n):
     if lowest > RATE_STEP:
         assert judge(model, 1e9, lowest - RATE_STEP).threshold == float("inf")
     assert rate_range(shared_ae(num_calibration=39))[2] == 0.1  # the detector's own
+
+
+def test_the_words_are_those_of_the_verdict():
+    for flagged, p_value, said in ((True, 0.0249, ("Flagged as anomalous", "2.49")), (False, 1.0, ("Not flagged", "100"))):
+        text = result_html(1.25, p_value, Verdict(flagged, 1.5, 0.005)).replace("\xa0", " ")
+        assert f">{said[0]}</p>" in text
+        assert f"The score is {'' if flagged else 'not '}above the threshold for a false-alarm rate of 0.5 %." in text
+        assert f"About {said[1]} % of normal images score at least so high." in text
 
 
 def test_dissolved_versions_are_the_dissolvers(processor, picture):
@@ -178,10 +188,21 @@ def test_names_and_labels_are_only_text():
 
 def test_without_gradio(tmp_path, monkeypatch, refused):
     monkeypatch.setitem(__import__("sys").modules, "gradio", None)
-    for action in (lambda: run_demo("nowhere"), lambda: build_demo(shared_ae(), None)):
+    for action in (lambda: run_demo("nowhere", host="localhost", port=1), lambda: build_demo(shared_ae(), None)):
         with refused("pip install 'hf-anomaly[demo]'"):
             action()
     assert f'\ndemo = ["{GRADIO}"]\n' in (Path(__file__).parents[1] / "pyproject.toml").read_text()
+
+
+@pytest.mark.parametrize(
+    ("address", "word"),
+    [({"port": 0}, "65535"), ({"port": 70000}, "65535"), ({"host": "203.0.113.7"}, "no address"), ({"host": "x" * 99}, "no address")],
+)
+def test_where_no_page_can_be_served(address, word, refused):
+    """Such as an address of another machine, kept for documentation."""
+    ((name, value),) = address.items()
+    with refused(f"--{name} {value}:", word):
+        run_demo("nowhere", **address)
 
 
 # The Space --------------------------------------------------------------------------------------------------------------------

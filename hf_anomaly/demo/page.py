@@ -179,7 +179,7 @@ def result_html(score: float, p_value: float | None, verdict: Verdict | None) ->
         f"{_number('threshold', 'Threshold', f'{verdict.threshold:.4g}')}</div>"
         f"<p style='margin: .8em 0 0; opacity: .8'>The score is {side} the threshold for a false-alarm rate of "
         f"{100 * verdict.false_positive_rate:.3g} %. "
-        f"About {100 * p_value:.2g} % of normal images score at least so high.</p>"
+        f"About {100 * p_value:.3g} % of normal images score at least so high.</p>"
     )
 
 

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import socket
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ..data.formats import Window
 from ..dissolving import Dissolver
-from ..errors import InputError
+from ..errors import InputError, one_line
 from ..hub import hub_errors
 from ..loading import load_detector
 from .page import build_demo, import_gradio
@@ -42,9 +43,11 @@ def run_demo(
         block: False returns at once; `.close()` then ends it.
 
     Raises:
-        InputError: gradio is not installed, there is no such detector, its dissolver is damaged, or the port is taken.
+        InputError: gradio is not installed, there is no such detector, its dissolver is damaged, the port is taken or none, or the host is no address of
+            this machine.
         NotFittedError: a detector that was never fitted.
     """
+    _check_address(host, port)
     gr = import_gradio()
     import torch
 
@@ -54,7 +57,7 @@ def run_demo(
     demo = build_demo(model, processor, load_dissolver(model_name, revision), name=name)
     try:
         demo.launch(
-            server_name=host,
+            server_name=f"[{host.strip('[]')}]" if host and ":" in host else host,  # as IPv6 is written in a URL
             server_port=port,
             share=share,
             inbrowser=open_browser,
@@ -74,6 +77,22 @@ def run_demo(
         print(f"running on {demo.local_url}", flush=True)  # that of --share is told anyway
         demo.block_thread()
     return demo
+
+
+def _check_address(host: str | None, port: int | None) -> None:
+    """Refuses an address that nothing can listen on: gradio would try a hundred ports of a wrong host, minutes long, and then say that they are taken."""
+    if port is not None and not 0 < port < 2**16:
+        raise InputError(f"--port {port}: ports are numbers from 1 to {2**16 - 1}")
+    if not host:
+        return
+    try:
+        family, kind, *_, address = min(socket.getaddrinfo(host.strip("[]"), 0, type=socket.SOCK_STREAM))  # IPv4 if there is a choice
+        with socket.socket(family, kind) as probe:
+            probe.bind(address)
+    except (OSError, UnicodeError) as error:
+        raise InputError(
+            f"--host {host}: that is no address of this machine ({one_line(error)}); leave it out, or give 0.0.0.0 for all that it has"
+        ) from error
 
 
 def load_dissolver(model_name: str, revision: str | None = None) -> Dissolver | None:
