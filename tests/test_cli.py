@@ -483,6 +483,8 @@ def test_a_table(run, detector, scans):
             assert float(row["p_value"]) == p_value.item()
             assert row["label"] == ("anomaly" if flagged else "normal")
     assert "4 scored" in err
+    err = run("predict", detector, scans, "--threshold", scores.min().item() + 1e-6)[2]
+    assert err.splitlines()[-1] == "4 scored, 3 flagged"
     assert "Loading weights" not in err
     assert not are_progress_bars_disabled(), "a download takes its time"
 
@@ -490,6 +492,7 @@ def test_a_table(run, detector, scans):
 def test_files_and_maps(run, detector, scans, caplog):
     status, out, err = run("predict", detector, scans, "--output", "out/scores.jsonl", "--save_maps", "maps", "--false_positive_rate", 0.5)
     assert (status, out) == (0, "")
+    assert err.splitlines()[-1].endswith(" flagged: out/scores.jsonl")
     rows = [json.loads(line) for line in Path("out/scores.jsonl").read_text().splitlines()]
     model = AutoModel.from_pretrained(detector)
     assert {row["threshold"] for row in rows} == {model.calibration.threshold_at(0.5)}
@@ -510,15 +513,15 @@ def test_files_and_maps(run, detector, scans, caplog):
     assert len(list(Path("maps").iterdir())) == len(rows) + 2
     assert "lies in" not in caplog.text
     shutil.copytree(scans, "here")
-    assert run("predict", detector, "here", "--save_maps", "here/maps")[0] == 0
-    assert caplog.text.count("--save_maps here/maps lies in here") == 1
+    assert run("predict", detector, "here", "--save_maps", "here/new/maps")[0] == 0
+    assert caplog.text.count("--save_maps here/new/maps lies in here") == 1
     # Too few calibration images for the rate: an infinite threshold, which JSON does not know.
     status, _, err = run("predict", detector, scans / "a.png", "--output", "x.jsonl", "--false-positive-rate", 0.001)
     assert status == 0, err
     assert json.loads(Path("x.jsonl").read_text())["threshold"] is None
 
 
-def test_datasets(run, refused, detector):
+def test_datasets(run, refused, detector, scans):
     images = np.random.default_rng(0).integers(0, 256, (5, 16, 16), dtype=np.uint8)
     np.savez("images.npz", train_images=images[:2], test_images=images)
     refused(["predict", detector, "images.npz"], "train, test", "--split")
@@ -531,6 +534,8 @@ def test_datasets(run, refused, detector):
     with torch.no_grad():
         scores = AutoModel.from_pretrained(detector)(pixel_values).scores
     assert [float(row["score"]) for row in rows] == pytest.approx(scores.tolist(), rel=1e-5)
+    rows = csv.DictReader(run("predict", detector, scans / "a.png", "images.npz", "--split", "test")[1].splitlines())
+    assert [row["image"] for row in rows] == [str(scans / "a.png"), *(f"test/{i}" for i in range(5))]
 
 
 def test_the_files_that_a_table_lists(run, refused, detector, scans):
@@ -572,6 +577,16 @@ def test_a_parquet_file_as_pandas_writes_it(run, detector, scans):
     pandas = pytest.importorskip("pandas")
     content = [{"bytes": (scans / name).read_bytes(), "path": None} for name in ("a.png", "b.png")]
     pandas.DataFrame({"image": content, "label": [0, 1]}).to_parquet("scans.parquet")
+    status, out, err = run("predict", detector, "scans.parquet")
+    assert status == 0, err
+    scores = [float(row["score"]) for row in csv.DictReader(out.splitlines())]
+    assert scores == pytest.approx(scores_of(detector, [scans / "a.png", scans / "b.png"]).tolist(), rel=1e-5)
+
+
+@pytest.mark.parametrize("kind", ["binary", "large_binary"])
+def test_a_parquet_file_of_bytes_alone(run, detector, scans, kind):
+    content = {"image": [(scans / name).read_bytes() for name in ("a.png", "b.png")]}
+    datasets.Dataset.from_dict(content, datasets.Features({"image": datasets.Value(kind)})).to_parquet("scans.parquet")
     status, out, err = run("predict", detector, "scans.parquet")
     assert status == 0, err
     scores = [float(row["score"]) for row in csv.DictReader(out.splitlines())]
@@ -722,7 +737,8 @@ def test_without_calibration_and_maps(run, refused, without_maps, scans):
     assert (row["p_value"], row["label"], row["threshold"]) == ("", "", "")
     assert "flagged" not in err
     for threshold in ("-100", "-1e2"):
-        status, out, _ = run("predict", without_maps, scans / "a.png", "--threshold", threshold)
+        status, out, err = run("predict", without_maps, scans / "a.png", "--threshold", threshold)
+        assert err.splitlines()[-1] == "1 scored, 1 flagged"
         assert [row["label"] for row in csv.DictReader(out.splitlines())] == ["anomaly"]
     refused(["predict", without_maps, scans, "--save_maps", "maps"], "--save_maps", "maps")
     assert not Path("maps").exists()
@@ -746,6 +762,7 @@ def test_where_predict_cannot_write_or_compute(refused, detector, scans):
     Path("maps").write_text("")
     refused(["predict", detector, scans, "--output", "table.csv"], "--output table.csv", "folder")
     refused(["predict", detector, scans, "--save_maps", "maps"], "--save_maps maps", "file")
+    refused(["predict", detector, scans, "--output", "new.csv", "--save_maps", "new.csv"], "--save_maps new.csv", "another output")
     on_digits = ("--dataset_name", "digits")
     for command in (["predict", detector, scans], ["evaluate", detector, *on_digits], ["report", detector, *on_digits]):
         refused([*command, "--device", "foo"], "--device foo", "cpu or cuda")
@@ -753,6 +770,7 @@ def test_where_predict_cannot_write_or_compute(refused, detector, scans):
         refused([command, detector], "--dataset_name is missing")
         refused([command, detector, *on_digits, "--output", "table.csv"], "--output table.csv", "folder")
     refused(["evaluate", detector, *on_digits, "--save_maps", "maps"], "--save_maps maps", "file")
+    refused(["evaluate", detector, *on_digits, "--scores", "new.csv", "--save_maps", "new.csv"], "--save_maps new.csv", "another output")
 
 
 def test_no_command_writes_over_its_input(refused, detector, scans):
@@ -771,6 +789,7 @@ def test_no_command_writes_over_its_input(refused, detector, scans):
 def test_what_predict_does_not_find(refused, detector, scans):
     refused(["predict", detector, "none.png"], "none.png", "no such file")
     refused(["predict", detector, "none/*.png"], "none/*.png", "matches no file")
+    refused(["predict", detector, f"{scans}/su*"], f"{scans}/su*", "matches no file")  # but a folder
     refused(["predict", "no-model", scans], "no-model")
     Path("empty").mkdir()
     refused(["predict", detector, "empty"], "empty holds neither images nor parquet files")

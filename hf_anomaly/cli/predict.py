@@ -64,7 +64,7 @@ def parse(argv: list[str]) -> Namespace:
     parser.window_option("as in training")
     args = parser.parse(argv)
     check_output("--output", args.output, suffixes=(".csv", ".jsonl"), apart_from=args.images)
-    check_output("--save_maps", args.save_maps, folder=True)
+    check_output("--save_maps", args.save_maps, folder=True, apart_from=[args.output])
     if args.threshold is not None and args.false_positive_rate is not None:
         raise InputError("--threshold and --false_positive_rate both say what is flagged: give one of them")
     if args.batch_size < 1:
@@ -303,7 +303,8 @@ def _may_hold_images(feature) -> bool:
     from ..data.sources import are_arrays
 
     encoded = isinstance(feature, dict) and "bytes" in feature  # as pandas writes them
-    return encoded or isinstance(feature, datasets.Image) or feature == datasets.Value("binary") or are_arrays(feature)
+    encoded = encoded or feature in (datasets.Value("binary"), datasets.Value("large_binary"))  # the latter as polars does
+    return encoded or isinstance(feature, datasets.Image) or are_arrays(feature)
 
 
 # Where the table goes ------------------------------------------------------------------------------------------------------------

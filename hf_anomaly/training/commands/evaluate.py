@@ -184,7 +184,7 @@ def main(argv: list[str], program: str) -> None:
     args, data_args = parse_arguments(EvaluationArguments, EvaluationDataArguments, description=__doc__, program=program, argv=argv)
     check_output("--output", args.output, apart_from=[data_args.dataset_name, args.scores])
     check_output("--scores", args.scores, suffixes=(".csv",), apart_from=[data_args.dataset_name])
-    check_output("--save_maps", args.save_maps, folder=True)
+    check_output("--save_maps", args.save_maps, folder=True, apart_from=[args.output, args.scores])
     if not args.baselines:
         data_args.refuse_training_flags("is of the training images, which --baselines alone takes")
     model, processor, splits, seed, normal_label = load_for_evaluation(args, data_args)
