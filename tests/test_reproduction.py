@@ -22,7 +22,8 @@ from sklearn.metrics import roc_auc_score
 from torch import nn
 from transformers.utils.logging import disable_progress_bar
 
-from hf_anomaly import reproduction
+from hf_anomaly import AnomalyImageProcessor, MedianDissolver, reproduction
+from hf_anomaly.data import decode_image
 from hf_anomaly.data.recipes import RECIPES
 from hf_anomaly.ops import baselines
 from hf_anomaly.reproduction import METHODS, TABLES, Selection, budgets, contrastive, figures, find_table, roc, running
@@ -85,6 +86,7 @@ def test_every_table_is_sound():
             if section.paper_of_method is not None:
                 assert len(section.rows) == 1
                 assert {*section.paper_of_method, *section.titles} <= set(section.methods)
+            assert {cell.seed for cell in section.cells(section.methods, (3, 4), "smoke")} == {3}
             assert {row.normal_label for row in section.rows} <= set(RECIPES[section.dataset].classes)
             assert set(section.methods) <= set(METHODS)
             assert {"mean_intensity", "contrast", "pixel_knn", "pca_residual"} <= set(section.methods)
@@ -266,7 +268,11 @@ def test_finished_cells_of_blurs_are_found_again():
     assert METHODS["dia_median_3_64px"].least_image_size == 64
 
 
-def test_figures(small_contrastive, data_dir, tmp_path, caplog):
+def test_figures(small_contrastive, data_dir, tmp_path, caplog, monkeypatch):
+    grids, panels = [], []
+    draw, finish = figures.image_grid, figures._picture
+    monkeypatch.setattr(figures, "image_grid", lambda *parts: (grids.append(parts), draw(*parts))[1])
+    monkeypatch.setattr(figures, "_picture", lambda figure: (panels.append(figure), finish(figure))[1])
     argv = ("--budget", "smoke", "--data_dir", data_dir, "--output_dir", tmp_path)
     status, out, err = reproduce("--figure", "dia/7", *argv, "--datasets", "fashion_mnist")
     assert status == 0, err
@@ -279,14 +285,37 @@ def test_figures(small_contrastive, data_dir, tmp_path, caplog):
     with PIL.Image.open(tmp_path / "figure-dia-7.png") as picture:
         assert picture.width > 8 * 128
         assert 2 * 128 < picture.height < 3 * 150, "its own model and PneumoniaMNIST's; CIFAR-10 is not there"
+    (rows, titles, captions), selection = grids.pop(), Selection(tmp_path, budget="smoke", data_dir=str(data_dir))
+    assert titles == ["original", *(f"t = {t}" for t in (30, 80, 130, 230, 330, 430, 530))]
+    assert captions == [f"Fashion-MNIST\nby the model of\n{model}" for model in ("Fashion-MNIST", "PneumoniaMNIST")]
+    test = running.load_data(figures.dissolver_cell("fashion_mnist", selection), selection).splits.test
+    first = decode_image(test[test["label"].index(1)]["image"], "the first anomaly")
+    (shown,) = AnomalyImageProcessor.for_images(28, 1)(images=first, return_tensors="pt")["pixel_values"]
+    for row, model in zip(rows, ("fashion_mnist", "pneumonia_mnist"), strict=True):
+        assert torch.equal(row[0], shown)
+        dissolver = figures.load_dissolver(model, selection)
+        np.testing.assert_allclose(row[3], dissolver(row[0][None], torch.tensor([130]))[0], atol=1e-5)
     status, out, err = reproduce("--figure", "dia/5", *argv)
     assert status == 0, err
     assert "Left out: BreastMNIST is not there" in caplog.text
+    rows, titles, captions = grids.pop()
+    assert titles == ["original", *(f"{kind} {k}" for kind in ("gaussian", "median") for k in (3, 7, 11)), "diffusion"]
+    assert captions == [f"PneumoniaMNIST\n{kind}, t = 80" for kind in ("normal", "anomalous")]
+    assert rows[0][0].mean() < rows[1][0].mean(), "the anomalies of these images are brighter"
+    for row in rows:
+        np.testing.assert_array_equal(row[5], MedianDissolver(7)(row[0][None])[0])
     pytest.importorskip("matplotlib")
     assert reproduce("--figure", "dia/6", *argv)[0] == 0
+    for panel, design in zip(panels[-1].axes, "ab", strict=True):
+        assert panel.get_title() == f"design ({design})"
+        np.testing.assert_array_equal(panel.images[0].get_array(), figures.pair_signs(4, 2, design))
+    (legend,), colors = panels[-1].legends, panels[-1].axes[0].images[0].get_cmap()
+    said = {text.get_text(): handle.get_color() for text, handle in zip(legend.get_texts(), legend.legend_handles, strict=True)}
+    assert said == {"positive": colors(2), "negative": colors(0), "not considered": colors(1)}
     for wrong, message in (
         (("--figure", "dia/2"), "there is no figure 'dia/2'; the figures: dia/1, dia/3,"),
         (("--figure", "dia/8"), "nothing can be drawn: SARS-COV-2 CT is not there"),
+        (("--figure", "dia/8", "--datasets", *2 * ["sars_cov_2"]), "nothing can be drawn: SARS-COV-2 CT is not there"),
         (("--figure", "dia/7", "--methods", "dia"), "--methods: figure dia/7 is not of methods"),
         (("--figure", "dia/7", "--dry_run"), "--dry_run and --shard are of a paper's tables"),
         (("--figure", "dia/1", "--table", "dia/1"), "give --table or --figure"),
@@ -368,6 +397,35 @@ def test_mean_roc_over_seeds_and_classes(tmp_path):
     assert list(curve.auroc) == [0], "a mean over some classes would not compare"
     np.testing.assert_allclose(curve.mean, np.mean([lines[0, i] for i in range(10)], axis=0))
     assert (curve.cells, curve.all_cells, curve.std.max()) == (10, 30, 0)
+    selection.result_file(section.cell(section.rows[9], "contrast", 0, "laptop")).unlink()
+    (curve,) = roc.curves(section, ("contrast",), selection)  # none is whole: better than nothing, and the picture tells
+    seeds = [np.mean([lines[seed, i] for i in range(9)], axis=0) for seed in (0, 1)]
+    np.testing.assert_allclose(curve.mean, np.mean(seeds, axis=0))
+    np.testing.assert_allclose(curve.std, np.std(seeds, axis=0, ddof=1))
+    assert (curve.cells, curve.all_cells) == (18, 30)
+
+
+def test_what_roc_curves_show(tmp_path):
+    pytest.importorskip("matplotlib")
+    table, mean, std = find_table("shared_ae/1"), roc.GRID**0.5, np.full(501, 0.1)
+    section = table.sections[1]
+    trained = roc.Curve("shared_ae", {0: 0.9, 1: 0.8}, mean, std, 20, 20)
+    trivial = roc.Curve("contrast", {0: 0.7}, mean, std, 9, 20)
+    canvas = figures._canvas()
+    roc.draw(table, 4 * [(section, [trained, trivial])], Selection(tmp_path, budget="laptop"), canvas)
+    panels = [panel for panel in canvas.axes if panel.axison]
+    assert len(panels) == 4, "below three another row"
+    one, other, chance = panels[3].lines
+    assert panels[3].get_title() == "Fashion-MNIST, mean of 10 classes"
+    assert [line.get_label() for line in (one, other)] == ["SharedAE: 0.850 ± 0.071", "contrast (negative pixel std): 0.700, 9 of 20 cells"]
+    assert [line.get_linestyle() for line in (one, other)] == ["-", "--"]
+    np.testing.assert_array_equal(one.get_xydata(), np.transpose([[0, *roc.GRID], [0, *mean]]))
+    assert chance.get_xydata().tolist() == [[0, 0], [1, 1]]
+    (band,) = panels[3].collections
+    box = band.get_datalim(panels[3].transData).extents
+    np.testing.assert_allclose(box, [0, 0, 1, 1])
+    at_half = [y for x, y in band.get_paths()[0].vertices if x == 0.5]
+    np.testing.assert_allclose(sorted(set(at_half)), [0.5**0.5 - 0.1, 0.5**0.5 + 0.1])
 
 
 def test_what_a_small_budget_cannot_do(tmp_path, data_dir):

@@ -60,7 +60,7 @@ class Figure(ABC):
         selection.check()
         if selection.methods is not None:
             raise InputError(f"--methods: figure {self.id} is not of methods; leave it out")
-        datasets = [find_recipe(name).name for name in selection.datasets or self.datasets]
+        datasets = list(dict.fromkeys(find_recipe(name).name for name in selection.datasets or self.datasets))
         missing = {name: message for name in datasets if (message := selection.instructions(name)) is not None}
         if datasets and len(missing) == len(datasets):
             raise InputError(f"nothing can be drawn: {'; '.join(missing.values())}")
