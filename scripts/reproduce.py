@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from accelerate import PartialState
+from accelerate.utils import parse_flag_from_env
 
 from hf_anomaly.cli.running import run_script
 from hf_anomaly.errors import InputError
@@ -59,6 +60,9 @@ class ReproduceArguments:
 
 def main() -> None:
     (args,) = parse_arguments(ReproduceArguments, description=__doc__)
+    PartialState(
+        cpu=parse_flag_from_env("ACCELERATE_USE_CPU")
+    )  # asked without it, each of several processes on a CPU is told that it is alone
     if (args.table is None) == (args.figure is None):
         raise InputError("give --table or --figure, such as --table dia/1")
     if (args.figure is not None or args.table == calibration_study.TABLE) and (args.dry_run or args.shard != "1/1"):
