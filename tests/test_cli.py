@@ -615,6 +615,10 @@ def test_what_of_a_folder_is_scored(run, refused, detector, scans):
     (scans / "ground_truth").mkdir()
     shutil.copy(scans / "a.png", scans / "ground_truth" / "a_mask.png")
     assert "ground_truth" not in run("predict", detector, scans)[1]
+    for name in ("images/A.PNG", "masks/A.PNG"):
+        Path("lungs", name).parent.mkdir(parents=True)
+        shutil.copy(scans / "a.png", Path("lungs", name))
+    assert [line.split(",")[0] for line in run("predict", detector, "lungs")[1].splitlines()[1:]] == ["lungs/images/A.PNG"]
     for folder in ("faces/with", "faces/masks"):
         shutil.copytree(scans, folder, ignore=shutil.ignore_patterns("ground_truth"))
     assert "masks" in run("predict", detector, "faces")[1], "a class"

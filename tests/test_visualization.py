@@ -198,6 +198,8 @@ def test_the_range_decides_what_is_painted():
     opacity = 0.5 * 0.5**1.5  # at half the heat
     assert np.abs(overlay[:, 4] - (1 - opacity) * dark - opacity * HEAT[128].astype(float)).max() <= 1
     assert (np.asarray(overlay_anomaly_map(gray, ramp, value_range=(0, 2), alpha=0)) == dark).all()
+    usual = np.asarray(overlay_anomaly_map(gray, ramp, value_range=(0, 2)))  # hardly anything shines through
+    assert np.abs(usual[:, 6:] - 0.2 * dark - 0.8 * HEAT[-1].astype(float)).max() <= 1
 
 
 @pytest.mark.parametrize("color", [(152, 0, 38), (230, 180, 90), (255, 255, 255), (0, 0, 0), (60, 140, 70), (80, 110, 200)])
@@ -264,7 +266,9 @@ def test_other_colours():
         ({"value_range": (0, 1, 2)}, ["value_range"]),
         ({"alpha": 1.5}, ["alpha", "1.5"]),
         ({"colormap": np.zeros((3, 4))}, ["colormap", "(3, 4)"]),
+        ({"colormap": np.zeros((1, 3))}, ["colormap", "(1, 3)"]),
         ({"colormap": np.full((3, 3), 255)}, ["colormap", "int64"]),
+        ({"colormap": np.full((3, 3), -0.5)}, ["colormap", "-0.5"]),
     ],
 )
 def test_what_cannot_be_painted(settings, words, refused):
@@ -358,3 +362,16 @@ def test_captions_over_narrow_images_do_not_meet():
     assert written[width + 4 :].any()
     assert not written[width : width + 4].any()
     assert not written[-4:].any()
+
+
+def test_captions_beside_rows_are_left_of_their_images():
+    rows, captions = [[torch.zeros(1, 64, 64)] * 2] * 2, ["a", "dissolved"]
+    plain = np.asarray(image_grid(rows, captions).convert("L"))
+    named = np.asarray(image_grid(rows, captions, ["by the model of\nSARS-COV-2", ""]).convert("L"))
+    left = named.shape[1] - plain.shape[1]
+    np.testing.assert_array_equal(named[:, left + 4 :], plain[:, 4:])  # but for the margin of 4 px, all is as without
+    beside = named[:, : left + 4] < 255
+    assert beside[20 : 20 + 128].any()
+    assert not beside[:20].any()
+    assert not beside[20 + 128 :].any()
+    assert (plain[:20, : plain.shape[1] // 2] != plain[:20, plain.shape[1] // 2 :]).any(), "each column has its own"

@@ -1,13 +1,16 @@
+from contextlib import suppress
 from datetime import timedelta
 from pathlib import Path
+from time import sleep
 
 import pytest
 import torch
 import torch.distributed as dist
+from accelerate import PartialState
 from safetensors.torch import load_file, save_file
 
 from hf_anomaly.ops.contrastive import amplified_nt_xent
-from hf_anomaly.ops.distributed import draw_rows, gather_rows, world
+from hf_anomaly.ops.distributed import draw_rows, gather_rows, local_main_process_first, world
 
 WORLD, BATCH, SHIFTS, PIXELS, FEATURES = 2, 3, 4, 6, 5
 OPTIONS = {
@@ -40,8 +43,17 @@ def process(folder):
     x = (torch.arange(4.0).view(2, 2) + 10 * rank).requires_grad_()
     gathered = gather_rows(x)
     # Rank r weights row j with j + 1 + 100 r, so the gradient tells which processes it came from.
-    (gathered * (torch.arange(1.0, 5.0) + 100 * rank)[:, None]).sum().backward()
-    results |= {"gathered": gathered.detach(), "gathered_gradient": x.grad}
+    weights = (torch.arange(1.0, 5.0) + 100 * rank).view(4, 1).repeat(1, 2)
+    gathered.backward(weights)
+    results |= {"gathered": gathered.detach(), "gathered_gradient": x.grad, "weights": weights}
+    file = Path(folder, "prepared")
+    PartialState(cpu=True)
+    with suppress(OSError), local_main_process_first():
+        if rank == 0:
+            sleep(0.5)
+            file.touch()
+        results["prepared"] = torch.tensor(file.exists())
+        raise OSError  # after which the others are not waited for in vain
     results["transposed"] = gather_rows(x.detach().T)
     for design in OPTIONS:
         results[f"{design}.loss"], results[f"{design}.gradient"] = loss_and_gradient(images, design)
@@ -71,8 +83,13 @@ def test_gather_in_rank_order_with_gradient_of_every_process(ranks):
     weights = torch.tensor([1.0, 2, 3, 4]) + torch.tensor([101.0, 102, 103, 104])
     for rank, result in enumerate(ranks):
         assert torch.equal(result["gathered"], expected)
+        assert torch.equal(result["weights"], (torch.arange(1.0, 5.0) + 100 * rank).view(4, 1).expand(4, 2)), "it is another's, too"
         assert torch.equal(result["gathered_gradient"], weights[2 * rank : 2 * rank + 2, None].expand(2, 2))
         assert torch.equal(result["transposed"], torch.cat([expected[:2].T, expected[2:].T]))
+
+
+def test_one_process_prepares_and_the_others_wait(ranks):
+    assert [r["prepared"].item() for r in ranks] == [True, True]
 
 
 @pytest.mark.parametrize("design", OPTIONS)
