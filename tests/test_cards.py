@@ -30,7 +30,7 @@ from hf_anomaly import (
     SmallResNetConfig,
 )
 from hf_anomaly.cards import shown_command, write_card, write_figures, write_pretraining_card
-from hf_anomaly.cards.figures import draw_scores, new_figure
+from hf_anomaly.cards.figures import draw_precision_recall, draw_roc, draw_scores, new_figure
 from hf_anomaly.cards.merging import address_card, merge_cards, outdate_card, read_card, split_card, tag_card
 from hf_anomaly.dissolving import build_scheduler, build_unet
 
@@ -428,7 +428,7 @@ def test_the_dissolver_is_named_where_there_is_one(folder):
     assert 'UNet2DModel.from_pretrained("dia-chest", subfolder="dissolver/unet")' in card(folder)[0]
 
 
-def test_figures_are_drawn_and_shown(folder):
+def test_figures_are_drawn_and_shown(folder, monkeypatch):
     pytest.importorskip("matplotlib", reason="needs the extra `plots`")
     assert "figures/" not in card(folder)[0]
     image = Image.new("L", (8, 8), 99)
@@ -443,8 +443,78 @@ def test_figures_are_drawn_and_shown(folder):
     check_whole(body)
     links = re.findall(r"^!\[[^\]\n]+\]\((.*?)\)$", body, re.MULTILINE)
     assert links == ["figures/scores.png", "figures/roc.png", "figures/examples.png"]
+    shown = []
+    monkeypatch.setattr("matplotlib.figure.Figure.savefig", lambda self, path, **settings: (shown.append(self), Path(path).touch()))
+    write_figures(folder, scores, labels, examples=[(image, image.point(lambda level: 7), "$a$"), (image, None, "b")])
+    levels = [[int(picture.get_array().max()) for picture in axes.images] for axes in shown[-1].axes]
+    assert levels == [[99], [99], [7], []], "the images above their maps"
+    assert [axes.get_title() for axes in shown[-1].axes[:2]] == [r"\$a\$", "b"], "no formula"
+    monkeypatch.undo()
     write_figures(folder, scores, labels)  # replaces all of them
     assert "examples.png" not in card(folder)[0]
+
+
+def test_what_the_curves_show():
+    pytest.importorskip("matplotlib", reason="needs the extra `plots`")
+    normal, anomalous, threshold = (
+        np.array([0.0, 0.1, 0.2, 0.3, 0.7]),
+        np.array([0.4, 0.5, 0.6, 0.8]),
+        0.5,
+    )  # of which 0.6 to 0.8 are flagged
+    scores, labels = np.r_[normal, anomalous], np.repeat([0, 1], (5, 4))
+
+    def lines(draw, threshold):
+        figure = new_figure("this test needs")
+        draw(figure, scores, labels, threshold)
+        assert figure.axes[0].get_legend()
+        return figure.axes[0].lines
+
+    auroc = np.mean(anomalous[:, None] > normal)
+    curve, chance, point = lines(draw_roc, threshold)
+    assert curve.get_label() == f"AUROC {auroc:.3f}"
+    assert np.trapezoid(curve.get_ydata(), curve.get_xdata()) == pytest.approx(auroc)
+    assert chance.get_xydata().tolist() == [[0, 0], [1, 1]]
+    assert point.get_xydata().tolist() == [[1 / 5, 2 / 4]]
+    # At each anomaly, the highest first, the recall grows by a quarter.
+    average = np.mean([(anomalous >= score).sum() / (scores >= score).sum() for score in anomalous])
+    curve, share, point = lines(draw_precision_recall, threshold)
+    assert curve.get_label() == f"average precision {average:.3f}"
+    assert -np.sum(np.diff(curve.get_xdata()) * curve.get_ydata()[:-1]) == pytest.approx(average)
+    assert curve.get_drawstyle() == "steps-post", "so that it is the area below the curve"
+    assert (set(share.get_ydata()), share.get_label()) == ({4 / 9}, "share of anomalies 0.444")
+    assert point.get_xydata().tolist() == [[2 / 4, 2 / 3]]
+    for draw in (draw_roc, draw_precision_recall):  # nothing is flagged, and no place is that of the threshold
+        assert [len(lines(draw, none)) for none in (None, np.inf)] == [2, 2]
+
+
+def test_what_the_histogram_shows():
+    pytest.importorskip("matplotlib", reason="needs the extra `plots`")
+    scores, labels = np.r_[np.linspace(0, 1, 30), np.linspace(0.5, 2, 10)], np.repeat([0, 1], (30, 10))
+
+    def drawn(scores, labels, threshold):
+        figure = new_figure("this test needs")
+        draw_scores(figure, scores, labels, threshold)
+        (axes,) = figure.axes
+        return axes, {text.get_text() for text in axes.get_legend().get_texts()}
+
+    axes, names = drawn(scores, labels, 1.5)
+    assert names == {"normal (30)", "anomalous (10)", "threshold"}
+    assert axes.get_xlabel() == "score"
+    assert axes.lines[0].get_xdata() == [1.5, 1.5]
+    for container, of in zip(axes.containers, (scores[:30], scores[30:]), strict=True):
+        assert len(container) == 40
+        low, high = (np.array([bar.get_x() + side * bar.get_width() for bar in container]) for side in (0, 1))
+        counted = [((of >= a) & (of < b)).sum() for a, b in zip(low, high, strict=True)]
+        counted[-1] += (of == high[-1]).sum()
+        assert [bar.get_height() for bar in container] == counted
+    axes, names = drawn(scores, None, None)
+    assert names == {"all (40)"}
+    assert not axes.lines
+    for few, limit in ((np.r_[np.zeros(20), 1, 5], 5), (np.r_[np.linspace(0, 1, 20), -1e6], 1)):  # more than half tie; a straggler below
+        axes, _ = drawn(few, None, 0.5)
+        assert axes.get_xlim()[0] > -20
+        assert axes.get_xlim()[1] >= limit
+        assert axes.get_xlabel() == "score" + (" (stragglers in the outermost bars)" if limit == 1 else "")
 
 
 def test_scores_that_nearly_tie_are_drawn(folder):
