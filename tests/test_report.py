@@ -14,14 +14,20 @@ import pytest
 import torch
 
 from hf_anomaly import AnomalyImageProcessor, CSIConfig, CSIModel, SharedAEConfig, SharedAEModel, SmallResNetConfig, cli
+from hf_anomaly.calibration import drift_check
 from hf_anomaly.data import collate, prepare
 from hf_anomaly.image_processing import to_eight_bit_image
-from hf_anomaly.metrics import bootstrap_intervals
+from hf_anomaly.metrics import bootstrap_intervals, image_metrics
 from hf_anomaly.report import write_report
 from hf_anomaly.report.writing import _picture
 from hf_anomaly.training.localization import evaluate_maps
+from hf_anomaly.visualization import paint
 
 VOID = {"meta", "img", "br"}
+
+
+def decoded(img):
+    return PIL.Image.open(io.BytesIO(base64.b64decode(img["src"].removeprefix("data:image/png;base64,"))))
 
 
 class Page(HTMLParser):
@@ -63,7 +69,7 @@ class Page(HTMLParser):
             assert not {"href", "srcset", "onclick", "onerror"} & attributes.keys()
             if tag == "img":
                 assert attributes["alt"].strip()
-                PIL.Image.open(io.BytesIO(base64.b64decode(attributes["src"].removeprefix("data:image/png;base64,")))).load()
+                decoded(attributes).load()
             if tag == "th":
                 assert attributes["scope"] in ("row", "col")
         assert "url(" not in "".join(self.rawdata)
@@ -123,15 +129,21 @@ def test_kinds_of_anomalies(detector, processor, tmp_path):
 
 
 def test_the_numbers_are_those_of_the_scores(detector, processor, tmp_path):
-    labels = np.arange(50) % 2
+    labels = (np.arange(50) % 5 > 2).astype(int)
     dataset = images(labels)
     path = write_report(detector, processor, dataset, tmp_path / "sub" / "page.html", data_name="mine", split_hash="abc123", num_examples=3)
     page = Page(path).check()
     scores = detector.score([collate([row]) for row in prepare(dataset, processor)], progress=False)[0].numpy()
     pairs = [(a > b) + 0.5 * (a == b) for a in scores[labels == 1] for b in scores[labels == 0]]
     metrics, thresholds = page.tables
-    low, high = bootstrap_intervals(scores, labels)["auroc"]
-    assert metrics[1] == ["AUROC", f"{np.mean(pairs):.3f}", f"{low:.3f} to {high:.3f}", "0.500"]
+    measured, intervals = image_metrics(scores, labels), bootstrap_intervals(scores, labels)
+    intervals = {name: f"{low:.3f} to {high:.3f}" for name, (low, high) in intervals.items()}
+    assert metrics[1:5] == [
+        ["AUROC", f"{np.mean(pairs):.3f}", intervals["auroc"], "0.500"],
+        ["Average precision", f"{measured['average_precision']:.3f}", intervals["average_precision"], "0.400"],
+        ["False-positive rate at 95 % true positives", f"{measured['fpr_at_95_tpr']:.3f}", "", "0.950"],
+        ["Best F1, at a threshold chosen on these images", f"{measured['f1_max']:.3f}", "", f"{0.8 / 1.4:.3f}"],
+    ]
     flagged = scores > detector.calibration.threshold.item()
     accuracy = (flagged[labels == 1].mean() + (~flagged[labels == 0]).mean()) / 2
     assert metrics[5] == ["Balanced accuracy at its own threshold", f"{accuracy:.3f}", "", "0.500"]
@@ -146,16 +158,31 @@ def test_the_numbers_are_those_of_the_scores(detector, processor, tmp_path):
         shares = [flagged[labels == 0].mean(), flagged[labels == 1].mean(), (labels[flagged] == 1).mean()]
         assert cells[1:] == [f"{threshold:.6g}", str(flagged.sum()), *(f"{share:.3f}" for share in shares)]
     assert [cells[0] for cells in thresholds[1:]] == ["1 %", "5 %", "10 % (its own)", "20 %"]
+    assert [row.get("class") for row in page.all("tr")[-4:]] == [None, None, "own", None]
     assert "a rate of α takes at least" in page.text
-    for fact in ("abc123", "mine", "25 normal, 25 anomalous", "39 held-out normal images", "normal: good"):
+    drift = drift_check(torch.from_numpy(scores[labels == 0]), detector.calibration.scores)
+    assert f"as far as 30 of them can tell (two-sample Kolmogorov–Smirnov test, p = {drift.p_value:.2g})" in page.text
+    for fact in ("abc123", "mine", "30 normal, 20 anomalous", "39 held-out normal images", "normal: good", "SharedAEModel, 16×16 px, gray"):
         assert fact in page.text
     # The examples: rows as the data counts them, in the order that the headings promise, each with its map.
     shown = [int(row) for row in re.findall(r"row (\d+)score", page.text)]
     order = scores.argsort()
     normal, anomalous = ([int(i) + 100 for i in order if labels[i] == label] for label in (0, 1))
     assert shown == [*normal[::-1][:3], *anomalous[:3], *anomalous[::-1][:3], *normal[:3]]
-    assert sum("Anomaly map" in img["alt"] for img in page.all("img")) == len(shown)
-    assert len(page.all("img")) == 2 * len(shown) + 3
+    said = re.findall(r"row (\d+)score ([^p]+)p = ([\d.]+)(flagged)?", page.text)
+    p_values, flagged = detector.p_values(torch.from_numpy(scores)), detector.is_anomalous(torch.from_numpy(scores))
+    numbers = [(f"{scores[row - 100]:.4g}", f"{p_values[row - 100]:.3g}", "flagged" * flagged[row - 100].item()) for row in shown]
+    assert [numbers for _, *numbers in said] == [list(of) for of in numbers]
+    assert {flag for *_, flag in numbers} == {"", "flagged"}
+    figures, pictures = page.all("img")[:3], page.all("img")[3:]
+    assert len({img["src"] for img in figures}) == 3
+    assert len(pictures) == 2 * len(shown)
+    for picture, overlay, row, (score, *_) in zip(pictures[::2], pictures[1::2], shown, numbers, strict=True):
+        label = labels[row - 100]
+        assert picture["alt"] == f"{('Normal', 'Anomalous')[label]} image, row {row}, score {score}"
+        assert overlay["alt"] == f"Anomaly map over row {row}"
+        expected = paint(detector, processor, image(row - 100, bright=100 * label))
+        assert np.abs(np.asarray(decoded(overlay)).astype(int) - np.asarray(expected)).max() <= 1
 
 
 def test_maps_against_masks(detector, without_maps, processor, tmp_path):
@@ -169,12 +196,17 @@ def test_maps_against_masks(detector, without_maps, processor, tmp_path):
     dataset = images(np.arange(6) % 2).add_column("mask", masks).cast_column("mask", datasets.Image(decode=False))
     expected = evaluate_maps(detector, processor, dataset, 4)
     page = Page(write_report(detector, processor, dataset, tmp_path / "page.html")).check()
-    assert [row[:2] for row in page.tables[1][1:]] == [
-        ["Pixel AUROC", f"{expected['pixel_auroc']:.3f}"],
-        ["Pixel average precision", f"{expected['pixel_average_precision']:.3f}"],
-        ["AUPRO, up to a false-positive rate of 0.3", f"{expected['aupro']:.3f}"],
+    assert page.tables[1][1:] == [
+        [title, f"{expected[name]:.3f}", f"{expected[f'{name}_error']:.5f}"]
+        for title, name in (
+            ("Pixel AUROC", "pixel_auroc"),
+            ("Pixel average precision", "pixel_average_precision"),
+            ("AUPRO, up to a false-positive rate of 0.3", "aupro"),
+        )
     ]
-    assert "Pixel AUROC" not in Page(write_report(without_maps, processor, dataset, tmp_path / "page.html")).text
+    for model, has_labels in ((without_maps, True), (detector, False)):
+        other = Page(write_report(model, processor, dataset, tmp_path / "page.html", has_labels=has_labels))
+        assert "Pixel AUROC" not in other.text
 
 
 def test_without_labels(detector, processor, tmp_path):
@@ -237,14 +269,16 @@ def test_images_are_named_by_their_files(detector, processor, tmp_path):
     assert str(tmp_path) not in page.text + str(page.elements)
 
 
-def test_large_pictures_shrink(without_maps, processor, tmp_path):
-    file = io.BytesIO()
-    image(0, size=(2000, 1000)).save(file, "PNG")
+def test_large_pictures_shrink(without_maps, tmp_path):
+    file, processor = io.BytesIO(), AnomalyImageProcessor.for_images(16, 1, window=(0, 25500))
+    PIL.Image.fromarray(np.asarray(image(0, size=(2000, 1000))).astype(np.uint16) * 100).save(file, "PNG")
     features = datasets.Features({"image": datasets.Image(decode=False)})
     dataset = datasets.Dataset.from_list([{"image": {"bytes": file.getvalue(), "path": None}}], features=features)
     path = write_report(without_maps, processor, dataset, tmp_path / "page.html", has_labels=False)
     assert path.stat().st_size < 200_000
-    assert "row 0" in Page(path).check().text
+    page = Page(path).check()
+    assert "row 0" in page.text
+    assert decoded(page.all("img")[-1]).size == (256, 128)
 
 
 def test_what_cannot_be(detector, processor, tmp_path, refused, monkeypatch):
@@ -268,8 +302,12 @@ def test_from_the_command_line(detector, processor, tmp_path, monkeypatch, capsy
             path.parent.mkdir(parents=True, exist_ok=True)
             image(i, bright=100 * (name == "bad")).save(path)
     monkeypatch.chdir(tmp_path)
-    cli.main(["report", "model", "--dataset_name", "data", "--num_examples", "2"])
+    cli.main(["report", str(tmp_path / "model"), "--dataset_name", str(tmp_path / "data"), "--num_examples", "2"])
     page = Page(tmp_path / "report.html").check()
+    assert "model: report" in page.text
+    assert "Datadata" in page.text
+    assert str(tmp_path) not in page.text
+    assert len(page.all("img")) == 3 + 2 * 4 * 2
     assert "saved: report.html" in capsys.readouterr().out
     assert "4 normal, 4 anomalous" in page.text
     assert re.search(r"Split hash[0-9a-f]{64}", re.sub(r"\s", "", page.text).replace("Splithash", "Split hash"))
@@ -283,6 +321,11 @@ def test_from_the_command_line(detector, processor, tmp_path, monkeypatch, capsy
     for options, count in (([], 8), (["--eval_split", "validation"], 2)):  # not those that it was trained on
         cli.main(["report", "model", "--dataset_name", "data", "--unlabelled", "true", "--output", "other.html", *options])
         assert f"{count}, unlabelled" in Page(tmp_path / "other.html").text
+    PIL.Image.new("I;16", (9, 9)).save("deep.png")
+    (tmp_path / "list.csv").write_text("path\ndeep.png\n")
+    options = ["--image_column", "path", "--window", "0", "4095"]
+    cli.main(["report", "model", "--dataset_name", "list.csv", "--unlabelled", "true", "--output", "other.html", *options])
+    assert "1, unlabelled" in Page(tmp_path / "other.html").text
     for argv, words in (
         (["--dataset_name", "nowhere"], "nowhere"),
         (["--dataset_name", "data", "--streaming", "true"], "--streaming"),
