@@ -1,6 +1,7 @@
 """`hf-anomaly` as a user runs it: within this process, but for what importing decides."""
 
 import csv
+import errno
 import io
 import json
 import os
@@ -9,6 +10,7 @@ import subprocess
 import sys
 import weakref
 from pathlib import Path
+from unittest.mock import Mock
 
 import datasets
 import numpy as np
@@ -16,6 +18,7 @@ import PIL.Image
 import pytest
 import torch
 from huggingface_hub.utils import are_progress_bars_disabled
+from safetensors import SafetensorError
 from transformers import AutoModel
 
 from hf_anomaly import (
@@ -24,6 +27,7 @@ from hf_anomaly import (
     CSIModel,
     DiffusionDissolver,
     GaussianDissolver,
+    InputError,
     MedianDissolver,
     SharedAEConfig,
     SharedAEModel,
@@ -32,6 +36,7 @@ from hf_anomaly import (
     overlay_anomaly_map,
 )
 from hf_anomaly.cli import train
+from hf_anomaly.cli.running import run_script
 from hf_anomaly.dissolving import build_scheduler, build_unet
 from hf_anomaly.training.run_record import without_measurements
 
@@ -216,11 +221,38 @@ def test_the_help_names_every_command(run):
         (["predict", "model", "a.png", "--batch_size", "0"], ["--batch_size", "0"]),
         (["train", "resnet"], ["'resnet'", "dia, shared_ae"]),
         (["train", "dia", "--num_processes", "two"], ["--num_processes", "'two'"]),
+        (["train", "dia", "--num_processes", "0"], ["--num_processes", "'0'"]),
         (["train", "shared_ae", "--dataset_nam", "x"], ["--dataset_nam", "--dataset_name"]),
     ],
 )
 def test_what_is_not_understood(refused, argv, words):
     refused(argv, *words)
+
+
+@pytest.mark.parametrize(
+    ("error", "status", "said"),
+    [
+        (KeyboardInterrupt("go on with --resume_from_checkpoint"), 130, "interrupted: go on with --resume_from_checkpoint"),
+        (InputError("two\n  lines"), 2, "error: two lines"),
+        (OSError(errno.ENOSPC, "No space left on device"), 2, "; make room, or choose another disk"),
+        (SafetensorError("I/O error: No space left on device (os error 28)"), 2, "; make room, or choose another disk"),
+        (OSError(errno.EROFS, "Read-only file system"), 2, "; choose an output and a cache (HF_HOME) that can be written to"),
+    ],
+)
+def test_what_ends_a_command_is_one_line(error, status, said, capsys):
+    def fails():
+        raise error
+
+    with pytest.raises(SystemExit) as exit:
+        run_script(fails)
+    assert exit.value.code == status
+    assert said in capsys.readouterr().err.splitlines()[-1]
+
+
+def test_a_fault_of_the_program_is_not_called_one_of_the_users():
+    for error in (OSError(errno.EBADF, "Bad file descriptor"), ValueError("a bug"), SafetensorError("a bug")):
+        with pytest.raises(type(error)):
+            run_script(Mock(side_effect=error))
 
 
 # train and evaluate ----------------------------------------------------------------------------------------------------------------
@@ -238,9 +270,18 @@ def test_train_evaluate_info(run):
     shutil.copytree("my-detector", "other-seed")
     Path("other-seed/eval_results.json").write_text(json.dumps({**trained, "seed": 1, "auroc": 0.5}))
     card.write_text(card.read_text() + "\nOur own words.\n")
-    status, out, err = run("card", "my-detector", "--runs", "other-seed", "--license", "mit", "--repo", "org/ours")
+    options = ["--license", "mit", "--repo", "org/ours", "--dataset_id", "org/digits"]
+    status, out, err = run("card", "my-detector", "--runs", "other-seed", *options)
     assert (status, out) == (0, "written: my-detector/README.md\n"), err
-    for words in ("license: mit", "| 1 | 0.5000 |", "| 42 |", "| mean ± std |", 'from_pretrained("org/ours")', "Our own words."):
+    for words in (
+        "license: mit",
+        "datasets:\n- org/digits",
+        "| 1 | 0.5000 |",
+        "| 42 |",
+        "| mean ± std |",
+        'from_pretrained("org/ours")',
+        "Our own words.",
+    ):
         assert words in card.read_text()
     config = json.loads(Path("other-seed/config.json").read_text())
     Path("other-seed/config.json").write_text(json.dumps({**config, "omega1": 0.9, "omega2": 0.1}))
@@ -290,13 +331,23 @@ def test_several_processes(spelling, monkeypatch):
     parsed = train.parse(["dia", "--seed", "1", *spelling, "--bf16"])
     assert parsed == ("dia", ["--seed", "1", "--bf16"], 3)
     started = []
-    monkeypatch.setattr(subprocess, "run", lambda command, env: started.append(command) or subprocess.CompletedProcess(command, 7))
+    monkeypatch.setenv("HF_TEST", "kept")
+    environment = {}
+
+    def start(command, env):
+        started.append(command)
+        environment.update(env)
+        return subprocess.CompletedProcess(command, 7)
+
+    monkeypatch.setattr(subprocess, "run", start)
     with pytest.raises(SystemExit) as exit:
         train.run(parsed)
     assert exit.value.code == 7
     words = " ".join(started[0])
     assert "accelerate.commands.launch --multi_gpu --num_processes 3 " in words
     assert words.endswith("-m hf_anomaly.cli train dia --seed 1 --bf16")
+    assert environment["HF_TEST"] == "kept"
+    assert torch.cuda.is_available() or environment["ACCELERATE_USE_CPU"] == "true"
 
 
 def test_two_processes_train(tmp_path):
@@ -866,7 +917,59 @@ def test_a_blur_beside_a_detector(run, refused, scans, detector):
     refused(["dissolve", "model", scans / "a.png", "--timesteps", 20], "--timesteps", "gaussian")
 
 
+def test_a_dissolver_sees_images_as_its_detector_does(run, scans, detector, monkeypatch):
+    grids = []
+    monkeypatch.setattr("hf_anomaly.visualization.image_grid", lambda *parts: grids.append(parts) or PIL.Image.new("L", (1, 1)))
+    shutil.copytree(detector, "model")
+    AnomalyImageProcessor.for_images(16, 1, window=(0, 6300)).save_pretrained("model")
+    MedianDissolver([3, 5]).save_pretrained("model/dissolver")
+    PIL.Image.fromarray(np.arange(256, dtype=np.uint16).reshape(16, 16) * 30).save("deep.png")
+    assert run("dissolve", "model", "deep.png")[0] == 0
+    ((shown, *blurred),), captions = grids.pop()
+    assert captions == ["original", "k = 3", "k = 5"]
+    levels = (np.arange(256.0).reshape(16, 16) * 30 * 255 / 6300).round().clip(0, 255)
+    np.testing.assert_allclose(shown[0], levels / 127.5 - 1, atol=1e-6)
+    for k, image in zip((3, 5), blurred, strict=True):
+        assert torch.equal(image, MedianDissolver(k)(shown[None])[0])
+    GaussianDissolver(3).save_pretrained("blur")
+    for mode, channels in (("1", 1), ("LA", 1), ("P", 3), ("RGB", 3)):
+        PIL.Image.new(mode, (9, 9)).save("picture.png")
+        assert run("dissolve", "blur", "picture.png")[0] == 0
+        ((shown, _),), captions = grids.pop()
+        assert (tuple(shown.shape), captions) == ((channels, 9, 9), ["original", "dissolved"])
+    torch.manual_seed(0)
+    DiffusionDissolver(build_unet(8, 3, (8, 8)), build_scheduler()).save_pretrained("colour")
+    assert run("dissolve", "colour", scans / "a.png", "--timesteps", 20)[0] == 0
+    assert grids.pop()[0][0][0].shape == (3, 12, 20)
+
+
 # info and push --------------------------------------------------------------------------------------------------------------------
+
+
+def test_info_of_a_detector(run, detector):
+    shutil.copytree(detector, "model")
+    results = {"dataset": "scans", "num_train": 39, "num_normal": 7, "num_anomalous": 9, "split_hash": "0123456789abcdef"}
+    results |= {"auroc": 0.87654, "average_precision": 0.75, "fpr_at_95_tpr": 0.25, "f1_max": 0.5}
+    Path("model/eval_results.json").write_text(json.dumps(results))
+    model = AutoModel.from_pretrained("model")
+
+    def told():
+        return dict(line.split("  ", 1) for line in run("info", "model")[1].splitlines())
+
+    facts = {name: value.strip() for name, value in told().items()}
+    assert facts["images"].startswith("16×16 px, gray")
+    assert facts["parameters"] == f"{sum(p.numel() for p in model.parameters()):,}, in float32"
+    assert (facts["anomaly maps"], facts["normal"]) == ("yes", "good")
+    assert facts["smallest rate"].startswith("0.025;")  # 1 / (39 + 1)
+    measured = "AUROC 0.8765, average precision 0.7500, FPR at 95 % TPR 0.2500"
+    assert facts["results"] == f"{measured}, on 7 normal and 9 anomalous images of scans (split 0123456789ab)"
+    model.calibration.fit(model.calibration.scores[:4], 0.05)
+    model.config.num_calibration_scores = 4
+    model.save_pretrained("model")
+    assert "infinite: too few calibration images, nothing is flagged" in told()["threshold"]
+    model.reset_reference()
+    model.save_pretrained("model")
+    assert "not fitted" in told()["reference"]
 
 
 def test_info_without_results_and_calibration(run, refused, without_maps):
@@ -944,10 +1047,40 @@ def test_what_is_not_pushed(refused, detector):
     refused(["push", "unfitted", "org/x"], "fit_reference")
 
 
+@pytest.mark.parametrize("given", [False, True])
+def test_push_and_space_hand_on_what_they_are_told(run, refused, detector, monkeypatch, given):
+    pushed = []
+    monkeypatch.setattr("hf_anomaly.hub.push_folder", lambda *names, **options: pushed.append((names, options)) or "the commit")
+    monkeypatch.setattr("hf_anomaly.demo.make_space", lambda *names, **options: pushed.append((names, options)) or "the commit")
+    shutil.copytree(detector, "model")
+    options = ["--private", "--revision", "dev", "--create_pr", "--git_tag", "v1", "--message", "Better"] if given else []
+    assert run("push", "model", "org/x", *options)[:2] == (0, "pushed: the commit\n")
+    told = {"private": True, "revision": "dev", "create_pr": True, "git_tag": "v1", "message": "Better"}
+    default = {"private": None, "revision": None, "create_pr": False, "git_tag": None, "message": "Upload model"}
+    assert pushed.pop() == ((Path("model"), "org/x"), told if given else default)
+    assert Path("model/README.md").is_file(), "a detector without a card gets one"
+    Path("model/README.md").write_text("My own.")
+    assert run("push", "model", "org/x")[0] == 0
+    assert Path("model/README.md").read_text() == "My own."
+    assert run("space", "org/x", "org/page", *options[:3])[:2] == (0, "pushed: the commit\n")
+    told = {"revision": "dev", "private": True} if given else {"revision": None, "private": None}
+    assert pushed.pop() == (("org/x", "org/page"), {**told, "folder": None, "push": True})
+    GaussianDissolver(3).save_pretrained("blur")
+    Path("blur/dissolver_config.json").write_text('{"kind": "gaussian", "kernel_size": 4}')
+    refused(["push", "blur", "org/x"], "kernel_size must be odd")
+
+
 def test_what_gets_no_card(refused, detector, tmp_path):
     refused(["card", "none"], "none", "no detector")
     refused(["card", detector, "--license", "MIT License"], "'MIT License'", "apache-2.0")
     refused(["card", detector, "--runs", "none"], detector, "no eval_results.json")
+    shutil.copytree(detector, "model")
+    Path("model/eval_results.json").write_text("{}")
+    refused(["card", "model", "--runs", detector], detector, "eval_results.json is not there")
+    model = AutoModel.from_pretrained("model")
+    model.reset_reference()
+    model.save_pretrained("model")
+    refused(["card", "model"], "fit_reference")
 
 
 def test_space(run, refused, tmp_path, detector):
