@@ -526,12 +526,13 @@ def test_scores_that_nearly_tie_are_drawn(folder):
 
 def test_stragglers_are_drawn_on_their_side_of_the_threshold():
     pytest.importorskip("matplotlib", reason="needs the extra `plots`")
-    figure = new_figure("this test needs")
     scores, labels = np.array([*range(20), 40.0, 1e6]), np.array([0] * 21 + [1])
-    draw_scores(figure, scores, labels, 50.0)
-    (last,) = [bar for bar in figure.axes[0].containers[1] if bar.get_height()]
-    assert last.get_x() > 50
-    assert figure.axes[0].get_xlim()[1] < 100
+    for sign in (1, -1):
+        figure = new_figure("this test needs")
+        draw_scores(figure, sign * scores, labels, sign * 50.0)
+        (outermost,) = [bar for bar in figure.axes[0].containers[1] if bar.get_height()]
+        assert sign * (outermost.get_x() + (0 if sign > 0 else outermost.get_width())) > 50
+        assert np.abs(figure.axes[0].get_xlim()).max() < 100
 
 
 def test_without_matplotlib_there_are_no_figures(folder, monkeypatch, caplog):

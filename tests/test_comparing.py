@@ -96,6 +96,7 @@ def test_what_only_the_command_tells(trained):
     """Such as how long a first stage was trained."""
     names = [trained(f"run{n}", DIAConfig, n, 0.9, command=f"train_dia.py --seed {n} --dissolver_steps {n}") for n in (2, 3)]
     names.append(trained("default", DIAConfig, 4, 0.9, command="train_dia.py --seed 4"))
+    names.append(trained("by hand", DIAConfig, 5, 0.9, command="train_dia.py '--dissolver_steps 7"))  # no shell would take it
     assert [row["settings"] for row in compare_runs(map(read_run, names))] == [{"dissolver_steps": "2"}, {"dissolver_steps": "3"}, {}]
 
 

@@ -2,6 +2,7 @@
 
 import shutil
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -25,7 +26,8 @@ from hf_anomaly.demo.page import GRADIO, WARNING, heading_html, result_html
 from hf_anomaly.demo.serving import load_dissolver
 from hf_anomaly.demo.space import space_files
 from hf_anomaly.dissolving import build_scheduler, build_unet
-from hf_anomaly.visualization import DIMMED
+from hf_anomaly.version import __version__
+from hf_anomaly.visualization import DIMMED, overlay_anomaly_map
 
 SIZE = 16
 HOSTILE = "<img src=x onerror=document.title='hit'>${1+1}{{2}}"
@@ -101,6 +103,10 @@ def test_images_are_shown_at_a_size_to_look_at(processor, picture):
     model = shared_ae()
     overlay = analyse(model, processor, picture).overlay
     assert (overlay.mode, overlay.size) == ("RGB", (270, 180))
+    output = model(processor(images=picture, return_tensors="pt")["pixel_values"], output_anomaly_maps=True)
+    (result,) = processor.post_process_anomaly_detection(output, [(180, 270)])
+    expected = overlay_anomaly_map(picture.resize((270, 180), 0), result["anomaly_map"], value_range=model.config.anomaly_map_range)
+    assert overlay.tobytes() == expected.tobytes()
     for mode, size, shown in (("RGB", (3000, 1500), (1024, 512)), ("P", (2000, 2000), (1024, 1024)), ("L", (1, 4), (64, 256))):
         assert analyse(model, processor, Image.new(mode, size)).overlay.size == shown
     model.config.anomaly_map_range = (1e6, 2e6)  # nothing is as high: the image itself, darker
@@ -127,11 +133,15 @@ def test_every_rate_of_the_slider_has_a_threshold(n):
     model = shared_ae(num_calibration=n)
     lowest, highest, first = rate_range(model)
     assert 0 < lowest <= first <= highest < 1
+    assert lowest < highest
     for rate in (lowest, first, highest):
         assert torch.isfinite(torch.tensor(judge(model, 0.0, rate).threshold))
     if lowest > RATE_STEP:
         assert judge(model, 1e9, lowest - RATE_STEP).threshold == float("inf")
-    assert rate_range(shared_ae(num_calibration=39))[2] == 0.1  # the detector's own
+    model = shared_ae(num_calibration=39)
+    assert rate_range(model) == (0.025, 0.5, 0.1)  # the last is the detector's own
+    model.config.false_positive_rate = 0.8
+    assert rate_range(model)[2] == 0.5
 
 
 def test_the_words_are_those_of_the_verdict():
@@ -182,7 +192,9 @@ def test_names_and_labels_are_only_text():
     for markup in ("<img", "${", "{{", "onerror='"):
         assert markup not in text
     assert text.count("&lt;img") == 2
-    assert "39 normal images" in text
+    assert "SharedAEModel, 16×16 pixels, gray · normal: " in text
+    assert "calibrated with 39 normal images" in text
+    assert "not calibrated" in heading_html(shared_ae(num_calibration=0), "page")
     assert WARNING in text
 
 
@@ -205,10 +217,23 @@ def test_where_no_page_can_be_served(address, word, refused):
         run_demo("nowhere", **address)
 
 
+def test_what_is_served(tmp_path, monkeypatch):
+    folder = save(tmp_path / "lungs", dia(), GaussianDissolver(3))
+    pages = []
+    monkeypatch.setattr("hf_anomaly.demo.serving.import_gradio", Mock())
+    monkeypatch.setattr("hf_anomaly.demo.serving.build_demo", lambda *parts, name: pages.append((*parts, name)) or Mock())
+    AnomalyImageProcessor.for_images(SIZE, 1, window=(0, 9)).save_pretrained(folder)
+    monkeypatch.chdir(folder)
+    for window, found in (((0, 4095), (0, 4095)), (None, [0, 9])):
+        run_demo(".", window=window, device="cpu", block=False)
+        model, processor, dissolver, name = pages.pop()
+        assert (type(model), processor.window, dissolver.kind, name) == (DIAModel, found, "gaussian", "lungs")
+
+
 # The Space --------------------------------------------------------------------------------------------------------------------
 
 
-def test_the_files_of_a_space(tmp_path):
+def test_the_files_of_a_space(tmp_path, monkeypatch):
     assert make_space("org/lungs", "org/try", folder=tmp_path / "space", push=False) == str(tmp_path / "space")
     assert {path.name for path in (tmp_path / "space").iterdir()} == {"app.py", "requirements.txt", "README.md"}
     _, front, body = (tmp_path / "space" / "README.md").read_text().split("---\n", 2)
@@ -218,7 +243,10 @@ def test_the_files_of_a_space(tmp_path):
     assert len(front["short_description"]) <= 60  # the Hub's limit
     assert "org/lungs" in body
     assert WARNING in body
-    assert "hf-anomaly[demo]>=" in (tmp_path / "space" / "requirements.txt").read_text()
+    assert f"hf-anomaly[demo]>={__version__}\n" in (tmp_path / "space" / "requirements.txt").read_text()
+    for installed, written in (("6.99.1", "6.99.1"), ("5.49.0", "6.31.0"), ("7.0.0", "6.31.0")):
+        monkeypatch.setattr("hf_anomaly.demo.space.version", lambda name, installed=installed: installed)
+        assert f"\nsdk_version: {written}\n" in space_files("org/lungs", "org/try")["README.md"]
 
 
 @pytest.mark.parametrize("revision", [None, "v1", "');import os;('"])
