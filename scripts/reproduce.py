@@ -60,9 +60,8 @@ class ReproduceArguments:
 
 def main() -> None:
     (args,) = parse_arguments(ReproduceArguments, description=__doc__)
-    PartialState(
-        cpu=parse_flag_from_env("ACCELERATE_USE_CPU")
-    )  # asked without it, each of several processes on a CPU is told that it is alone
+    # Asked first without the flag, each of several processes on a CPU is told that it is alone.
+    PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU"))
     if (args.table is None) == (args.figure is None):
         raise InputError("give --table or --figure, such as --table dia/1")
     if (args.figure is not None or args.table == calibration_study.TABLE) and (args.dry_run or args.shard != "1/1"):

@@ -303,7 +303,7 @@ def _may_hold_images(feature) -> bool:
     from ..data.sources import are_arrays
 
     encoded = isinstance(feature, dict) and "bytes" in feature  # as pandas writes them
-    encoded = encoded or feature in (datasets.Value("binary"), datasets.Value("large_binary"))  # the latter as polars does
+    encoded = encoded or feature in (datasets.Value("binary"), datasets.Value("large_binary"))  # the latter of Arrow tables
     return encoded or isinstance(feature, datasets.Image) or are_arrays(feature)
 
 
