@@ -35,7 +35,8 @@ def read_table(path: Path, image_column: str | None, reading: Reading | None) ->
 
     Args:
         path: of a table with a header, separated by commas, semicolons or tabs. Its column `split`, if there is one, tells the splits (train or Training,
-            test, val …), else all train; its column `mask`, if there is one, names files, too. The case of these columns' names does not matter.
+            test, val …) and is empty nowhere, else all train; its column `mask`, if there is one, names files, too. The case of these columns' names does
+            not matter.
         image_column: with the images' files, absolute or from the table's folder on; None: `file_name`, or else `image`, in any case.
         reading: how DICOM and NIfTI files are cut into images, each with what the row says of the file; None: they are not.
 
@@ -51,8 +52,10 @@ def read_table(path: Path, image_column: str | None, reading: Reading | None) ->
     for line, row in rows:
         if row[wanted] is None:
             raise InputError(f"{path}, line {line}: column {wanted!r} is empty; name the image's file")
+        if row.get(SPLIT_COLUMN, "train") is None:  # not meant to train for that: it may be a test image
+            raise InputError(f"{path}, line {line}: column {SPLIT_COLUMN!r} is empty; write train or test, or remove the column")
         row |= {name: _located(path, line, row[name]) for name in files if row[name] is not None}
-        columns = splits.setdefault(our_split_name(row.get(SPLIT_COLUMN) or "train"), {name: [] for name in header})
+        columns = splits.setdefault(our_split_name(row.get(SPLIT_COLUMN, "train")), {name: [] for name in header})
         for image in slice_files(Path(row[wanted]), reading) if reading is not None and is_medical(row[wanted]) else [row[wanted]]:
             for name, value in (row | {wanted: str(image)}).items():
                 columns[name].append(value)
