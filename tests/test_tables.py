@@ -50,10 +50,10 @@ def test_splits_labels_and_masks(folder, delimiter, newline, encoding):
 
 
 def test_names_of_columns_and_splits_in_any_case(folder):
-    """Else the images marked Test would train, as a spreadsheet wrote `Split`."""
+    """Else the images marked Test would train, as a spreadsheet wrote `Split`. So may backslashes in paths be, from Windows."""
     rows = ["File_Name; Label;Split;MASK"]
     rows += [f"scans/{i}.png;Good;{('Train', 'TRAINING')[i % 2]};" for i in range(6)]
-    rows += ["scans/6.png;Good;Test;", "scans/7.png;Good;testing;", "scans/8.png;Scratch;Test;masks/8.png", "scans/9.png;Good;Val;"]
+    rows += ["scans/6.png;Good;Test;", "scans\\7.png;Good;testing;", "scans/8.png;Scratch;Test;masks\\8.png", "scans/9.png;Good;Val;"]
     (folder / "list.csv").write_text("\r\n".join(rows), encoding="utf-8-sig")
     assert read_table(folder / "list.csv", None, None).keys() == {"train", "test", "validation"}
     for asked in ({}, {"label_column": "Label"}):

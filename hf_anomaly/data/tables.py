@@ -37,7 +37,8 @@ def read_table(path: Path, image_column: str | None, reading: Reading | None) ->
         path: of a table with a header, separated by commas, semicolons or tabs. Its column `split`, if there is one, tells the splits (train or Training,
             test, val …) and is empty nowhere, else all train; its column `mask`, if there is one, names files, too. The case of these columns' names does
             not matter.
-        image_column: with the images' files, absolute or from the table's folder on; None: `file_name`, or else `image`, in any case.
+        image_column: with the images' files, absolute or from the table's folder on, with slashes or Windows' backslashes; None: `file_name`, or else `image`,
+            in any case.
         reading: how DICOM and NIfTI files are cut into images, each with what the row says of the file; None: they are not.
 
     Raises:
@@ -67,9 +68,10 @@ def _located(table: Path, line: int, file: str) -> str:
     """The path of a file that a line of a table names. Raises InputError: there is no such file."""
     located = str(table.parent / file)
     check_name(located)
-    if not os.path.isfile(located):
-        raise InputError(f"{table}, line {line}: there is no file {located}; paths are absolute, or begin in the table's folder")
-    return located
+    for path in (located, str(table.parent / file.replace("\\", "/"))):  # the latter where Windows wrote the table
+        if os.path.isfile(path):
+            return path
+    raise InputError(f"{table}, line {line}: there is no file {located}; paths are absolute, or begin in the table's folder")
 
 
 def _rows(path: Path, image_column: str | None) -> tuple[list[str], list[tuple[int, dict[str, str | None]]]]:
