@@ -288,6 +288,8 @@ def test_train_evaluate_info(run):
     status, _, err = run("card", "my-detector", "--runs", "other-seed")
     assert status == 2
     assert "other-seed is another training than my-detector (omega1 is 0.9, not 0.5)" in err
+    CSIConfig(image_size=8).save_pretrained("other-seed")
+    assert "(model_type is 'csi_anomaly', not 'shared_ae_anomaly')" in run("card", "my-detector", "--runs", "other-seed")[2]
     status, out, err = run("evaluate", "my-detector", "--dataset_name", "digits")
     assert status == 0, err
     assert json.loads(out)["auroc"] == pytest.approx(trained["auroc"])

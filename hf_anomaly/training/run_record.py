@@ -94,15 +94,17 @@ def check_same_run(theirs: dict | None, ours: dict | None, where: str | os.PathL
 
 
 def first_difference(first: dict, second: dict) -> tuple[str, Any, Any] | None:
-    """The first field, by name but digests last, in which two runs differ as JSON, with both values; "a.b" is `b` in `a`. None if they do not differ."""
+    """The first field, by name but the method first and digests last, in which two runs differ as JSON, with both values; "a.b" is `b` in `a`. None if they
+    do not differ."""
     first, second = (flat(json.loads(json.dumps(run))) for run in (first, second))
-    pairs = ((name, first.get(name), second.get(name)) for name in sorted(first.keys() | second.keys(), key=_seldom_the_cause))
+    pairs = ((name, first.get(name), second.get(name)) for name in sorted(first.keys() | second.keys(), key=_as_causes))
     return next((pair for pair in pairs if pair[1] != pair[2]), None)
 
 
-def _seldom_the_cause(name: str) -> tuple[bool, str]:
-    """Sorts digests last: they follow from fields that tell a person more, such as the seed."""
-    return name.rsplit(".", 1)[-1] in ("fingerprint", "images", "split_hash"), name
+def _as_causes(name: str) -> tuple[int, str]:
+    """Sorts the method first, of which the other fields are, and digests last: they follow from fields that tell a person more, such as the seed."""
+    own = name.rsplit(".", 1)[-1]
+    return (name != "model_type") + (own in ("fingerprint", "images", "split_hash")), name
 
 
 def flat(values: dict, prefix: str = "") -> dict:
