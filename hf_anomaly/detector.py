@@ -406,7 +406,9 @@ class AnomalyDetector(PreTrainedModel):
     def require_fitted(self) -> None:
         """Raises NotFittedError before `fit_reference`."""
         if not self.is_fitted:
-            raise NotFittedError(f"{type(self).__name__} is not fitted: call fit_reference(dataloader) with normal training images first")
+            raise NotFittedError(
+                f"{type(self).__name__} is not fitted: call fit_reference(dataloader) with normal training images first; of a checkpoint, finish its run"
+            )
 
     @torch.no_grad()
     def fit_reference(self, dataloader: Iterable, *, gather: Callable | None = None, progress: bool = True) -> Self:

@@ -669,9 +669,9 @@ def test_refuses_bad_settings(diffusion, refused):
 
 
 def test_refuses_bad_images(diffusion, refused):
-    with refused("3 channels", "UNet takes 1"):
+    with refused("3 channels", "UNet takes 1", "--num_channels"):
         diffusion(images(1, 3, 16, 16))
-    with refused("3 channels", "UNet takes 1"):
+    with refused("3 channels", "UNet takes 1", "--num_channels"):
         DenoisingModel(diffusion.unet, build_scheduler())(images(1, 3, 16, 16))
     with refused("kernel_size 11", "5×20", "at most 9"):
         GaussianDissolver(11)(images(1, 1, 5, 20))

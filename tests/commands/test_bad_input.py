@@ -153,7 +153,7 @@ def empty(folder):
         ("empty", empty),
         ("resnet", resnet),
         ("nowhere", lambda folder: folder / "nowhere"),
-        ("CSIModel is not fitted", unfitted),
+        ("of a checkpoint, finish its run", unfitted),
         ("--model", None),
     ],
 )
