@@ -1,5 +1,6 @@
 """What was saved, loaded again: detectors, their configurations, and the results beside them."""
 
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -65,6 +66,9 @@ def load_detector(
     except (RuntimeError, AssertionError) as error:  # what no device is called, and what torch was not built for
         raise InputError(f"--device {device}: {one_line(error)[:200]}; leave it out, or give cpu or cuda") from error
     _check_place(name_or_path)
+    for path in Path(name_or_path).glob("*.safetensors"):
+        if not os.access(path, os.R_OK):  # of which safetensors says that there is no such file
+            raise InputError(f"{path}: the file cannot be read; change its permissions")
     with loading(name_or_path, "cannot be loaded as a detector"):
         model = load_without_code(AutoModel, name_or_path, revision=revision)
         processor = load_without_code(AutoImageProcessor, name_or_path, revision=revision)

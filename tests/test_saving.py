@@ -88,6 +88,7 @@ def test_load_and_save_brings_the_companions(folder, tmp_path):
     assert after == before
     assert (tmp_path / "copy" / "config.json").is_file()
     assert "dissolver/dissolver_config.json" in after
+    assert len({path.stat().st_mode for path in (tmp_path / "copy").rglob("*") if path.is_file()}) == 1  # others may read all or nothing
     AutoModel.from_pretrained(tmp_path, subfolder=folder.name).save_pretrained(tmp_path)
     assert before.keys() < contents(tmp_path).keys()
 
@@ -510,6 +511,12 @@ def test_truncated_weights_are_refused(folder, keep, refused):
     path.write_bytes(path.read_bytes()[:keep])
     with refused(str(folder)):
         AutoModel.from_pretrained(folder)
+
+
+def test_weights_that_may_not_be_read_are_told_of(folder, monkeypatch, refused):
+    monkeypatch.setattr("os.access", lambda path, mode: Path(path).suffix != ".safetensors")  # root may read everything
+    with refused(f"{folder / 'model.safetensors'}: the file cannot be read; change its permissions"):
+        load_detector(str(folder))
 
 
 def test_pickles_are_refused(folder, refused):
