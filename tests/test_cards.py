@@ -127,6 +127,14 @@ def test_the_numbers_are_in(folder):
     assert data["tags"] == ["anomaly-detection", "dia_anomaly"]
 
 
+@pytest.mark.parametrize(("copies", "told"), [(0, False), (None, False), (58, True)])
+def test_test_images_that_also_train_are_told(folder, copies, told):
+    body, _ = card(folder, {**RESULTS, "num_test_copies": copies})
+    check_whole(body)
+    assert ("58 of which are byte for byte also among the training or calibration images" in body) == told
+    assert ("took no part in training" in body) != told
+
+
 @pytest.mark.parametrize("damaged", [None, [1], {"a": "x"}, {"a": {"auroc": 0.5}}, {"a": {"num_images": 3, "auroc": "x"}}])
 def test_damaged_kinds_are_refused(folder, damaged):
     with pytest.raises(InputError, match=r"by_class in eval_results.json"):

@@ -67,6 +67,8 @@ class OneClassSplits:
         division: how it came about, for results and cards.
         reference: the normals that a detector compares with; `train` itself, unless that is a stream.
         stream_digest: SHA-256, in hex, over what decides which images of a stream train, and in what order; None if `train` is none.
+        num_test_copies: how many images of `test` are byte for byte also in `train` or `calibration`; None if nobody looked: of a stream, or with
+            `evaluation_only`.
     """
 
     train: datasets.Dataset | None
@@ -80,6 +82,7 @@ class OneClassSplits:
     division: Division
     reference: datasets.Dataset | None
     stream_digest: str | None = None
+    num_test_copies: int | None = None
 
     @property
     def normal_label(self) -> str:
@@ -205,8 +208,9 @@ def load_one_class(
         test, reason = None, f"{source!r} has no split {eval_split!r}; its splits: {', '.join(raw)}"
         reason += f"; {remedy} would test with the anomalies there" if anomalies else ""
 
+    num_test_copies = None
     if train is not None:
-        _warn_of_copies(train, calibration, test, eval_split)
+        num_test_copies = _warn_of_copies(train, calibration, test, eval_split)
         _warn_of_shared_groups(splits, group_column or "volume")
     return OneClassSplits(
         train=train,
@@ -228,6 +232,7 @@ def load_one_class(
             calibration_fraction=None if evaluation_only else calibration_fraction,
         ),
         reference=train,
+        num_test_copies=num_test_copies,
     )
 
 
@@ -661,8 +666,10 @@ def _hold_out(split: _Split, fraction: float, seed: int) -> Iterable[datasets.Da
     return tuple(normals.select(np.sort(rows)) for rows in parts)
 
 
-def _warn_of_copies(train: datasets.Dataset, calibration: datasets.Dataset | None, test: datasets.Dataset | None, eval_split: str) -> None:
-    """Warns of calibration images that also train, and of test images that also train or calibrate."""
+def _warn_of_copies(
+    train: datasets.Dataset, calibration: datasets.Dataset | None, test: datasets.Dataset | None, eval_split: str
+) -> int | None:
+    """Warns of calibration images that also train, and of test images that also train or calibrate; how many the latter are, None without test images."""
     cases = [
         ("calibration", calibration, "training images", "the threshold will be too low for new images"),
         (eval_split, test, "training or calibration images", "the results will not tell how new images are scored"),
@@ -683,6 +690,7 @@ def _warn_of_copies(train: datasets.Dataset, calibration: datasets.Dataset | Non
                 first["image"]["path"] or f"in row {first['row']}",
                 consequence,
             )
+    return None if test is None else len(found[-1])
 
 
 def _warn_of_shared_groups(splits: dict[str, _Split], what: str) -> None:
