@@ -153,7 +153,10 @@ def empty(folder):
         ("empty", empty),
         ("resnet", resnet),
         ("nowhere", lambda folder: folder / "nowhere"),
-        ("of a checkpoint, finish its run", unfitted),
+        (
+            "CSIModel is not fitted: call fit_reference(dataloader) with normal training images first; of a checkpoint, finish its run",
+            unfitted,
+        ),
         ("--model", None),
     ],
 )
