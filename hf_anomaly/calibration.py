@@ -213,8 +213,8 @@ class DriftCheck:
             return "calibrate with images like these (hf-anomaly calibrate)"
         # A detector knows the images that it was trained on: to calibrate with them would make the threshold too low for all others.
         return (
-            "most likely the detector was trained on these, and results on them say little of new images; do not calibrate with them unless you are "
-            "sure that it was not"
+            "it may have been trained on these, and results on them say little of new images; do not calibrate with them unless you are sure that it "
+            "was not, and that they are as hard as those to come"
         )
 
 

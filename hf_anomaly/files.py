@@ -108,7 +108,7 @@ def staged(target: str | os.PathLike, outdated: re.Pattern | None = None) -> Ite
     staging = Path(tempfile.mkdtemp(prefix=_STAGING, dir=target))
     try:
         yield staging
-        _let_others_read(staging)
+        let_others_read(staging)
         names = {path.name for path in staging.iterdir()}
         for name in sorted(names, key=lambda name: name.endswith("config.json")):
             if (target / name).is_dir():  # os.replace cannot overwrite a folder
@@ -121,7 +121,7 @@ def staged(target: str | os.PathLike, outdated: re.Pattern | None = None) -> Ite
         shutil.rmtree(staging, ignore_errors=True)
 
 
-def _let_others_read(folder: Path) -> None:
+def let_others_read(folder: Path) -> None:
     """Gives weights, which safetensors writes for their owner alone, the permissions that any other new file has."""
     (probe := folder / ".probe").touch()
     mode = probe.stat().st_mode

@@ -136,6 +136,7 @@ def test_what_takes_no_part_in_the_table(trained, capsys, caplog):
         ("num_normal", {}),
         ("steps", "many"),
         ("command", ["train_dia.py"]),
+        ("by_class", {"dent": 0.5}),
     ],
 )
 def test_damaged_results(trained, field, value):
@@ -170,6 +171,33 @@ def test_a_metric_that_one_run_lacks(trained):
     assert "aupro" not in dia
     assert csi["aupro"] == 0.4
     assert comparison_markdown([dia, csi]).splitlines()[4].endswith("| 0.900 ± 0.000 | 0.450 ± 0.000 | – |")
+
+
+def test_classes_of_anomalies(trained, capsys):
+    """Each with its mean over the seeds; one that not all runs have a number for is left out."""
+    for seed, dent, crack in ((0, 0.9, 0.5), (1, 0.7, None)):
+        trained(
+            f"dia-{seed}",
+            DIAConfig,
+            seed,
+            0.8,
+            by_class={"dent": {"num_images": 3, "auroc": dent}, "a|b": {"num_images": 2, "auroc": crack}},
+        )
+    trained("csi", CSIConfig, 0, 0.75, by_class={"dent": {"num_images": 3, "auroc": 0.6}, "a|b": {"num_images": 2, "auroc": 0.4}})
+    trained("one kind", CSIConfig, 1, 0.75, config={"num_encoders": 2})
+    dia, csi, one = rows = compare_runs(map(read_run, ("dia-0", "dia-1", "csi", "one kind")))
+    assert dia["by_class"] == {"dent": {"auroc": pytest.approx(0.8), "auroc_std": pytest.approx(statistics.stdev([0.9, 0.7]))}}
+    assert csi["by_class"] == {"dent": {"auroc": 0.6, "auroc_std": None}, "a|b": {"auroc": 0.4, "auroc_std": None}}
+    assert "by_class" not in one
+    assert comparison_markdown(rows).split("\n\n")[2].splitlines() == [
+        "| AUROC | DIA | CSI · num_encoders 1 |",
+        "| --- | --- | --- |",
+        "| a b | – | 0.400 |",
+        "| dent | 0.800 ± 0.141 | 0.600 |",
+    ]
+    cli.main(["compare", "csi", "--output", "table.csv"])
+    with open("table.csv", newline="") as file:
+        assert [json.loads(row["by_class"]) for row in csv.DictReader(file)] == [csi["by_class"]]
 
 
 def test_what_does_not_compare(trained):

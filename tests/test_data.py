@@ -593,6 +593,9 @@ def test_unreadable_images_are_named(tmp_path):
     with pytest.raises(InputError, match=r"good/1\.png: unreadable image \(unknown image format\)") as error:
         load_one_class(tmp_path)
     one_line(error)
+    (tmp_path / "good" / "1.png").write_bytes(b"")
+    with pytest.raises(InputError, match=r"good/1\.png: unreadable image \(the file is empty\)"):
+        load_one_class(tmp_path)
     broken = Dataset.from_dict(
         {"image": [png(pixels(0)), {"bytes": b"no image", "path": None}], "row": [3, 17]},
         Features({"image": Image(decode=False), "row": Value("int64")}),

@@ -785,6 +785,8 @@ def test_what_a_checkpoint_holds(make, tmp_path):
     names = {path.name for path in (tmp_path / "run" / "checkpoint-12").iterdir()}
     assert {"model.safetensors", "ema.safetensors", "trainer_state.json", "training_args.json", "preprocessor_config.json"} <= names
     assert "training_args.bin" not in names
+    modes = {path.name: path.stat().st_mode for path in (tmp_path / "run" / "checkpoint-12").iterdir()}
+    assert len(set(modes.values())) == 1, f"others may read all: {modes}"
     assert json.loads((tmp_path / "run" / "checkpoint-12" / "training_args.json").read_text())["ema_decay"] == 0.9
 
 

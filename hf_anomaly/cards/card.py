@@ -203,7 +203,7 @@ def _protocol(division: dict) -> str:
 def _table_of_kinds(results: dict) -> list[list[str]]:
     """A row for each class of anomalies: name, number of images, AUROC and, if calibrated, the share that is flagged."""
     rows, by_class = [], results.get("by_class", {})
-    if not _are_kinds(by_class):
+    if not are_kinds(by_class):
         raise InputError("by_class in eval_results.json is not what an evaluation wrote: restore or delete it")
     for name, found in by_class.items():
         flagged = found.get("true_positive_rate_at_threshold")
@@ -212,7 +212,7 @@ def _table_of_kinds(results: dict) -> list[list[str]]:
     return rows
 
 
-def _are_kinds(by_class) -> bool:
+def are_kinds(by_class) -> bool:
     """Whether this is what `metrics_by_class` gives."""
     return isinstance(by_class, dict) and all(
         isinstance(found, dict)

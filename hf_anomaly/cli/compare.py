@@ -51,4 +51,8 @@ def run(args: Namespace) -> None:
 
 
 def _csv(rows: list[dict]) -> str:
-    return csv_text({**row, "settings": json.dumps(row["settings"]), "seeds": " ".join(map(str, row["seeds"]))} for row in rows)
+    return csv_text(
+        {name: json.dumps(value) if isinstance(value, dict) else value for name, value in row.items()}
+        | {"seeds": " ".join(map(str, row["seeds"]))}
+        for row in rows
+    )

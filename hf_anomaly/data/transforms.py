@@ -56,16 +56,20 @@ def file_name(value: Any, otherwise: str) -> str:
 
 
 def _unreadable(value: Any, where: str, error: Exception) -> InputError:
-    # PIL's own text for an unknown format names a memory address.
-    reason = (
-        "unknown image format" if isinstance(error, PIL.UnidentifiedImageError) else getattr(error, "strerror", None) or one_line(error)
-    )
+    if isinstance(error, PIL.UnidentifiedImageError):  # whose own text names a memory address
+        reason = "the file is empty" if _is_empty(value) else "unknown image format"
+    else:
+        reason = getattr(error, "strerror", None) or one_line(error)
     remedy = "remove it or replace it by an intact one"
     if isinstance(error, FileNotFoundError):
         remedy = "restore the file, or leave it out of the list that names it"
     elif isinstance(error, PIL.Image.DecompressionBombError):
         remedy = "it is too large: shrink it or cut it up"
     return InputError(f"{_name(value, where)}: unreadable image ({reason}); {remedy}")
+
+
+def _is_empty(value: Any) -> bool:
+    return isinstance(value, dict) and not (Path(value["path"]).stat().st_size if value.get("bytes") is None else value["bytes"])
 
 
 def open_image(value: dict[str, Any] | PIL.Image.Image | np.ndarray, where: str, window: Window = None) -> PIL.Image.Image:

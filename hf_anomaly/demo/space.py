@@ -79,13 +79,14 @@ def make_space(
             raise InputError(f"{name!r} is no name of a repository: use 'name' or 'organisation/name'") from error
     if folder is None and not push:
         raise InputError("nothing to do: give a folder to write the Space to, or push it")
+    if push:
+        with hub_errors(model_name, reading=True):
+            HfApi(token=token).model_info(model_name, revision=revision)
     files = space_files(model_name, space_id, revision)
     if folder is not None:
         _write(Path(folder), files)
     if not push:
         return os.fspath(folder)
-    with hub_errors(model_name, reading=True):
-        HfApi(token=token).model_info(model_name, revision=revision)
     with tempfile.TemporaryDirectory() as temporary:
         _write(Path(temporary), files)
         message = f"Demo of {model_name}"

@@ -10,7 +10,7 @@ from collections import defaultdict
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 
-from ..cards.card import plain
+from ..cards.card import are_kinds, plain
 from ..cards.merging import METRICS
 from ..errors import InputError
 from ..files import markdown_table, read_json
@@ -67,6 +67,8 @@ class Run:
             value = self.results.get(name)
             if not isinstance(value, kind | None) or (name in METRICS and value is not None and not 0 <= value <= 1 + _ROUNDING):
                 raise InputError(f"{self.name}: {name} is {value!r}, which no evaluation wrote: restore or delete its eval_results.json")
+        if not are_kinds(self.results.get("by_class", {})):
+            raise InputError(f"{self.name}: by_class is damaged: restore or delete its eval_results.json")
 
 
 def read_run(name_or_path: str | os.PathLike) -> Run:
@@ -127,7 +129,8 @@ def compare_runs(runs: Iterable[Run]) -> list[dict]:
 
     Returns:
         For every row `TESTED_ON`, `method`, `settings` (those in which the rows of its method differ), `seeds`, `steps`, and of every metric that all its
-        runs have the mean, such as `auroc`, and the sample standard deviation, `auroc_std`, None of one run.
+        runs have the mean, such as `auroc`, and the sample standard deviation, `auroc_std`, None of one run; likewise `by_class`, the `auroc` and
+        `auroc_std` of each class of anomalies, where the test images have several.
 
     Raises:
         InputError: two runs that should differ in the seed have the same one, or were tested on other images than those they stand beside.
@@ -144,13 +147,23 @@ def compare_runs(runs: Iterable[Run]) -> list[dict]:
             differing = _differing(first, [other[0] for other in table.values() if other[0].method == first.method])
             row = dict(zip(TESTED_ON, tested_on, strict=True)) | {"method": first.method, "settings": differing}
             row |= {"seeds": _seeds(alike), "steps": first.results.get("steps")}
-            for metric in METRICS:
-                values = [run.results.get(metric) for run in alike]
-                if None not in values:
-                    row[metric] = statistics.mean(values)
-                    row[f"{metric}_std"] = statistics.stdev(values) if len(values) > 1 else None
+            row |= _summary(METRICS, [run.results for run in alike])
+            classes = [run.results.get("by_class", {}) for run in alike]
+            by_class = {name: _summary(["auroc"], [found.get(name, {}) for found in classes]) for name in classes[0]}
+            if any(by_class.values()):
+                row["by_class"] = {name: found for name, found in by_class.items() if found}
             rows.append(row)
     return rows
+
+
+def _summary(metrics: Iterable[str], runs: list[dict]) -> dict[str, float | None]:
+    """Mean and standard deviation of every metric that all the runs have."""
+    summary = {}
+    for metric in metrics:
+        values = [run.get(metric) for run in runs]
+        if None not in values:
+            summary |= {metric: statistics.mean(values), f"{metric}_std": statistics.stdev(values) if len(values) > 1 else None}
+    return summary
 
 
 def _differing(run: Run, others: list[Run]) -> dict:
@@ -193,7 +206,7 @@ def _check_divisions(runs: list[Run]) -> None:
 
 
 def comparison_markdown(rows: list[dict]) -> str:
-    """The rows of `compare_runs` as Markdown, a table for each set of test images."""
+    """The rows of `compare_runs` as Markdown, a table for each set of test images, and one below it of its classes of anomalies if there are several."""
     tables: dict[tuple, list[dict]] = defaultdict(list)
     for row in rows:
         tables[tuple(row[key] for key in TESTED_ON)].append(row)
@@ -202,12 +215,25 @@ def comparison_markdown(rows: list[dict]) -> str:
         metrics = [metric for metric in METRICS if any(metric in row for row in table)]
         titles, lines = ["method", "settings", "seeds", "steps", *(METRICS[metric][1] for metric in metrics)], []
         for row in table:
-            settings = ", ".join(f"{name} {str(value).strip('[]')}" for name, value in row["settings"].items())
-            entries = [row["method"], settings, _ranges(row["seeds"]), row["steps"], *(_entry(row, metric) for metric in metrics)]
-            lines.append(["–" if entry in ("", None) else plain(entry) for entry in entries])
+            entries = [row["method"], _settings(row), _ranges(row["seeds"]), row["steps"], *(_entry(row, metric) for metric in metrics)]
+            lines.append(_cells(entries))
         head = f"{plain(dataset)}: normal is {plain(normal)}; {num_normal} normal and {num_anomalous} anomalous test images"
         parts.append("\n".join([head, "", *markdown_table(titles, lines)]))
+        measured = [row for row in table if "by_class" in row]
+        if measured:
+            titles = ["AUROC", *(plain(" · ".join(filter(None, (row["method"], _settings(row))))) for row in measured)]
+            classes = sorted({name for row in measured for name in row["by_class"]})
+            lines = [_cells([name, *(_entry(row["by_class"].get(name, {}), "auroc") for row in measured)]) for name in classes]
+            parts.append("\n".join(markdown_table(titles, lines)))
     return "\n\n".join(parts)
+
+
+def _cells(entries: list) -> list[str]:
+    return ["–" if entry in ("", None) else plain(entry) for entry in entries]
+
+
+def _settings(row: dict) -> str:
+    return ", ".join(f"{name} {str(value).strip('[]')}" for name, value in row["settings"].items())
 
 
 def _entry(row: dict, metric: str) -> str:

@@ -364,7 +364,7 @@ def markdown(records: dict, measured: dict, budget: str, seed: int, command: lis
             drift = drift_check(test, calibration)
             lines.append(
                 f"| {RECIPES[dataset].title} | {DETECTORS[detector][0]} | {len(calibration)} + {len(test)} | {' | '.join(flagged)} | "
-                f"{drift.p_value:.2g}, {'higher' if drift.p_higher < drift.p_lower else 'lower'} |"
+                f"{drift.p_value:.2g}, {drift.direction} |"
             )
     lines += ["", "Every division is in [calibration.csv](calibration.csv). The splits:", ""]
     for (dataset, detector), record in records.items():

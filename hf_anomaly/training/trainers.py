@@ -29,7 +29,7 @@ from ..cards import write_card
 from ..data import collate
 from ..detector import AnomalyDetector, refuse_anomalies
 from ..errors import HubError, InputError
-from ..files import read_json, remove_staged
+from ..files import let_others_read, read_json, remove_staged
 from ..hub import CommitInfo, hub_errors, push_checkpoint, push_folder
 from ..metrics import image_metrics
 from ..ops.distributed import share_buffers
@@ -275,6 +275,7 @@ class ReproducibleTrainer(Trainer):
         self.accelerator.wait_for_everyone()
         if self.args.should_save:
             self.state.save_to_json(str(run_dir / _STAGING / name / "trainer_state.json"))
+            let_others_read(run_dir / _STAGING / name)
             shutil.rmtree(run_dir / name, ignore_errors=True)
             os.replace(run_dir / _STAGING / name, run_dir / name)
             os.rmdir(run_dir / _STAGING)

@@ -22,7 +22,8 @@ def test_a_space_in_one_commit(hub):
         assert set(api.list_repo_files("org/lungs", **made)) == three | {"notes.txt", "figures/own.svg"}
         now = {name: Path(api.hf_hub_download("org/lungs", name, **made)).read_text() for name in three}
         assert "run_demo('org/skin', revision='v1')" in now["app.py"] and "# old" not in now["README.md"]
-        refused(HubError, lambda: make_space("org/skni", "org/new"), "org/skni", "check the name")
+        refused(HubError, lambda: make_space("org/skni", "org/new", folder="new"), "org/skni", "check the name")
+        assert not Path("new").exists()
         assert not api.repo_exists("org/new", **made)
     """)
 

@@ -60,8 +60,8 @@ def _compare_with_former(scores: torch.Tensor, former_threshold: float, former_s
     drift = drift_check(scores, former_scores)
     if drift.is_found and drift.direction == "lower":
         logger.warning(
-            "These images score lower than those that calibrated the detector before (Kolmogorov-Smirnov, p = %.2g): most likely it was trained on them, "
-            "and the threshold is too low for new images",
+            "These images score lower than those that calibrated the detector before (Kolmogorov-Smirnov, p = %.2g): if it was trained on them, or they are "
+            "easier than those to come, the threshold is too low for new images",
             drift.p_value,
         )
 
