@@ -530,7 +530,11 @@ def test_nothing_to_evaluate(tmp_path, counts, message):
         ({"train_labels": np.zeros(5)}, {}, r"'train_labels' has shape \(5,\); \(12,\)"),
         ({"train_labels": np.zeros((12, 2))}, {}, r"'train_labels' has shape \(12, 2\)"),
         ({"train_labels": np.array([None] * 12)}, {}, "not an .npz file of plain arrays .*allow_pickle"),
-        ({"train_labels": np.array([0.0] * 11 + [np.nan])}, {"normal_label": 0}, "row 11 of split 'train' .* has no label"),
+        (
+            {"train_labels": np.array([0.0] * 11 + [np.nan])},
+            {"normal_label": 0},
+            "row 11 .counted from 0. of split 'train' .* has no label",
+        ),
         ({}, {}, r"which class .* is normal\? Give normal_label; its labels: '0' \(12\), '1' \(12\)"),
         ({}, {"normal_label": 7}, "normal_label=7 is no label of .*'0'"),
         ({"train_labels": np.ones(12)}, {"normal_label": 0}, r"no image of split 'train' .* is '0'; its labels: '1' \(12\)"),

@@ -109,14 +109,14 @@ def test_a_single_patient(caplog):
 def test_what_is_refused():
     with pytest.raises(InputError, match=r"split 'train' of .* has no column 'person'; its columns: image, patient, label"):
         load_one_class(images([1, 2]), group_column="person")
-    with pytest.raises(InputError, match=r"row 1 of split 'train' of .* says nothing in column 'patient'"):
+    with pytest.raises(InputError, match=r"row 1 \(counted from 0\) of split 'train' of .* says nothing in column 'patient'"):
         load_one_class(images([1, None, 2]), group_column="patient")
     for nothing in ("", float("nan")):
         values = [nothing, nothing] if nothing == "" else [1.0, nothing]
         with pytest.raises(InputError, match=r"says nothing in column 'person'"):
             load_one_class(images([1, 2]).add_column("person", values), group_column="person")
     held_back = images([1, 2]).add_column("person", [0, -1]).cast_column("person", ClassLabel(names=["a"]))
-    with pytest.raises(InputError, match=r"row 1 of split 'train' of .* says nothing in column 'person'"):
+    with pytest.raises(InputError, match=r"row 1 \(counted from 0\) of split 'train' of .* says nothing in column 'person'"):
         load_one_class(held_back, group_column="person")
     with pytest.raises(InputError, match=r"column 'person' of .* holds List.*not one name or number"):
         load_one_class(images([1, 2]).add_column("person", [[1], [2]]), group_column="person")

@@ -33,7 +33,9 @@ def groups_by_column(split: datasets.Dataset, column: str, where: str) -> np.nda
     nothing = (None, "", -1) if is_class else (None, "")  # of a class held back the Hub writes -1
     missing = next((i for i, value in enumerate(values) if value in nothing or value != value), None)
     if missing is not None:
-        raise InputError(f"row {missing} of {where} says nothing in column {column!r}; fill it in, or leave group_column out")
+        raise InputError(
+            f"row {missing} (counted from 0) of {where} says nothing in column {column!r}; fill it in, or leave group_column out"
+        )
     if is_class:
         return np.asarray(feature.int2str(values))
     return np.asarray([str(int(value)) if isinstance(value, float) and value.is_integer() else str(value) for value in values])

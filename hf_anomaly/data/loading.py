@@ -493,7 +493,9 @@ def _labels(split: _Split, column: str | None) -> list[str] | None:
     if all(name is None for name in names):
         return None
     if None in names:
-        raise InputError(f"row {names.index(None)} of {split.where} has no label in column {column!r}; label it or remove it")
+        raise InputError(
+            f"row {names.index(None)} (counted from 0) of {split.where} has no label in column {column!r}; label it or remove it"
+        )
     return names
 
 

@@ -254,7 +254,7 @@ def _has_labels(name: str, split: datasets.IterableDataset, column: str) -> bool
     are_labelled = any(name is not None for name in names)
     if are_labelled and None in names:
         raise InputError(
-            f"row {names.index(None)} of the split of {name!r} to evaluate on has no label in column {column!r}; label or remove it"
+            f"row {names.index(None)} (counted from 0) of the split of {name!r} to evaluate on has no label in column {column!r}; label or remove it"
         )
     return are_labelled
 
