@@ -4,8 +4,6 @@ A trained detector is fixed, and so are its scores of normal images which it nei
 calibrate with, and counts how many of the other half are flagged.
 """
 
-import csv
-import io
 import json
 import math
 import tempfile
@@ -36,7 +34,7 @@ from ..detectors.shared_ae.configuration_shared_ae import SharedAEConfig
 from ..detectors.shared_ae.modeling_shared_ae import SharedAEModel
 from ..dissolving import GaussianDissolver
 from ..errors import InputError
-from ..files import replacing, write_json
+from ..files import csv_text, replacing, write_json
 from ..image_processing import AnomalyImageProcessor
 from ..training import AnomalyTrainingArguments
 from ..training.denoising import denoising_arguments, pretrain
@@ -309,12 +307,12 @@ class CalibrationStudy:
 
 def divisions_csv(measured: dict[tuple[str, str], np.ndarray]) -> str:
     """The false-positive rate of every division, a line each."""
-    file = io.StringIO()
-    writer = csv.writer(file, lineterminator="\n")
-    writer.writerow(["dataset", "detector", "division", *(f"rate_{rate:g}" for rate in RATES)])
-    for (dataset, detector), rates in measured.items():
-        writer.writerows([dataset, detector, division, *(f"{rate:.6f}" for rate in row)] for division, row in enumerate(rates))
-    return file.getvalue()
+    return csv_text(
+        {"dataset": dataset, "detector": detector, "division": division}
+        | {f"rate_{rate:g}": f"{share:.6f}" for rate, share in zip(RATES, row, strict=True)}
+        for (dataset, detector), rates in measured.items()
+        for division, row in enumerate(rates)
+    )
 
 
 def markdown(records: dict, measured: dict, budget: str, seed: int, command: list[str]) -> str:

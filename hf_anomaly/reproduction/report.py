@@ -1,7 +1,5 @@
 """What the finished cells say: a Markdown table beside the paper's numbers, every cell as CSV, and the picture of a curve."""
 
-import csv
-import io
 from collections.abc import Callable
 from pathlib import Path
 
@@ -204,9 +202,7 @@ def _lines_by_row(section: Section, selection: Selection, everything: dict) -> l
 
 def cells_csv(table: Table, selection: Selection) -> str:
     """Every cell of the table, a line each."""
-    text = io.StringIO()
-    writer = csv.DictWriter(text, CSV_FIELDS, restval="", extrasaction="ignore", lineterminator="\n")
-    writer.writeheader()
+    lines = []
     for section in table.sections:
         for row in section.rows:
             for method in section.methods:
@@ -214,8 +210,9 @@ def cells_csv(table: Table, selection: Selection) -> str:
                     cell = section.cell(row, method, seed, selection.budget)
                     result = selection.result(cell) or {}
                     more = {"table": table.id, "status": selection.status(cell), "command": shown_command(result.get("command", []))}
-                    writer.writerow({**result, **vars(cell), "protocol": result.get("protocol", cell.protocol), **more})
-    return text.getvalue()
+                    line = {**result, **vars(cell), "protocol": result.get("protocol", cell.protocol), **more}
+                    lines.append({name: line.get(name) for name in CSV_FIELDS})
+    return csv_text(lines)
 
 
 def _curves(section: Section, selection: Selection) -> dict[str, list[tuple[int, float, float]]]:

@@ -77,8 +77,7 @@ class Selection:
 
     def methods_of(self, table: Table) -> tuple[str, ...]:
         """The selected methods. Raises InputError: one that the table has not."""
-        there = dict.fromkeys(method for section in table.sections for method in section.methods)
-        return _known("methods", self.methods, list(there), table)
+        return _known("methods", self.methods, [method for section in table.sections for method in section.methods], table)
 
     def check(self) -> None:
         """Raises InputError of an unknown budget, or of bad seeds."""
