@@ -6,7 +6,6 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 from huggingface_hub import HfApi
-from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id, yaml_dump
 from packaging.requirements import Requirement
 
@@ -73,10 +72,8 @@ def make_space(
             f"{model_name} is a folder of this machine, which a Space cannot read: push it first (model.push_to_hub) and name its repository"
         )
     for name in (model_name, space_id):
-        try:
+        with hub_errors(name):
             validate_repo_id(name)
-        except HFValidationError as error:
-            raise InputError(f"{name!r} is no name of a repository: use 'name' or 'organisation/name'") from error
     if folder is None and not push:
         raise InputError("nothing to do: give a folder to write the Space to, or push it")
     if push:

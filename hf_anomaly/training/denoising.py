@@ -7,7 +7,6 @@ from contextlib import suppress
 from pathlib import Path
 
 from transformers import AutoConfig, set_seed
-from transformers.utils.hub import cached_file
 
 from ..cards import write_pretraining_card
 from ..data import prepare
@@ -25,6 +24,7 @@ from ..dissolving import (
 from ..dissolving.diffusion import T_MAX, T_MIN
 from ..errors import InputError
 from ..files import read_json, write_json
+from ..hub import find_file
 from ..image_processing import AnomalyImageProcessor
 from ..loading import loading
 from ..untrusted import load_without_code
@@ -168,8 +168,8 @@ def load_pretraining(name_or_path: str | os.PathLike, *, image_size: int, num_ch
 def pretraining_run(name_or_path: str | os.PathLike) -> dict:
     """The dataset, and its division, that trained what `load_pretraining` loads, for `warn_of_other_division`; {} if they are not known."""
     for file in (PRETRAINING_NOTES, "eval_results.json"):
-        if (path := cached_file(name_or_path, file, _raise_exceptions_for_missing_entries=False)) is not None:
-            content = read_json(Path(path))
+        if (path := find_file(name_or_path, file)) is not None:
+            content = read_json(path)
             run = content.get("run") if file == PRETRAINING_NOTES else content
             return run if isinstance(run, dict) else {}
     return {}
