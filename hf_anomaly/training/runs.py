@@ -127,26 +127,6 @@ def choose_output_dir(args, method: str, dataset_name: str) -> None:
             pass
 
 
-class _EarlierRun:
-    """What an earlier run left in a folder.
-
-    Attributes:
-        is_there: whether it left anything.
-        parts: the folders of its checkpoints and first stages. A resumed run would take them for its own.
-        unfinished: its last checkpoint, relative to the folder, if it is later than any result: the run did not end. Else None.
-    """
-
-    def __init__(self, folder: Path):
-        checkpoints, stages, results = (
-            [path for pattern in patterns for path in folder.glob(pattern)] for patterns in (_CHECKPOINTS, _STAGES, _RESULTS)
-        )
-        self.parts = sorted({folder / path.relative_to(folder).parts[0] for path in (*checkpoints, *stages)})
-        self.is_there = bool(self.parts or results)
-        last = max(checkpoints, key=os.path.getmtime, default=None)
-        ended = last is None or any(os.path.getmtime(result) >= os.path.getmtime(last) for result in results)
-        self.unfinished = None if ended else last.parent.relative_to(folder)
-
-
 def replace_earlier_run(args, used: str | os.PathLike | None = None) -> None:
     """Before a training begins: warns that it replaces what an earlier run, perhaps on other images, left in its folder, and removes that run's
     checkpoints and first stages. A dissolver that was trained by itself, which has a card, stays.
@@ -157,12 +137,17 @@ def replace_earlier_run(args, used: str | os.PathLike | None = None) -> None:
     if not args.should_save or args.resume_from_checkpoint:
         return
     folder = Path(args.output_dir)
-    earlier = _EarlierRun(folder)
-    if earlier.is_there:
-        how = f"its command with --resume_from_checkpoint true would have gone on from {earlier.unfinished}"
-        hint = f". It had not ended: {how}" if earlier.unfinished else ""
+    checkpoints, stages, results = (
+        [path for pattern in patterns for path in folder.glob(pattern)] for patterns in (_CHECKPOINTS, _STAGES, _RESULTS)
+    )
+    if checkpoints or stages or results:
+        hint, last = "", max(checkpoints, key=os.path.getmtime, default=None)
+        if last is not None and all(os.path.getmtime(result) < os.path.getmtime(last) for result in results):
+            unfinished = last.parent.relative_to(folder)
+            hint = f". It had not ended: its command with --resume_from_checkpoint true would have gone on from {unfinished}"
         logger.warning("What an earlier run left in %s will be replaced; to keep both, give another --output_dir%s", folder, hint)
-    for part in earlier.parts:
+    # A resumed run would take these for its own.
+    for part in sorted({folder / path.relative_to(folder).parts[0] for path in (*checkpoints, *stages)}):
         kept = used is not None and Path(used).resolve().is_relative_to(part.resolve())
         if not kept and not (part.name == "dissolver" and (part / "README.md").is_file()):
             shutil.rmtree(part, ignore_errors=True)
