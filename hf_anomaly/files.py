@@ -74,6 +74,12 @@ def replacing(path: str | os.PathLike) -> Iterator[Path]:
         temporary.unlink(missing_ok=True)
 
 
+def write_file(path: str | os.PathLike, text: str) -> None:
+    """Writes a file in UTF-8, whole or not at all; see `replacing`."""
+    with replacing(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
+
+
 @contextmanager
 def writing(path: str | os.PathLike) -> Iterator[Path]:
     """As `replacing`, for a path that a user names: of a link the file that it leads to is replaced, and a device or pipe is written to.
@@ -198,8 +204,7 @@ def read_json(path: str | os.PathLike) -> dict:
 
 def write_json(path: str | os.PathLike, content: dict) -> None:
     """Writes strict JSON (no NaN), whole or not at all."""
-    with replacing(path) as temporary:
-        temporary.write_text(json.dumps(content, indent=2, sort_keys=True, allow_nan=False) + "\n", encoding="utf-8")
+    write_file(path, json.dumps(content, indent=2, sort_keys=True, allow_nan=False) + "\n")
 
 
 def markdown_table(titles: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:

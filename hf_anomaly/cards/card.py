@@ -12,7 +12,7 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from transformers import PreTrainedModel
 
 from ..errors import InputError
-from ..files import replacing
+from ..files import write_file
 from ..names import is_hub_id
 from ..untrusted import is_ours
 from ..version import __version__
@@ -317,6 +317,4 @@ def write_dissolver_card(
 def _save(card: ModelCard, folder: Path, given: Collection[str] = ()) -> None:
     """Writes a card that keeps what a person wrote in the one that is there, except for the fields of the YAML that are `given`."""
     path = folder / "README.md"
-    text = merge_cards(card.content, read_card(path), given) if path.is_file() else card.content
-    with replacing(path) as temporary:
-        temporary.write_text(text, encoding="utf-8")
+    write_file(path, merge_cards(card.content, read_card(path), given) if path.is_file() else card.content)

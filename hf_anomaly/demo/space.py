@@ -10,7 +10,7 @@ from huggingface_hub.utils import validate_repo_id, yaml_dump
 from packaging.requirements import Requirement
 
 from ..errors import InputError
-from ..files import replacing
+from ..files import write_file
 from ..hub import hub_errors, push_folder
 from ..version import __version__
 from .page import GRADIO, WARNING
@@ -119,8 +119,7 @@ def _write(folder: Path, files: dict[str, str]) -> None:
         if (folder / name).exists():
             raise InputError(f"{folder / name} is there already and would be overwritten: delete it, or name another folder")
     for name, text in files.items():
-        with replacing(folder / name) as temporary:
-            temporary.write_text(text, encoding="utf-8")
+        write_file(folder / name, text)
 
 
 def _gradio_version() -> str:

@@ -34,7 +34,7 @@ from ..detectors.shared_ae.configuration_shared_ae import SharedAEConfig
 from ..detectors.shared_ae.modeling_shared_ae import SharedAEModel
 from ..dissolving import GaussianDissolver
 from ..errors import InputError
-from ..files import csv_text, replacing, write_json
+from ..files import csv_text, write_file, write_json
 from ..image_processing import AnomalyImageProcessor
 from ..training import AnomalyTrainingArguments
 from ..training.denoising import denoising_arguments, pretrain
@@ -267,7 +267,6 @@ class CalibrationStudy:
             "command": command,
         }
         if PartialState().is_main_process:
-            path.parent.mkdir(parents=True, exist_ok=True)
             write_json(path, record)
         return record
 
@@ -300,8 +299,7 @@ class CalibrationStudy:
         }
         if PartialState().is_main_process:
             for name, text in texts.items():
-                with replacing(Path(self.output_dir, name)) as temporary:
-                    temporary.write_text(text, encoding="utf-8")
+                write_file(Path(self.output_dir, name), text)
         return [Path(self.output_dir, name) for name in texts]
 
 

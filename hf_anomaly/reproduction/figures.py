@@ -273,7 +273,6 @@ def write_figure(figure: Figure, selection: Selection, command: list[str]) -> li
     there = figure.prepare(selection, command)
     path = Path(selection.output_dir, f"figure-{figure.id.replace('/', '-')}.png")
     if PartialState().is_main_process:
-        path.parent.mkdir(parents=True, exist_ok=True)
         with quiet():
             picture = figure.draw(there, selection)
         write_image(picture, path)

@@ -8,7 +8,7 @@ import numpy as np
 from ..cards.card import shown_command
 from ..cards.figures import new_figure
 from ..data.recipes import RECIPES
-from ..files import csv_text, markdown_table, replacing
+from ..files import csv_text, markdown_table, replacing, write_file
 from .budgets import BUDGETS
 from .cells import MEAN, Number, Row, Section, Table
 from .methods import BASELINES, METHODS
@@ -32,9 +32,10 @@ def write_table(table: Table, selection: Selection, command: list[str], *, draw:
         InputError: the picture needs matplotlib, which is missing. The other files are written by then.
     """
     stem = Path(selection.output_dir, table.id.replace("/", "-"))
-    stem.parent.mkdir(parents=True, exist_ok=True)
     pages = (markdown(table, selection, command), cells_csv(table, selection)) if table.computed is None else _computed(table, command)
-    files = [_write(stem.with_suffix(suffix), text) for suffix, text in zip((".md", ".csv"), pages, strict=True)]
+    files = [stem.with_suffix(".md"), stem.with_suffix(".csv")]
+    for path, text in zip(files, pages, strict=True):
+        write_file(path, text)
     if draw and table.is_curve and any(_curves(section, selection) for section in table.sections):
         files.append(plot(table, selection, stem.with_suffix(".png")))
     return files
@@ -50,12 +51,6 @@ def _computed(table: Table, command: list[str]) -> tuple[str, str]:
 
 def _command_lines(command: list[str]) -> list[str]:
     return ["The command:", "", f"    python {shown_command(command)}", ""]
-
-
-def _write(path: Path, text: str) -> Path:
-    with replacing(path) as temporary:
-        temporary.write_text(text, encoding="utf-8")
-    return path
 
 
 def _seeds(selection: Selection) -> tuple[int, ...]:
