@@ -10,6 +10,7 @@ import numpy as np
 from ..errors import InputError
 from .content import paths_of
 from .formats import SLICES
+from .sources import class_name
 
 if TYPE_CHECKING:
     import datasets
@@ -28,17 +29,12 @@ def groups_by_column(split: datasets.Dataset, column: str, where: str) -> np.nda
     feature = split.features[column]
     if not isinstance(feature, datasets.Value | datasets.ClassLabel):
         raise InputError(f"column {column!r} of {where} holds {feature}, not one name or number an image; give another group_column")
-    values = split.select_columns([column])[column][:]
-    is_class = isinstance(feature, datasets.ClassLabel)
-    nothing = (None, "", -1) if is_class else (None, "")  # of a class held back the Hub writes -1
-    missing = next((i for i, value in enumerate(values) if value in nothing or value != value), None)
-    if missing is not None:
+    names = [class_name(value, feature) for value in split.select_columns([column])[column][:]]
+    if (missing := next((i for i, name in enumerate(names) if not name), None)) is not None:
         raise InputError(
             f"row {missing} (counted from 0) of {where} says nothing in column {column!r}; fill it in, or leave group_column out"
         )
-    if is_class:
-        return np.asarray(feature.int2str(values))
-    return np.asarray([str(int(value)) if isinstance(value, float) and value.is_integer() else str(value) for value in values])
+    return np.asarray(names)
 
 
 def groups_by_volume(images: datasets.Dataset, name: str) -> np.ndarray | None:

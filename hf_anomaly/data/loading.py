@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import logging
-import math
 import os
 import re
 import unicodedata
@@ -28,6 +27,7 @@ from .sources import (
     as_images,
     by_our_names,
     check_place,
+    class_name,
     default_normal_class,
     given_splits,
     hub_dataset,
@@ -447,21 +447,6 @@ def label_column_of(source: str, splits: Mapping[str, datasets.Dataset | dataset
     if kinds := [type(feature).__name__ for feature in features if not isinstance(feature, datasets.ClassLabel | datasets.Value)]:
         raise InputError(f"column {found[0]!r} of {source!r} holds {kinds[0]}, not one label an image; give another label_column")
     return found[0] if found else None
-
-
-def class_name(value: Any, feature: Any) -> str | None:
-    """The name of a class from its value in a column; None for a missing value, which a ClassLabel writes as -1."""
-    import datasets
-
-    if value is None or (isinstance(value, float) and math.isnan(value)):
-        return None
-    if isinstance(feature, datasets.ClassLabel):
-        return feature.names[value] if 0 <= value < feature.num_classes else None
-    if feature.dtype == "bool":
-        return str(bool(value))
-    if isinstance(value, bytes):  # text of parquet files that do not say so, or of NumPy's type S
-        return value.decode(errors="backslashreplace")
-    return str(int(value)) if isinstance(value, float) and value.is_integer() else str(value)
 
 
 def class_asked_for(asked: Any, feature: Any, classes: Collection[str]) -> str | None:

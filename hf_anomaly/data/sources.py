@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import os
 from collections import Counter
 from collections.abc import Iterable, Mapping
@@ -472,6 +473,21 @@ def label_columns(split: datasets.Dataset | datasets.IterableDataset, label_colu
     named = [name for name in ("label", "labels") if name in split.column_names]
     classes = [name for name, feature in split.features.items() if isinstance(feature, datasets.ClassLabel)]
     return named or (classes if len(classes) == 1 else [name for name in split.column_names if name.lower() in ("label", "labels")])
+
+
+def class_name(value: Any, feature: Any) -> str | None:
+    """The name of a class from its value in a column; None for a missing value, which a ClassLabel writes as -1."""
+    import datasets
+
+    if value is None or (isinstance(value, float) and math.isnan(value)):
+        return None
+    if isinstance(feature, datasets.ClassLabel):
+        return feature.names[value] if 0 <= value < feature.num_classes else None
+    if feature.dtype == "bool":
+        return str(bool(value))
+    if isinstance(value, bytes):  # text of parquet files that do not say so, or of NumPy's type S
+        return value.decode(errors="backslashreplace")
+    return str(int(value)) if isinstance(value, float) and value.is_integer() else str(value)
 
 
 def dataset_label(source: str) -> str:

@@ -15,13 +15,14 @@ import PIL.Image
 from ..errors import InputError, one_line
 from .content import read_image_file
 from .formats import Reading
-from .loading import OneClassSplits, channels_and_sizes, check_images, class_asked_for, class_name, image_column_of, label_column_of
+from .loading import OneClassSplits, channels_and_sizes, check_images, class_asked_for, image_column_of, label_column_of
 from .protocols import Division
 from .sources import (
     UnknownClassError,
     all_evaluated,
     as_images,
     by_our_names,
+    class_name,
     default_normal_class,
     plain_splits,
     read_source,
@@ -227,7 +228,7 @@ def _normal_class(
     seen = (
         feature.names
         if isinstance(feature, datasets.ClassLabel)
-        else [class_name(row[column], feature) for row in split.select_columns([column]).take(100)]
+        else [class_name(row[column], feature) for row in split.select_columns([column]).take(LOOKED_AT)]
     )
     named = [label for label in seen if label is not None]  # a row without one is told of where it is read
     counted = list(dict.fromkeys(named if classes is None else [classes[label] for label in named if label in classes]))
@@ -263,8 +264,6 @@ def _labelled(
     name: str, split: datasets.IterableDataset, image_column: str, column: str | None, classes: Mapping[str, str] | None, normal_label: str
 ) -> datasets.IterableDataset:
     """The stream with the columns `image`, encoded, and `label`, 0 or 1; without the images of classes that `classes` does not list."""
-    import datasets
-
     if image_column not in split.features:
         raise InputError(f"the stream has no column {image_column!r}; its columns: {', '.join(split.features)}; give image_column")
     feature = None if column is None else split.features[column]
@@ -276,11 +275,7 @@ def _labelled(
     label = partial(
         _label, name=name, image_column=image_column, column=column, feature=feature, classes=classes, normal_label=normal_label
     )
-    label_feature = datasets.ClassLabel(names=["normal", "anomaly"])
-    columns = list(split.features)
-    return split.map(
-        label, remove_columns=columns, features=datasets.Features({"image": datasets.Image(decode=False), "label": label_feature})
-    )
+    return split.map(label, remove_columns=list(split.features), features=_features())
 
 
 # What is done to each row: functions of this module, which can be sent to a worker process that was not forked.
@@ -319,6 +314,12 @@ def _trains(image: dict[str, Any], label: int, seed: int, held_out: Collection[i
 def _in_memory(rows: Iterable[dict[str, Any]]) -> datasets.Dataset:
     import datasets
 
-    features = {"image": datasets.Image(decode=False), "label": datasets.ClassLabel(names=["normal", "anomaly"])}
-    rows = list(rows)
-    return datasets.Dataset.from_dict({name: [row[name] for row in rows] for name in features}, features=datasets.Features(features))
+    features, rows = _features(), list(rows)
+    return datasets.Dataset.from_dict({name: [row[name] for row in rows] for name in features}, features=features)
+
+
+def _features() -> datasets.Features:
+    """Of the columns of a stream, and of what is read of it at once."""
+    import datasets
+
+    return datasets.Features({"image": datasets.Image(decode=False), "label": datasets.ClassLabel(names=["normal", "anomaly"])})
