@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
+from inspect import signature
 from pathlib import Path
 from typing import Self
 
@@ -54,19 +55,6 @@ _INHERITED_KEYWORDS = {
 _LARGEST_IMAGE = 2**14  # px
 _LARGEST_PIXEL = 10  # beyond it are levels of 0 to 255 that were never rescaled
 _MOST_CALIBRATION_SCORES = 10**9
-
-# What `save_pretrained(push_to_hub=True)` hands on.
-_PUSH_ARGUMENTS = (
-    "repo_id",
-    "commit_message",
-    "commit_description",
-    "private",
-    "revision",
-    "create_pr",
-    "tags",
-    "git_tag",
-    "image_processor",
-)
 
 
 @strict
@@ -578,7 +566,7 @@ class AnomalyDetector(PreTrainedModel):
         if not is_main_process:
             return
         target = Path(save_directory).absolute()
-        hub = {name: kwargs.pop(name) for name in _PUSH_ARGUMENTS if name in kwargs} if push_to_hub else {}
+        hub = {name: kwargs.pop(name) for name in signature(self.push_to_hub).parameters if name in kwargs} if push_to_hub else {}
         self._save(target, token=token, state_dict=state_dict, max_shard_size=max_shard_size, variant=variant, **kwargs)
         self._homes = [Home(os.fspath(target)), *(home for home in self._homes if not home.lies_in(target))]
         if push_to_hub:
