@@ -89,6 +89,23 @@ def seconds(action: Callable[[], object]) -> float:
     return time.perf_counter() - start
 
 
+def printed_by(code: str) -> float:
+    """The number that a fresh Python process prints."""
+    return float(subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout)
+
+
+def step_of(model: AnomalyDetector, forward: Callable[[], object]) -> Callable[[], float]:
+    """Times a training step of the model, of which `forward` gives the output with the loss."""
+    optimizer = torch.optim.AdamW(model.parameters())
+
+    def step():
+        forward().loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    return lambda: seconds(step)
+
+
 def alternately(a: Callable[[], float], b: Callable[[], float], repeats: int, warm_up: bool = True) -> tuple[float, float]:
     """Medians of what `a` and `b` measure, in turns, after a warm-up of each."""
     if warm_up:
@@ -115,18 +132,11 @@ def random_images(model: AnomalyDetector, count: int) -> torch.Tensor:
 
 def training_step(args: BenchmarkArguments) -> tuple[str, str, str, float]:
     """A step that dissolves on the fly, and one that takes cached variants."""
-    model = small_dia(args)
+    model = small_dia(args).train()
     images, variants = random_images(model, args.batch_size), random_images(model, args.batch_size * VARIANTS)
     variants = variants.unflatten(0, (args.batch_size, VARIANTS))
-    optimizer = torch.optim.AdamW(model.parameters())
-    model.train()
-
-    def step(**inputs):
-        model(images, **inputs).loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-
-    online, cached = alternately(lambda: seconds(step), lambda: seconds(lambda: step(dissolved_pixel_values=variants)), args.repeats)
+    ways = (lambda: model(images), lambda: model(images, dissolved_pixel_values=variants))
+    online, cached = alternately(*(step_of(model, way) for way in ways), args.repeats)
     what = f"training step of {args.batch_size} images: dissolving online (A), cached (B)"
     return what, f"{1e3 * online:.0f} ms", f"{1e3 * cached:.0f} ms", online / cached
 
@@ -202,7 +212,7 @@ def memory(args: BenchmarkArguments) -> tuple[str, str, str, float]:
             path = str(Path(folder, "test.parquet"))
             Dataset.from_dict({"image": [image] * count, "label": [0] * count}, features).to_parquet(path, batch_size=100)
             code = f"import runpy; print(runpy.run_path({__file__!r})['held_while_scoring']({path!r}, {args.image_size}))"
-            return float(subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout) / 2**20
+            return printed_by(code) / 2**20
 
     short, long = measure(SHORT_STREAM), measure(args.num_images)
     what = f"SharedAE scores a stream of {SHORT_STREAM} images (A), of {args.num_images:,} (B): the most memory that the process holds"
@@ -258,8 +268,7 @@ def import_time(args: BenchmarkArguments) -> tuple[str, str, str, float]:
     """`import hf_anomaly`, and the parts of transformers that no detector can do without, in fresh processes."""
 
     def measure(statement: str) -> float:
-        code = f"import time; start = time.perf_counter(); {statement}; print(time.perf_counter() - start)"
-        return float(subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout)
+        return printed_by(f"import time; start = time.perf_counter(); {statement}; print(time.perf_counter() - start)")
 
     ours, theirs = alternately(lambda: measure("import hf_anomaly"), lambda: measure(TRANSFORMERS), args.repeats, warm_up=False)
     return "import: hf_anomaly (A), what it needs of transformers (B)", f"{ours:.2f} s", f"{theirs:.2f} s", ours / theirs
@@ -275,18 +284,7 @@ def step_in_two_ways(args: BenchmarkArguments, what: str, change: Callable[[CSIM
     plain = CSIModel(CSIConfig(image_size=args.image_size)).train()
     changed = copy.deepcopy(plain)
     images = random_images(plain, args.batch_size)
-
-    def measure(model: CSIModel, forward: Callable) -> Callable[[], float]:
-        optimizer = torch.optim.AdamW(model.parameters())
-
-        def step():
-            forward(images).loss.backward()
-            optimizer.step()
-            optimizer.zero_grad()
-
-        return lambda: seconds(step)
-
-    a, b = alternately(measure(plain, plain), measure(changed, change(changed)), args.repeats)
+    a, b = alternately(step_of(plain, partial(plain, images)), step_of(changed, partial(change(changed), images)), args.repeats)
     what = f"training step of {args.batch_size} images, CSI: {what} (A), {name} (B)"
     return what, f"{1e3 * a:.0f} ms", f"{1e3 * b:.0f} ms", a / b
 
