@@ -6,6 +6,7 @@ import numpy as np
 
 from ..errors import InputError, one_line
 
+IMAGE_METRICS = ("auroc", "average_precision", "fpr_at_95_tpr", "f1_max")  # those that `image_metrics` gives without a threshold
 INTERVALS = ("auroc", "average_precision")  # the metrics that `bootstrap_intervals` gives
 
 _VALUES_AT_ONCE = 2**20  # scores of resamples that the bootstrap holds at once, which bounds its memory
@@ -29,7 +30,7 @@ def image_metrics(scores, labels, threshold: float | None = None) -> dict[str, f
         InputError: other shapes, no rows, a score that is not finite, a label that is neither 0 nor 1, a threshold that is NaN.
     """
     scores, labels = _columns(scores, labels)
-    metrics = dict.fromkeys(("auroc", "average_precision", "fpr_at_95_tpr", "f1_max"))
+    metrics = dict.fromkeys(IMAGE_METRICS)
     if labels.min() != labels.max():
         from sklearn.metrics import average_precision_score, roc_auc_score, roc_curve
 

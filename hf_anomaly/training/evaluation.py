@@ -18,7 +18,7 @@ from ..data import OneClassSplits, collate, decode_image, prepare
 from ..data.sources import dataset_label
 from ..detector import AnomalyDetector
 from ..files import replacing
-from ..metrics import balanced_accuracy, bootstrap_intervals, image_metrics, metrics_by_class
+from ..metrics import IMAGE_METRICS, balanced_accuracy, bootstrap_intervals, image_metrics, metrics_by_class
 from ..visualization import paint, why_no_overlay
 from .localization import evaluate_maps
 
@@ -44,7 +44,7 @@ def evaluate_detector(
         of anomalies, `by_class`, see `metrics_by_class`; and, where the test split has a column `mask` and the detector gives maps, what
         `evaluate_maps` finds. The second element is what `score` gave, None without a test split.
     """
-    results = dict.fromkeys(("auroc", "average_precision", "fpr_at_95_tpr", "f1_max"))
+    results = dict.fromkeys(IMAGE_METRICS)
     results |= {
         "num_normal": 0,
         "num_anomalous": 0,

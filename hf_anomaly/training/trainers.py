@@ -31,7 +31,7 @@ from ..detector import AnomalyDetector, refuse_anomalies
 from ..errors import HubError, InputError
 from ..files import let_others_read, read_json, remove_staged
 from ..hub import CommitInfo, hub_errors, push_checkpoint, push_folder
-from ..metrics import image_metrics
+from ..metrics import IMAGE_METRICS, image_metrics
 from ..ops.distributed import share_buffers
 from .arguments import AnomalyTrainingArguments, DenoisingTrainingArguments, ReproducibleArguments
 from .lars import LARS
@@ -370,7 +370,7 @@ class _AverageCallback(TrainerCallback):
 
 def _check_metric(name: str | None, eval_dataset) -> None:
     """Refuses to choose a model by a metric that `evaluate` does not give, such as Trainer's own default, the loss."""
-    measured = list(image_metrics([0], [0]))
+    measured = list(IMAGE_METRICS)
     if isinstance(eval_dataset, dict):
         measured = [f"{part}_{metric}" for part in eval_dataset for metric in measured]
     if name is not None and name.removeprefix("eval_") not in measured:
