@@ -70,12 +70,10 @@ def _timesteps(dissolver, asked: list[int] | None) -> list[int | None]:
 
 def _processor(name: str):
     """The processor of the detector that the dissolver belongs to; None if there is no detector beside it."""
-    from transformers.utils.hub import cached_file
-
+    from ..hub import find_file
     from ..loading import load_detector
 
-    there = cached_file(name, "preprocessor_config.json", _raise_exceptions_for_missing_entries=False) is not None
-    return load_detector(name)[1] if there else None
+    return None if find_file(name, "preprocessor_config.json") is None else load_detector(name)[1]
 
 
 def _own_size(image, dissolver):
