@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
-from transformers import AutoBackbone, PreTrainedConfig, ResNetConfig
+from transformers import AutoBackbone, ResNetConfig
 
 from ..detectors.dia.configuration_dia import DIAConfig
 from ..dissolving import build_unet
@@ -57,19 +57,11 @@ def dissolving_costs() -> list[dict[str, str]]:
         line = {"dissolved at": "without" if resolution is None else f"{resolution} × {resolution}"}
         line |= {"paper: parameters (M)": f"{printed[0]:.2f}", "paper: MACs (G)": f"{printed[1]:.2f}"}
         for title, (encoder, widths) in columns.items():
-            total = _encoder_cost(encoder)
-            if resolution is not None:
-                total += _unet_cost(resolution, widths)
+            with torch.device("meta"):
+                total = cost(AutoBackbone.from_config(encoder), torch.zeros(1, 3, IMAGE_SIZE, IMAGE_SIZE))
+                if resolution is not None:
+                    images, timesteps = torch.zeros(1, 3, resolution, resolution), torch.zeros(1, dtype=torch.long)
+                    total += cost(build_unet(resolution, 3, widths), images, timesteps)
             line |= {f"{title}: parameters (M)": f"{total.parameters / 1e6:.2f}", f"{title}: MACs (G)": f"{total.macs / 1e9:.2f}"}
         lines.append(line)
     return lines
-
-
-def _encoder_cost(config: PreTrainedConfig) -> Cost:
-    with torch.device("meta"):
-        return cost(AutoBackbone.from_config(config), torch.zeros(1, 3, IMAGE_SIZE, IMAGE_SIZE))
-
-
-def _unet_cost(resolution: int, widths: tuple[int, ...]) -> Cost:
-    with torch.device("meta"):
-        return cost(build_unet(resolution, 3, widths), torch.zeros(1, 3, resolution, resolution), torch.zeros(1, dtype=torch.long))

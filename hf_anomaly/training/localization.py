@@ -43,8 +43,11 @@ def evaluate_maps(model: AnomalyDetector, processor, dataset, batch_size: int) -
                 without.append(file_name(row["image"], f"row {row['row']}"))
                 continue
             image = decode_image(row["image"], f"row {row['row']}", processor.window)
-            masks.append(_mask(row["mask"], image, f"mask of row {row['row']}"))
-            num_masks += row["mask"] is not None
+            if row["mask"] is None:
+                masks.append(np.zeros(image.size[::-1], bool))
+            else:
+                masks.append(decode_mask(row["mask"], f"mask of row {row['row']}"))
+                num_masks += 1
             yield image
 
     for images in pieces(known(), batch_size):
@@ -57,8 +60,3 @@ def evaluate_maps(model: AnomalyDetector, processor, dataset, batch_size: int) -
         what = "%d anomalous images have no mask, the first %s: the pixel-level metrics leave them out"
         logger.warning(what, len(without), without[0])
     return metrics.compute() if num_masks else {}
-
-
-def _mask(value, image, where: str) -> np.ndarray:
-    """(H, W) bool, True where the anomaly is: nowhere in an image without a mask, whose size it then has."""
-    return np.zeros(image.size[::-1], bool) if value is None else decode_mask(value, where)

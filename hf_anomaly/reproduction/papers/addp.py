@@ -4,13 +4,7 @@ from ..cells import Row, Section, Table
 from ..methods import BASELINES
 
 PAPER = "Ge, Li & Zhang 2023 (denoising pretraining)"
-
-
-def image_rows(normal_label: str) -> tuple[Row, ...]:
-    """Ever more training images of one normal class."""
-    numbers = (16, 64, 256, None)
-    return tuple(Row("all" if number is None else str(number), normal_label, number) for number in numbers)
-
+ROWS = tuple(Row("all" if number is None else str(number), "0", number) for number in (16, 64, 256, None))  # ever more training images
 
 TABLES = (
     Table(
@@ -21,7 +15,7 @@ TABLES = (
             Section(
                 dataset,
                 protocol,
-                image_rows("0"),
+                ROWS,
                 ("addp_random", "addp_random_longer", "addp_encoder_decoder", "addp_digits", "addp_decoder", *BASELINES),
                 with_mean=False,
                 row_title="training images",
