@@ -93,7 +93,6 @@ def write_report(
         pixel_metrics=pixel_metrics,
         counts=None if labels is None else {name: int((labels == label).sum()) for label, name in enumerate(CLASSES)},
         drift=drift,
-        own_rate=model.config.false_positive_rate,
         thresholds=[] if calibration is None else _thresholds(model, scores, labels),
         num_calibration=0 if calibration is None else calibration.scores.numel(),
         figures={name: _render(draw, numbers, labels, threshold) for name, draw in drawn.items()},
