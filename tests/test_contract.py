@@ -423,7 +423,6 @@ def test_an_exported_program_scores_any_batch(build):
     assert program(x, **asked).scores.isinf().tolist() == [row == 1 for row in range(len(x))]  # above every threshold
 
 
-@pytest.mark.skipif(torch.__version__.startswith("2.6."), reason="torch 2.6 cannot trace the decorator of forward")
 @torch.no_grad()
 def test_scores_of_one_compiled_graph(model):
     torch.compiler.reset()

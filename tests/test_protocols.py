@@ -124,7 +124,7 @@ def test_bad_options(source, refused, options, words):
 def test_sources_that_cannot_be_pooled(tmp_path, refused):
     images = np.zeros((4, 8, 8), np.uint8)
     np.savez(tmp_path / "unlabelled.npz", train_images=images, test_images=images, test_labels=[0, 0, 1, 1])
-    with refused("row 0 of all splits of", "unlabelled.npz", "no label"):
+    with refused("row 0 (counted from 0) of all splits of", "unlabelled.npz", "no label"):
         load_one_class(tmp_path / "unlabelled.npz", protocol="balanced", normal_label=0)
     np.savez(tmp_path / "bare.npz", train_images=images)
     with refused("bare.npz", "label_column", "'balanced'"):

@@ -43,7 +43,6 @@ datasets.disable_progress_bars()
 
 SIZE, BATCH, EPOCH = 8, 4, 5  # 5 steps an epoch
 PROCESSOR = AnomalyImageProcessor.for_images(SIZE, 1)
-TRACES_NO_FORWARD = torch.__version__.startswith("2.6.")
 
 
 def images(count, seed=0, anomalous=0):
@@ -285,8 +284,6 @@ def test_dissolved_images_are_not_left_out_unnoticed(make):
 def test_faster_ways_train_alike(make, monkeypatch, kind, settings, tolerance):
     """The backend "eager" compiles nothing, but traces the step as the others do: as one graph."""
     if "torch_compile" in settings:
-        if TRACES_NO_FORWARD:
-            pytest.skip("torch 2.6 cannot trace the decorator of forward")
         monkeypatch.setenv("ACCELERATE_DYNAMO_USE_FULLGRAPH", "true")
     plain, faster = make(kind, "plain", max_steps=2), make(kind, "faster", max_steps=2, **settings)
     start = weights(faster)
@@ -565,8 +562,7 @@ def test_what_is_no_detector(make, refused):
     for model in (torch.nn.Sequential(detector()), CSIModel, trainer.args):
         with refused("AnomalyDetector", type(model).__name__):
             AnomalyTrainer(model, trainer.args, train_dataset=trainer.train_dataset)
-    if not TRACES_NO_FORWARD:
-        AnomalyTrainer(torch.compile(detector(), backend="eager"), trainer.args, train_dataset=trainer.train_dataset).train()
+    AnomalyTrainer(torch.compile(detector(), backend="eager"), trainer.args, train_dataset=trainer.train_dataset).train()
 
 
 @pytest.mark.parametrize("kind", ["csi", "phases"])

@@ -59,7 +59,12 @@ def unfinished_checkpoint(folder):
 BAD = {  # the culprit → arguments; a function makes its file or folder
     "no column 'nope'": ["--label_column", "nope"],
     "no column 'pixels'": ["--image_column", "pixels"],
-    "row 3 of split 'train'": ["--normal_label", "healthy", "--dataset_name", lambda folder: parquet(folder, ["healthy"] * 3 + [None] * 5)],
+    "row 3 (counted from 0) of split 'train'": [
+        "--normal_label",
+        "healthy",
+        "--dataset_name",
+        lambda folder: parquet(folder, ["healthy"] * 3 + [None] * 5),
+    ],
     "torn.png: unreadable image": ["--dataset_name", broken_file],
     "good/3.png: unreadable image": ["--dataset_name", truncated_file],
     "hole/1.png: unreadable image": ["--dataset_name", truncated_test_file],
