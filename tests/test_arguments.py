@@ -188,7 +188,28 @@ def test_larger_images_take_fewer_steps_by_default(tmp_path, words, image_size, 
     (args,) = parse_arguments(
         ContrastiveTrainingArguments, description="", argv=["--output_dir", str(tmp_path), "--use_cpu", "true", *words]
     )
-    args.fit_image_size(image_size)
+    args.fit_images(image_size, None)
+    assert args.max_steps == steps
+    args.fit_images(image_size, 10_000)
+    assert args.max_steps == steps
+
+
+@pytest.mark.parametrize(
+    ("words", "num_images", "steps"),
+    [
+        ([], 205, 1600),
+        ([], 204, 1594),  # 250 passes in batches of 32
+        ([], 100, 782),
+        (["--per_device_train_batch_size", "16", "--gradient_accumulation_steps", "4"], 100, 391),
+        (["--max_steps", "900"], 100, 900),
+        (["--num_train_epochs", "300"], 100, -1),
+    ],
+)
+def test_few_images_take_fewer_steps_by_default(tmp_path, words, num_images, steps):
+    (args,) = parse_arguments(
+        ContrastiveTrainingArguments, description="", argv=["--output_dir", str(tmp_path), "--use_cpu", "true", *words]
+    )
+    args.fit_images(64, num_images)
     assert args.max_steps == steps
 
 

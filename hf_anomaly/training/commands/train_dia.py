@@ -174,24 +174,31 @@ class ContrastiveTrainingArguments(AnomalyTrainingArguments):
     max_steps: int = field(
         default=-1,
         metadata={
-            "help": "Optimizer steps. Default: 1,600 for images of up to 64 pixels, for larger ones fewer in proportion, which takes about as long; "
-            "unless --num_train_epochs is given."
+            "help": "Optimizer steps. Default: 1,600 for images of up to 64 pixels, for larger ones fewer in proportion, which takes about as long, "
+            "and at most 250 passes over the images; unless --num_train_epochs is given."
         },
     )
     learning_rate: float | None = field(default=None, metadata={"help": "Peak learning rate. Default: 0.01; 0.001 with --backbone."})
 
     default_max_steps = 1600
+    default_max_passes = 250  # beyond them an encoder knows its hundred images by heart, and held-out normal ones are far from all of them
 
     def __post_init__(self):
         self._takes_default_steps = self.max_steps == -1 and self.num_train_epochs == 0
         super().__post_init__()
 
-    def fit_image_size(self, image_size: int) -> None:
-        """Lowers the default number of steps for images of more than 64 pixels a side."""
-        if self._takes_default_steps and image_size > LARGEST_DEFAULT_SIZE:
-            self.max_steps = max(1, self.default_max_steps * LARGEST_DEFAULT_SIZE // image_size)
+    def fit_images(self, image_size: int, num_images: int | None) -> None:
+        """Lowers the default number of steps for images of more than 64 pixels a side, and for few of them. Of a stream there are None."""
+        if not self._takes_default_steps:
+            return
+        steps = self.default_max_steps * LARGEST_DEFAULT_SIZE // max(image_size, LARGEST_DEFAULT_SIZE)
+        if num_images is not None:
+            steps = min(steps, math.ceil(self.default_max_passes * num_images / self.images_per_step))
+        self.max_steps = max(1, steps)
+        if steps < self.default_max_steps:
             logger.info(
-                "Images of %d pixels: %d steps in place of %d; --max_steps says otherwise",
+                "%s images of %d pixels: %d steps in place of %d; --max_steps says otherwise",
+                "A stream's" if num_images is None else num_images,
                 image_size,
                 self.max_steps,
                 self.default_max_steps,
@@ -340,8 +347,8 @@ def main(argv: list[str], program: str) -> None:
     check_first(training_args)
     ready = find_dissolver(dissolver_args.dissolver, Path(training_args.output_dir, "dissolver"))
     splits, processor = load_training_images(data_args, training_args.seed)
-    training_args.fit_image_size(processor.size["height"])
     lower_batch_size(training_args, num_images(splits.train))
+    training_args.fit_images(processor.size["height"], num_images(splits.train))
     detector_args.fit_image_size(processor.size["height"])
     set_seed(training_args.seed)
     model = make_model(detector_args, model_class, processor)  # before anything long runs, so that a wrong value is refused at once
