@@ -181,7 +181,7 @@ class ContrastiveTrainingArguments(AnomalyTrainingArguments):
     learning_rate: float | None = field(default=None, metadata={"help": "Peak learning rate. Default: 0.01; 0.001 with --backbone."})
 
     default_max_steps = 1600
-    default_max_passes = 250  # beyond them an encoder knows its hundred images by heart, and held-out normal ones are far from all of them
+    default_max_passes = 250  # with a hundred images more make it worse, most likely because the encoder knows them by heart
 
     def __post_init__(self):
         self._takes_default_steps = self.max_steps == -1 and self.num_train_epochs == 0
