@@ -533,7 +533,7 @@ def test_nothing_to_evaluate(tmp_path, counts, message):
         (
             {"train_labels": np.array([0.0] * 11 + [np.nan])},
             {"normal_label": 0},
-            "row 11 .counted from 0. of split 'train' .* has no label",
+            r"row 11 \(counted from 0\) of split 'train' .* has no label",
         ),
         ({}, {}, r"which class .* is normal\? Give normal_label; its labels: '0' \(12\), '1' \(12\)"),
         ({}, {"normal_label": 7}, "normal_label=7 is no label of .*'0'"),

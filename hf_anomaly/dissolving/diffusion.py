@@ -83,7 +83,8 @@ class DiffusionDissolver(Dissolver):
             yield tensor.cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
 
     def to(self, device: torch.device | str) -> "DiffusionDissolver":
-        self.unet.to(device)
+        if self.unet.device != torch.device(device):  # torch 2.11 cannot trace a move
+            self.unet.to(device)
         self.alphas_cumprod = self.alphas_cumprod.to(device)
         return super().to(device)
 

@@ -149,9 +149,9 @@ def compare_runs(runs: Iterable[Run]) -> list[dict]:
             row |= {"seeds": _seeds(alike), "steps": first.results.get("steps")}
             row |= _summary(METRICS, [run.results for run in alike])
             classes = [run.results.get("by_class", {}) for run in alike]
-            by_class = {name: _summary(["auroc"], [found.get(name, {}) for found in classes]) for name in classes[0]}
-            if any(by_class.values()):
-                row["by_class"] = {name: found for name, found in by_class.items() if found}
+            summaries = {name: _summary(["auroc"], [found.get(name, {}) for found in classes]) for name in classes[0]}
+            if by_class := {name: summary for name, summary in summaries.items() if summary}:
+                row["by_class"] = by_class
             rows.append(row)
     return rows
 

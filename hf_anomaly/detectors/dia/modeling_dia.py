@@ -69,8 +69,7 @@ class DIAModel(CSIModel):
         if variants is None:
             if self.dissolver is None:
                 raise InputError("DIA trains with dissolved images: give dissolved_pixel_values, or set detector.dissolver")
-            if getattr(self.dissolver, "device", None) != pixel_values.device:  # torch 2.11 cannot trace a move
-                self.dissolver.to(pixel_values.device)
+            self.dissolver.to(pixel_values.device)
             timesteps = None if self.dissolver.is_deterministic else draw_rows(self.dissolver.sample_timesteps, batch_size)
             with torch.no_grad():
                 return self.dissolver(pixel_values, timesteps)
