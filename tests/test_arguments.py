@@ -109,6 +109,13 @@ def test_numbers_out_of_range_are_refused(tmp_path, refused, flag, value, range)
             arguments(output_dir=str(tmp_path), report_to=[], **{flag: value})
 
 
+def test_a_detector_without_training(tmp_path, refused):
+    common = {"output_dir": str(tmp_path), "report_to": []}
+    assert ContrastiveTrainingArguments(max_steps=0, **common).max_steps == 0
+    with refused("--max_steps must be at least 0, got -2"):
+        ContrastiveTrainingArguments(max_steps=-2, **common)
+
+
 def test_numbers_of_a_stage_out_of_range_are_refused(refused):
     with refused("--dissolver_learning_rate must be at least 0, got -1"):
         DissolverArguments(dissolver_learning_rate=-1)

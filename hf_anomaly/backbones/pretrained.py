@@ -53,11 +53,15 @@ def check_channels(backbone_config: PreTrainedConfig, num_channels: int) -> None
         )
 
 
-def load_backbone_config(name_or_path: str) -> PreTrainedConfig:
-    """The configuration of a pretrained backbone, from a folder or the Hub."""
+def load_backbone_config(name_or_path: str, stage: str | None = None) -> PreTrainedConfig:
+    """The configuration of a pretrained backbone, from a folder or the Hub.
+
+    Args:
+        stage: the one whose map it gives, by its name in `stage_names`; None: its own choice, as a rule the last.
+    """
     try:
         with hub_errors(name_or_path, reading=True):
-            return load_without_code(AutoConfig, name_or_path)
+            return load_without_code(AutoConfig, name_or_path, **({} if stage is None else {"out_features": [stage]}))
     except (OSError, ValueError) as error:
         raise InputError(f"backbone {name_or_path!r} cannot be loaded: {one_line(error)}") from error
 
@@ -75,6 +79,7 @@ def load_backbone_weights(backbone: nn.Module, name_or_path: str, **kwargs) -> N
     # Not AutoBackbone.from_pretrained, which knows no folders.
     with hub_errors(name_or_path, reading=True):
         config = load_without_code(AutoConfig, name_or_path, **kwargs)
+        config.out_features = backbone.out_features  # some have weights of their own for each map that they give
         backbone_class = type(AutoBackbone.from_config(config, trust_remote_code=False))
         pretrained = backbone_class.from_pretrained(name_or_path, config=config, use_safetensors=True, **kwargs)
     try:

@@ -137,12 +137,13 @@ class ReproducibleArguments(TrainingArguments):
     )
 
     default_max_steps = 400
+    least_max_steps = 1
     unsupported = _UNSUPPORTED
 
     def __post_init__(self):
         check_ranges(self, _RANGES)
         if self.max_steps != -1:
-            check_ranges(self, {"max_steps": (1, math.inf)})
+            check_ranges(self, {"max_steps": (self.least_max_steps, math.inf)})
         elif self.num_train_epochs == 0:
             self.max_steps = self.default_max_steps
         for name, why in self.unsupported.items():

@@ -169,7 +169,7 @@ def lower_batch_size(args, num_images: int | None) -> None:
     """
     if num_images is None:
         if args.max_steps <= 0:
-            raise InputError("a stream has no length to count --num_train_epochs by: give --max_steps")
+            raise InputError("a stream has no length to count --num_train_epochs by: give --max_steps, at least 1")
         return
     largest = max(1, num_images // max(1, args.world_size))
     if args.dataloader_drop_last and args.per_device_train_batch_size > largest:

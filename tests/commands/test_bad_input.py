@@ -103,6 +103,8 @@ BAD = {  # the culprit → arguments; a function makes its file or folder
     "t_max 130 is beyond": ["--dissolver", "diffusion", "--dissolver_max_timestep", "100"],
     "--dissolver_steps": ["--dissolver", "diffusion", "--dissolver_steps", "-3"],
     "--dissolved_variants": ["--dissolved_variants", "-1"],
+    "add --dissolver none": ["--max_steps", "0"],
+    "--backbone_stage is of no use without --backbone": ["--backbone_stage", "stage2"],
     "one of fp16 and bf16": ["--fp16", "true", "--bf16", "true"],
     "max_timestep 5000": ["--dissolver", "diffusion", "--dissolver_max_timestep", "5000"],
 }

@@ -244,6 +244,18 @@ def test_a_pretrained_backbone_is_where_training_starts(train, tmp_path, backbon
             torch.testing.assert_close(trained[f"backbone.{name}"], value, rtol=1e-4, atol=1e-6)
 
 
+def test_a_pretrained_backbone_as_it_is(train, tmp_path, backbone):
+    folder, out = train(tmp_path / "run", "--dissolver", "none", "--max_steps", 0, "--backbone", backbone, "--backbone_stage", "stage1")
+    saved, before = load_file(folder / "model.safetensors"), load_file(backbone / "model.safetensors")
+    for name, value in before.items():
+        torch.testing.assert_close(saved[f"backbone.{name}"], value, rtol=0, atol=0)
+    assert json.loads((folder / "eval_results.json").read_text())["steps"] == 0
+    assert "auroc: " in out
+    assert AutoModel.from_pretrained(folder).backbone.channels == [8]
+    assert "It was fitted, without training, to normal images only" in " ".join((folder / "README.md").read_text().split())
+    assert not list(folder.glob("checkpoint-*"))
+
+
 GAUSSIAN = ("--dissolver", "gaussian", "--blur_kernel_size", 3)
 
 

@@ -6,9 +6,11 @@ import math
 import numpy as np
 import pytest
 import torch
-from transformers import AutoModel, ResNetConfig
+from safetensors.torch import load_file
+from transformers import AutoModel, ConvNextConfig, ConvNextForImageClassification, ResNetConfig
 
 from hf_anomaly import CSIConfig, CSIModel, SmallResNetConfig
+from hf_anomaly.backbones.pretrained import load_backbone_config
 from hf_anomaly.ops.views import View, apply_views, crops_views
 
 SIZE, K = 8, 4
@@ -503,6 +505,20 @@ def test_load_backbone(tmp_path, refused):
     tiny(backbone_config=SmallResNetConfig(hidden_sizes=[16], depths=[1])).backbone.save_pretrained(tmp_path / "other")
     with refused(str(tmp_path / "other"), "backbone_config"):
         model.load_backbone(tmp_path / "other")
+
+
+def test_an_earlier_stage_of_a_pretrained_backbone(tmp_path, refused):
+    source = ConvNextConfig(hidden_sizes=[8, 16, 24], depths=[1, 1, 1], num_stages=3, num_channels=1)
+    ConvNextForImageClassification(source).save_pretrained(tmp_path)
+    before = load_file(tmp_path / "model.safetensors")
+    config = load_backbone_config(str(tmp_path), "stage2")
+    model = tiny(backbone_config=config, image_size=32).load_backbone(tmp_path)  # whose norm of the last map is of no use to another
+    assert model.feature_map(torch.zeros(1, 1, 32, 32)).shape == (1, 16, 4, 4)
+    weights = {name: value for name, value in model.backbone.state_dict().items() if f"convnext.{name}" in before}
+    assert len(weights) > 20
+    assert all(torch.equal(value, before[f"convnext.{name}"]) for name, value in weights.items())
+    with refused(str(tmp_path), "stage4", "stage3"):
+        load_backbone_config(str(tmp_path), "stage4")
 
 
 @pytest.mark.parametrize(

@@ -109,6 +109,12 @@ class DetectorArguments:
     backbone: str | None = field(
         default=None, metadata={"help": "A pretrained backbone, as a Hub id or folder. Default: a small ResNet from scratch."}
     )
+    backbone_stage: str | None = field(
+        default=None,
+        metadata={
+            "help": "The stage of that backbone whose map is the encoder's features, such as stage3: earlier ones see finer things. Default: the last."
+        },
+    )
     num_encoders: int | None = field(
         default=None,
         metadata={
@@ -152,6 +158,8 @@ class DetectorArguments:
     score_shift_logit: bool = field(default=False, metadata={"help": "Eq. 10: the logit of the true shift."})
 
     def __post_init__(self):
+        if self.backbone_stage is not None and self.backbone is None:
+            raise InputError("--backbone_stage is of no use without --backbone: leave it out")
         if self.num_encoders is None:
             self.num_encoders = 3 if self.backbone is None else 1
         if self.score_features is None:  # whitening takes the square of their number
@@ -175,12 +183,14 @@ class ContrastiveTrainingArguments(AnomalyTrainingArguments):
         default=-1,
         metadata={
             "help": "Optimizer steps. Default: 1,600 for images of up to 64 pixels, for larger ones fewer in proportion, which takes about as long, "
-            "and at most 250 passes over the images; unless --num_train_epochs is given."
+            "and at most 250 passes over the images; unless --num_train_epochs is given. 0 trains nothing, and compares by the encoder as it is, such as a "
+            "pretrained one."
         },
     )
     learning_rate: float | None = field(default=None, metadata={"help": "Peak learning rate. Default: 0.01; 0.001 with --backbone."})
 
     default_max_steps = 1600
+    least_max_steps = 0
     default_max_passes = 250  # with a hundred images more make it worse, most likely because the encoder knows them by heart
 
     def __post_init__(self):
@@ -217,8 +227,9 @@ def make_model(args: DetectorArguments, model_class: type[CSIModel], processor: 
     settings["crop_scale"] = (settings.pop("crop_scale_min"), 1.0)
     if model_class is CSIModel:
         del settings["similarity_design"]  # of branch D
-    if settings.pop("backbone") is not None:
-        settings["backbone_config"] = load_backbone_config(args.backbone)
+    del settings["backbone"], settings["backbone_stage"]
+    if args.backbone is not None:
+        settings["backbone_config"] = load_backbone_config(args.backbone, args.backbone_stage)
     model = model_class(model_class.config_class(**settings))
     if args.backbone is not None:
         model.load_backbone(args.backbone)
@@ -343,6 +354,8 @@ def main(argv: list[str], program: str) -> None:
     method, model_class = ("csi", CSIModel) if dissolver_args.dissolver == "none" else ("dia", DIAModel)
     if training_args.learning_rate is None:  # what is pretrained shall not be unlearnt
         training_args.learning_rate = 1e-2 if detector_args.backbone is None else 1e-3
+    if training_args.max_steps == 0 and model_class is DIAModel:
+        raise InputError("--max_steps 0 trains nothing, and dissolved images are of use in training alone: add --dissolver none")
     choose_output_dir(training_args, method, data_args.dataset_name)
     check_first(training_args)
     ready = find_dissolver(dissolver_args.dissolver, Path(training_args.output_dir, "dissolver"))
