@@ -49,7 +49,7 @@ def check_channels(backbone_config: PreTrainedConfig, num_channels: int) -> None
     if channels != num_channels:
         raise InputError(
             f"backbone_config.num_channels is {channels}, but the images have {num_channels}: "
-            "convert the images (--num_channels) or take another backbone"
+            f"convert the images (--num_channels {channels}) or take another backbone"
         )
 
 

@@ -384,5 +384,5 @@ def _check_channels(channels: int, unet) -> None:
     if channels != unet.config.in_channels:
         raise InputError(
             f"pixel_values have {channels} channels, but the UNet takes {unet.config.in_channels}: "
-            "convert the images (--num_channels) or take another dissolver"
+            f"convert the images (--num_channels {unet.config.in_channels}) or take another dissolver"
         )
