@@ -79,8 +79,9 @@ def load_backbone_weights(backbone: nn.Module, name_or_path: str, **kwargs) -> N
     # Not AutoBackbone.from_pretrained, which knows no folders.
     with hub_errors(name_or_path, reading=True):
         config = load_without_code(AutoConfig, name_or_path, **kwargs)
-        config.out_features = backbone.out_features  # some have weights of their own for each map that they give
         backbone_class = type(AutoBackbone.from_config(config, trust_remote_code=False))
+        if set(backbone.out_features) <= set(config.stage_names):  # else it does not fit
+            config.out_features = backbone.out_features  # some have weights of their own for each map that they give
         pretrained = backbone_class.from_pretrained(name_or_path, config=config, use_safetensors=True, **kwargs)
     try:
         backbone.load_state_dict(pretrained.state_dict())

@@ -519,6 +519,9 @@ def test_an_earlier_stage_of_a_pretrained_backbone(tmp_path, refused):
     assert all(torch.equal(value, before[f"convnext.{name}"]) for name, value in weights.items())
     with refused(str(tmp_path), "stage4", "stage3"):
         load_backbone_config(str(tmp_path), "stage4")
+    deeper = ConvNextConfig(hidden_sizes=[8, 16, 24, 32], depths=[1, 1, 1, 1], num_channels=1)
+    with refused(str(tmp_path), "backbone_config"):
+        tiny(backbone_config=deeper, image_size=32).load_backbone(tmp_path)
 
 
 @pytest.mark.parametrize(
