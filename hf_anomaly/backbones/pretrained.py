@@ -1,6 +1,7 @@
 """What every detector with an `AutoBackbone` for its encoder needs."""
 
 import json
+from collections.abc import Sequence
 from functools import lru_cache
 
 import torch
@@ -66,24 +67,27 @@ def load_backbone_config(name_or_path: str, stage: str | None = None) -> PreTrai
         raise InputError(f"backbone {name_or_path!r} cannot be loaded: {one_line(error)}") from error
 
 
-def load_backbone_weights(backbone: nn.Module, name_or_path: str, **kwargs) -> None:
-    """Copies the weights of a pretrained backbone of the same architecture.
+def load_backbone_weights(backbones: Sequence[nn.Module], name_or_path: str, **kwargs) -> None:
+    """Copies the weights of a pretrained backbone into all of `backbones`, which are of one architecture, that of the pretrained one.
 
     Args:
         name_or_path: a Hub id or folder, as for `AutoBackbone.from_pretrained`.
 
     Raises:
-        InputError: its architecture or widths differ from those of `backbone`.
+        InputError: its architecture or widths differ from those of `backbones`.
         HubError: the Hub refused or cannot be reached.
     """
-    # Not AutoBackbone.from_pretrained, which knows no folders.
+    new, misfit = backbones[0], f"{name_or_path} does not fit the detector's backbone_config"
     with hub_errors(name_or_path, reading=True):
         config = load_without_code(AutoConfig, name_or_path, **kwargs)
-        backbone_class = type(AutoBackbone.from_config(config, trust_remote_code=False))
-        if set(backbone.out_features) <= set(config.stage_names):  # else it does not fit
-            config.out_features = backbone.out_features  # some have weights of their own for each map that they give
-        pretrained = backbone_class.from_pretrained(name_or_path, config=config, use_safetensors=True, **kwargs)
+        if type(config) is not type(new.config):
+            raise InputError(f"{misfit}: it is a {config.model_type!r}, not a {new.config.model_type!r}")
+        if set(new.out_features) <= set(config.stage_names):  # else it does not fit
+            config.out_features = new.out_features  # some have weights of their own for each map that they give
+        # Not AutoBackbone.from_pretrained, which knows no folders.
+        weights = type(new).from_pretrained(name_or_path, config=config, use_safetensors=True, **kwargs).state_dict()
     try:
-        backbone.load_state_dict(pretrained.state_dict())
+        for backbone in backbones:
+            backbone.load_state_dict(weights)
     except RuntimeError as error:
-        raise InputError(f"{name_or_path} does not fit the detector's backbone_config: {str(error).splitlines()[-1].strip()}") from error
+        raise InputError(f"{misfit}: {str(error).splitlines()[-1].strip()}") from error

@@ -39,7 +39,7 @@ def describe(model, results: dict) -> dict[str, str]:
         "parameters": f"{parameters:,}, in {str(model.dtype).removeprefix('torch.')}",
         "anomaly maps": "yes" if model.supports_anomaly_maps else f"no: {model.unsupported_maps_reason}",
         "normal": config.normal_label or "unknown",
-        "trained on": f"{results['dataset']}, {_images_of(results)}"
+        "fitted to" if results.get("steps") == 0 else "trained on": f"{results['dataset']}, {_images_of(results)}"
         if "dataset" in results
         else "unknown: not recorded in eval_results.json",
     }

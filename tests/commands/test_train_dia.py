@@ -13,6 +13,7 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoImageProcessor, AutoModel
 
+from hf_anomaly.cli.info import describe
 from hf_anomaly.data import decode_image, load_one_class
 from hf_anomaly.dissolving import DISSOLVERS, Dissolver, MedianDissolver
 from hf_anomaly.training.denoising import train_dissolver
@@ -249,9 +250,11 @@ def test_a_pretrained_backbone_as_it_is(train, tmp_path, backbone):
     saved, before = load_file(folder / "model.safetensors"), load_file(backbone / "model.safetensors")
     for name, value in before.items():
         torch.testing.assert_close(saved[f"backbone.{name}"], value, rtol=0, atol=0)
-    assert json.loads((folder / "eval_results.json").read_text())["steps"] == 0
+    results, model = json.loads((folder / "eval_results.json").read_text()), AutoModel.from_pretrained(folder)
+    assert results["steps"] == 0
     assert "auroc: " in out
-    assert AutoModel.from_pretrained(folder).backbone.channels == [8]
+    assert model.backbone.channels == [8]
+    assert "fitted to" in describe(model, results)
     assert "It was fitted, without training, to normal images only" in " ".join((folder / "README.md").read_text().split())
     assert not list(folder.glob("checkpoint-*"))
 

@@ -505,6 +505,8 @@ def test_load_backbone(tmp_path, refused):
     tiny(backbone_config=SmallResNetConfig(hidden_sizes=[16], depths=[1])).backbone.save_pretrained(tmp_path / "other")
     with refused(str(tmp_path / "other"), "backbone_config"):
         model.load_backbone(tmp_path / "other")
+    with refused(str(tmp_path / "fits"), "'small_resnet'", "'resnet'"):
+        tiny(backbone_config=resnet_config(), image_size=32).load_backbone(tmp_path / "fits")
 
 
 def test_an_earlier_stage_of_a_pretrained_backbone(tmp_path, refused):

@@ -90,7 +90,7 @@ class ADDPPreTrainedModel(PreTrainedModel):
         """
         if self.config.encoder != "backbone":
             raise InputError(f"encoder {self.config.encoder!r} takes no backbone's weights: give the configuration a backbone_config")
-        load_backbone_weights(self.encoder.backbone, name_or_path, **kwargs)
+        load_backbone_weights([self.encoder.backbone], name_or_path, **kwargs)
         return self
 
 

@@ -306,8 +306,7 @@ class CSIModel(_Encoder, AnomalyDetector):
         Raises:
             InputError: its architecture or widths differ from the detector's `backbone_config`.
         """
-        for encoder in self.encoders:
-            load_backbone_weights(encoder.backbone, name_or_path, **kwargs)
+        load_backbone_weights([encoder.backbone for encoder in self.encoders], name_or_path, **kwargs)
         return self
 
 
