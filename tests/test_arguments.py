@@ -3,6 +3,7 @@
 import errno
 import logging
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -278,6 +279,14 @@ def test_what_lies_in_the_folder_is_not_replaced_without_a_word(monkeypatch, tmp
     assert warned(resume_from_checkpoint="true") == (folder, False)
     assert warned(output_dir=folder) == (folder, True)
     assert "--resume_from_checkpoint" not in caplog.text
+    Path(folder, result).unlink()
+    shutil.rmtree(Path(folder, "checkpoint-4"), ignore_errors=True)
+    Path(folder, "README.md").write_text("# Ours\n\nA plan.\n")
+    assert warned() == (folder, False)
+    Path(folder, "README.md").write_text("<!-- hf-anomaly: about -->\nA card.\n<!-- /hf-anomaly: about -->\n")
+    assert warned() == (folder, True)
+    Path(folder, "README.md").unlink()
+    Path(folder, result).write_text("{}")
     for stage in ("", "dissolver-training"):  # of a later run that was killed
         run = Path(folder, stage, "checkpoint-4", "run.json")
         run.parent.mkdir(parents=True)

@@ -36,6 +36,16 @@ def new_figure(what: str, **settings):
     return figure
 
 
+def remove_figures(folder: str | os.PathLike) -> None:
+    """Removes an earlier evaluation's figures from `folder/figures`. What else lies there stays."""
+    folder = Path(folder, FOLDER)
+    if folder.is_dir():
+        for name in FIGURES:
+            delete(folder / name)
+        if not any(folder.iterdir()):
+            delete(folder)
+
+
 def write_figures(
     folder: str | os.PathLike,
     scores: np.ndarray,
@@ -44,7 +54,7 @@ def write_figures(
     threshold: float | None = None,
     examples: list[tuple[PIL.Image.Image, PIL.Image.Image | None, str]] = (),
 ) -> None:
-    """Draws the figures of an evaluation in `folder/figures`, which is replaced. Without matplotlib there are none, and a warning says so.
+    """Draws the figures of an evaluation in `folder/figures`, in place of an earlier one's. Without matplotlib there are none, and a warning says so.
 
     Args:
         scores: (N,), higher = more anomalous.
@@ -52,8 +62,8 @@ def write_figures(
         threshold: is marked, if it is finite.
         examples: image, the same with its anomaly map (or None), and caption.
     """
+    remove_figures(folder)
     folder = Path(folder, FOLDER)
-    delete(folder)
     try:
         new_figure("the card's figures need")
     except InputError as error:

@@ -117,11 +117,16 @@ def merge_cards(ours: str, theirs: str, given: Collection[str] | None = None) ->
     return join_card(data, "\n\n".join([body.strip(), *missing]))
 
 
+def is_generated(text: str) -> bool:
+    """Whether marks tell that words of a card are a program's."""
+    return _BLOCK.search(split_card(text)[1]) is not None
+
+
 def outdate_card(text: str) -> str | None:
     """The card, without its results, of a detector that was fitted or calibrated again since; None if no marks tell which words are a program's."""
-    data, body = split_card(text)
-    if not _BLOCK.search(body):
+    if not is_generated(text):
         return None
+    data, body = split_card(text)
     replacement = f"<!-- hf-anomaly: results -->\n{OUTDATED}\n<!-- /hf-anomaly: results -->"
     body = _BLOCK.sub(lambda match: replacement if match[1] == "results" else match[0], body)
     return join_card(_without_results(data), body)

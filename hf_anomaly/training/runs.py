@@ -13,6 +13,8 @@ from transformers import SchedulerType
 from transformers.trainer_utils import get_last_checkpoint
 
 from ..cards import shown_command, write_card
+from ..cards.figures import remove_figures
+from ..cards.merging import is_generated, read_card
 from ..data import OneClassSplits, check_pixels, load_one_class, prepare, shrink_images, stream_one_class
 from ..data.sources import hub_dataset
 from ..detector import AnomalyDetector
@@ -140,6 +142,8 @@ def replace_earlier_run(args, used: str | os.PathLike | None = None) -> None:
     checkpoints, stages, results = (
         [path for pattern in patterns for path in folder.glob(pattern)] for patterns in (_CHECKPOINTS, _STAGES, _RESULTS)
     )
+    if _has_card(folder):
+        results.append(folder / "README.md")
     if checkpoints or stages or results:
         hint, last = "", max(checkpoints, key=os.path.getmtime, default=None)
         if last is not None and all(os.path.getmtime(result) < os.path.getmtime(last) for result in results):
@@ -151,6 +155,15 @@ def replace_earlier_run(args, used: str | os.PathLike | None = None) -> None:
         kept = used is not None and Path(used).resolve().is_relative_to(part.resolve())
         if not kept and not (part.name == "dissolver" and (part / "README.md").is_file()):
             shutil.rmtree(part, ignore_errors=True)
+
+
+def _has_card(folder: Path) -> bool:
+    """Whether its README is a run's; a person's own is none.
+
+    Raises:
+        InputError: it is not UTF-8.
+    """
+    return (folder / "README.md").is_file() and is_generated(read_card(folder / "README.md"))
 
 
 def num_images(dataset) -> int | None:
@@ -280,6 +293,7 @@ def _check_task(splits: OneClassSplits, args: AnomalyTrainingArguments) -> None:
         raise InputError(f"args must be AnomalyTrainingArguments, got {type(args).__name__}")
     if not isinstance(splits, OneClassSplits):
         raise InputError(f"splits must be OneClassSplits, as load_one_class gives them, got {type(splits).__name__}")
+    _has_card(Path(args.output_dir))  # one that cannot be read would end the run when it is trained
     if splits.train is None:
         raise InputError("the splits hold no images to train on: load them without evaluation_only")
     if args.card_figures and num_images(splits.train) is None:
@@ -314,12 +328,13 @@ def _make_trainer(model, processor, splits: OneClassSplits, args, train_dataset,
 
 
 def _save_unevaluated(model, processor, args) -> None:
-    """Saves a trained detector with its processor. An earlier one's results, card and figures go, but a resumed run keeps what a person wrote in its card."""
+    """Saves a trained detector with its processor. An earlier one's results, card and figures go, but a resumed run keeps what a person wrote in its card,
+    and any run a README that is no card."""
     folder = Path(args.output_dir)
     (folder / "eval_results.json").unlink(missing_ok=True)
-    if not args.resume_from_checkpoint:
-        (folder / "README.md").unlink(missing_ok=True)
-    shutil.rmtree(folder / "figures", ignore_errors=True)
+    if not args.resume_from_checkpoint and _has_card(folder):
+        (folder / "README.md").unlink()
+    remove_figures(folder)
     model.save_pretrained(folder)
     processor.save_pretrained(folder)
 

@@ -63,6 +63,24 @@ def test_figures_without_test_images_are_told_of(train, tmp_path, caplog):
     assert not (folder / "figures").exists()
 
 
+def test_what_is_no_runs_stays(train, tmp_path, caplog):
+    folder = tmp_path / "project"
+    (folder / "figures").mkdir(parents=True)
+    (folder / "figures" / "mine.png").write_bytes(b"mine")
+    (folder / "README.md").write_bytes(b"# My project \xe9")
+    argv = ["--hidden_sizes", 4, 4, 4, "--max_steps", 2]
+    _, err = train(folder, *argv, script="train_shared_ae.py", status=2)
+    assert f"{folder / 'README.md'} is not UTF-8" in err
+    assert not (folder / "config.json").exists(), "it is refused before it is trained"
+    (folder / "README.md").write_text("# My project\n\nOur plan.\n")
+    train(folder, *argv, script="train_shared_ae.py")
+    card = (folder / "README.md").read_text()
+    assert "will be replaced" not in caplog.text
+    assert "# My project\n\nOur plan.\n" in card
+    assert f"| AUROC | {results_of(folder)['auroc']:.4f}" in card
+    assert (folder / "figures" / "mine.png").read_bytes() == b"mine"
+
+
 def test_what_a_person_wrote_stays_when_a_run_goes_on(train, tmp_path, caplog):
     argv = ["--hidden_sizes", 4, 4, 4, "--save_steps", 2]
     folder, _ = train(tmp_path / "run", *argv, script="train_shared_ae.py")
