@@ -130,7 +130,7 @@ def test_segnet_puts_values_where_the_maxima_were():
 @torch.no_grad()
 def test_attention_gate_is_its_equation():
     torch.manual_seed(0)
-    gate = AttentionGate(config("attention unet"), 4, 6)
+    gate = AttentionGate(4, 6)
     x, g = torch.randn(2, 4, 3, 5), torch.randn(2, 6, 3, 5)
     alpha = gate(x, g)
     assert alpha.shape == (2, 1, 3, 5)

@@ -76,7 +76,7 @@ def unpool(x: torch.Tensor, size: tuple[int, int], places: torch.Tensor) -> torc
 class AttentionGate(nn.Module):
     """α = σ₂(ψᵀ σ₁(W_x x + W_g g)), σ₁ ReLU and σ₂ the sigmoid (Oktay et al. 2018, Eq. 1–2), for x and g of one resolution."""
 
-    def __init__(self, config: ADDPConfig, skip_channels: int, gating_channels: int):
+    def __init__(self, skip_channels: int, gating_channels: int):
         super().__init__()
         inner = max(1, skip_channels // 2)
         self.skip = nn.Conv2d(skip_channels, inner, 1, bias=False)
@@ -94,7 +94,7 @@ class DecoderLevel(nn.Module):
     def __init__(self, config: ADDPConfig, in_channels: int, out_channels: int, skip_channels: int = 0):
         super().__init__()
         self.narrow = ConvLayer(config, in_channels, out_channels)
-        self.gate = AttentionGate(config, skip_channels, out_channels) if skip_channels and config.attention_gates else None
+        self.gate = AttentionGate(skip_channels, out_channels) if skip_channels and config.attention_gates else None
         self.mix = ConvLayer(config, out_channels + skip_channels, out_channels)
 
     def forward(
