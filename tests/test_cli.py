@@ -284,10 +284,10 @@ def test_train_evaluate_info(run):
     ):
         assert words in card.read_text()
     config = json.loads(Path("other-seed/config.json").read_text())
-    Path("other-seed/config.json").write_text(json.dumps({**config, "omega1": 0.9, "omega2": 0.1}))
+    Path("other-seed/config.json").write_text(json.dumps({**config, "omega1": 0.7, "omega2": 0.3}))
     status, _, err = run("card", "my-detector", "--runs", "other-seed")
     assert status == 2
-    assert "other-seed is another training than my-detector (omega1 is 0.9, not 0.5)" in err
+    assert "other-seed is another training than my-detector (omega1 is 0.7, not 0.9)" in err
     CSIConfig(image_size=8).save_pretrained("other-seed")
     assert "(model_type is 'csi_anomaly', not 'shared_ae_anomaly')" in run("card", "my-detector", "--runs", "other-seed")[2]
     status, out, err = run("evaluate", "my-detector", "--dataset_name", "digits")

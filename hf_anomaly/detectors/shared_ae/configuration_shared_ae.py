@@ -28,7 +28,7 @@ class SharedAEConfig(SelfContainedDetectorConfig):
         adversarial_margin: EDE1 is paid for adv up to this multiple of its own rec_1, which is held constant there; None: without limit, as printed.
             Without it EDE1 wins sooner or later at any weight, E2 marking reconstructions so that D1 paints normal images as far from x as it can,
             and the score tells nothing.
-        omega1, omega2: ω1 and ω2 of the score, which add up to 1.
+        omega1, omega2: ω1 and ω2 of the score, which add up to 1. The second term, which passes both decoders, tells less in most trials.
         score_from: what the score is: `"latents"`, Algorithm 2, as printed; or `"map"`, the highest value of the anomaly map, for anomalies that take up
             little of the image, which the latents hardly tell (model_cards/results/shared_ae.md).
         ablation: the rows of Table 5: `"one"`, a single encoder–decoder–encoder; `"two"`, both, without adversarial training; `"full"`, the method.
@@ -44,8 +44,8 @@ class SharedAEConfig(SelfContainedDetectorConfig):
     latent_size: int = 64
     alpha: float | int = 1.0
     beta: float | int = 0.1
-    omega1: float | int = 0.5
-    omega2: float | int = 0.5
+    omega1: float | int = 0.9
+    omega2: float | int = 0.1
     score_from: Literal["latents", "map"] = "latents"
     max_adversarial_weight: float | int = 0.1
     adversarial_margin: float | int | None = 1.5

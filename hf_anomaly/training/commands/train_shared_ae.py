@@ -25,7 +25,7 @@ class DetectorArguments:
     adversarial_margin: float = field(
         default=1.5, metadata={"help": "Bounds what the first part gains by it, as a multiple of its reconstruction error; 0: no bound."}
     )
-    omega1: float = field(default=0.5, metadata={"help": "Weight of the score's first term; the second has the rest."})
+    omega1: float = field(default=0.9, metadata={"help": "Weight of the score's first term; the second has the rest."})
     score_from: str = field(
         default="latents", metadata={"help": "latents, the paper's score; map: the anomaly map's highest value, for small anomalies."}
     )
@@ -42,7 +42,10 @@ def main(argv: list[str], program: str) -> None:
     check_first(training_args)
     splits, processor = load_training_images(data_args, training_args.seed)
     set_seed(training_args.seed)
-    settings = asdict(detector_args) | {"adversarial_margin": detector_args.adversarial_margin or None, "omega2": 1 - detector_args.omega1}
+    settings = asdict(detector_args) | {
+        "adversarial_margin": detector_args.adversarial_margin or None,
+        "omega2": round(1 - detector_args.omega1, 9),
+    }
     model = SharedAEModel(SharedAEConfig(image_size=processor.size["height"], num_channels=processor.num_channels, **settings))
     replace_earlier_run(training_args)
     results = train_detector(
