@@ -142,3 +142,13 @@ def test_encoders_of_addp(train, tmp_path, backbone, encoder):
 def test_what_train_addp_refuses(addp, backbone, tmp_path, wrong, words):
     wrong = [str(word).format(addp=addp[0] / "pretrained", backbone=backbone) for word in wrong]
     refused("train_addp.py", ["--output_dir", tmp_path / "run", "--use_cpu", "true", *wrong], words, tmp_path / "run")
+
+
+def test_a_folder_that_is_no_first_stage_stays(train, tmp_path):
+    own = tmp_path / "pretrained" / "own.bin"
+    own.parent.mkdir()
+    own.write_bytes(b"own")
+    _, err = train(tmp_path, "--pretrain_steps", 2, script="train_addp.py", status=2)
+    assert f"{own.parent} holds something else" in err
+    train(tmp_path, "--pretrain_steps", 0, script="train_addp.py")
+    assert own.read_bytes() == b"own"

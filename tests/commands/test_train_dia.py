@@ -269,6 +269,16 @@ def gaussian(tmp_path_factory, train):
     return folder, {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
+@pytest.mark.parametrize("dissolver", [("--dissolver", "none"), GAUSSIAN])
+def test_what_no_run_left_in_its_folders_stays(train, tmp_path, dissolver):
+    own = tmp_path / "dissolver" / "own.bin"
+    own.parent.mkdir()
+    own.write_bytes(b"own")
+    train(tmp_path, *dissolver)
+    assert own.read_bytes() == b"own"
+    assert (own.parent / "dissolver_config.json").is_file() == (dissolver is GAUSSIAN)
+
+
 @pytest.mark.parametrize(
     ("more", "culprit"),
     [

@@ -148,6 +148,8 @@ def first_stage(model: ADDPForPreTraining, args: PretrainingArguments, data_args
         PartialState().wait_for_everyone()
         replace_earlier_run(training_args, args.pretrained)
         return ADDPModel.from_pretraining(model)
+    if folder.is_dir() and not (folder / PRETRAINING_NOTES).is_file():
+        raise InputError(f"{folder} holds something else than a first stage, which would take its place: give another --output_dir")
     run = describe_run(splits, processor, training_args.seed, config=settings_of(model.config), pretraining=asdict(args))
     for name in ("pretrained", "pretrain_dataset_name"):
         if run["pretraining"][name] is not None:

@@ -3,7 +3,6 @@
 import difflib
 import logging
 import math
-import shutil
 import time
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -321,8 +320,6 @@ def place_dissolver(args: DissolverArguments, ready: Path | None, data_args, tra
     if args.dissolver == "diffusion":
         return train_diffusion(args, folder, data_args, training_args, splits, processor)
     if training_args.should_save and not _was_saved(folder, training_args):  # of another run it is not ours to remove
-        if not _same_folder(ready, folder):
-            shutil.rmtree(folder, ignore_errors=True)  # an earlier run's may be of another kind
         if dissolver is not None:
             dissolver.save_pretrained(folder)
         if (folder / "README.md").is_file():  # of the one that is used, whose timesteps may be others now
