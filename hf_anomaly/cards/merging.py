@@ -122,6 +122,11 @@ def is_generated(text: str) -> bool:
     return _BLOCK.search(split_card(text)[1]) is not None
 
 
+def has_own_text(text: str) -> bool:
+    """Whether a person wrote more in a card than its title and YAML."""
+    return bool(_own_text(split_card(text)[1]))
+
+
 def outdate_card(text: str) -> str | None:
     """The card, without its results, of a detector that was fitted or calibrated again since; None if no marks tell which words are a program's."""
     if not is_generated(text):

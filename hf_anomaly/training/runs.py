@@ -14,7 +14,7 @@ from transformers.trainer_utils import get_last_checkpoint
 
 from ..cards import shown_command, write_card
 from ..cards.figures import remove_figures
-from ..cards.merging import is_generated, read_card
+from ..cards.merging import has_own_text, is_generated, read_card
 from ..data import OneClassSplits, check_pixels, load_one_class, prepare, shrink_images, stream_one_class
 from ..data.sources import hub_dataset
 from ..detector import AnomalyDetector
@@ -42,6 +42,7 @@ PRINTED = (
 _CHECKPOINTS = ("checkpoint-*/run.json", "dissolver-training/checkpoint-*/run.json", "pretrained-training/checkpoint-*/run.json")
 _STAGES = ("dissolver/dissolver_config.json", "pretrained/pretraining.json")
 _RESULTS = ("config.json", "model_index.json")
+_EARLIER_CARD = "README.earlier.md"
 
 LARGEST_DEFAULT_SIZE = 64  # px: larger images are shrunk to this unless --image_size says otherwise
 
@@ -164,6 +165,15 @@ def _has_card(folder: Path) -> bool:
         InputError: it is not UTF-8.
     """
     return (folder / "README.md").is_file() and is_generated(read_card(folder / "README.md"))
+
+
+def _set_card_aside(card: Path) -> None:
+    """Removes an earlier run's card. One in which a person wrote is renamed, as what it says need not hold for another run."""
+    if has_own_text(read_card(card)):
+        os.replace(card, card.with_name(_EARLIER_CARD))
+        logger.warning("Somebody wrote in the card of the earlier run: it is %s now", card.with_name(_EARLIER_CARD))
+    else:
+        card.unlink()
 
 
 def num_images(dataset) -> int | None:
@@ -328,12 +338,11 @@ def _make_trainer(model, processor, splits: OneClassSplits, args, train_dataset,
 
 
 def _save_unevaluated(model, processor, args) -> None:
-    """Saves a trained detector with its processor. An earlier one's results, card and figures go, but a resumed run keeps what a person wrote in its card,
-    and any run a README that is no card."""
+    """Saves a trained detector with its processor. An earlier one's results, card and figures go, but a resumed run keeps what a person wrote in its card."""
     folder = Path(args.output_dir)
     (folder / "eval_results.json").unlink(missing_ok=True)
     if not args.resume_from_checkpoint and _has_card(folder):
-        (folder / "README.md").unlink()
+        _set_card_aside(folder / "README.md")
     remove_figures(folder)
     model.save_pretrained(folder)
     processor.save_pretrained(folder)

@@ -97,6 +97,9 @@ def test_what_a_person_wrote_stays_when_a_run_goes_on(train, tmp_path, caplog):
     assert "will be replaced" in caplog.text
     assert "resume_from_checkpoint" not in caplog.text, "it ended"
     assert "My words." not in card.read_text(), "another run has another card"
+    assert "My words." in (folder / "README.earlier.md").read_text()
+    train(folder, *argv, script="train_shared_ae.py")
+    assert "My words." in (folder / "README.earlier.md").read_text(), "the card between them had none"
 
 
 def test_an_interrupted_run_says_how_to_go_on(train, tmp_path, monkeypatch, caplog):
