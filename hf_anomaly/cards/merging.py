@@ -129,9 +129,9 @@ def has_own_text(text: str) -> bool:
 
 def outdate_card(text: str) -> str | None:
     """The card, without its results, of a detector that was fitted or calibrated again since; None if no marks tell which words are a program's."""
-    if not is_generated(text):
-        return None
     data, body = split_card(text)
+    if not _BLOCK.search(body):
+        return None
     replacement = f"<!-- hf-anomaly: results -->\n{OUTDATED}\n<!-- /hf-anomaly: results -->"
     body = _BLOCK.sub(lambda match: replacement if match[1] == "results" else match[0], body)
     return join_card(_without_results(data), body)

@@ -143,7 +143,7 @@ def replace_earlier_run(args, used: str | os.PathLike | None = None) -> None:
     checkpoints, stages, results = (
         [path for pattern in patterns for path in folder.glob(pattern)] for patterns in (_CHECKPOINTS, _STAGES, _RESULTS)
     )
-    if _has_card(folder):
+    if _earlier_card(folder):
         results.append(folder / "README.md")
     if checkpoints or stages or results:
         hint, last = "", max(checkpoints, key=os.path.getmtime, default=None)
@@ -158,22 +158,27 @@ def replace_earlier_run(args, used: str | os.PathLike | None = None) -> None:
             shutil.rmtree(part, ignore_errors=True)
 
 
-def _has_card(folder: Path) -> bool:
-    """Whether its README is a run's; a person's own is none.
+def _earlier_card(folder: Path) -> str | None:
+    """The card that a run left in the folder; None if there is none, or a README of a person's own.
 
     Raises:
-        InputError: it is not UTF-8.
+        InputError: the README is not UTF-8.
     """
-    return (folder / "README.md").is_file() and is_generated(read_card(folder / "README.md"))
+    path = folder / "README.md"
+    text = read_card(path) if path.is_file() else ""
+    return text if is_generated(text) else None
 
 
-def _set_card_aside(card: Path) -> None:
-    """Removes an earlier run's card. One in which a person wrote is renamed, as what it says need not hold for another run."""
-    if has_own_text(read_card(card)):
-        os.replace(card, card.with_name(_EARLIER_CARD))
-        logger.warning("Somebody wrote in the card of the earlier run: it is %s now", card.with_name(_EARLIER_CARD))
+def _set_card_aside(folder: Path) -> None:
+    """Removes the card that a run left in the folder. One in which a person wrote is renamed, as what it says need not hold for another run."""
+    text = _earlier_card(folder)
+    if text is None:
+        return
+    if has_own_text(text):
+        os.replace(folder / "README.md", folder / _EARLIER_CARD)
+        logger.warning("Somebody wrote in the card of the earlier run: it is %s now", folder / _EARLIER_CARD)
     else:
-        card.unlink()
+        (folder / "README.md").unlink()
 
 
 def num_images(dataset) -> int | None:
@@ -303,7 +308,7 @@ def _check_task(splits: OneClassSplits, args: AnomalyTrainingArguments) -> None:
         raise InputError(f"args must be AnomalyTrainingArguments, got {type(args).__name__}")
     if not isinstance(splits, OneClassSplits):
         raise InputError(f"splits must be OneClassSplits, as load_one_class gives them, got {type(splits).__name__}")
-    _has_card(Path(args.output_dir))  # one that cannot be read would end the run when it is trained
+    _earlier_card(Path(args.output_dir))  # one that cannot be read would end the run when it is trained
     if splits.train is None:
         raise InputError("the splits hold no images to train on: load them without evaluation_only")
     if args.card_figures and num_images(splits.train) is None:
@@ -341,8 +346,8 @@ def _save_unevaluated(model, processor, args) -> None:
     """Saves a trained detector with its processor. An earlier one's results, card and figures go, but a resumed run keeps what a person wrote in its card."""
     folder = Path(args.output_dir)
     (folder / "eval_results.json").unlink(missing_ok=True)
-    if not args.resume_from_checkpoint and _has_card(folder):
-        _set_card_aside(folder / "README.md")
+    if not args.resume_from_checkpoint:
+        _set_card_aside(folder)
     remove_figures(folder)
     model.save_pretrained(folder)
     processor.save_pretrained(folder)
