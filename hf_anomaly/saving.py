@@ -10,6 +10,7 @@ from pathlib import Path
 
 from transformers import PreTrainedConfig
 
+from .cards.figures import keep_other_files
 from .cards.merging import outdate_card, read_card
 from .errors import one_line
 from .untrusted import contained_files, is_ours
@@ -149,7 +150,8 @@ def bring_companions(homes: list[Home], target: Path, staging: Path, token: str 
                                     else stays     another method's goes loses its results
 
     What is missing or replaced comes from the first home that has it. A home whose reports no longer hold gives no results, and its card without them. A
-    card in which nothing separates a program's words from a person's cannot lose its results: it stays as it is, or is not copied.
+    card in which nothing separates a program's words from a person's cannot lose its results: it stays as it is, or is not copied. What a person laid
+    beside the card's figures in `target` stays in any case.
 
     Args:
         whole: a home on the Hub that cannot be reached is an error; otherwise it is warned of and passed over.
@@ -170,16 +172,21 @@ def bring_companions(homes: list[Home], target: Path, staging: Path, token: str 
             continue
         if folder is None or not folder.is_dir():
             continue
-        in_place = home.lies_in(target)
-        wanted = {name for name in COMPANIONS if in_place or another or not (target / name).exists()}
+        if home.lies_in(target):
+            wanted = set() if home.reports_hold else {"README.md"}
+        else:
+            wanted = {name for name in COMPANIONS if another or not (target / name).exists()}
+            wanted -= set() if home.reports_hold else {*_REPORTS}
         wanted -= {path.name for path in staging.iterdir()}
         for path in contained_files(folder, lambda path, wanted=wanted: path.parts[0] in wanted):
             if path == Path("README.md") and not home.reports_hold:
                 if card := outdate_card(read_card(folder / path)):
                     (staging / path).write_text(card, encoding="utf-8")
-            elif not in_place and (home.reports_hold or path.parts[0] not in _REPORTS) and _is_one_of(path, _COMPANION_FILES):
+            elif _is_one_of(path, _COMPANION_FILES):
                 (staging / path).parent.mkdir(parents=True, exist_ok=True)
                 shutil.copyfile(folder / path, staging / path)
+    if _reports_go(homes, target):
+        keep_other_files(target, staging)
 
 
 def outdated_files(homes: list[Home], target: Path, config: PreTrainedConfig, variant: str | None = None) -> re.Pattern:
@@ -187,11 +194,10 @@ def outdated_files(homes: list[Home], target: Path, config: PreTrainedConfig, va
     `bring_companions`, and all weights of this `variant`, such as "fp16": those of an earlier save in other shards would be loaded instead."""
     of_variant = re.escape(f".{variant}" if variant else "")
     names = [rf"model{of_variant}(-\d+-of-\d+)?\.safetensors", rf"model\.safetensors\.index{of_variant}\.json"]
-    another = _holds_another(target, homes)
-    if another or any(not home.reports_hold and home.lies_in(target) for home in homes):
-        names += [r"eval_results\.json", "figures"]
+    if _reports_go(homes, target):
+        names += map(re.escape, _REPORTS)
     # Training saves a dissolver before the detector that goes with it.
-    if another and _method_in(target) != config.model_type and getattr(config, "dissolver", None) is None:
+    if _holds_another(target, homes) and _method_in(target) != config.model_type and getattr(config, "dissolver", None) is None:
         names.append("dissolver")
     return re.compile("|".join(names))
 
@@ -199,6 +205,11 @@ def outdated_files(homes: list[Home], target: Path, config: PreTrainedConfig, va
 def _holds_another(target: Path, homes: list[Home]) -> bool:
     """Whether a detector lies in `target` which is not this one, as far as its homes tell."""
     return (target / "config.json").is_file() and not any(home.lies_in(target) for home in homes)
+
+
+def _reports_go(homes: list[Home], target: Path) -> bool:
+    """Whether results and figures in `target` tell of another detector, or of this one before it was fitted or calibrated anew."""
+    return _holds_another(target, homes) or any(not home.reports_hold and home.lies_in(target) for home in homes)
 
 
 def _method_in(target: Path) -> str | None:

@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 import resource
 import shutil
 import time
@@ -311,6 +312,33 @@ def test_what_belongs_to_a_detector_replaces_what_belongs_to_the_one_that_lay_th
     before, after = contents(folder), contents(target)
     before.pop("config.json"), after.pop("config.json")
     assert after == before
+
+
+def test_what_a_person_laid_into_figures_stays(folder, tmp_path):
+    """Beside the figures of this detector, which a new calibration outdates, or of one that lay there, which go or are replaced."""
+    own = {"figures/mine.png": b"mine", "figures/notes/roc.png": b"mine", "figures/notes/text": b"mine"}
+    (folder / "figures" / "notes").mkdir()
+    for name in own:
+        (folder / name).write_bytes(b"mine")
+    (folder / "figures" / "link").symlink_to("../../elsewhere")
+
+    def figures():
+        assert os.readlink(folder / "figures" / "link") == "../../elsewhere"
+        return {name: content for name, content in contents(folder).items() if name.startswith("figures")}
+
+    model = AutoModel.from_pretrained(folder)
+    model.calibrate([images(9, 2)], progress=False).save_pretrained(folder)
+    assert figures() == own
+    model.save_pretrained(folder)
+    assert figures() == own
+    other_detector().save_pretrained(folder)
+    assert figures() == own
+    other_detector().save_pretrained(tmp_path / "other")
+    (tmp_path / "other" / "figures").mkdir()
+    for name in ("roc.png", "mine.png"):
+        (tmp_path / "other" / "figures" / name).write_bytes(b"of the other")
+    AutoModel.from_pretrained(tmp_path / "other").save_pretrained(folder)
+    assert figures() == own | {"figures/roc.png": b"of the other"}
 
 
 def test_a_dissolver_saved_for_the_detector_stays(folder):

@@ -2,6 +2,7 @@
 
 import logging
 import os
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -44,6 +45,19 @@ def remove_figures(folder: str | os.PathLike) -> None:
             delete(folder / name)
         if not any(folder.iterdir()):
             delete(folder)
+
+
+def keep_other_files(folder: str | os.PathLike, staging: str | os.PathLike) -> None:
+    """Copies what lies in `folder/figures` beside an evaluation's figures to `staging/figures`, which is about to take its place."""
+    folder, staging = Path(folder, FOLDER), Path(staging, FOLDER)
+    for path in folder.iterdir() if folder.is_dir() else ():
+        if path.name not in FIGURES:
+            staging.mkdir(exist_ok=True)
+            delete(staging / path.name)
+            if path.is_dir() and not path.is_symlink():
+                shutil.copytree(path, staging / path.name, symlinks=True)
+            else:
+                shutil.copy2(path, staging / path.name, follow_symlinks=False)
 
 
 def write_figures(

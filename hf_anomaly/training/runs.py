@@ -13,7 +13,6 @@ from transformers import SchedulerType
 from transformers.trainer_utils import get_last_checkpoint
 
 from ..cards import shown_command, write_card
-from ..cards.figures import remove_figures
 from ..cards.merging import has_own_text, is_generated, read_card
 from ..data import OneClassSplits, check_pixels, load_one_class, prepare, shrink_images, stream_one_class
 from ..data.sources import hub_dataset
@@ -345,10 +344,8 @@ def _make_trainer(model, processor, splits: OneClassSplits, args, train_dataset,
 def _save_unevaluated(model, processor, args) -> None:
     """Saves a trained detector with its processor. An earlier one's results, card and figures go, but a resumed run keeps what a person wrote in its card."""
     folder = Path(args.output_dir)
-    (folder / "eval_results.json").unlink(missing_ok=True)
     if not args.resume_from_checkpoint:
         _set_card_aside(folder)
-    remove_figures(folder)
     model.save_pretrained(folder)
     processor.save_pretrained(folder)
 

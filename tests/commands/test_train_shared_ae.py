@@ -78,6 +78,8 @@ def test_what_is_no_runs_stays(train, tmp_path, caplog):
     assert "will be replaced" not in caplog.text
     assert "# My project\n\nOur plan.\n" in card
     assert f"| AUROC | {results_of(folder)['auroc']:.4f}" in card
+    train(folder, *argv, script="train_shared_ae.py")
+    assert "# My project\n\nOur plan.\n" in next(folder.glob("README.earlier.md")).read_text()
     assert (folder / "figures" / "mine.png").read_bytes() == b"mine"
 
 
