@@ -22,7 +22,7 @@ class IdentityDissolver(Dissolver):
 
 
 class ResizeDissolver(Dissolver):
-    """Resizes down to `resolution` and back, nothing else: the control that the DIA paper names in appendix B.
+    """Resizes down to `resolution` and back, nothing else: the control that the DIA paper names in section 5.4.
 
     Images of at most `resolution` pixels go down to half of their own height and width, so that the control has an effect on them too.
 

@@ -40,7 +40,7 @@ def amplified_nt_xent(
         temperature: τ > 0.
         exclude_twins: leave the pair of an anchor with its own dissolved twin (same image, same shift) out of the denominator:
             similarity design (b) of appendix C.2. The default, design (a), is the paper's.
-        divisor: "anchors" divides by the number of anchors, 2·B·K, as Eq. 6 is a mean over anchors; "views" by the number of
+        divisor: "anchors" divides by the number of anchors, 2·B·K, as Eq. 7 is a mean over positive pairs, one an anchor; "views" by the number of
             views, 3·B·K with D and 2·B·K without, as the paper's reference implementation does.
 
     Returns:
