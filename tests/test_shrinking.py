@@ -17,7 +17,7 @@ RNG = np.random.default_rng(0)
 
 
 def picture(mode, size):
-    image = PIL.Image.fromarray(RNG.integers(0, 256, (*size[::-1], 4), dtype=np.uint8), "RGBA")
+    image = PIL.Image.fromarray(RNG.integers(0, 256, (*size[::-1], 4), dtype=np.uint8))
     return image.convert("RGB").convert(mode) if mode != "RGBA" else image
 
 
