@@ -150,6 +150,10 @@ def delete(path: Path) -> None:
         path.unlink(missing_ok=True)
 
 
+# What a detector's folder tells of it, read by these names.
+_OF_A_DETECTOR = ("config.json", "preprocessor_config.json", "eval_results.json", "README.md")
+
+
 def check_output(
     flag: str,
     path: str | os.PathLike | None,
@@ -159,7 +163,7 @@ def check_output(
     apart_from: Iterable[str | os.PathLike | None] = (),
 ) -> None:
     """Refuses a path to write to, if one was given, before anything long runs: where a folder lies in place of a file (with `folder` a file in place of
-    a folder), or where nothing can be written.
+    a folder), where it would be taken for what a detector's folder tells of the detector, or where nothing can be written.
 
     Args:
         suffixes: those that its name may end in, in lower case; none: any.
@@ -179,6 +183,8 @@ def check_output(
         raise InputError(f"{flag} {path}: the name must end in {choice}")
     if place in {Path(other).resolve() for other in apart_from if other is not None}:
         raise InputError(f"{flag} {path}: it is an input or another output, which would be overwritten; name another file")
+    if place.name in _OF_A_DETECTOR and (place.parent / "config.json").is_file():
+        raise InputError(f"{flag} {path}: there it would be taken for the detector's own, of its training; choose another name")
     if folder or place.is_file() or not place.exists():  # else a device or pipe
         try:
             with tempfile.TemporaryFile(dir=next(above for above in (place, *place.parents) if above.is_dir())):

@@ -73,6 +73,17 @@ def test_names_of_outputs(tmp_path, suffixes, words, refused):
     check_output("--output", tmp_path / "a.pdf")
 
 
+def test_no_output_takes_the_place_of_what_a_folder_tells_of_its_detector(tmp_path, refused):
+    names = ("config.json", "eval_results.json", "README.md")
+    for name in names:
+        check_output("--output", tmp_path / name)
+    (tmp_path / "config.json").touch()
+    for name in names:
+        with refused("--output", name, "the detector's own"):
+            check_output("--output", tmp_path / name)
+    check_output("--output", tmp_path / "here.json")
+
+
 def test_outputs_where_nothing_can_be_written_are_refused_at_once(tmp_path, monkeypatch, refused):
     tried = []
 
