@@ -1,8 +1,10 @@
+import errno
 import io
 import logging
 import os
 import sys
 from pathlib import Path
+from unittest.mock import Mock
 
 import datasets
 import numpy as np
@@ -683,7 +685,7 @@ def test_a_mask_of_lossy_levels(tmp_path, mode):
         assert np.array_equal(decode_mask({"path": str(tmp_path / "mask.jpg"), "bytes": None}, "mask of row 3"), marked)
 
 
-def test_decode_image_errors(tmp_path):
+def test_decode_image_errors(tmp_path, monkeypatch):
     data = png(pixels(0, (32, 32)))["bytes"]
     (tmp_path / "cut.png").write_bytes(data[: len(data) // 2])
     for value, message in [
@@ -691,6 +693,7 @@ def test_decode_image_errors(tmp_path):
         ({"bytes": b"none", "path": "/a.dcm"}, r"^row 3 \(/a\.dcm\): unreadable image \(unknown"),  # not a file of this machine
         ({"bytes": None, "path": str(tmp_path / "cut.png")}, r"cut\.png: unreadable image"),
         ({"bytes": None, "path": str(tmp_path / "none.png")}, r"none\.png: unreadable image \(No such file.*restore"),
+        ({"bytes": None, "path": str(tmp_path)}, r"unreadable image \(Is a directory\); name the images in it"),  # not: remove it
         (None, "^row 3: the image is missing"),
         ("a/path.png", r"^row 3: a str is no image; .*cast_column\('image', datasets.Image\(\)\)"),
         (PIL.Image.new("I;16", (8, 8)), "^row 3: 16-bit"),
@@ -700,6 +703,10 @@ def test_decode_image_errors(tmp_path):
         with pytest.raises(InputError, match=message) as error:
             decode_image(value, "row 3")
         one_line(error)
+    with monkeypatch.context() as patch:  # a superuser may read anything
+        patch.setattr("PIL.Image.open", Mock(side_effect=PermissionError(errno.EACCES, "Permission denied")))
+        with pytest.raises(InputError, match=r"cut\.png: unreadable image \(Permission denied\); change its permissions"):
+            decode_image({"bytes": None, "path": str(tmp_path / "cut.png")}, "row 3")
     assert [decode_image(np.zeros((8, 8, *channels), np.uint8), "").mode for channels in ((), (1,), (3,))] == ["L", "L", "RGB"]
 
 

@@ -63,6 +63,10 @@ def _unreadable(value: Any, where: str, error: Exception) -> InputError:
     remedy = "remove it or replace it by an intact one"
     if isinstance(error, FileNotFoundError):
         remedy = "restore the file, or leave it out of the list that names it"
+    elif isinstance(error, PermissionError):
+        remedy = "change its permissions"
+    elif isinstance(error, IsADirectoryError):
+        remedy = "name the images in it"
     elif isinstance(error, PIL.Image.DecompressionBombError):
         remedy = "it is too large: shrink it or cut it up"
     return InputError(f"{_name(value, where)}: unreadable image ({reason}); {remedy}")
