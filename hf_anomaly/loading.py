@@ -42,6 +42,10 @@ def _check_place(name_or_path: str) -> None:
     if place.is_file():
         raise InputError(f"{name_or_path!r} is a file: a detector is a folder that training wrote, or a Hub id")
     if place.is_dir() and not (place / "config.json").is_file():
+        if (place / "dissolver_config.json").is_file():
+            raise InputError(
+                f"{name_or_path!r} holds a dissolver and no detector: hf-anomaly dissolve shows what it does, --dissolver trains with it"
+            )
         checkpoints = any(place.glob("checkpoint-*")) or any(place.glob("*-training/checkpoint-*"))
         unfinished = "the training there is not finished; the same command with --resume_from_checkpoint true goes on with it"
         raise InputError(f"{name_or_path!r} holds no detector: {unfinished if checkpoints else 'give the folder that training wrote'}")

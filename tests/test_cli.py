@@ -989,6 +989,8 @@ def test_folders_without_a_detector(refused, detector, scans):
         refused(command, "'half' holds no detector: give the folder")
         Path("half/pretrained-training/checkpoint-4").mkdir(parents=True)
         refused(command, "'half' holds no detector", "not finished", "--resume_from_checkpoint true")
+        Path("half/dissolver_config.json").touch()  # of train dissolver, whose own checkpoints stay
+        refused(command, "'half' holds a dissolver and no detector", "--dissolver")
         shutil.rmtree(folder)
     refused(["info", detector / "config.json"], "config.json' is a file")
 
