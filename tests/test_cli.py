@@ -249,6 +249,14 @@ def test_what_ends_a_command_is_one_line(error, status, said, capsys):
     assert said in capsys.readouterr().err.splitlines()[-1]
 
 
+def test_an_interruption_while_a_command_is_imported_is_one_line(monkeypatch, capsys):
+    monkeypatch.setattr(cli, "import_module", Mock(side_effect=KeyboardInterrupt))
+    with pytest.raises(SystemExit) as exit:
+        cli.main(["info", "model"])
+    assert exit.value.code == 130
+    assert capsys.readouterr().err == "\ninterrupted\n"
+
+
 def test_a_fault_of_the_program_is_not_called_one_of_the_users():
     for error in (OSError(errno.EBADF, "Bad file descriptor"), ValueError("a bug"), SafetensorError("a bug")):
         with pytest.raises(type(error)):

@@ -58,7 +58,11 @@ def main(argv: list[str] | None = None) -> None:
         print(f"error: there is no command {name!r}: {hint}", file=sys.stderr)
         sys.exit(2)
     else:
-        _run(name, argv[1:])
+        try:
+            _run(name, argv[1:])
+        except KeyboardInterrupt:  # while it imports; a command that runs tells more
+            print("\ninterrupted", file=sys.stderr)
+            sys.exit(130)
 
 
 def _run(name: str, argv: list[str]) -> None:
