@@ -236,7 +236,7 @@ def test_what_is_not_understood(refused, argv, words):
         (InputError("two\n  lines"), 2, "error: two lines"),
         (OSError(errno.ENOSPC, "No space left on device"), 2, "; make room, or choose another disk"),
         (SafetensorError("I/O error: No space left on device (os error 28)"), 2, "; make room, or choose another disk"),
-        (OSError(errno.EROFS, "Read-only file system"), 2, "; choose an output and a cache (HF_HOME) that can be written to"),
+        (OSError(errno.EROFS, "Read-only file system"), 2, "or choose an output and a cache (HF_HOME) that can be written to"),
     ],
 )
 def test_what_ends_a_command_is_one_line(error, status, said, capsys):

@@ -21,7 +21,9 @@ _REMEDIES = {  # of what a disk refuses
     errno.ENOENT: "check the name",
     errno.ENAMETOOLONG: "choose a shorter name",
     errno.ENOSPC: "make room, or choose another disk for the output and the cache (HF_HOME)",
-    **dict.fromkeys((errno.EACCES, errno.EPERM, errno.EROFS), "choose an output and a cache (HF_HOME) that can be written to"),
+    **dict.fromkeys(
+        (errno.EACCES, errno.EPERM, errno.EROFS), "check its permissions, or choose an output and a cache (HF_HOME) that can be written to"
+    ),
     **dict.fromkeys(
         (errno.ENOTDIR, errno.EISDIR, errno.EEXIST), "a file lies where a folder is to be, or a folder where a file: choose another output"
     ),
