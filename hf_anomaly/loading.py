@@ -12,6 +12,7 @@ from .errors import HubError, InputError, one_line
 from .files import read_json
 from .hub import find_file, hub_errors
 from .image_processing import AnomalyImageProcessor
+from .saving import holds_dissolver
 from .untrusted import load_without_code
 
 
@@ -42,7 +43,7 @@ def _check_place(name_or_path: str) -> None:
     if place.is_file():
         raise InputError(f"{name_or_path!r} is a file: a detector is a folder that training wrote, or a Hub id")
     if place.is_dir() and not (place / "config.json").is_file():
-        if (place / "dissolver_config.json").is_file():
+        if holds_dissolver(place):
             raise InputError(
                 f"{name_or_path!r} holds a dissolver and no detector: hf-anomaly dissolve shows what it does, --dissolver trains with it"
             )

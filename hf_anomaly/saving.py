@@ -51,6 +51,11 @@ _PUBLIC_FILES = (
 )
 
 
+def holds_dissolver(folder: Path) -> bool:
+    """Whether a dissolver, or a plain DDPMPipeline, lies in a folder by itself."""
+    return any((folder / name).is_file() for name in DISSOLVER_FILES[:2])
+
+
 def is_public(path: Path) -> bool:
     """Whether a file, named relative to its folder, is part of the detector, first stage or dissolver there. All else in the folder is its owner's alone."""
     return _is_one_of(path, _PUBLIC_FILES)
@@ -175,8 +180,8 @@ def bring_companions(homes: list[Home], target: Path, staging: Path, token: str 
         if home.lies_in(target):
             wanted = set() if home.reports_hold else {"README.md"}
         else:
-            wanted = {name for name in COMPANIONS if another or not (target / name).exists()}
-            wanted -= set() if home.reports_hold else {*_REPORTS}
+            offered = (name for name in COMPANIONS if home.reports_hold or name not in _REPORTS)
+            wanted = {name for name in offered if another or not (target / name).exists()}
         wanted -= {path.name for path in staging.iterdir()}
         for path in contained_files(folder, lambda path, wanted=wanted: path.parts[0] in wanted):
             if path == Path("README.md") and not home.reports_hold:

@@ -236,7 +236,12 @@ def test_what_is_not_understood(refused, argv, words):
         (InputError("two\n  lines"), 2, "error: two lines"),
         (OSError(errno.ENOSPC, "No space left on device"), 2, "; make room, or choose another disk"),
         (SafetensorError("I/O error: No space left on device (os error 28)"), 2, "; make room, or choose another disk"),
-        (OSError(errno.EROFS, "Read-only file system"), 2, "or choose an output and a cache (HF_HOME) that can be written to"),
+        (OSError(errno.EROFS, "Read-only file system"), 2, "; choose an output and a cache (HF_HOME) that can be written to"),
+        (
+            OSError(errno.EACCES, "Permission denied"),
+            2,
+            "; check its permissions, or choose an output and a cache (HF_HOME) that can be written to",
+        ),
     ],
 )
 def test_what_ends_a_command_is_one_line(error, status, said, capsys):
@@ -997,8 +1002,10 @@ def test_folders_without_a_detector(refused, detector, scans):
         refused(command, "'half' holds no detector: give the folder")
         Path("half/pretrained-training/checkpoint-4").mkdir(parents=True)
         refused(command, "'half' holds no detector", "not finished", "--resume_from_checkpoint true")
-        Path("half/dissolver_config.json").touch()  # of train dissolver, whose own checkpoints stay
-        refused(command, "'half' holds a dissolver and no detector", "--dissolver")
+        for name in ("dissolver_config.json", "model_index.json"):  # of train dissolver, whose own checkpoints stay, and of plain diffusers
+            Path("half", name).touch()
+            refused(command, "'half' holds a dissolver and no detector", "--dissolver")
+            Path("half", name).unlink()
         shutil.rmtree(folder)
     refused(["info", detector / "config.json"], "config.json' is a file")
 

@@ -74,7 +74,7 @@ def test_names_of_outputs(tmp_path, suffixes, words, refused):
 
 
 def test_no_output_takes_the_place_of_what_a_folder_tells_of_its_detector(tmp_path, refused):
-    names = ("config.json", "eval_results.json", "README.md")
+    names = ("config.json", "preprocessor_config.json", "eval_results.json", "README.md")
     for name in names:
         check_output("--output", tmp_path / name)
     (tmp_path / "config.json").touch()

@@ -2,6 +2,8 @@
 
 import difflib
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from importlib import import_module
 
 from ..errors import InputError
@@ -43,6 +45,16 @@ def show_any_text() -> None:
         sys.stdout.reconfigure(errors="backslashreplace")
 
 
+@contextmanager
+def interruptible() -> Iterator[None]:
+    """Ctrl-C in the block is one line, with what it tells, and ends the process with status 130."""
+    try:
+        yield
+    except KeyboardInterrupt as interruption:
+        print(": ".join(["\ninterrupted", *map(str, interruption.args)]), file=sys.stderr)
+        sys.exit(130)
+
+
 def main(argv: list[str] | None = None) -> None:
     """Runs a command line. Exits with 2 after an error, which is printed as one line."""
     show_any_text()
@@ -58,11 +70,8 @@ def main(argv: list[str] | None = None) -> None:
         print(f"error: there is no command {name!r}: {hint}", file=sys.stderr)
         sys.exit(2)
     else:
-        try:
+        with interruptible():  # also while it imports
             _run(name, argv[1:])
-        except KeyboardInterrupt:  # while it imports; a command that runs tells more
-            print("\ninterrupted", file=sys.stderr)
-            sys.exit(130)
 
 
 def _run(name: str, argv: list[str]) -> None:

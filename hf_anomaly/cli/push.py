@@ -40,9 +40,11 @@ def run(args: Namespace) -> None:
 
 def _check(folder: Path) -> None:
     """Refuses a folder that nobody could use, and gives a detector without a card one."""
+    from ..saving import holds_dissolver
+
     if not folder.is_dir():
         raise InputError(f"{folder} is no folder: give the one that training wrote")
-    if (folder / "model_index.json").exists() or (folder / "dissolver_config.json").exists():
+    if holds_dissolver(folder):
         from ..dissolving import Dissolver
 
         Dissolver.from_pretrained(folder)

@@ -15,15 +15,15 @@ from safetensors import SafetensorError
 from transformers.utils.logging import disable_progress_bar
 
 from ..errors import HubError, InputError, NotFittedError
-from . import show_any_text
+from . import interruptible, show_any_text
 
+_ELSEWHERE = "choose an output and a cache (HF_HOME) that can be written to"
 _REMEDIES = {  # of what a disk refuses
     errno.ENOENT: "check the name",
     errno.ENAMETOOLONG: "choose a shorter name",
     errno.ENOSPC: "make room, or choose another disk for the output and the cache (HF_HOME)",
-    **dict.fromkeys(
-        (errno.EACCES, errno.EPERM, errno.EROFS), "check its permissions, or choose an output and a cache (HF_HOME) that can be written to"
-    ),
+    errno.EROFS: _ELSEWHERE,
+    **dict.fromkeys((errno.EACCES, errno.EPERM), f"check its permissions, or {_ELSEWHERE}"),
     **dict.fromkeys(
         (errno.ENOTDIR, errno.EISDIR, errno.EEXIST), "a file lies where a folder is to be, or a folder where a file: choose another output"
     ),
@@ -38,7 +38,8 @@ def run_script(main: Callable[[], None]) -> None:
     hub_logging.disable_propagation()  # it prints by itself
     _hide_bars_of_files()
     try:
-        main()
+        with interruptible():
+            main()
     except (HubError, InputError, NotFittedError, StrictDataclassError, HfHubHTTPError) as error:
         reason = error.__cause__ if isinstance(error, StrictDataclassError) and error.__cause__ else error
         refuse(str(reason))
@@ -46,9 +47,6 @@ def run_script(main: Callable[[], None]) -> None:
         with suppress(OSError):
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # else the interpreter complains at its end
         sys.exit(141)  # as a shell tells it
-    except KeyboardInterrupt as interruption:
-        print(": ".join(["\ninterrupted", *map(str, interruption.args)]), file=sys.stderr)
-        sys.exit(130)
     except (OSError, SafetensorError) as error:
         remedy = _REMEDIES.get(getattr(error, "errno", None)) or ("No space left" in str(error) and _REMEDIES[errno.ENOSPC])
         if not remedy:
