@@ -18,6 +18,8 @@ logger = logging.getLogger(__name__)
 
 Scores = torch.Tensor | Sequence[float]  # or an array
 
+_ROUNDING = 1e-5  # relative: by less do scores of one image differ between batches and devices
+
 
 class Float32State(nn.Module):
     """A module of buffers that stay fp32 when the model is cast, because decisions depend on their last digits."""
@@ -187,6 +189,8 @@ class DriftCheck:
         num_incoming, num_calibration: how many scores were compared; without those that `max_anomalies` set aside.
         detectable_gap: how far the two distribution functions must lie apart somewhere, in [0, 1], for p_value < 0.05; the power of the test. A gap of
             .1 may mean 15 % false alarms where 5 % were asked for. Above 1: there are too few scores to find anything.
+        share_known: how many of the incoming scores are calibration scores, too, up to rounding, in [0, 1]. About 1 of the images that calibrated; 0 where
+            calibration scores mostly tie, which tells nothing.
     """
 
     p_value: float
@@ -195,6 +199,12 @@ class DriftCheck:
     num_incoming: int
     num_calibration: int
     detectable_gap: float
+    share_known: float
+
+    @property
+    def are_calibration_images(self) -> bool:
+        """Whether most of the incoming scores are calibration scores: then these are its images, which say nothing of how often new ones are flagged."""
+        return self.share_known > 0.5
 
     @property
     def is_found(self) -> bool:
@@ -243,7 +253,8 @@ def drift_check(scores: Scores, calibration_scores: Scores, *, max_anomalies: fl
     scores, calibration_scores = _checked("scores", scores), _checked("calibration_scores", calibration_scores)
     if not 0 <= max_anomalies < 1:
         raise InputError(f"max_anomalies must be a share in [0, 1), got {max_anomalies}")
-    incoming, reference = (values.detach().cpu().double().sort().values.numpy() for values in (scores, calibration_scores))
+    scores, calibration_scores = (values.detach().cpu().double().sort().values for values in (scores, calibration_scores))
+    incoming, reference = scores.numpy(), calibration_scores.numpy()
     kept = incoming[: max(1, len(incoming) - math.ceil(round(max_anomalies * len(incoming), 9)))]
     n, m = len(reference), len(kept)
     with warnings.catch_warnings():  # of large samples, whose p-value is the asymptotic one
@@ -252,7 +263,16 @@ def drift_check(scores: Scores, calibration_scores: Scores, *, max_anomalies: fl
         p_higher = float(ks_2samp(kept, reference, alternative="less").pvalue)
         p_lower = float(ks_2samp(incoming, reference, alternative="greater").pvalue)
     gap = math.sqrt(math.log(2 / 0.05) * (n + m) / (2 * n * m))
-    return DriftCheck(min(1.0, 2 * min(p_higher, p_lower)), p_higher, p_lower, m, n, gap)
+    return DriftCheck(min(1.0, 2 * min(p_higher, p_lower)), p_higher, p_lower, m, n, gap, _share_known(scores, calibration_scores))
+
+
+def _share_known(scores: torch.Tensor, reference: torch.Tensor) -> float:
+    """The share of the scores (m,) that are among those of the ascending reference (n,), but for what other batches change of the last digits."""
+    if len(reference.unique()) <= len(reference) / 2:
+        return 0.0
+    slack = _ROUNDING * scores.abs()
+    known = torch.searchsorted(reference, scores + slack, right=True) > torch.searchsorted(reference, scores - slack)
+    return known.double().mean().item()
 
 
 def drift_martingale(scores: Scores, calibration_scores: Scores, *, seed: int = 0, jump_rate: float = 0.01) -> torch.Tensor:

@@ -108,12 +108,12 @@ def recorded_results(name_or_path: str, revision: str | None = None) -> dict:
     """The results beside a saved detector, what its `eval_results.json` holds; {} if there are none.
 
     Raises:
-        InputError: they are no JSON object, or its `seed` or `division` are no seed and no division.
+        InputError: they are no JSON object, or its `seed`, `division` or `evaluated_on` are none.
         HubError: the Hub refused.
     """
     path = find_file(name_or_path, "eval_results.json", revision=revision)
     results = {} if path is None else read_json(path)
-    for field, kind in (("seed", int), ("division", dict)):
+    for field, kind in (("seed", int), ("division", dict), ("evaluated_on", dict)):
         if not isinstance(results.get(field), kind | None):
             raise InputError(f"{path}: {field} must be of type {kind.__name__}, got {results[field]!r}: restore or delete it")
     return results

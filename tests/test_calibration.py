@@ -254,6 +254,19 @@ def test_drift_is_seen():
     assert drift_check(torch.cat([scores(160, 2) - 1, anomalies]), calibration, max_anomalies=0.2).p_lower < 0.001
 
 
+def test_the_images_that_calibrated_are_known_again():
+    calibration = scores(200, 1)
+    rounded = calibration[torch.randperm(200)] * (1 + 1e-6 * scores(200, 3).clamp(-3, 3))
+    assert drift_check(rounded, calibration).share_known == 1
+    assert drift_check(rounded, calibration).are_calibration_images
+    half = drift_check(torch.cat([rounded[:80], scores(120, 2)]), calibration)
+    assert half.share_known == pytest.approx(0.4, abs=0.02)
+    assert not half.are_calibration_images
+    assert not drift_check(scores(5000, 2), scores(5000, 3)).are_calibration_images  # of so many some are alike by chance
+    assert drift_check(torch.ones(9), torch.ones(9)).share_known == 0  # and a detector that gives one score to all knows none
+    assert drift_check(torch.ones(1), torch.ones(1)).are_calibration_images
+
+
 def test_the_gap_that_can_be_seen():
     """Two samples whose distribution functions lie just so far apart are just significant."""
     n = 400

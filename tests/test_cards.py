@@ -221,7 +221,14 @@ def test_results_of_other_seeds_join_in_a_table(folder):
     assert rows[start + 2][4] == "f" * 12
 
 
-@pytest.mark.parametrize(("change", "message"), [({"seed": 43}, "43, 43"), ({"seed": 1, "steps": 5}, "steps are 321, 5")])
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"seed": 43}, "43, 43"),
+        ({"seed": 1, "steps": 5}, "steps are 321, 5"),
+        ({"seed": 1, "evaluated_on": {"dataset": "ward"}}, "evaluated_on are some/where/chest.npz, ward"),
+    ],
+)
 def test_runs_that_differ_in_more_than_their_seed(folder, change, message):
     folder.mkdir()
     with pytest.raises(InputError, match=message):

@@ -450,7 +450,8 @@ def test_calibrate_in_place_by_the_normal_ones_of_labelled_images(run, refused, 
     )
     assert (AutoModel.from_pretrained("model").calibration.scores == scores_of("model", normal).sort().values).all()
     told = json.loads(Path("model/eval_results.json").read_text())
-    assert told == {"dataset": "site", "num_train": 30, "seed": 1, "reason": "the detector was calibrated again since it was evaluated"}
+    reason = "the detector was calibrated again since it was evaluated"
+    assert told == {"dataset": "site", "num_train": 30, "seed": 1, "reason": reason, "calibrated_on": "site"}
     assert without_measurements({"seed": 1, "reason": "no anomalies", "auroc": None}) == {"seed": 1, "reason": "no anomalies"}
     assert without_measurements({"auroc": 0.9}) == {}
     assert any("trained on images of the same name, site" in record.getMessage() for record in caplog.records)
@@ -482,6 +483,115 @@ def test_what_trained_a_detector_is_told_after_it_is_calibrated_elsewhere(run, r
     status, out, err = run("evaluate", "here", "--dataset_name", "digits")
     assert status == 0, err
     assert json.loads(out)["auroc"] == json.loads(Path("trained/eval_results.json").read_text())["auroc"]
+
+
+# evaluate --record -------------------------------------------------------------------------------------------------------------
+
+
+def labelled_images(folder):
+    random_images(folder / "test" / "good", 12)
+    random_images(folder / "test" / "dent", 8, seed=2)
+    random_images(folder / "test" / "hole", 6, seed=3)
+
+
+def test_an_evaluation_is_recorded_beside_what_was_known_of_the_training(run, refused, detector, tmp_path):
+    shutil.copytree(detector, "model")
+    of_the_training = {
+        "dataset": "home", "normal_label": "good", "split_hash": "a1b2", "num_train": 30, "num_calibration": 39, "seed": 1, "steps": 7,
+        "division": {"protocol": "official", "seed": 1},
+    }  # fmt: skip
+    Path("model/eval_results.json").write_text(json.dumps({**of_the_training, "auroc": 0.123, "pixel_auroc": 0.456, "num_normal": 99}))
+    assert run("card", "model")[0] == 0
+    with Path("model/README.md").open("a") as card:
+        card.write("\nKeep it dry.\n")
+    random_images(tmp_path / "site", 20)
+    status, _, err = run("calibrate", "model", "--dataset_name", "site", "--output_dir", "model")
+    assert status == 0, err
+    labelled_images(tmp_path / "ward")
+    status, out, err = run("evaluate", "model", "--dataset_name", "ward", "--record", "true", "--card_figures", "true")
+    assert status == 0, err
+    printed, recorded = json.loads(out), json.loads(Path("model/eval_results.json").read_text())
+    images = {name: printed[name] for name in ("dataset", "normal_label", "split_hash", "division")}
+    assert (images["dataset"], images["normal_label"]) == ("ward", "good")
+    measured = {name: value for name, value in printed.items() if name not in (*images, "seconds")}
+    bfloat16 = {name: recorded.pop(name) for name in ("bfloat16_rank_correlation", "bfloat16_num_images")}
+    assert bfloat16["bfloat16_num_images"] == 26
+    assert recorded == {**of_the_training, "calibrated_on": "site", **measured, "evaluated_on": images}
+    card = Path("model/README.md").read_text()
+    assert "Dataset `home`, normal class `good`: 30 normal images" in card
+    assert f"On 12 normal and 14 anomalous images of `ward`, normal class `good`, split hash `{printed['split_hash']}`:" in card
+    assert f"| AUROC | {printed['auroc']:.4f} (95% interval" in card
+    assert "| hole | 6 |" in card
+    assert "on images like the 20 of `site` that calibrated it after the training. On the images measured it flagged" in card
+    assert "0.123" not in card
+    assert "Pixel AUROC" not in card
+    assert "![ROC curve" in card
+    assert "name: ward" in card
+    assert card.count("Keep it dry.") == 1
+    out = run("info", "model")[1]
+    assert "home, 30 images" in out
+    assert "on 20 held-out normal images of site, for" in out
+    assert f"on 12 normal and 14 anomalous images of ward (split {printed['split_hash'][:12]})" in out
+    assert run("compare", "model")[1].startswith("ward: normal is good; 12 normal and 14 anomalous test images")
+    # Another evaluation takes its place, and its figures go.
+    (tmp_path / "ward" / "test" / "dent" / "07.png").unlink()
+    assert run("evaluate", "model", "--dataset_name", "ward", "--record", "true")[0] == 0
+    card = Path("model/README.md").read_text()
+    assert "On 12 normal and 13 anomalous images" in card
+    assert "![" not in card
+    assert not Path("model/figures").exists()
+    assert card.count("Keep it dry.") == 1
+
+
+def test_an_evaluation_on_the_images_that_calibrated_is_told(run, detector, tmp_path, caplog):
+    labelled_images(tmp_path / "ward")
+    warning = "100 % of these normal images have the scores of images that calibrated the detector"
+    assert run("evaluate", detector, "--dataset_name", "ward")[0] == 0
+    assert warning not in caplog.text
+    assert run("calibrate", detector, "--dataset_name", "ward/test/good", "--output_dir", "here")[0] == 0
+    assert run("evaluate", "here", "--dataset_name", "ward", "--batch_size", "5")[0] == 0
+    assert warning in caplog.text
+    assert run("report", "here", "--dataset_name", "ward")[0] == 0
+    assert "100 % of the normal images here have the scores of images that calibrated" in Path("report.html").read_text()
+
+
+def test_an_evaluation_is_recorded_where_nothing_is_known_of_the_training(run, detector, tmp_path):
+    shutil.copytree(detector, "model")
+    labelled_images(tmp_path / "ward")
+    status, out, err = run("evaluate", "model", "--dataset_name", "ward", "--record", "true")
+    assert status == 0, err
+    assert "## Training data\n\nNot recorded." in (card := Path("model/README.md").read_text())
+    assert f"| AUROC | {json.loads(out)['auroc']:.4f} (" in card
+
+
+@pytest.mark.parametrize(
+    ("argv", "words"),
+    [
+        (["--record", "true", "--model", "org/model"], ["--record", "'org/model' is none", "push it afterwards"]),
+        (["--card_figures", "true"], ["--card_figures", "--record true"]),
+        (["--record", "true", "--dataset_name", "normal"], ["--record", "nothing to measure on"]),
+        (["--record", "true", "--streaming", "true", "--dataset_name", "normal"], ["--record", "nothing was measured", "all 3 images"]),
+        (["--record", "true", "--streaming", "true", "--card_figures", "true"], ["--card_figures", "--streaming"]),
+    ],
+)
+def test_what_is_not_recorded(refused, detector, tmp_path, argv, words):
+    shutil.copytree(detector, "model")
+    random_images(tmp_path / "normal" / "test" / "good", 3)
+    labelled_images(tmp_path / "ward")
+    before = {path.name: path.read_bytes() for path in Path("model").iterdir()}
+    refused(["evaluate", "model", "--dataset_name", "ward", *argv], *words)
+    assert {path.name: path.read_bytes() for path in Path("model").iterdir()} == before
+
+
+def test_a_detector_that_calibrating_replaces_is_told(run, detector, tmp_path, caplog):
+    random_images(tmp_path / "site", 20)
+    assert run("calibrate", detector, "--dataset_name", "site", "--output_dir", "here")[0] == 0
+    assert "will be replaced" not in caplog.text
+    assert run("calibrate", detector, "--dataset_name", "site", "--output_dir", "here")[0] == 0
+    assert "The detector in here will be replaced" in caplog.text
+    caplog.clear()
+    assert run("calibrate", "here", "--dataset_name", "site", "--output_dir", "here")[0] == 0
+    assert "will be replaced" not in caplog.text
 
 
 def test_unlabelled_images_have_no_other_class(run, detector, tmp_path, caplog):

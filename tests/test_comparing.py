@@ -62,6 +62,23 @@ def test_a_row_is_a_way_of_training(trained):
     assert lines[5] == "| CSI | – | 0 | 100 | 0.750 | 0.375 |"
 
 
+def test_detectors_compare_on_the_images_that_their_results_are_of(trained):
+    """Trained on the same images, and one evaluated on others since."""
+    elsewhere = {"dataset": "ward", "normal_label": "good", "split_hash": "b", "division": {"protocol": "official", "seed": 0}}
+    trained("here", DIAConfig, 0, 0.9)
+    trained("there", DIAConfig, 0, 0.7, evaluated_on=elsewhere)
+    trained("csi", CSIConfig, 0, 0.6, evaluated_on=elsewhere)
+    trained("changed", CSIConfig, 1, 0.6, evaluated_on={**elsewhere, "split_hash": "c"})
+    here, *there = compare_runs(map(read_run, ["here", "there", "csi"]))
+    assert (here["dataset"], here["auroc"]) == ("scans", 0.9)
+    assert [(row["dataset"], row["method"], row["auroc"]) for row in there] == [("ward", "DIA", 0.7), ("ward", "CSI", 0.6)]
+    with pytest.raises(InputError, match="csi and changed do not compare: their data have the same name, ward, and other images"):
+        compare_runs(map(read_run, ["csi", "changed"]))
+    Path("csi/eval_results.json").write_text('{"auroc": 0.9, "evaluated_on": "ward"}')
+    with pytest.raises(InputError, match=r"evaluated_on must be of type dict, got 'ward': restore or delete it"):
+        read_run("csi")
+
+
 @pytest.mark.parametrize(
     ("other", "shown"),
     [

@@ -846,6 +846,17 @@ def test_half_written_checkpoints_are_ignored_and_removed(make, tmp_path):
     assert not half.parent.exists()
 
 
+def test_fewer_steps_than_the_checkpoint_has_are_refused(make, tmp_path):
+    make("csi", "run", max_steps=8, save_strategy="steps", save_steps=8).train()
+    checkpoint = tmp_path / "run" / "checkpoint-8"
+    with pytest.raises(InputError, match=r"checkpoint-8 has 8 steps, more than the 2 of this run: give as many steps or more, or leave"):
+        make("csi", "run", max_steps=2).train(str(checkpoint))
+    for step in (8, 9):
+        longer = make("csi", "run", max_steps=step)
+        longer.train(str(checkpoint))
+        assert longer.state.global_step == step
+
+
 def test_a_folder_that_is_no_checkpoint(make, tmp_path):
     half = tmp_path / "checkpoint-6"
     half.mkdir()

@@ -1,7 +1,7 @@
 """The model card: filled from the run, and merged with what a person wrote."""
 
 from .card import check_dataset_id, check_licence, shown_command, write_card, write_dissolver_card, write_pretraining_card
-from .figures import write_figures
+from .figures import remove_figures, write_figures
 from .merging import METRICS, TASK_NAME, address_card, merge_cards, outdate_card, tag_card
 
 __all__ = [
@@ -12,6 +12,7 @@ __all__ = [
     "check_licence",
     "merge_cards",
     "outdate_card",
+    "remove_figures",
     "shown_command",
     "tag_card",
     "write_card",

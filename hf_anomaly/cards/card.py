@@ -76,7 +76,7 @@ def _card_data(model_type: str, name: str, results: dict, license: str | None, d
     check_licence(license)
     dataset_id = dataset_id or results.get("dataset_id")
     check_dataset_id(dataset_id)
-    dataset = plain(Path(results.get("dataset") or "").name)
+    measured_on = plain(Path(evaluated_on(results).get("dataset") or "").name)
     measured = {key: results[key] for key in METRICS if results.get(key) is not None}
     noted = {name: value for name, value in (("license", license), ("datasets", dataset_id and [dataset_id])) if value}
     return ModelCardData(
@@ -92,8 +92,8 @@ def _card_data(model_type: str, name: str, results: dict, license: str | None, d
             EvalResult(
                 task_type="image-classification",
                 task_name=TASK_NAME,
-                dataset_type=dataset_id or dataset,
-                dataset_name=dataset,
+                dataset_type=measured_on if "evaluated_on" in results else dataset_id or measured_on,
+                dataset_name=measured_on,
                 metric_type=METRICS[key][0],
                 metric_name=METRICS[key][1],
                 metric_value=round(value, 4),
@@ -151,6 +151,7 @@ def write_card(
         division_seed=(results.get("division") or {}).get("seed"),
         anomalies_in_training=anomalies_in_training(results),
         results=results,
+        evaluated_on=_images_in_words(results["evaluated_on"]) if "evaluated_on" in results else "",
         rows=[(name, _with_interval(results, key)) for key, (_, name) in METRICS.items() if results.get(key) is not None],
         kinds=_table_of_kinds(results),
         runs=_table_of_runs(results, other_runs),
@@ -158,10 +159,11 @@ def write_card(
         calibrated=model.calibration.is_calibrated,
         false_positive_rate=config.false_positive_rate,
         num_calibration=config.num_calibration_scores,
+        calibrated_on=plain(results.get("calibrated_on", "")),
         threshold=f"{model.calibration.threshold.item():.6g}" if model.calibration.is_calibrated else "",
         settings=json.dumps(changed, indent=2, sort_keys=True, default=str).replace("`", "'"),
         command=plain(results.get("command", "")),
-        figures=[(f"{FOLDER}/{file}", text) for file, text in FIGURES.items() if known and (folder / FOLDER / file).is_file()],
+        figures=[(f"{FOLDER}/{file}", text) for file, text in FIGURES.items() if results and (folder / FOLDER / file).is_file()],
         has_dissolver=(folder / "dissolver" / "unet").is_dir(),
         citation=model.citation,
         version=__version__,
@@ -173,6 +175,18 @@ def _with_interval(results: dict, key: str) -> str:
     interval = results.get(f"{key}_interval")
     tail = "" if interval is None else f" ({results['interval_confidence']:.0%} interval {interval[0]:.4f} to {interval[1]:.4f})"
     return f"{results[key]:.4f}{tail}"
+
+
+def evaluated_on(results: dict) -> dict:
+    """Where a detector's results tell on which images they were measured, as `dataset`, `normal_label`, `split_hash` and `division`: those of the training's
+    own evaluation split, unless others were recorded since."""
+    return results.get("evaluated_on") or results
+
+
+def _images_in_words(images: dict) -> str:
+    """Args: images: what `evaluated_on` gives."""
+    dataset, normal_label, split_hash = (plain(images.get(name, "?")) for name in ("dataset", "normal_label", "split_hash"))
+    return f"`{Path(dataset).name}`, normal class `{normal_label}`, split hash `{split_hash}`"
 
 
 def anomalies_in_training(results: dict) -> int:
@@ -227,8 +241,9 @@ def _table_of_runs(results: dict, others: Sequence[dict]) -> dict | None:
     if not others:
         return None
     runs = sorted([results, *others], key=lambda run: run.get("seed") or 0)
-    for field in ("dataset", "normal_label", "steps", "num_normal", "num_anomalous"):
-        if len(values := {run.get(field) for run in runs}) > 1:
+    described = [{**run, "evaluated_on": evaluated_on(run).get("dataset")} for run in runs]
+    for field in ("dataset", "normal_label", "steps", "evaluated_on", "num_normal", "num_anomalous"):
+        if len(values := {run.get(field) for run in described}) > 1:
             raise InputError(
                 f"the runs of one table differ in their seed alone, but their {field} are {', '.join(sorted(map(str, values)))}"
             )

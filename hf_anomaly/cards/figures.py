@@ -37,7 +37,7 @@ def new_figure(what: str, **settings):
     return figure
 
 
-def _remove_figures(folder: str | os.PathLike) -> None:
+def remove_figures(folder: str | os.PathLike) -> None:
     """Removes an earlier evaluation's figures from `folder/figures`. What else lies there stays."""
     folder = Path(folder, FOLDER)
     if folder.is_dir():
@@ -76,7 +76,7 @@ def write_figures(
         threshold: is marked, if it is finite.
         examples: image, the same with its anomaly map (or None), and caption.
     """
-    _remove_figures(folder)
+    remove_figures(folder)
     folder = Path(folder, FOLDER)
     try:
         new_figure("the card's figures need")

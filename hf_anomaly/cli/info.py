@@ -30,6 +30,8 @@ def describe(model, results: dict) -> dict[str, str]:
     Args:
         results: of `eval_results.json`; empty if there are none.
     """
+    from ..cards.card import evaluated_on
+
     config, calibration = model.config, model.calibration
     size = f"{config.image_size}×{config.image_size} px, {'gray' if config.num_channels == 1 else 'RGB'}"
     parameters = sum(parameter.numel() for parameter in model.parameters())
@@ -49,7 +51,8 @@ def describe(model, results: dict) -> dict[str, str]:
         facts["reference"] = "none: it is not fitted, and cannot score yet"
     if calibration.is_calibrated:
         n, threshold = calibration.scores.numel(), calibration.threshold.item()
-        facts["calibrated"] = f"on {n} held-out normal images, for a false-positive rate of {config.false_positive_rate:g}"
+        of = f" of {results['calibrated_on']}" if "calibrated_on" in results else ""
+        facts["calibrated"] = f"on {n} held-out normal images{of}, for a false-positive rate of {config.false_positive_rate:g}"
         facts["threshold"] = f"{threshold:g}" if math.isfinite(threshold) else "infinite: too few calibration images, nothing is flagged"
         facts["smallest rate"] = f"{1 / (n + 1):.3g}; a lower --false_positive_rate needs more calibration images"
     else:
@@ -57,7 +60,7 @@ def describe(model, results: dict) -> dict[str, str]:
     names = {"auroc": "AUROC", "average_precision": "average precision", "fpr_at_95_tpr": "FPR at 95 % TPR"}
     measured = [f"{title} {results[key]:.4f}" for key, title in names.items() if isinstance(results.get(key), (int, float))]
     if measured:
-        known = {"num_normal": "?", "num_anomalous": "?", "dataset": "?", "split_hash": "unknown"} | results
+        known = {"num_normal": "?", "num_anomalous": "?", "dataset": "?", "split_hash": "unknown"} | results | evaluated_on(results)
         images = f"on {known['num_normal']} normal and {known['num_anomalous']} anomalous images of {known['dataset']}"
         facts["results"] = f"{', '.join(measured)}, {images} (split {str(known['split_hash'])[:12]})"
     else:

@@ -10,7 +10,7 @@ from collections import defaultdict
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 
-from ..cards.card import are_kinds, plain
+from ..cards.card import are_kinds, evaluated_on, plain
 from ..cards.merging import METRICS
 from ..errors import InputError
 from ..files import markdown_table, read_json
@@ -63,12 +63,19 @@ class Run:
         if self.results.get("auroc") is None:
             reason = self.results.get("reason") or "its eval_results.json is missing or holds none; give what a training script wrote"
             raise InputError(f"{self.name} has no AUROC: {reason}")
+        told = self.results | evaluated_on(self.results)
         for name, kind in _KINDS.items():
-            value = self.results.get(name)
+            value = told.get(name)
             if not isinstance(value, kind | None) or (name in METRICS and value is not None and not 0 <= value <= 1 + _ROUNDING):
                 raise InputError(f"{self.name}: {name} is {value!r}, which no evaluation wrote: restore or delete its eval_results.json")
         if not are_kinds(self.results.get("by_class", {})):
             raise InputError(f"{self.name}: by_class is damaged: restore or delete its eval_results.json")
+
+    @property
+    def tested_on(self) -> tuple:
+        """The values of `TESTED_ON`."""
+        told = self.results | evaluated_on(self.results)
+        return tuple(told.get(key) for key in TESTED_ON)
 
 
 def read_run(name_or_path: str | os.PathLike) -> Run:
@@ -138,7 +145,7 @@ def compare_runs(runs: Iterable[Run]) -> list[dict]:
     tables: dict[tuple, dict[str, list[Run]]] = defaultdict(lambda: defaultdict(list))
     for run in runs:
         way = repr((run.method, run.results.get("steps"), sorted(run.settings.items())))
-        tables[tuple(run.results.get(key) for key in TESTED_ON)][way].append(run)
+        tables[run.tested_on][way].append(run)
     rows = []
     for tested_on, table in tables.items():
         _check_divisions([run for alike in table.values() for run in alike])
@@ -196,12 +203,14 @@ def _check_divisions(runs: list[Run]) -> None:
     """Refuses runs whose data have the same protocol, limits and seed, but were divided otherwise: their images differ."""
     found: dict[str, Run] = {}
     for run in runs:
-        division = run.results.get("division")
-        if division:
-            other = found.setdefault(repr(sorted((name, value) for name, value in division.items() if name != "split_hash")), run)
-            if other.results.get("split_hash") != run.results.get("split_hash"):
+        images = evaluated_on(run.results)
+        if division := images.get("division"):
+            named = sorted((name, value) for name, value in division.items() if name != "split_hash")
+            # The split hash of a training covers the images that it trained on, too; that of an evaluation does not.
+            other = found.setdefault(repr((named, images is run.results)), run)
+            if evaluated_on(other.results).get("split_hash") != images.get("split_hash"):
                 raise InputError(
-                    f"{other.name} and {run.name} do not compare: their data have the same name, {run.results.get('dataset')}, and other images"
+                    f"{other.name} and {run.name} do not compare: their data have the same name, {images.get('dataset')}, and other images"
                 )
 
 

@@ -98,6 +98,12 @@ def results_by_class(model: AnomalyDetector, dataset, scores: torch.Tensor, labe
 def _check_drift(model: AnomalyDetector, scores: torch.Tensor, flagged: float) -> float:
     """Warns if normal images with these scores are not like those that calibrated the detector."""
     drift = drift_check(scores, model.calibration.scores)
+    if drift.are_calibration_images:
+        logger.warning(
+            "%.0f %% of these normal images have the scores of images that calibrated the detector, and probably are these: how often they are flagged says "
+            "nothing of new images",
+            100 * drift.share_known,
+        )
     if drift.is_found:
         logger.warning(
             "These normal images score %s on the whole than those that calibrated the detector (Kolmogorov-Smirnov, p = %.2g); %.1f %% of them are flagged "

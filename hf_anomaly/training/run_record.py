@@ -22,18 +22,31 @@ _OPTIMIZATION = (
     "dataloader_drop_last",
 )  # fmt: skip
 
-# What results tell of the training, which stays true if the detector is calibrated again.
+# What results tell of the training, and of a calibration since, which stays true if the detector is evaluated again.
 _OF_THE_TRAINING = (
     "dataset", "dataset_id", "normal_label", "division", "split_hash", "seed", "steps", "num_processes", "optimization", "num_train", "num_calibration",
-    "command",
+    "command", "calibrated_on",
 )  # fmt: skip
+
+# What an evaluation tells of its images, under names by which a training tells of its own.
+_OF_THE_IMAGES = ("dataset", "normal_label", "split_hash", "division")
+
+
+def of_the_training(results: dict) -> dict:
+    """What a detector's results tell of its training and calibration, without what was measured."""
+    return {name: results[name] for name in _OF_THE_TRAINING if name in results}
 
 
 def without_measurements(results: dict) -> dict:
-    """The results of a detector that is calibrated anew: what they told of its training, without metrics, and the `reason` why; {} if they told nothing
-    of it."""
-    kept = {name: results[name] for name in _OF_THE_TRAINING if name in results}
+    """The results of a detector that is calibrated anew: `of_the_training`, and the `reason` why there are no others; {} if they told nothing of it."""
+    kept = of_the_training(results)
     return kept and {"reason": results.get("reason") or "the detector was calibrated again since it was evaluated", **kept}
+
+
+def with_measurements(results: dict, measured: dict) -> dict:
+    """The results of a detector that is evaluated anew: `of_the_training`, what was `measured`, and on which images as `evaluated_on`."""
+    images = {name: measured[name] for name in _OF_THE_IMAGES}
+    return of_the_training(results) | {name: value for name, value in measured.items() if name not in images} | {"evaluated_on": images}
 
 
 def describe_run(splits: OneClassSplits, processor: AnomalyImageProcessor, seed: int, **settings) -> dict:

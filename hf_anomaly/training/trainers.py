@@ -172,6 +172,11 @@ class ReproducibleTrainer(Trainer):
         passes, batches = super()._init_training_state(
             max_steps, num_update_steps_per_epoch, num_train_epochs, resume_from_checkpoint, trial
         )
+        if self.state.global_step > max_steps:  # Trainer would end at once, and give more steps than were asked for
+            raise InputError(
+                f"{resume_from_checkpoint} has {self.state.global_step} steps, more than the {max_steps} of this run: give as many steps or more, or leave "
+                "--resume_from_checkpoint out"
+            )
         if resume_from_checkpoint is not None and not hasattr(self.train_dataset, "__len__"):
             # Trainer takes all steps for one pass over a stream, whose length it does not know, but its `epoch` counts passes.
             state = read_json(Path(resume_from_checkpoint, "trainer_state.json"))
@@ -191,7 +196,8 @@ class ReproducibleTrainer(Trainer):
         """As `Trainer.train`; afterwards the model holds the averaged weights.
 
         Raises:
-            InputError: `resume_from_checkpoint` names a folder that is no complete checkpoint. True takes the last checkpoint, if there is one.
+            InputError: `resume_from_checkpoint` names a folder that is no complete checkpoint, or one of more steps than this run has. True takes the last
+                checkpoint, if there is one.
         """
         check_checkpoint(resume_from_checkpoint)
         if resume_from_checkpoint is True:

@@ -73,6 +73,9 @@ def main(argv: list[str], program: str) -> None:
     data_args.refuse_training_flags("is of the training images, and all of these calibrate")
     data_args.refuse_given(("eval_split", "protocol", "streaming"), "is of training and evaluation, and all of these images calibrate")
     data_args.calibration_fraction = 0.0
+    place = Path(args.output_dir)
+    if (place / "config.json").is_file() and place.resolve() != Path(args.model).resolve():
+        logger.warning("The detector in %s will be replaced; to keep it, give another --output_dir", place)
     model, processor = load_detector(args.model, args.revision, args.device)
     model.require_fitted()
     data_args.read_as(processor)
@@ -87,12 +90,13 @@ def main(argv: list[str], program: str) -> None:
     model.save_pretrained(args.output_dir)
     processor.save_pretrained(args.output_dir)
     if of_the_training := without_measurements(recorded):
-        write_json(Path(args.output_dir, "eval_results.json"), of_the_training)
+        write_json(Path(args.output_dir, "eval_results.json"), of_the_training | {"calibrated_on": dataset_label(splits.source)})
     if former is not None:
         _compare_with_former(model.calibration.scores, *former)
     print(threshold_line(model))
     if recorded.get("auroc") is not None:
         print(
-            "no longer hold, and are left out of eval_results.json and card: the results measured before; hf-anomaly evaluate measures anew"
+            "no longer hold, and are left out of eval_results.json and card: the results measured before; hf-anomaly evaluate --record true measures anew "
+            "and writes them there"
         )
     print(f"saved: {args.output_dir}")

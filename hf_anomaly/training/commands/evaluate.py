@@ -5,6 +5,7 @@ The split hash covers the evaluated rows alone: no training data is needed, but 
 
 import json
 import logging
+import tempfile
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -12,16 +13,19 @@ from pathlib import Path
 import torch
 from torch.utils.data import DataLoader
 
-from ...data import OneClassSplits, collate, decode_image, file_name
+from ...cards import remove_figures, write_card
+from ...cards.merging import read_card
+from ...data import OneClassSplits, collate, decode_image, file_name, prepare
 from ...data.sources import UnknownClassError, dataset_label, default_normal_class
 from ...errors import InputError
-from ...files import check_output, csv_text, shortened, writing
+from ...files import check_output, csv_text, shortened, write_json, writing
 from ...loading import load_detector, recorded_results
 from ...visualization import check_overlay, paint, write_image
 from .. import DataArguments, EvaluationDataArguments, parse_arguments
 from ..arguments import ScoringArguments, check_ranges
 from ..baselines import compare_with_baselines
-from ..evaluation import evaluate_detector
+from ..evaluation import bfloat16_agreement, draw_figures, evaluate_detector
+from ..run_record import with_measurements
 from ..runs import load_splits
 
 logger = logging.getLogger(__name__)
@@ -48,6 +52,13 @@ class EvaluationArguments(ScoringArguments):
     )
     save_maps: str | None = field(
         default=None, metadata={"help": "Also write the highest-scoring images to this folder, anomaly maps over them."}
+    )
+    record: bool = field(
+        default=False,
+        metadata={"help": "Also write the results into the model, a folder: its eval_results.json and its card, in place of those there."},
+    )
+    card_figures: bool = field(
+        default=False, metadata={"help": "With --record, draw the card's figures: score histogram, ROC curve and example images."}
     )
     num_maps: int = field(default=20, metadata={"help": "How many images --save_maps writes."})
     baselines: bool = field(
@@ -178,6 +189,42 @@ def load_for_baselines(args, data_args: DataArguments, seed: int | None, normal_
     return splits
 
 
+def _check_record(args: EvaluationArguments, data_args: EvaluationDataArguments) -> None:
+    """Refuses before anything is scored what `--record` could not write.
+
+    Raises:
+        InputError: the model is no folder, or its README is not UTF-8; or figures are asked for which cannot be drawn.
+        OSError: the folder cannot be written to.
+    """
+    if args.card_figures and not args.record:
+        raise InputError("--card_figures are the card's, which --record true alone writes: give it too, or leave them out")
+    if args.card_figures and data_args.streaming:
+        raise InputError("--card_figures picks images out of the dataset, which --streaming does not keep: leave one of them out")
+    if args.record:
+        folder = Path(args.model)
+        if not folder.is_dir():
+            raise InputError(
+                f"--record writes into the detector's folder, and {args.model!r} is none: give the folder, and push it afterwards"
+            )
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+        if (card := folder / "README.md").is_file():
+            read_card(card)
+
+
+def _record(args: EvaluationArguments, model, processor, splits: OneClassSplits, results: dict, scored: tuple) -> None:
+    """Writes what was measured into the model's folder, in place of an earlier evaluation's results, figures and part of the card."""
+    folder = Path(args.model)
+    results = with_measurements(recorded_results(args.model), results)
+    results |= bfloat16_agreement(model, prepare(splits.test, processor), args.batch_size)
+    write_json(folder / "eval_results.json", results)
+    remove_figures(folder)
+    if args.card_figures:
+        draw_figures(folder, model, processor, splits.test, *scored)
+    write_card(folder, model, results)
+    logger.info("Recorded in %s: eval_results.json and README.md", folder)
+
+
 def main(argv: list[str], program: str) -> None:
     """Runs the command line `argv`; `program` is what comes before it, for help and card."""
     started = time.time()
@@ -185,6 +232,7 @@ def main(argv: list[str], program: str) -> None:
     check_output("--output", args.output, apart_from=[data_args.dataset_name, args.scores])
     check_output("--scores", args.scores, suffixes=(".csv",), apart_from=[data_args.dataset_name])
     check_output("--save_maps", args.save_maps, folder=True, apart_from=[args.output, args.scores])
+    _check_record(args, data_args)
     if not args.baselines:
         data_args.refuse_training_flags("is of the training images, which --baselines alone takes")
     model, processor, splits, seed, normal_label = load_for_evaluation(args, data_args)
@@ -195,6 +243,8 @@ def main(argv: list[str], program: str) -> None:
         if args.num_maps < 1:
             raise InputError(f"--num_maps must be at least 1, got {args.num_maps}")
 
+    if args.record and splits.test_missing_reason:
+        raise InputError(f"--record: there is nothing to measure on, {splits.test_missing_reason}")
     whole = load_for_baselines(args, data_args, seed, normal_label) if args.baselines else None  # refused before anything is scored
 
     def score(dataset):
@@ -203,13 +253,16 @@ def main(argv: list[str], program: str) -> None:
     results, scored = evaluate_detector(model, processor, splits, score, batch_size=args.batch_size)
     if whole is not None:
         results["baselines"] = compare_with_baselines(model, processor, whole.train, whole.test, batch_size=args.batch_size)
-    results["seconds"] = round(time.time() - started, 1)
-    text = json.dumps(results, indent=2, sort_keys=True, allow_nan=False)
+    text = json.dumps({**results, "seconds": round(time.time() - started, 1)}, indent=2, sort_keys=True, allow_nan=False)
     if args.output is not None:
         with writing(args.output) as file:
             file.write_text(f"{text}\n", encoding="utf-8")
     print(text)
-    if args.scores is not None and scored is not None:  # these two last, so that a full disk costs no results
+    if args.record:
+        if results["auroc"] is None:  # of a stream it is not known before
+            raise InputError(f"--record: nothing was measured, {results['reason']}")
+        _record(args, model, processor, splits, results, scored)
+    if args.scores is not None and scored is not None:  # these last, so that a full disk costs no results
         with writing(args.scores) as file:
             file.write_text(csv_text(rows_of_scores(model, splits.test, *scored)), encoding="utf-8")
     if args.save_maps is not None and scored is not None:
