@@ -84,6 +84,7 @@ class AnomalyDetectorConfig(PreTrainedConfig):
 
     Raises:
         InputError: a keyword that is no field of the configuration, or a value out of range.
+        huggingface_hub.errors.StrictDataclassError: a value of another type than its field's, or none of its choices.
     """
 
     score_fields = ("image_size",)
