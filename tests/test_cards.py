@@ -31,7 +31,7 @@ from hf_anomaly import (
 )
 from hf_anomaly.cards import shown_command, write_card, write_figures, write_pretraining_card
 from hf_anomaly.cards.figures import draw_precision_recall, draw_roc, draw_scores, new_figure
-from hf_anomaly.cards.merging import address_card, merge_cards, outdate_card, read_card, split_card, tag_card
+from hf_anomaly.cards.merging import address_card, has_own_words, merge_cards, outdate_card, read_card, split_card, tag_card
 from hf_anomaly.dissolving import build_scheduler, build_unet
 
 MEASURED = {"auroc": 0.87654321, "average_precision": 0.7654321, "fpr_at_95_tpr": 0.4321}
@@ -342,6 +342,25 @@ def test_the_yaml_of_a_person_may_hold_anything(folder, front, kept):
 @pytest.mark.parametrize("front", ["date: 2020-13-45", "x: !!bool perhaps", f"x: {'[' * 2000}"])
 def test_yaml_that_cannot_be_read_is_text(folder, front):
     assert front in merge_cards(generated(folder), f"---\n{front}\n---\n\n# Chests\n")
+
+
+@pytest.mark.parametrize(
+    ("before", "after"),
+    [
+        ("---\n", "---\nlanguage: en\n"),
+        ("license: cc-by-4.0", "license: mit"),
+        ("datasets:\n", "datasets:\n- mine/scans\n"),
+        ("tags:\n", "tags:\n- ours\n"),
+        ("\n<!-- hf-anomaly: usage", "\nKeep it dry.\n\n<!-- hf-anomaly: usage"),
+    ],
+)
+def test_what_are_words_of_a_person(folder, before, after):
+    folder.mkdir()
+    write_card(folder, detector(), RESULTS, license="cc-by-4.0", dataset_id="org/chests")
+    written = (folder / "README.md").read_text()
+    assert not has_own_words(written)
+    assert before in written
+    assert has_own_words(written.replace(before, after, 1))
 
 
 def test_a_first_stage_that_is_written_again_is_told_anew(tmp_path):

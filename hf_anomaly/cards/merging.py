@@ -26,6 +26,8 @@ logger = logging.getLogger(__name__)
 TASK_NAME = "Image anomaly detection"
 NOTED = "hf_anomaly"  # the YAML's entry in which the program notes which values of `FIELDS` it wrote itself
 FIELDS = ("license", "datasets")
+_OUR_ENTRIES = {*FIELDS, NOTED, "library_name", "pipeline_tag", "tags", "metrics", "model_name", "model-index"}
+_OUR_TAGS = {"anomaly-detection", "hf-anomaly", "dissolver", "denoising"}  # and those of the methods
 METRICS = {  # key in eval_results.json → metric id and name
     "auroc": ("roc_auc", "AUROC"),
     "average_precision": ("average_precision", "Average precision"),
@@ -122,9 +124,12 @@ def is_generated(text: str) -> bool:
     return _BLOCK.search(split_card(text)[1]) is not None
 
 
-def has_own_text(text: str) -> bool:
-    """Whether a person wrote more in a card than its title and YAML."""
-    return bool(_own_text(split_card(text)[1]))
+def has_own_words(text: str) -> bool:
+    """Whether a person wrote more in a card than its title: text, a tag, or an entry of the YAML."""
+    data, body = split_card(text)
+    tags = {str(tag) for tag in _list(data.get("tags")) if not str(tag).endswith("_anomaly")}
+    entries = {name for name in FIELDS if data.get(name) != _notes(data).get(name)} | (data.keys() - _OUR_ENTRIES)
+    return bool(_own_text(body) or tags - _OUR_TAGS or entries)
 
 
 def outdate_card(text: str) -> str | None:

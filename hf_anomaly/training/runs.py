@@ -13,7 +13,7 @@ from transformers import SchedulerType
 from transformers.trainer_utils import get_last_checkpoint
 
 from ..cards import shown_command, write_card
-from ..cards.merging import has_own_text, is_generated, read_card
+from ..cards.merging import has_own_words, is_generated, read_card
 from ..data import OneClassSplits, check_pixels, load_one_class, prepare, shrink_images, stream_one_class
 from ..data.sources import hub_dataset
 from ..detector import AnomalyDetector
@@ -173,7 +173,7 @@ def _set_card_aside(folder: Path) -> None:
     text = _earlier_card(folder)
     if text is None:
         return
-    if has_own_text(text):
+    if has_own_words(text):
         os.replace(folder / "README.md", folder / _EARLIER_CARD)
         logger.warning("Somebody wrote in the card of the earlier run: it is %s now", folder / _EARLIER_CARD)
     else:

@@ -102,6 +102,10 @@ def test_what_a_person_wrote_stays_when_a_run_goes_on(train, tmp_path, caplog):
     assert "My words." in (folder / "README.earlier.md").read_text()
     train(folder, *argv, script="train_shared_ae.py")
     assert "My words." in (folder / "README.earlier.md").read_text(), "the card between them had none"
+    card.write_text(card.read_text().replace("---\n", "---\nlicense: mit\n", 1))
+    train(folder, *argv, script="train_shared_ae.py")
+    assert "license" not in card.read_text()
+    assert "license: mit" in (folder / "README.earlier.md").read_text()
 
 
 def test_an_interrupted_run_says_how_to_go_on(train, tmp_path, monkeypatch, caplog):
