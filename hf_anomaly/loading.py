@@ -112,7 +112,16 @@ def recorded_results(name_or_path: str, revision: str | None = None) -> dict:
         HubError: the Hub refused.
     """
     path = find_file(name_or_path, "eval_results.json", revision=revision)
-    results = {} if path is None else read_json(path)
+    return {} if path is None else read_results(path)
+
+
+def read_results(path: str | os.PathLike) -> dict:
+    """What a file of results holds, `eval_results.json` or what an evaluation wrote elsewhere.
+
+    Raises:
+        InputError: as `recorded_results`.
+    """
+    results = read_json(path)
     for field, kind in (("seed", int), ("division", dict), ("evaluated_on", dict)):
         if not isinstance(results.get(field), kind | None):
             raise InputError(f"{path}: {field} must be of type {kind.__name__}, got {results[field]!r}: restore or delete it")

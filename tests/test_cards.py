@@ -227,6 +227,7 @@ def test_results_of_other_seeds_join_in_a_table(folder):
         ({"seed": 43}, "43, 43"),
         ({"seed": 1, "steps": 5}, "steps are 321, 5"),
         ({"seed": 1, "evaluated_on": {"dataset": "ward"}}, "evaluated_on are some/where/chest.npz, ward"),
+        ({"seed": 1, "evaluated_on": {**RESULTS, "normal_label": "other"}}, "evaluated_normal_label are healthy, other"),
     ],
 )
 def test_runs_that_differ_in_more_than_their_seed(folder, change, message):

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from hf_anomaly import CSIConfig, DIAConfig, InputError, cli
-from hf_anomaly.report import Run, compare_runs, comparison_markdown, read_run
+from hf_anomaly.report import Run, compare_runs, comparison_markdown, read_baselines, read_run
 
 TESTED_ON = {"dataset": "scans", "normal_label": "good", "num_normal": 20, "num_anomalous": 30}
 
@@ -74,6 +74,9 @@ def test_detectors_compare_on_the_images_that_their_results_are_of(trained):
     assert [(row["dataset"], row["method"], row["auroc"]) for row in there] == [("ward", "DIA", 0.7), ("ward", "CSI", 0.6)]
     with pytest.raises(InputError, match="csi and changed do not compare: their data have the same name, ward, and other images"):
         compare_runs(map(read_run, ["csi", "changed"]))
+    trivial = {"as_they_are": dict.fromkeys(("contrast", "pixel_knn", "mean_intensity", "pca_residual"), 0.5)}
+    there = read_run(trained("there", DIAConfig, 0, 0.7, evaluated_on=elsewhere, baselines=trivial))
+    assert {run.tested_on for run in read_baselines("there/eval_results.json")} == {there.tested_on}
     Path("csi/eval_results.json").write_text('{"auroc": 0.9, "evaluated_on": "ward"}')
     with pytest.raises(InputError, match=r"evaluated_on must be of type dict, got 'ward': restore or delete it"):
         read_run("csi")

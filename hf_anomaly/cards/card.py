@@ -241,8 +241,11 @@ def _table_of_runs(results: dict, others: Sequence[dict]) -> dict | None:
     if not others:
         return None
     runs = sorted([results, *others], key=lambda run: run.get("seed") or 0)
-    described = [{**run, "evaluated_on": evaluated_on(run).get("dataset")} for run in runs]
-    for field in ("dataset", "normal_label", "steps", "evaluated_on", "num_normal", "num_anomalous"):
+    described = [
+        {**run, "evaluated_on": (images := evaluated_on(run)).get("dataset"), "evaluated_normal_label": images.get("normal_label")}
+        for run in runs
+    ]
+    for field in ("dataset", "normal_label", "steps", "evaluated_on", "evaluated_normal_label", "num_normal", "num_anomalous"):
         if len(values := {run.get(field) for run in described}) > 1:
             raise InputError(
                 f"the runs of one table differ in their seed alone, but their {field} are {', '.join(sorted(map(str, values)))}"

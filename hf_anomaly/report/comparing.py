@@ -13,8 +13,8 @@ from dataclasses import dataclass, field
 from ..cards.card import are_kinds, evaluated_on, plain
 from ..cards.merging import METRICS
 from ..errors import InputError
-from ..files import markdown_table, read_json
-from ..loading import load_config, recorded_results
+from ..files import markdown_table
+from ..loading import load_config, read_results, recorded_results
 from ..ops.baselines import TITLES
 from ..training.run_record import flat, settings_of
 
@@ -117,17 +117,18 @@ def _flags(command: str | None) -> dict[str, str]:
 
 
 def read_baselines(path: str | os.PathLike) -> list[Run]:
-    """The trivial baselines in what `scripts/evaluate.py --baselines true --output` wrote.
+    """The trivial baselines in what `scripts/evaluate.py --baselines true` wrote, with `--output` or with `--record`.
 
     Raises:
-        InputError: it holds none.
+        InputError: it holds none, or is damaged.
     """
-    results = read_json(path)
+    results = read_results(path)
     baselines = results.get("baselines")
     measured = baselines.get("as_they_are") if isinstance(baselines, dict) else None
     if not isinstance(measured, dict):
         raise InputError(f"{path} holds no baselines: give what evaluate --baselines true --output wrote")
-    tested_on = {key: results.get(key) for key in TESTED_ON}
+    told = results | evaluated_on(results)
+    tested_on = {key: told.get(key) for key in TESTED_ON}
     return [Run(str(path), title, {**tested_on, "auroc": measured.get(name)}) for name, title in TITLES.items()]
 
 
