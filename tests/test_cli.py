@@ -543,6 +543,16 @@ def test_an_evaluation_is_recorded_beside_what_was_known_of_the_training(run, re
     assert card.count("Keep it dry.") == 1
 
 
+def test_an_interrupted_record_leaves_no_figures_of_other_results(run, detector, tmp_path, monkeypatch):
+    shutil.copytree(detector, "model")
+    labelled_images(tmp_path / "ward")
+    command = ["evaluate", "model", "--dataset_name", "ward", "--record", "true"]
+    assert run(*command, "--card_figures", "true")[0] == 0
+    monkeypatch.setattr("hf_anomaly.training.commands.evaluate.write_json", Mock(side_effect=KeyboardInterrupt))
+    assert run(*command)[0] == 130
+    assert not Path("model/figures").exists()
+
+
 def test_an_evaluation_on_the_images_that_calibrated_is_told(run, detector, tmp_path, caplog):
     labelled_images(tmp_path / "ward")
     warning = "100 % of these normal images have the scores of images that calibrated the detector"

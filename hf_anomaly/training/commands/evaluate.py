@@ -217,8 +217,8 @@ def _record(args: EvaluationArguments, model, processor, splits: OneClassSplits,
     folder = Path(args.model)
     results = with_measurements(recorded_results(args.model), results)
     results |= bfloat16_agreement(model, prepare(splits.test, processor), args.batch_size)
+    remove_figures(folder)  # first: an interruption must not leave them beside other results
     write_json(folder / "eval_results.json", results)
-    remove_figures(folder)
     if args.card_figures:
         draw_figures(folder, model, processor, splits.test, *scored)
     write_card(folder, model, results)
