@@ -236,6 +236,7 @@ def test_what_is_not_understood(refused, argv, words):
         (InputError("two\n  lines"), 2, "error: two lines"),
         (OSError(errno.ENOSPC, "No space left on device"), 2, "; make room, or choose another disk"),
         (SafetensorError("I/O error: No space left on device (os error 28)"), 2, "; make room, or choose another disk"),
+        (RuntimeError("[enforce fail at inline_container.cc:672] . unexpected pos 576 vs 534"), 2, "; make room, or choose another disk"),
         (OSError(errno.EROFS, "Read-only file system"), 2, "; choose an output and a cache (HF_HOME) that can be written to"),
         (
             OSError(errno.EACCES, "Permission denied"),
@@ -263,7 +264,7 @@ def test_an_interruption_while_a_command_is_imported_is_one_line(monkeypatch, ca
 
 
 def test_a_fault_of_the_program_is_not_called_one_of_the_users():
-    for error in (OSError(errno.EBADF, "Bad file descriptor"), ValueError("a bug"), SafetensorError("a bug")):
+    for error in (OSError(errno.EBADF, "Bad file descriptor"), ValueError("a bug"), SafetensorError("a bug"), RuntimeError("a bug")):
         with pytest.raises(type(error)):
             run_script(Mock(side_effect=error))
 

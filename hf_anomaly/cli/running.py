@@ -3,6 +3,7 @@
 import errno
 import logging
 import os
+import re
 import sys
 from collections.abc import Callable
 from contextlib import suppress
@@ -28,6 +29,7 @@ _REMEDIES = {  # of what a disk refuses
         (errno.ENOTDIR, errno.EISDIR, errno.EEXIST), "a file lies where a folder is to be, or a folder where a file: choose another output"
     ),
 }
+_FULL = re.compile("No space left|inline_container.*unexpected pos")  # as safetensors says it, and torch of a checkpoint's optimizer
 
 
 def run_script(main: Callable[[], None]) -> None:
@@ -47,8 +49,8 @@ def run_script(main: Callable[[], None]) -> None:
         with suppress(OSError):
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # else the interpreter complains at its end
         sys.exit(141)  # as a shell tells it
-    except (OSError, SafetensorError) as error:
-        remedy = _REMEDIES.get(getattr(error, "errno", None)) or ("No space left" in str(error) and _REMEDIES[errno.ENOSPC])
+    except (OSError, SafetensorError, RuntimeError) as error:
+        remedy = _REMEDIES.get(getattr(error, "errno", None)) or (_FULL.search(str(error)) and _REMEDIES[errno.ENOSPC])
         if not remedy:
             raise
         refuse(f"{error}; {remedy}")
