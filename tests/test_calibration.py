@@ -263,6 +263,8 @@ def test_the_images_that_calibrated_are_known_again():
     assert half.share_known == pytest.approx(0.4, abs=0.02)
     assert not half.are_calibration_images
     assert not drift_check(scores(5000, 2), scores(5000, 3)).are_calibration_images  # of so many some are alike by chance
+    dense = [1 + 0.03 * scores(5000, seed) for seed in (2, 3)]
+    assert drift_check(*dense).share_known == 0  # so close do these lie that half are
     assert drift_check(torch.ones(9), torch.ones(9)).share_known == 0  # and a detector that gives one score to all knows none
     assert drift_check(torch.ones(1), torch.ones(1)).are_calibration_images
 
