@@ -580,6 +580,7 @@ def test_an_evaluation_is_recorded_where_nothing_is_known_of_the_training(run, d
     [
         (["--record", "true", "--model", "org/model"], ["--record", "'org/model' is none", "push it afterwards"]),
         (["--card_figures", "true"], ["--card_figures", "--record true"]),
+        (["--record", "true", "--window", "0", "9"], ["--window", "--record", "leave it out"]),
         (["--record", "true", "--dataset_name", "normal"], ["--record", "nothing to measure on"]),
         (["--record", "true", "--streaming", "true", "--dataset_name", "normal"], ["--record", "nothing was measured", "all 3 images"]),
         (["--record", "true", "--streaming", "true", "--card_figures", "true"], ["--card_figures", "--streaming"]),

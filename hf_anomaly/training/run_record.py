@@ -107,7 +107,7 @@ def check_same_run(theirs: dict | None, ours: dict | None, where: str | os.PathL
 
 
 def first_difference(first: dict, second: dict) -> tuple[str, Any, Any] | None:
-    """The first field, by name but the method first and digests last, in which two runs differ as JSON, with both values; "a.b" is `b` in `a`. None if they
+    """The first field, by name but the method first and what follows from others last, in which two runs differ as JSON, with both values; "a.b" is `b` in `a`. None if they
     do not differ."""
     first, second = (flat(json.loads(json.dumps(run))) for run in (first, second))
     pairs = ((name, first.get(name), second.get(name)) for name in sorted(first.keys() | second.keys(), key=_as_causes))
@@ -115,9 +115,9 @@ def first_difference(first: dict, second: dict) -> tuple[str, Any, Any] | None:
 
 
 def _as_causes(name: str) -> tuple[int, str]:
-    """Sorts the method first, of which the other fields are, and digests last: they follow from fields that tell a person more, such as the seed."""
+    """Sorts the method first, of which the other fields are, and last what follows from fields that tell a person more, such as the seed."""
     own = name.rsplit(".", 1)[-1]
-    return (name != "model_type") + (own in ("fingerprint", "images", "split_hash")), name
+    return (name != "model_type") + (own in ("fingerprint", "images", "split_hash", "data_seed")), name
 
 
 def flat(values: dict, prefix: str = "") -> dict:

@@ -284,6 +284,7 @@ def test_what_no_run_left_in_its_folders_stays(train, tmp_path, dissolver):
     [
         (["--normal_label", 8], "config.normal_label was '0'"),
         (["--learning_rate", 1e-6], "optimization.learning_rate was 0.001"),
+        (["--seed", 5], "seed was 42"),
         (["--data_seed", 5], "optimization.data_seed was 42"),
         (["--gradient_accumulation_steps", 2], "optimization.gradient_accumulation_steps was 1"),
         (["--adam_beta1", 0.5], "optimization.adam_beta1 was 0.9"),

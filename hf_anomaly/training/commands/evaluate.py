@@ -201,6 +201,9 @@ def _check_record(args: EvaluationArguments, data_args: EvaluationDataArguments)
     if args.card_figures and data_args.streaming:
         raise InputError("--card_figures picks images out of the dataset, which --streaming does not keep: leave one of them out")
     if args.record:
+        data_args.refuse_given(
+            ("window", "slice_axis", "central_slices"), "reads images otherwise than the detector's folder says, which --record writes into"
+        )
         folder = Path(args.model)
         if not folder.is_dir():
             raise InputError(
