@@ -269,7 +269,8 @@ class AnomalyDetector(PreTrainedModel):
     citation = ""  # BibTeX of the method's paper, for the card
 
     def __init__(self, config: AnomalyDetectorConfig):
-        super().__init__(config)
+        # A copy of its own, as fitting and calibrating write into it: several detectors may be made of one configuration.
+        super().__init__(copy.deepcopy(config))
         self.calibration = Calibration(config.num_calibration_scores)
         self._homes: list[Home] = []  # where it was saved last, and where it was loaded from
 

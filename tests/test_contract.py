@@ -226,6 +226,18 @@ def test_new_weights_are_not_fitted(model, build, refused):
     assert new(images(4)).scores.isfinite().all()
 
 
+def test_detectors_of_one_configuration(build, tmp_path):
+    """What one of them learns is not written into the others."""
+    config = build(**SHAPES[0]).config
+    first, second = (fitted(lambda **_: hf_anomaly.DETECTORS[type(config)](config)) for _ in range(2))
+    second.reset_reference()
+    third = type(first)(config).eval()
+    assert (second.is_fitted, third.is_fitted, third.calibration.is_calibrated) == (False, False, False)
+    assert all(model.backbone.config is model.config.backbone_config for model in (first, second) if hasattr(model, "backbone"))
+    first.save_pretrained(tmp_path)
+    assert torch.equal(AutoModel.from_pretrained(tmp_path)(images(4)).scores, first(images(4)).scores)
+
+
 def test_misspelt_config_field(build, refused):
     config_class = type(build(**SHAPES[0]).config)
     with refused("image_sise", "'image_size'"):

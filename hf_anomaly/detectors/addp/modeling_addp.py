@@ -37,6 +37,7 @@ class ADDPPreTrainedModel(PreTrainedModel):
 
     def __init__(self, config: ADDPConfig):
         super().__init__(config)
+        config = self.config  # which the backbone shares
         self.encoder = ENCODERS[config.encoder](config)
         self.decoder = Decoder(config, self.encoder.channels)
         self.post_init()

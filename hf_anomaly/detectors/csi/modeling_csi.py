@@ -99,6 +99,7 @@ class CSIModel(_Encoder, AnomalyDetector):
 
     def __init__(self, config: CSIConfig):
         super().__init__(config)
+        config = self.config  # which the backbone shares
         self.build_networks(config)
         self.further_encoders = nn.ModuleList(_FurtherEncoder(config) for _ in range(config.num_encoders - 1))
         self.reference = CSIReference(config, self.score_width)
