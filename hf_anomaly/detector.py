@@ -400,6 +400,7 @@ class AnomalyDetector(PreTrainedModel):
                 f"{type(self).__name__} is not fitted: call fit_reference(dataloader) with normal training images first; of a checkpoint, finish its run"
             )
 
+    @torch.inference_mode(False)  # else autograd would refuse the buffers ever after
     @torch.no_grad()
     def fit_reference(self, dataloader: Iterable, *, gather: Callable | None = None, progress: bool = True) -> Self:
         """One pass over the normal training images fills what scoring needs. Any earlier calibration is dropped.
@@ -434,6 +435,7 @@ class AnomalyDetector(PreTrainedModel):
         self.config.fitted_for = None
         self._drop_calibration()
 
+    @torch.inference_mode(False)  # as `fit_reference`
     def calibrate(
         self, dataloader: Iterable, *, false_positive_rate: float = 0.05, gather: Callable | None = None, progress: bool = True
     ) -> Self:

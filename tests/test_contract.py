@@ -488,6 +488,16 @@ def test_reset_reference(model, build, tmp_path, refused):
     assert not AutoModel.from_pretrained(tmp_path).is_fitted
 
 
+def test_fitted_in_inference_mode_it_is_differentiable_all_the_same(build):
+    model = build(**SHAPES[0]).eval()
+    with torch.inference_mode():
+        model.fit_reference([images(20)], progress=False).calibrate([images(39, seed=1)], progress=False)
+    assert not any(buffer.is_inference() for buffer in model.buffers())
+    x = images(3).requires_grad_()
+    model(x).scores.sum().backward()
+    assert x.grad.isfinite().all()
+
+
 def test_fitting_does_not_depend_on_the_batches(build):
     x = images(10)
     one, many = (fitted(build) for _ in range(2))
