@@ -8,6 +8,7 @@ import random
 import warnings
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
+from decimal import ROUND_CEILING, Context
 
 import torch
 from torch import nn
@@ -55,6 +56,11 @@ def conformal_rank(n: int, false_positive_rate: float) -> int:
     return max(1, math.ceil(round((1 - false_positive_rate) * (n + 1), 9)))  # round: (1 − .05)·100 is 95.00000000000001 in floats
 
 
+def least_rate(n: int) -> float:
+    """The lowest false-positive rate of three digits for which n calibration images are enough: 1/(n + 1), rounded up."""
+    return float(Context(prec=3, rounding=ROUND_CEILING).divide(1, n + 1))
+
+
 def check_rate(false_positive_rate: float) -> None:
     """Raises InputError: the rate is not in (0, 1)."""
     if not 0 < false_positive_rate < 1:
@@ -81,7 +87,7 @@ def conformal_threshold(calibration_scores: torch.Tensor, false_positive_rate: f
         needed = math.ceil(round(1 / false_positive_rate, 9)) - 1
         logger.warning(
             f"A false-positive rate of {false_positive_rate:.4g} needs at least {needed} calibration images{where}, have {n}: "
-            f"the threshold is infinite and nothing will be flagged. Hold out more images, or ask for a rate of at least {1 / (n + 1):.3g}."
+            f"the threshold is infinite and nothing will be flagged. Hold out more images, or ask for a rate of at least {least_rate(n):g}."
         )
     return _of_rank(calibration_scores, rank)
 

@@ -15,7 +15,7 @@ import torch
 from torch.utils.data import DataLoader, Dataset, IterableDataset
 from transformers import Pipeline
 
-from .calibration import check_rate
+from .calibration import check_rate, least_rate
 from .data.transforms import num_pages, process_decoded
 from .detector import AnomalyDetector, AnomalyDetectorOutput
 from .errors import HubError, InputError, one_line
@@ -129,10 +129,10 @@ class AnomalyDetectionPipeline(Pipeline):
                 n, rate = calibration.scores.numel(), self.model.config.false_positive_rate
                 logger.warning(
                     "The detector's threshold is infinite, so that nothing is flagged: %d calibration images are too few for its rate of %g. Give a "
-                    "threshold or a false_positive_rate of at least %.3g, or calibrate it with more images.",
+                    "threshold or a false_positive_rate of at least %g, or calibrate it with more images.",
                     n,
                     rate,
-                    1 / (n + 1),
+                    least_rate(n),
                 )
             return value
         if not self._warned:

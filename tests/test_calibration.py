@@ -68,6 +68,7 @@ def test_flagged_means_a_p_value_of_at_most_the_rate(levels, n):
 def test_too_few_calibration_images(rate, n, needed, caplog):
     assert conformal_threshold(scores(n).sort().values, rate) == math.inf
     assert f"needs at least {needed} calibration images, have {n}" in caplog.text
+    assert conformal_threshold(scores(n).sort().values, float(caplog.text.split()[-1].rstrip("."))) < math.inf
     caplog.clear()
     assert conformal_threshold(scores(needed).sort().values, rate) < math.inf
     assert conformal_threshold(scores(needed - 1).sort().values, rate) == math.inf

@@ -30,6 +30,7 @@ def describe(model, results: dict) -> dict[str, str]:
     Args:
         results: of `eval_results.json`; empty if there are none.
     """
+    from ..calibration import least_rate
     from ..cards.card import evaluated_on
 
     config, calibration = model.config, model.calibration
@@ -54,7 +55,7 @@ def describe(model, results: dict) -> dict[str, str]:
         of = f" of {results['calibrated_on']}" if "calibrated_on" in results else ""
         facts["calibrated"] = f"on {n} held-out normal images{of}, for a false-positive rate of {config.false_positive_rate:g}"
         facts["threshold"] = f"{threshold:g}" if math.isfinite(threshold) else "infinite: too few calibration images, nothing is flagged"
-        facts["smallest rate"] = f"{1 / (n + 1):.3g}; a lower --false_positive_rate needs more calibration images"
+        facts["smallest rate"] = f"{least_rate(n):g}; a lower --false_positive_rate needs more calibration images"
     else:
         facts["calibrated"] = "no: scores rank images, but there are no p-values and no verdicts without a --threshold"
     names = {"auroc": "AUROC", "average_precision": "average precision", "fpr_at_95_tpr": "FPR at 95 % TPR"}
