@@ -161,6 +161,8 @@ class AnomalyDetectionPipeline(Pipeline):
         return _prepare(images, self.image_processor, timeout)
 
     def _forward(self, model_inputs: dict, output_anomaly_maps: bool = False) -> dict:
+        if self.model.training:  # as it is after a training
+            self.model.eval()
         output = self.model(model_inputs["pixel_values"], output_anomaly_maps=output_anomaly_maps)
         return {"scores": output.scores, "anomaly_maps": output.anomaly_maps, "target_sizes": model_inputs["target_sizes"]}
 

@@ -242,6 +242,13 @@ def test_thresholds(pipe, model, folder, images, refused, caplog):
         pipe(images, false_positive_rate="0.1")
 
 
+def test_after_a_training_it_scores_as_before(model, images, expected):
+    model = copy.deepcopy(model)
+    pipe = AnomalyDetectionPipeline(model)
+    model.train()
+    same(pipe(images), expected)
+
+
 def test_not_calibrated_and_not_fitted(model, images, caplog):
     model = copy.deepcopy(model)
     scores = [result["score"] for result in AnomalyDetectionPipeline(model)(images)]
