@@ -47,6 +47,7 @@ def conformal_p_values(scores: torch.Tensor, calibration_scores: torch.Tensor) -
         exchangeable with the calibration images, P(p ≤ α) ≤ α.
     """
     n = calibration_scores.numel()
+    calibration_scores = calibration_scores.to(torch.promote_types(calibration_scores.dtype, torch.float32))  # 1.7 is no 1 beside integers
     at_least = n - torch.searchsorted(calibration_scores, scores.to(calibration_scores).contiguous(), right=False)
     return (1 + at_least).to(torch.float32 if at_least.device.type == "mps" else torch.float64) / (n + 1)
 

@@ -289,6 +289,8 @@ def test_scores_may_be_lists_and_arrays(kind):
     assert torch.equal(drift_martingale(of(x), of(c)), drift_martingale(x, c))
     assert torch.equal(mondrian_p_values(of(x), groups[:20], of(c), groups), mondrian_p_values(x, groups[:20], c, groups))
     assert torch.equal(mondrian_thresholds(groups, of(c), groups, 0.2), mondrian_thresholds(groups, c, groups, 0.2))
+    for numbers in (kind([1, 2, 3]), torch.tensor([1, 2, 3]).half()):  # which the scores are not rounded to
+        assert mondrian_p_values([0.9999, 1.0001], "aa", numbers, "aaa").tolist() == [1, 0.75]
 
 
 def test_drift_of_nothing(refused):
