@@ -143,6 +143,11 @@ class AnomalyImageProcessor(PilBackend):
         self.slice_axis, self.central_slices = slice_axis, central_slices
         self.reading  # noqa: B018, refuses other values
 
+    def __setattr__(self, name, value):
+        if name == "window":  # transformers sets what `from_pretrained` is given, and does not ask the constructor
+            check_window(value)
+        super().__setattr__(name, value)
+
     @classmethod
     def for_images(
         cls,

@@ -259,6 +259,16 @@ def test_save_and_load(processor, tmp_path):
         assert torch.equal(pixels(loaded, *images), pixels(processor, *images))
 
 
+def test_a_window_given_when_it_is_loaded(tmp_path, refused):
+    GRAY.save_pretrained(tmp_path)
+    processor = AutoImageProcessor.from_pretrained(tmp_path, window=(0, 4095))
+    assert processor.reading.window == (0, 4095)
+    with refused("window=(5, 1)"):
+        AutoImageProcessor.from_pretrained(tmp_path, window=(5, 1))
+    with refused("window='half'"):
+        processor.window = "half"
+
+
 @pytest.mark.parametrize("count", [0, 2, 4, 16])
 def test_images_have_one_or_three_channels(count, refused):
     with refused("num_channels", "1 (gray) or 3 (RGB)", count):
