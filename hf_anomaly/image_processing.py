@@ -305,9 +305,13 @@ class AnomalyImageProcessor(PilBackend):
             raise InputError("the output has no scores: call the detector in eval mode")
         scores, maps = outputs.scores.tolist(), outputs.anomaly_maps
         if target_sizes is not None:
-            target_sizes = [tuple(int(length) for length in size) for size in target_sizes]
-            if len(target_sizes) != len(scores) or any(len(size) != 2 or min(size) < 1 for size in target_sizes):
+            try:
+                sizes = [tuple(int(length) for length in size) for size in target_sizes]
+            except TypeError:  # a number in place of a pair, such as of the size of a single image
+                sizes = []
+            if len(sizes) != len(scores) or any(len(size) != 2 or min(size) < 1 for size in sizes):
                 raise InputError(f"target_sizes must be {len(scores)} pairs (height, width), one an image, got {target_sizes}")
+            target_sizes = sizes
         if maps is None:
             return [{"score": score, "anomaly_map": None} for score in scores]
         for step in ("do_center_crop", "do_pad"):

@@ -170,7 +170,7 @@ def test_sizes_of_their_own(processor, refused):
     assert [result["anomaly_map"].shape for result in processor.post_process_anomaly_detection(output)] == [(8, 8)] * 3
     output.anomaly_maps = None
     assert processor.post_process_anomaly_detection(output, [(4, 9)] * 3)[1] == {"score": 2, "anomaly_map": None}
-    for wrong in ([(4, 9)], [(4,)] * 3, [(0, 4)] * 3):
+    for wrong in ([(4, 9)], [(4,)] * 3, [(0, 4)] * 3, (4, 9)):
         with refused("target_sizes", "3 pairs (height, width)"):
             processor.post_process_anomaly_detection(output, wrong)
     with refused("eval mode"):
