@@ -55,6 +55,8 @@ def test_by_class():
         "scratch": {"num_images": 1, "auroc": pytest.approx(2 / 3), "true_positive_rate_at_threshold": 0.0},
     }
     assert list(results) == ["dent", "scratch"]
+    with pytest.raises(InputError, match=r"^threshold: NaN"):
+        metrics_by_class(SCORES, LABELS, classes, math.nan)
     assert metrics_by_class([0.1, 0.2], [1, 1], ["a", "b"]) == {name: {"num_images": 1, "auroc": None} for name in "ab"}
     assert metrics_by_class([0.1, 0.2], [0, 0], ["a", "b"]) == {}
     with pytest.raises(InputError, match="classes: 1 rows, but scores have 2"):
@@ -115,6 +117,7 @@ def test_balanced_accuracy_is_scikit_learns():
         assert balanced_accuracy(scores, labels, threshold) == pytest.approx(expected, rel=1e-12)
         assert image_metrics(scores, labels, threshold)["balanced_accuracy_at_threshold"] == pytest.approx(expected, rel=1e-12)
     assert balanced_accuracy([0, 1, 1], [0, 0, 1], 0.5) == 0.75  # verdicts
+    assert balanced_accuracy([0, 1, 1], [0, 0, 1], torch.tensor(0.5)) == 0.75  # as a detector has its own
 
 
 def test_a_threshold_that_flags_nothing_or_all_is_a_coin():

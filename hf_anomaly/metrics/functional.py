@@ -65,6 +65,7 @@ def metrics_by_class(scores, labels, classes: Sequence[str], threshold: float | 
     scores, labels = _columns(scores, labels)
     if len(classes) != len(scores):
         raise InputError(f"classes: {len(classes)} rows, but scores have {len(scores)}; give one class per score")
+    threshold = None if threshold is None else _checked_threshold(threshold)
     names, normal, results = np.asarray(classes, dtype=object), labels == 0, {}
     for name in sorted(set(names[~normal])):
         chosen = ~normal & (names == name)
@@ -88,8 +89,7 @@ def balanced_accuracy(scores, labels, threshold: float) -> float | None:
         InputError: as `image_metrics`.
     """
     scores, labels = _columns(scores, labels)
-    if np.isnan(threshold):
-        raise InputError("threshold: NaN; give the threshold of a calibrated detector, or +inf to flag nothing")
+    threshold = _checked_threshold(threshold)
     if labels.min() == labels.max():
         return None
     flagged = scores > threshold
@@ -173,6 +173,13 @@ def _column(name: str, values) -> np.ndarray:
     if column.ndim != 1:
         raise InputError(f"{name}: shape {column.shape}; give one number per image, shape (N,)")
     return column
+
+
+def _checked_threshold(threshold) -> float:
+    threshold = float(threshold)  # a detector's own is a tensor
+    if np.isnan(threshold):
+        raise InputError("threshold: NaN; give the threshold of a calibrated detector, or +inf to flag nothing")
+    return threshold
 
 
 def _check_rows(name: str, column: np.ndarray, good: np.ndarray, problem: str) -> None:
