@@ -536,6 +536,11 @@ def test_no_calibration_images(make):
         trainer.calibrate()
 
 
+def test_no_reference_images(make, refused):
+    with refused("reference_dataset", "train_dataset"):
+        AnomalyTrainer(detector(), make().args).fit_reference()
+
+
 def test_a_stream_calibrates(make):
     trainer = make()
     trainer.fit_reference()

@@ -522,7 +522,13 @@ class AnomalyTrainer(ReproducibleTrainer):
         return super().train(resume_from_checkpoint, **kwargs)
 
     def fit_reference(self) -> None:
-        """`model.fit_reference` on the reference dataset, in dataset order, each image once, on any number of processes."""
+        """`model.fit_reference` on the reference dataset, in dataset order, each image once, on any number of processes.
+
+        Raises:
+            InputError: there is neither a reference nor a training dataset.
+        """
+        if self.reference_dataset is None:
+            raise InputError("there are no images to fit the reference to: give reference_dataset or train_dataset")
         self.model.fit_reference(self._loader(self.reference_dataset), gather=self.accelerator.gather_for_metrics, progress=self._progress)
 
     def calibrate(self) -> None:
