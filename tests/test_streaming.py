@@ -175,6 +175,11 @@ def test_bad_options(refused, options, words):
         load(Source(), **options)
 
 
+def test_a_stream_without_its_name_is_refused(refused):
+    with refused("{'train': stream}", "IterableDataset"):
+        stream_one_class(Source().stream())
+
+
 def test_no_normals(refused):
     def rows():
         return ({"image": {"bytes": pgm(i), "path": None}, "label": 0} for i in itertools.count())

@@ -79,6 +79,10 @@ def stream_one_class(
         raise InputError(f"calibration_fraction={calibration_fraction} is outside [0, 1); 0.2 holds out a fifth of the head")
     if head < 2 or shuffle_buffer < 1 or (max_train_images is not None and max_train_images < 1):
         raise InputError("head must be at least 2, shuffle_buffer and max_train_images at least 1")
+    if not isinstance(source, Mapping | str | os.PathLike):
+        raise InputError(
+            f"a stream comes by the name of its split, as {{'train': stream}}, or from a name, not from {type(source).__name__}"
+        )
     name = "a stream" if isinstance(source, Mapping) else os.fspath(source)
     raw = (
         plain_splits(source)
