@@ -406,7 +406,7 @@ class AnomalyDetector(PreTrainedModel):
         """One pass over the normal training images fills what scoring needs. Any earlier calibration is dropped.
 
         Args:
-            dataloader: batches as dicts with `pixel_values` (and perhaps `labels`, which must all be 0), or bare (B, C, H, W) tensors.
+            dataloader: batches as dicts with `pixel_values` (and perhaps `labels` or `label`, which must all be 0), or bare (B, C, H, W) tensors.
             gather: under several processes, collects a batch of all of them in dataset order without padded duplicates
                 (`accelerator.gather_for_metrics`).
             progress: show a progress bar.
@@ -468,6 +468,7 @@ class AnomalyDetector(PreTrainedModel):
         """Scores (N,) float32 of all images, and their labels (N,) where the batches have them; both on the CPU, memory constant but for these.
 
         Raises:
+            InputError: pixels that `forward` refuses, or labels in some batches alone.
             NotFittedError: before `fit_reference`.
         """
         scores, labels, _ = self._score(dataloader, gather, progress, "Scoring")
@@ -677,6 +678,8 @@ class AnomalyDetector(PreTrainedModel):
             for name, value in (gather(batch) if gather else batch).items():
                 collected.setdefault(name, []).extend(value.tolist())
         everything = {name: torch.tensor(values) for name, values in collected.items()}
+        if len(everything.get("labels", ())) not in (0, len(everything.get("scores", ()))):
+            raise InputError("some batches have labels and others none: give every image its label, or none")
         return everything.get("scores", torch.zeros(0)), everything.get("labels"), everything.get("levels")
 
     def _refuse_other_sizes(self, mismatched: Iterable[tuple[str, torch.Size, torch.Size]]) -> None:
@@ -735,7 +738,7 @@ class AnomalyDetector(PreTrainedModel):
                     raise InputError(
                         f"a batch is a {type(batch).__name__}: give tensors (B, C, H, W), or dicts that hold such as 'pixel_values'"
                     )
-                labels = held.get("labels")
+                labels = held.get("labels", held.get("label"))
                 yield pixel_values.to(self.device), None if labels is None else torch.as_tensor(labels)
         finally:
             self.train(was_training)

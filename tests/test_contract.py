@@ -305,7 +305,7 @@ def test_scores_depend_on_the_image_alone(model):
     torch.testing.assert_close(model(companions).scores[2], scores[0], rtol=1e-5, atol=0)
 
 
-def test_score_iterates_over_batches(model):
+def test_score_iterates_over_batches(model, refused):
     x = torch.cat([images(4, seed=2), anomalies(3)])
     labels = torch.tensor([0] * 4 + [1] * 3)
     scores, found = model.score(
@@ -315,6 +315,8 @@ def test_score_iterates_over_batches(model):
         torch.testing.assert_close(scores, model(x).scores, rtol=1e-5, atol=0)
     assert torch.equal(found, labels)
     assert model.score([x], progress=False)[1] is None
+    with refused("some batches have labels and others none"):
+        model.score([{"pixel_values": x, "labels": labels}, x], progress=False)
 
 
 def test_scoring_neither_draws_nor_disturbs_random_numbers(model):
@@ -520,9 +522,9 @@ def test_fitting_and_scoring_keep_the_mode_and_the_weights(model, training):
 @pytest.mark.parametrize("method", ["fit_reference", "calibrate"])
 def test_only_normal_images_and_at_least_one(model, method, refused):
     before = states(model)
-    for labels in (torch.tensor([0, 0, 1]), [0, 0, 1]):
+    for key, labels in (("labels", torch.tensor([0, 0, 1])), ("labels", [0, 0, 1]), ("label", torch.tensor([0, 0, 1]))):
         with refused(method, "image 2", "anomalous"):
-            getattr(model, method)([{"pixel_values": images(3), "labels": labels}], progress=False)
+            getattr(model, method)([{"pixel_values": images(3), key: labels}], progress=False)
     with refused("normal"):
         getattr(model, method)([], progress=False)
     for batch in ([images(3)], {"image": images(3)}, {"pixel_values": images(3).numpy()}):  # the first is a TensorDataset's

@@ -107,8 +107,8 @@ def check_same_run(theirs: dict | None, ours: dict | None, where: str | os.PathL
 
 
 def first_difference(first: dict, second: dict) -> tuple[str, Any, Any] | None:
-    """The first field, by name but the method first and what follows from others last, in which two runs differ as JSON, with both values; "a.b" is `b` in `a`. None if they
-    do not differ."""
+    """The first field in which two runs differ as JSON, with both values; "a.b" is `b` in `a`. By name, but the method first and what follows from others
+    last. None if they do not differ."""
     first, second = (flat(json.loads(json.dumps(run))) for run in (first, second))
     pairs = ((name, first.get(name), second.get(name)) for name in sorted(first.keys() | second.keys(), key=_as_causes))
     return next((pair for pair in pairs if pair[1] != pair[2]), None)
