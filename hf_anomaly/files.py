@@ -6,6 +6,7 @@ import json
 import logging
 import os
 import re
+import secrets
 import shutil
 import tempfile
 from collections.abc import Collection, Iterable, Iterator, Sequence
@@ -66,7 +67,7 @@ def replacing(path: str | os.PathLike) -> Iterator[Path]:
     """A name beside `path` to write to, which takes its place when the block ends well and is removed if it does not. Makes the folder."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.tmp")
+    temporary = path.with_name(f".{secrets.token_hex(8)}.tmp")  # another process may be writing the same file
     try:
         yield temporary
         os.replace(temporary, path)

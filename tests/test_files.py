@@ -28,6 +28,18 @@ def test_a_file_is_replaced_when_all_went_well(tmp_path, open_):
     assert os.listdir(path.parent) == ["x"]
 
 
+@pytest.mark.parametrize("open_", [replacing, writing])
+def test_two_who_write_the_same_file_do_not_mix(tmp_path, open_):
+    path = tmp_path / "x"
+    with open_(path) as slow:
+        slow.write_text("slow")
+        with open_(path) as fast:
+            fast.write_text("fast")
+        assert (path.read_text(), slow.read_text()) == ("fast", "slow")
+    assert path.read_text() == "slow"
+    assert os.listdir(tmp_path) == ["x"]
+
+
 def test_of_a_link_its_target_is_written(tmp_path):
     (tmp_path / "there").mkdir()
     (tmp_path / "there" / "target").write_text("old")
