@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from datasets import ClassLabel, Dataset, Features, Image
+from datasets import ClassLabel, Dataset, Features, Image, IterableDataset
 from PIL import Image as PILImage
 from safetensors.torch import save_file
 from transformers import TrainerCallback
@@ -59,6 +59,16 @@ def images(count, seed):
     pixels = np.random.default_rng(seed).integers(0, 256, (count, SIZE, SIZE), dtype=np.uint8)
     columns = {"image": [PILImage.fromarray(array) for array in pixels], "label": [0] * count}
     return Dataset.from_dict(columns, Features({"image": Image(), "label": ClassLabel(names=["normal", "anomaly"])}))
+
+
+def stream(split):
+    """The rows of a dataset as a stream of two shards; what is left of the first for a last batch comes before the second's whole ones."""
+
+    def rows(parts):
+        for part in parts:
+            yield from split.select(part)
+
+    return IterableDataset.from_generator(rows, split.features, {"parts": [range(1), range(1, len(split))]})
 
 
 def diffusion():
@@ -128,6 +138,9 @@ def main(folder, world_size):
             f"{name}/threshold": model.calibration.threshold,
             f"{name}/scores": torch.from_numpy(trainer.predict(prepare(images(TEST, 2), PROCESSOR)).predictions),
         }
+
+    trainer.args.dataloader_num_workers = 2
+    results["adamw/streamed"] = trainer.score(prepare(stream(images(TEST, 2)), PROCESSOR))[0]
 
     torch.manual_seed(4)
     config = SharedAEConfig(image_size=SIZE, hidden_sizes=[4, 8, 8], latent_size=6, max_adversarial_weight=0.5, adversarial_margin=0.93)

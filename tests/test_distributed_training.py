@@ -78,6 +78,11 @@ def test_scores_and_calibration(runs, kind):
     close(runs, f"{kind}/threshold", rtol=1e-4, atol=1e-4)
 
 
+def test_a_stream_that_workers_read_is_scored_whole(runs):
+    for run in runs:
+        torch.testing.assert_close(run["adamw/streamed"].sort().values, run["adamw/scores"].sort().values)
+
+
 def test_all_processes_predict_with_the_statistics_that_are_saved(runs):
     """Batch normalisation is not synchronised on CPUs: each process has running statistics of its own."""
     means = runs[1]["batch norm/means"]

@@ -600,12 +600,16 @@ class AnomalyTrainer(ReproducibleTrainer):
         return super().push_to_hub(commit_message, blocking, token, revision, private)
 
     def _loader(self, dataset):
+        workers = self.args.dataloader_num_workers
+        if self.args.world_size > 1 and not hasattr(dataset, "__len__"):
+            # accelerate divides a stream's batches evenly and fills up the last one alone; several workers have a last one each, whose rest would be lost.
+            workers = min(workers, 1)
         # Not get_test_dataloader: it would drop the last batch as training does.
         loader = DataLoader(
             dataset,
             batch_size=self.args.eval_batch_size,
             collate_fn=self.data_collator,
-            num_workers=self.args.dataloader_num_workers,
+            num_workers=workers,
             pin_memory=self.args.dataloader_pin_memory,
         )
         return self.accelerator.prepare(loader)
