@@ -170,6 +170,17 @@ def test_cache_is_found_again(tmp_path):
     assert len(list(tmp_path.glob("dissolved-*.arrow"))) == 4
 
 
+@pytest.mark.parametrize("kept", [0.0, 0.5])
+def test_a_cache_that_is_cut_off_is_made_anew(tmp_path, caplog, kept):
+    dissolver = CountingMedian(3)
+    first = pixels(dissolve_dataset(toy_dataset(), dissolver, Processor(), cache_dir=tmp_path)[3])
+    (file,) = tmp_path.iterdir()
+    file.write_bytes(file.read_bytes()[: int(kept * file.stat().st_size)])
+    assert torch.equal(pixels(dissolve_dataset(toy_dataset(), dissolver, Processor(), cache_dir=tmp_path)[3]), first)
+    assert dissolver.calls == 2
+    assert f"{file} is damaged" in caplog.text
+
+
 def dataset_of_files(*names):
     return datasets.Dataset.from_dict({"image": list(names)}, features=datasets.Features({"image": datasets.Image()}))
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import io
+import logging
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -18,6 +19,8 @@ from .transforms import process_images
 
 if TYPE_CHECKING:
     import datasets
+
+logger = logging.getLogger(__name__)
 
 _FORMAT = 3  # raise it when what is stored changes: old cache files are then no longer found
 
@@ -67,7 +70,8 @@ def map_cached(
     desc: str,
     columns: dict[str, Any] | None = None,
 ) -> datasets.Dataset:
-    """`Dataset.map` whose result is found again by a fingerprint of `key`, the dataset and its image files. A transform of the dataset is dropped.
+    """`Dataset.map` whose result is found again by a fingerprint of `key`, the dataset and its image files, unless its file is cut off. A transform of the
+    dataset is dropped.
 
     Args:
         dataset: with a column `image`, which `function` gets encoded: a broken file then has a name, and bytes that are kept stay as they were.
@@ -85,13 +89,28 @@ def map_cached(
     fingerprint = hashlib.sha256(canonical_json(content)).hexdigest()
     folder = Path(datasets.config.HF_DATASETS_CACHE) / "hf_anomaly" if cache_dir is None else Path(cache_dir)
     folder.mkdir(parents=True, exist_ok=True)
+    file = folder / f"{name}-{fingerprint}.arrow"
+    if file.is_file() and not _is_whole(file, len(dataset)):
+        logger.warning("%s is damaged: what it should hold is computed anew", file)
+        file.unlink()
     return undecoded.map(
         function,
         batched=True,
         with_indices=True,
         batch_size=batch_size,
         features=datasets.Features({**dataset.features, **(columns or {})}),
-        cache_file_name=str(folder / f"{name}-{fingerprint}.arrow"),
+        cache_file_name=str(file),
         new_fingerprint=fingerprint,
         desc=desc,
     )
+
+
+def _is_whole(file: Path, num_rows: int) -> bool:
+    """Whether a file of the cache has so many rows. One that was not yet on the disk when the machine failed, or copied in part, is cut off."""
+    import datasets
+    import pyarrow
+
+    try:
+        return len(datasets.Dataset.from_file(str(file))) == num_rows
+    except (pyarrow.ArrowInvalid, OSError):
+        return False
