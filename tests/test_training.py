@@ -608,9 +608,13 @@ def test_a_saved_detector_is_trained_again_unfitted(make, tmp_path):
     assert fitted == [False] * 4
 
 
-def test_fewer_images_than_a_batch(make):
+def test_fewer_images_than_a_batch(make, monkeypatch):
     with pytest.raises(InputError, match="3 training images, fewer than one batch of 4: set --per_device_train_batch_size"):
         make(train_dataset=images(3)).train()
+    trainer = make(train_dataset=images(3), per_device_train_batch_size=1)
+    monkeypatch.setattr(AnomalyTrainingArguments, "world_size", 4)
+    with pytest.raises(InputError, match="3 training images, fewer than one batch of 4: start fewer processes"):
+        trainer.train()
 
 
 # Checkpoints

@@ -215,9 +215,8 @@ class ReproducibleTrainer(Trainer):
         if hasattr(self.train_dataset, "__len__") and self.args.dataloader_drop_last:
             batch = self.args.train_batch_size * self.args.world_size
             if len(self.train_dataset) < batch:
-                raise InputError(
-                    f"there are {len(self.train_dataset)} training images, fewer than one batch of {batch}: set --per_device_train_batch_size lower"
-                )
+                remedy = "set --per_device_train_batch_size lower" if self.args.train_batch_size > 1 else "start fewer processes"
+                raise InputError(f"there are {len(self.train_dataset)} training images, fewer than one batch of {batch}: {remedy}")
         output = super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
         best = self.state.best_model_checkpoint if self.args.load_best_model_at_end else None
         if self._average is not None:
