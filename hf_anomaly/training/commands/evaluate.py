@@ -261,13 +261,13 @@ def main(argv: list[str], program: str) -> None:
         with writing(args.output) as file:
             file.write_text(f"{text}\n", encoding="utf-8")
     print(text)
-    if args.record:
-        if results["auroc"] is None:  # of a stream it is not known before
-            raise InputError(f"--record: nothing was measured, {results['reason']}")
-        _record(args, model, processor, splits, results, scored)
-    if args.scores is not None and scored is not None:  # these last, so that a full disk costs no results
+    if args.scores is not None and scored is not None:  # what follows comes last, so that a full disk costs no results
         with writing(args.scores) as file:
             file.write_text(csv_text(rows_of_scores(model, splits.test, *scored)), encoding="utf-8")
     if args.save_maps is not None and scored is not None:
         scores = scored[0]
         save_maps(model, processor, splits.test, scores.topk(min(args.num_maps, len(scores))).indices.tolist(), Path(args.save_maps))
+    if args.record:
+        if results["auroc"] is None:  # of a stream it is not known before
+            raise InputError(f"--record: nothing was measured, {results['reason']}")
+        _record(args, model, processor, splits, results, scored)
