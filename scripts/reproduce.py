@@ -12,6 +12,7 @@ from accelerate.utils import parse_flag_from_env
 
 from hf_anomaly.cli.running import run_script
 from hf_anomaly.errors import InputError
+from hf_anomaly.files import check_output
 from hf_anomaly.reproduction import (
     Selection,
     calibration_study,
@@ -66,6 +67,8 @@ def main() -> None:
         raise InputError("give --table or --figure, such as --table dia/1")
     if (args.figure is not None or args.table == calibration_study.TABLE) and (args.dry_run or args.shard != "1/1"):
         raise InputError("--dry_run and --shard are of a paper's tables: leave them out for a figure and for calibration")
+    if not args.dry_run:
+        check_output("--output_dir", args.output_dir, folder=True)
     if args.table == calibration_study.TABLE:
         calibrate(args)
         return

@@ -134,6 +134,14 @@ def test_costs_of_networks():
     assert cost(network.to("meta"), torch.zeros(1, 2, 8, 8, device="meta")) == expected
 
 
+def test_a_place_for_results_that_is_none_is_refused_before_anything_runs(tmp_path):
+    (tmp_path / "file").write_text("")
+    status, out, err = reproduce("--table", "dia/6", "--output_dir", tmp_path / "file")
+    assert (status, out) == (2, "")
+    assert "--output_dir" in err
+    assert "it is a file; name a folder" in err
+
+
 def test_table_that_is_computed(tmp_path):
     status, out, err = reproduce("--table", "dia/6", "--output_dir", tmp_path)
     assert (status, err) == (0, "")
