@@ -739,6 +739,12 @@ def test_the_files_that_a_table_lists(run, refused, detector, scans):
     status, out, err = run("predict", detector, "LIST.CSV", "--split", "Val")
     assert status == 0, err
     assert [row["image"] for row in csv.DictReader(out.splitlines())] == [f"{scans}/b.png"]
+    Path("list.csv").write_text(f"file_name\n{scans}/a.png\n{scans}/gone.png\n{scans}/b.png\n")
+    refused(["predict", detector, "list.csv"], "list.csv, line 3: there is no file", "gone.png")
+    status, out, err = run("predict", detector, "list.csv", "--on_error", "skip")
+    assert status == 1, err
+    assert [row["image"] for row in csv.DictReader(out.splitlines())] == [f"{scans}/a.png", f"{scans}/b.png"]
+    assert any(line.startswith("skipped: ") and "gone.png" in line for line in err.splitlines())
 
 
 def test_an_archive_is_to_be_unpacked(refused, detector):

@@ -252,7 +252,7 @@ def _listed(table: str, args: Namespace) -> Source:
     from ..data.loading import image_column_of
     from ..data.tables import read_table
 
-    splits = read_table(Path(table), args.image_column, None)
+    splits = read_table(Path(table), args.image_column, None, must_exist=args.on_error == "stop")
     dataset = splits[_chosen_split(splits, table, args)]
     return _files([value["path"] for value in dataset[args.image_column or image_column_of(dataset)]], is_dataset=True)
 

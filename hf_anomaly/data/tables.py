@@ -30,7 +30,7 @@ def our_split_name(name: str) -> str:
     return next((ours for ours, names in SPLIT_NAMES.items() if name.lower() in names), name)
 
 
-def read_table(path: Path, image_column: str | None, reading: Reading | None) -> dict[str, datasets.Dataset]:
+def read_table(path: Path, image_column: str | None, reading: Reading | None, *, must_exist: bool = True) -> dict[str, datasets.Dataset]:
     """The splits of a CSV file, its columns as strings but for images and masks.
 
     Args:
@@ -40,6 +40,7 @@ def read_table(path: Path, image_column: str | None, reading: Reading | None) ->
         image_column: with the images' files, absolute or from the table's folder on, with slashes or Windows' backslashes; None: `file_name`, or else `image`,
             in any case.
         reading: how DICOM and NIfTI files are cut into images, each with what the row says of the file; None: they are not.
+        must_exist: whether a file that is not there is refused now, or when it is read.
 
     Raises:
         InputError: no such column, no rows, a row that does not fit the header or names a file that is not there; names the line.
@@ -55,7 +56,7 @@ def read_table(path: Path, image_column: str | None, reading: Reading | None) ->
             raise InputError(f"{path}, line {line}: column {wanted!r} is empty; name the image's file")
         if row.get(SPLIT_COLUMN, "train") is None:  # not meant to train for that: it may be a test image
             raise InputError(f"{path}, line {line}: column {SPLIT_COLUMN!r} is empty; write train or test, or remove the column")
-        row |= {name: _located(path, line, row[name]) for name in files if row[name] is not None}
+        row |= {name: _located(path, line, row[name], must_exist) for name in files if row[name] is not None}
         columns = splits.setdefault(our_split_name(row.get(SPLIT_COLUMN, "train")), {name: [] for name in header})
         for image in slice_files(Path(row[wanted]), reading) if reading is not None and is_medical(row[wanted]) else [row[wanted]]:
             for name, value in (row | {wanted: str(image)}).items():
@@ -64,13 +65,15 @@ def read_table(path: Path, image_column: str | None, reading: Reading | None) ->
     return {split: datasets.Dataset.from_dict(columns, features=datasets.Features(kinds)) for split, columns in splits.items()}
 
 
-def _located(table: Path, line: int, file: str) -> str:
-    """The path of a file that a line of a table names. Raises InputError: there is no such file."""
+def _located(table: Path, line: int, file: str, must_exist: bool) -> str:
+    """The path of a file that a line of a table names. Raises InputError: it must exist, and there is no such file."""
     located = str(table.parent / file)
     check_name(located)
     for path in (located, str(table.parent / file.replace("\\", "/"))):  # the latter where Windows wrote the table
         if os.path.isfile(path):
             return path
+    if not must_exist:
+        return located
     raise InputError(f"{table}, line {line}: there is no file {located}; paths are absolute, or begin in the table's folder")
 
 
