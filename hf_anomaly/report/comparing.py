@@ -63,7 +63,7 @@ class Run:
         if self.results.get("auroc") is None:
             reason = self.results.get("reason") or "its eval_results.json is missing or holds none; give what a training script wrote"
             raise InputError(f"{self.name} has no AUROC: {reason}")
-        told = self.results | evaluated_on(self.results)
+        told = self.results | _tested_on(self.results)
         for name, kind in _KINDS.items():
             value = told.get(name)
             if not isinstance(value, kind | None) or (name in METRICS and value is not None and not 0 <= value <= 1 + _ROUNDING):
@@ -74,8 +74,13 @@ class Run:
     @property
     def tested_on(self) -> tuple:
         """The values of `TESTED_ON`."""
-        told = self.results | evaluated_on(self.results)
-        return tuple(told.get(key) for key in TESTED_ON)
+        return tuple(_tested_on(self.results).values())
+
+
+def _tested_on(results: dict) -> dict:
+    """`TESTED_ON` of results, None where they do not tell."""
+    told = results | evaluated_on(results)
+    return {key: told.get(key) for key in TESTED_ON}
 
 
 def read_run(name_or_path: str | os.PathLike) -> Run:
@@ -127,9 +132,7 @@ def read_baselines(path: str | os.PathLike) -> list[Run]:
     measured = baselines.get("as_they_are") if isinstance(baselines, dict) else None
     if not isinstance(measured, dict):
         raise InputError(f"{path} holds no baselines: give what evaluate --baselines true --output wrote")
-    told = results | evaluated_on(results)
-    tested_on = {key: told.get(key) for key in TESTED_ON}
-    return [Run(str(path), title, {**tested_on, "auroc": measured.get(name)}) for name, title in TITLES.items()]
+    return [Run(str(path), title, {**_tested_on(results), "auroc": measured.get(name)}) for name, title in TITLES.items()]
 
 
 def compare_runs(runs: Iterable[Run]) -> list[dict]:

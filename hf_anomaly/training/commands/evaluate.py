@@ -5,7 +5,6 @@ The split hash covers the evaluated rows alone: no training data is needed, but 
 
 import json
 import logging
-import tempfile
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -189,17 +188,21 @@ def load_for_baselines(args, data_args: DataArguments, seed: int | None, normal_
     return splits
 
 
+def _refuse_stream(flag: str, data_args: EvaluationDataArguments) -> None:
+    if data_args.streaming:
+        raise InputError(f"{flag} picks images out of the dataset, which --streaming does not keep: leave one of them out")
+
+
 def _check_record(args: EvaluationArguments, data_args: EvaluationDataArguments) -> None:
     """Refuses before anything is scored what `--record` could not write.
 
     Raises:
-        InputError: the model is no folder, or its README is not UTF-8; or figures are asked for which cannot be drawn.
-        OSError: the folder cannot be written to.
+        InputError: the model is no folder that can be written to, or its README is not UTF-8; or figures are asked for which cannot be drawn.
     """
     if args.card_figures and not args.record:
         raise InputError("--card_figures are the card's, which --record true alone writes: give it too, or leave them out")
-    if args.card_figures and data_args.streaming:
-        raise InputError("--card_figures picks images out of the dataset, which --streaming does not keep: leave one of them out")
+    if args.card_figures:
+        _refuse_stream("--card_figures", data_args)
     if args.record:
         data_args.refuse_given(
             ("window", "slice_axis", "central_slices"), "reads images otherwise than the detector's folder says, which --record writes into"
@@ -209,8 +212,7 @@ def _check_record(args: EvaluationArguments, data_args: EvaluationDataArguments)
             raise InputError(
                 f"--record writes into the detector's folder, and {args.model!r} is none: give the folder, and push it afterwards"
             )
-        with tempfile.TemporaryFile(dir=folder):
-            pass
+        check_output("--record", folder, folder=True)
         if (card := folder / "README.md").is_file():
             read_card(card)
 
@@ -241,8 +243,7 @@ def main(argv: list[str], program: str) -> None:
     model, processor, splits, seed, normal_label = load_for_evaluation(args, data_args)
     if args.save_maps is not None:
         check_overlay(model, "--save_maps", args.save_maps, [data_args.dataset_name])
-        if data_args.streaming:
-            raise InputError("--save_maps picks images out of the dataset, which --streaming does not keep: leave one of them out")
+        _refuse_stream("--save_maps", data_args)
         if args.num_maps < 1:
             raise InputError(f"--num_maps must be at least 1, got {args.num_maps}")
 
