@@ -162,11 +162,40 @@ class ReproducibleTrainer(Trainer):
             self._loss_counts[name] += 1
         return (outputs["loss"], outputs) if return_outputs else outputs["loss"]
 
+    def get_train_dataloader(self):
+        args = self.args
+        if hasattr(self.train_dataset, "__len__") or not args.dataloader_drop_last:
+            return super().get_train_dataloader()
+        # Trainer heeds the flag where it knows the length. The last batch of a stream may be one image, which batch normalisation cannot take.
+        loader = DataLoader(
+            self.train_dataset,
+            batch_size=args.train_batch_size,
+            collate_fn=self.data_collator,
+            drop_last=True,
+            num_workers=args.dataloader_num_workers,
+            pin_memory=args.dataloader_pin_memory,
+            persistent_workers=args.dataloader_persistent_workers,
+            multiprocessing_context=args.dataloader_multiprocessing_context,
+            prefetch_factor=args.dataloader_prefetch_factor,
+            in_order=args.dataloader_in_order,
+        )
+        return self.accelerator.prepare(loader)
+
     def _run_epoch(self, *args, **kwargs):
         if self.state.global_step >= self.state.max_steps:  # resumed when all was done: Trainer would take one more step
             self.control.should_training_stop = True
-        else:
+            return
+        try:
             super()._run_epoch(*args, **kwargs)
+        except (TypeError, ValueError) as error:  # accelerate's, in several processes and in one
+            is_empty = str(error).startswith(("Unsupported types (<class 'NoneType'>)", "Batch does not contain any data"))
+            if hasattr(self.train_dataset, "__len__") or self.state.global_step > 0 or not is_empty:
+                raise
+            batch = self.args.train_batch_size * self.args.world_size
+            raise InputError(
+                f"the stream has fewer training images than one batch of {batch}, or each worker that reads it has: set "
+                "--per_device_train_batch_size or --dataloader_num_workers lower"
+            ) from error
 
     def _init_training_state(self, max_steps, num_update_steps_per_epoch, num_train_epochs, resume_from_checkpoint, trial):
         passes, batches = super()._init_training_state(
