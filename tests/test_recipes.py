@@ -185,7 +185,7 @@ def test_cifar_100_subclasses(data_dir):
 
 
 def test_coil_100(data_dir):
-    splits = RECIPES["coil_100"].load(data_dir, "17", protocol="balanced", calibration_fraction=0)
+    splits = RECIPES["coil_100"].load(data_dir, "17", calibration_fraction=0)
     assert set(levels(splits.train)) == {17}
     assert sorted(splits.test["label"][:]) == [0, 1]
 

@@ -316,6 +316,7 @@ _RECIPES = (
         local="coil-100",
         hub_id=None,
         instructions="unpack coil-100.zip of the Columbia Object Image Library there: obj1__0.png … obj100__355.png",
+        protocol="balanced",
     ),
     *(
         DatasetRecipe(
