@@ -611,7 +611,7 @@ def test_a_saved_detector_is_trained_again_unfitted(make, tmp_path):
 def test_fewer_images_than_a_batch(make, monkeypatch):
     with pytest.raises(InputError, match="3 training images, fewer than one batch of 4: set --per_device_train_batch_size"):
         make(train_dataset=images(3)).train()
-    with pytest.raises(InputError, match="stream has fewer training images than one batch of 4"):
+    with pytest.raises(InputError, match="stream has fewer training images than the 4 of a step"):
         make(train_dataset=images(3).to_iterable_dataset()).train()
     trainer = make(train_dataset=images(3), per_device_train_batch_size=1)
     monkeypatch.setattr(AnomalyTrainingArguments, "world_size", 4)
@@ -619,11 +619,18 @@ def test_fewer_images_than_a_batch(make, monkeypatch):
         trainer.train()
 
 
-@pytest.mark.parametrize(("drop_last", "expected"), [(True, [4, 4, 4, 4]), (False, [4, 4, 2, 4])])
-def test_the_last_batch_of_a_stream(make, monkeypatch, drop_last, expected):
+@pytest.mark.parametrize(
+    ("count", "settings", "expected"),
+    [
+        (10, {}, [4, 4, 4, 4]),
+        (10, {"dataloader_drop_last": False}, [4, 4, 2, 4]),
+        (12, {"gradient_accumulation_steps": 2, "max_steps": 2}, [4, 4, 4, 4]),  # the third batch of a pass makes no step
+    ],
+)
+def test_the_last_batch_of_a_stream(make, monkeypatch, count, settings, expected):
     sizes, train = [], CSIModel.compute_losses
     monkeypatch.setattr(CSIModel, "compute_losses", lambda self, x, **inputs: sizes.append(len(x)) or train(self, x, **inputs))
-    make(train_dataset=images(10).to_iterable_dataset(), max_steps=4, dataloader_drop_last=drop_last).train()
+    make(train_dataset=images(count).to_iterable_dataset(), **{"max_steps": 4} | settings).train()
     assert sizes == expected
 
 

@@ -185,17 +185,23 @@ class ReproducibleTrainer(Trainer):
         if self.state.global_step >= self.state.max_steps:  # resumed when all was done: Trainer would take one more step
             self.control.should_training_stop = True
             return
+        at_first = self.state.global_step == 0 and not hasattr(self.train_dataset, "__len__")
         try:
             super()._run_epoch(*args, **kwargs)
         except (TypeError, ValueError) as error:  # accelerate's, in several processes and in one
-            is_empty = str(error).startswith(("Unsupported types (<class 'NoneType'>)", "Batch does not contain any data"))
-            if hasattr(self.train_dataset, "__len__") or self.state.global_step > 0 or not is_empty:
+            if not (at_first and str(error).startswith(("Unsupported types (<class 'NoneType'>)", "Batch does not contain any data"))):
                 raise
-            batch = self.args.train_batch_size * self.args.world_size
+        if at_first and self.state.global_step == 0:  # Trainer would end without a word, or go on for ever
             raise InputError(
-                f"the stream has fewer training images than one batch of {batch}, or each worker that reads it has: set "
-                "--per_device_train_batch_size or --dataloader_num_workers lower"
-            ) from error
+                f"the stream has fewer training images than the {self.args.images_per_step} of a step, or each worker that reads it has: take "
+                "smaller batches, or lower --gradient_accumulation_steps or --dataloader_num_workers"
+            )
+
+    def get_batch_samples(self, epoch_iterator, num_batches, device):
+        samples, count = super().get_batch_samples(epoch_iterator, num_batches, device)
+        if len(samples) < num_batches and not hasattr(self.train_dataset, "__len__"):
+            samples = []  # Trainer would add their gradients, too large ones, to those of the next pass's first step
+        return samples, count
 
     def _init_training_state(self, max_steps, num_update_steps_per_epoch, num_train_epochs, resume_from_checkpoint, trial):
         passes, batches = super()._init_training_state(
