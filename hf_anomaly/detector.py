@@ -30,7 +30,9 @@ from .errors import HubError, InputError, NotFittedError, one_line
 from .files import staged
 from .hub import CommitInfo, find_file, hub_errors, push_folder
 from .ops.maps import map_levels
+from .ops.pieces import pieces
 from .ops.sampling import Sample
+from .ops.tiles import cut_tiles, join_tiles
 from .saving import Home, auto_map, bring_companions, outdated_files, warn_of_lost_companions, write_remote_code
 from .untrusted import check_attention, check_backbone_config, check_memory, check_shard_names
 from .version import __version__
@@ -55,6 +57,8 @@ _INHERITED_KEYWORDS = {
 _LARGEST_IMAGE = 2**14  # px
 _LARGEST_PIXEL = 10  # beyond it are levels of 0 to 255 that were never rescaled
 _MOST_CALIBRATION_SCORES = 10**9
+_MOST_TILES = 64  # along a side
+_MAX_CUT_PIXELS = 2**20  # of the images whose tiles are scored at once: 16 of 256 px
 
 
 @strict
@@ -72,6 +76,8 @@ class AnomalyDetectorConfig(PreTrainedConfig):
     Args:
         image_size: height and width of `pixel_values`, in pixels.
         num_channels: 1 (gray) or 3 (RGB).
+        tiles: images are cut into tiles × tiles squares of `tile_size` pixels, for anomalies that are small in them. That is what the networks see: in
+            training one of them at random, in scoring all, of which the most anomalous gives the image's score.
         normal_label: the class that the training data called normal, for the record and for evaluation.
         false_positive_rate: the rate at which `calibrate` set the threshold; None before.
         num_calibration_scores: how many held-out normal images calibrated the detector; 0 before.
@@ -87,7 +93,7 @@ class AnomalyDetectorConfig(PreTrainedConfig):
         huggingface_hub.errors.StrictDataclassError: a value of another type than its field's, or none of its choices.
     """
 
-    score_fields = ("image_size",)
+    score_fields = ("image_size", "tiles")
     reference_fields = ()
     recorded_fields = (
         "hf_anomaly_version",
@@ -103,6 +109,7 @@ class AnomalyDetectorConfig(PreTrainedConfig):
 
     image_size: int = 32
     num_channels: int = 1
+    tiles: int = 1
     normal_label: str | None = None
     false_positive_rate: float | None = None
     num_calibration_scores: int = 0
@@ -135,6 +142,17 @@ class AnomalyDetectorConfig(PreTrainedConfig):
         self.num_calibration_scores = 0
         self.false_positive_rate = self.anomaly_map_range = self.calibrated_for = None
 
+    @property
+    def tile_size(self) -> int:
+        """Height and width, in pixels, of what the networks see: a tile, or the image itself if it is not cut."""
+        return self.image_size // max(1, self.tiles)  # `check` refuses others later
+
+    @property
+    def images_in_words(self) -> str:
+        """What images it takes: size, tiles and colour."""
+        tiles = f" in {self.tiles}×{self.tiles} tiles" if self.tiles > 1 else ""
+        return f"{self.image_size}×{self.image_size} px{tiles}, {'gray' if self.num_channels == 1 else 'RGB'}"
+
     def values_of(self, fields: Iterable[str]) -> dict:
         """The fields' values for the record; of a nested configuration one by one, as `backbone_config.norm`."""
         values = {}
@@ -163,6 +181,8 @@ class AnomalyDetectorConfig(PreTrainedConfig):
         """Refuses values out of range. Called at the end of the constructor; subclasses extend it."""
         if not 1 <= self.image_size <= _LARGEST_IMAGE:
             raise InputError(f"image_size must be 1 to {_LARGEST_IMAGE} pixels, got {self.image_size}")
+        if not 1 <= self.tiles <= _MOST_TILES or self.image_size % self.tiles:
+            raise InputError(f"tiles must be 1 to {_MOST_TILES}, and image_size a multiple of it, got {self.tiles} and {self.image_size}")
         if self.num_channels not in (1, 3):
             raise InputError(f"num_channels must be 1 (gray) or 3 (RGB), got {self.num_channels}")
         if not 0 <= self.num_calibration_scores <= _MOST_CALIBRATION_SCORES:
@@ -277,7 +297,7 @@ class AnomalyDetector(PreTrainedModel):
     # What a method implements -------------------------------------------------------------------------------------------------
 
     def compute_losses(self, pixel_values: torch.Tensor, *, epoch: float | None, **inputs) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-        """The training loss () and its named parts (keys end in `_loss`)."""
+        """The training loss () and its named parts (keys end in `_loss`), of whole images: `draw_tiles(config.tiles, pixel_values)` takes a tile of each."""
         raise NotImplementedError
 
     @property
@@ -290,12 +310,12 @@ class AnomalyDetector(PreTrainedModel):
         return {}
 
     def reference_features(self, pixel_values: torch.Tensor) -> dict[str, torch.Tensor]:
-        """What `fit_reference` collects from a batch of normal images: named tensors with first dimension B, independent of the companions."""
+        """What `fit_reference` collects from a batch of normal images or tiles: named tensors with first dimension B, independent of the companions."""
         raise NotImplementedError
 
     @property
     def max_reference_images(self) -> int | None:
-        """How many images' features `fit_reference` keeps, so that memory stays bounded: of more images it takes a random choice. None: all."""
+        """How many images' (or tiles') features `fit_reference` keeps, so that memory stays bounded: of more it takes a random choice. None: all."""
         return None
 
     def set_reference(self, features: dict[str, torch.Tensor]) -> None:
@@ -312,7 +332,7 @@ class AnomalyDetector(PreTrainedModel):
         raise NotImplementedError
 
     def compute_scores(self, pixel_values: torch.Tensor, *, output_anomaly_maps: bool, output_embeddings: bool) -> AnomalyDetectorOutput:
-        """Scores (B,) and, on request, maps (B, 1, H, W) and embeddings (B, d) of a fitted detector."""
+        """Scores (B,) and, on request, maps (B, 1, H, W) and embeddings (B, d) of a fitted detector, for images or tiles (B, C, tile_size, tile_size)."""
         raise NotImplementedError
 
     # The contract -------------------------------------------------------------------------------------------------------------
@@ -335,7 +355,7 @@ class AnomalyDetector(PreTrainedModel):
             labels: (B,), ignored: training takes normal images only. Accepted so that a labelled batch passes through unchanged.
             epoch: the training epoch, for losses with a schedule.
             output_anomaly_maps: also return `anomaly_maps` (B, 1, H, W).
-            output_embeddings: also return `embeddings` (B, d).
+            output_embeddings: also return `embeddings` (B, d); of an image in tiles their mean.
 
         Raises:
             InputError: no tensor, wrong shape or channels, integers, pixels that are NaN, infinite or far from [−1, 1], maps asked of a method that has none,
@@ -354,7 +374,7 @@ class AnomalyDetector(PreTrainedModel):
         if output_anomaly_maps and not self.supports_anomaly_maps:
             raise InputError(f"output_anomaly_maps=True: {self.unsupported_maps_reason}")
         with self._own_precision():
-            output = self.compute_scores(pixel_values, output_anomaly_maps=output_anomaly_maps, output_embeddings=output_embeddings)
+            output = self._score_images(pixel_values, output_anomaly_maps, output_embeddings)
         finite = torch.isfinite(output.scores)  # NaN lies above no threshold: it would pass for normal
         if torch.compiler.is_compiling():  # a graph can raise nothing
             output.scores = torch.where(finite, output.scores, torch.inf)
@@ -364,6 +384,32 @@ class AnomalyDetector(PreTrainedModel):
                 f"the scores of these images of the batch are not finite: {rows}; in half precision take float32, else train again"
             )
         return output
+
+    def _cut(self, pixel_values: torch.Tensor) -> list[torch.Tensor]:
+        """What the networks see of images (B, C, H, W): their tiles, those of a few images at a time, or the images as they are."""
+        if self.config.tiles == 1:
+            return [pixel_values]
+        chunks = pieces(pixel_values.shape[0], _MAX_CUT_PIXELS, pixel_values.shape[-2:].numel())
+        return [cut_tiles(pixel_values[chunk], self.config.tiles) for chunk in chunks]
+
+    def _score_images(self, pixel_values: torch.Tensor, output_anomaly_maps: bool, output_embeddings: bool) -> AnomalyDetectorOutput:
+        """`compute_scores` of images. If these are cut, the highest score of its tiles is an image's, and its map is put together of theirs, or shows their
+        scores where the method gives no maps."""
+        asked = {"output_anomaly_maps": output_anomaly_maps, "output_embeddings": output_embeddings}
+        outputs = [self.compute_scores(tiles, **asked) for tiles in self._cut(pixel_values)]
+        tiles = self.config.tiles
+        if tiles == 1:
+            return outputs[0]
+        scores = torch.cat([output.scores for output in outputs])
+        maps = embeddings = None
+        if output_anomaly_maps:
+            parts = [output.anomaly_maps for output in outputs]
+            size = self.config.tile_size
+            of_tiles = scores[:, None, None, None].expand(-1, 1, size, size) if parts[0] is None else torch.cat(parts)
+            maps = join_tiles(of_tiles, tiles)
+        if output_embeddings:
+            embeddings = torch.cat([output.embeddings for output in outputs]).unflatten(0, (-1, tiles**2)).mean(1)
+        return AnomalyDetectorOutput(scores=scores.unflatten(0, (-1, tiles**2)).amax(1), anomaly_maps=maps, embeddings=embeddings)
 
     def check_pixel_values(self, pixel_values: torch.Tensor) -> None:
         """Refuses what the processor does not give, see `forward`."""
@@ -419,8 +465,10 @@ class AnomalyDetector(PreTrainedModel):
             refuse_anomalies(labels, "fit_reference")
             self.check_pixel_values(pixel_values)
             with self._own_precision():
-                features = self.reference_features(pixel_values.to(self.dtype))
-            sample.add({name: value.cpu() for name, value in (gather(features) if gather else features).items()})
+                parts = [self.reference_features(tiles) for tiles in self._cut(pixel_values.to(self.dtype))]
+            # (B, tiles², …), as `gather` counts images.
+            features = {name: torch.cat([part[name] for part in parts]).unflatten(0, (-1, self.config.tiles**2)) for name in parts[0]}
+            sample.add({name: value.cpu().flatten(0, 1) for name, value in (gather(features) if gather else features).items()})
         if not (features := sample.rows()):
             raise InputError("fit_reference got no images: it needs the normal training images")
         with self._own_precision():
@@ -784,7 +832,7 @@ class SelfContainedDetector(AnomalyDetector):
     def set_reference(self, features):
         scores = features["scores"]
         refuse_not_finite(scores, "score")
-        self.config.num_reference_images = len(scores)
+        self.config.num_reference_images = len(scores) // self.config.tiles**2
 
     def clear_reference(self):
         self.config.num_reference_images = 0

@@ -25,7 +25,9 @@ from hf_anomaly import (
     SmallResNetConfig,
     image_metrics,
 )
+from hf_anomaly import detector as detector_module
 from hf_anomaly.calibration import Float32State
+from hf_anomaly.ops.tiles import cut_tiles, draw_tiles
 from hf_anomaly.training import AnomalyTrainer, AnomalyTrainingArguments
 
 
@@ -45,6 +47,9 @@ PRINTED_SCORE = {"score_features": "projection", "score_whitening": False, "scor
 DETECTORS = {
     "addp": lambda **shape: ADDPModel(ADDPConfig(hidden_sizes=[8, 16, 16], latent_size=2, **shape)),
     "csi": lambda **shape: CSIModel(CSIConfig(backbone_config=small_resnet(**shape), projection_size=16, **PRINTED_SCORE, **shape)),
+    "csi_tiles": lambda image_size, **shape: CSIModel(
+        CSIConfig(image_size=image_size, tiles=2 - image_size % 2, backbone_config=small_resnet(**shape), projection_size=16, **shape)
+    ),
     "dia": lambda **shape: with_attributes(
         DIAModel(DIAConfig(num_encoders=2, backbone_config=small_resnet(**shape), projection_size=16, **shape)),
         dissolver=GaussianDissolver(3),
@@ -367,6 +372,31 @@ def test_maps_or_a_reason(model, refused):
     else:
         with refused("output_anomaly_maps", model.unsupported_maps_reason):
             model(images(3), output_anomaly_maps=True)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("at_once", [1, 2**20])
+def test_an_image_is_as_anomalous_as_its_tiles(build, at_once, monkeypatch):
+    """Against a detector of images as small as the tiles are."""
+    monkeypatch.setattr(detector_module, "_MAX_CUT_PIXELS", at_once)
+    if build is DETECTORS["csi_tiles"]:
+        build = DETECTORS["csi"]
+    train, x = images(6, 32), anomalies(3, 32)
+    whole, small = build(image_size=32, num_channels=1, tiles=2), build(image_size=16, num_channels=1)
+    small.load_state_dict(whole.state_dict())
+    whole.eval().fit_reference([train[:4], train[4:]], progress=False)
+    small.eval().fit_reference([cut_tiles(train, 2)], progress=False)
+    asked = {"output_anomaly_maps": small.supports_anomaly_maps, "output_embeddings": True}
+    found, tiles = whole(x, output_anomaly_maps=True, output_embeddings=True), small(cut_tiles(x, 2), **asked)
+    torch.testing.assert_close(found.scores, tiles.scores.view(3, 4).amax(1), rtol=1e-5, atol=0)
+    torch.testing.assert_close(found.embeddings, tiles.embeddings.view(3, 4, -1).mean(1), rtol=1e-5, atol=1e-6)
+    maps = tiles.scores[:, None, None, None].expand(12, 1, 16, 16) if tiles.anomaly_maps is None else tiles.anomaly_maps
+    torch.testing.assert_close(cut_tiles(found.anomaly_maps, 2), maps, rtol=1e-5, atol=1e-6)
+    losses = []
+    for model, batch in ((whole, lambda: x), (small, lambda: draw_tiles(2, x)[0])):
+        torch.manual_seed(0)
+        losses.append(model.train()(batch(), epoch=0.0).loss)
+    assert losses[0] == pytest.approx(losses[1].item(), rel=1e-5)
 
 
 @pytest.mark.parametrize("training", [True, False])

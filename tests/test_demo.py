@@ -192,7 +192,7 @@ def test_names_and_labels_are_only_text():
     for markup in ("<img", "${", "{{", "onerror='"):
         assert markup not in text
     assert text.count("&lt;img") == 2
-    assert "SharedAEModel, 16×16 pixels, gray · normal: " in text
+    assert "SharedAEModel, 16×16 px, gray · normal: " in text
     assert "calibrated with 39 normal images" in text
     assert "not calibrated" in heading_html(shared_ae(num_calibration=0), "page")
     assert WARNING in text

@@ -62,10 +62,15 @@ def test_averaged_weights(runs, kind):
 
 @pytest.mark.parametrize("kind", DETECTORS)
 def test_the_bank_is_in_dataset_order_each_image_once(runs, kind):
-    assert runs[1][f"{kind}/bank"].shape == (4, script.TRAIN, 40)  # shifts, images, the head's features, the encoder's and their deviation
+    count = script.TRAIN * script.TILES[kind] ** 2
+    assert runs[1][f"{kind}/bank"].shape == (
+        4,
+        count,
+        40,
+    )  # shifts, images or tiles, the head's features, the encoder's and their deviation
     close(runs, f"{kind}/bank", rtol=1e-3, atol=1e-3)
     bank = runs[0][f"{kind}/bank"]
-    distance = (bank[0, :, None] - bank[0, None]).norm(dim=-1) + torch.eye(script.TRAIN)
+    distance = (bank[0, :, None] - bank[0, None]).norm(dim=-1) + torch.eye(count)
     assert distance.min() > 5e-3  # so that another order would not pass for the same
 
 

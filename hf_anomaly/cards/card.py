@@ -145,6 +145,7 @@ def write_card(
         dataset=plain(Path(results["dataset"]).name) if known else "",
         normal_label=plain(results.get("normal_label", "")),
         image_size=config.image_size,
+        tiles=config.tiles,
         channels="gray" if config.num_channels == 1 else "RGB",
         known=known,
         protocol=_protocol(results.get("division") or {}),

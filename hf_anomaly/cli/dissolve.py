@@ -38,7 +38,7 @@ def run(args: Namespace) -> None:
 
     dissolver = Dissolver.from_pretrained(args.dissolver)
     timesteps = _timesteps(dissolver, args.timesteps)
-    processor = _processor(args.dissolver)
+    processor, tiles = _detector(args.dissolver)
     window = parse_window(args.window) or getattr(processor, "window", None)
     torch.manual_seed(args.seed)
     rows = []
@@ -48,7 +48,7 @@ def run(args: Namespace) -> None:
         repeated = pixel_values.expand(len(timesteps), -1, -1, -1)
         times = None if dissolver.is_deterministic else torch.tensor(timesteps)
         try:
-            rows.append([*pixel_values, *dissolver(repeated, times)])
+            rows.append([*pixel_values, *dissolver(repeated, times, tiles)])
         except InputError as error:
             if args.timesteps is None:
                 raise InputError(f"{file}: {error}") from error
@@ -68,12 +68,15 @@ def _timesteps(dissolver, asked: list[int] | None) -> list[int | None]:
     return asked or dissolver.spread_timesteps()
 
 
-def _processor(name: str):
-    """The processor of the detector that the dissolver belongs to; None if there is no detector beside it."""
+def _detector(name: str) -> tuple:
+    """The processor of the detector that the dissolver belongs to, and its number of tiles; None and 1 if there is no detector beside it."""
     from ..hub import find_file
     from ..loading import load_detector
 
-    return None if find_file(name, "preprocessor_config.json") is None else load_detector(name)[1]
+    if find_file(name, "preprocessor_config.json") is None:
+        return None, 1
+    model, processor = load_detector(name)
+    return processor, model.config.tiles
 
 
 def _own_size(image, dissolver):

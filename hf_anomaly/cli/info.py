@@ -34,11 +34,10 @@ def describe(model, results: dict) -> dict[str, str]:
     from ..cards.card import evaluated_on
 
     config, calibration = model.config, model.calibration
-    size = f"{config.image_size}×{config.image_size} px, {'gray' if config.num_channels == 1 else 'RGB'}"
     parameters = sum(parameter.numel() for parameter in model.parameters())
     facts = {
         "method": f"{type(model).__name__} ({config.model_type})",
-        "images": f"{size}; others are converted",
+        "images": f"{config.images_in_words}; others are converted",
         "parameters": f"{parameters:,}, in {str(model.dtype).removeprefix('torch.')}",
         "anomaly maps": "yes" if model.supports_anomaly_maps else f"no: {model.unsupported_maps_reason}",
         "normal": config.normal_label or "unknown",

@@ -79,7 +79,7 @@ def analyse(
         p_value=model.p_values(outputs.scores).item() if model.calibration.is_calibrated else None,
         overlay=None if reason else overlay_anomaly_map(shown, result["anomaly_map"], value_range=model.config.anomaly_map_range),
         reason=reason,
-        dissolved=[] if dissolver is None else dissolved_versions(dissolver, pixel_values),
+        dissolved=[] if dissolver is None else dissolved_versions(dissolver, pixel_values, model.config.tiles),
     )
 
 
@@ -103,7 +103,7 @@ def rate_range(model: AnomalyDetector) -> tuple[float, float, float]:
 
 
 @torch.no_grad()
-def dissolved_versions(dissolver: Dissolver, pixel_values: torch.Tensor) -> list[tuple[PIL.Image.Image, str]]:
+def dissolved_versions(dissolver: Dissolver, pixel_values: torch.Tensor, tiles: int = 1) -> list[tuple[PIL.Image.Image, str]]:
     """An image and its dissolved versions, to be looked at: at a few t, or the one of a deterministic dissolver.
 
     Args:
@@ -118,7 +118,7 @@ def dissolved_versions(dissolver: Dissolver, pixel_values: torch.Tensor) -> list
         timesteps = dissolver.spread_timesteps()
         captions, drawn = [f"{dissolver.symbol} = {t}" for t in timesteps], torch.tensor(timesteps)
     dissolver.to(pixel_values.device)
-    versions = dissolver(pixel_values.expand(len(captions), -1, -1, -1), drawn)
+    versions = dissolver(pixel_values.expand(len(captions), -1, -1, -1), drawn, tiles)
     return [(_displayed(to_picture(one)), caption) for one, caption in zip([*pixel_values, *versions], ["input", *captions], strict=True)]
 
 

@@ -151,7 +151,7 @@ def build_demo(
 def heading_html(model: AnomalyDetector, name: str) -> str:
     """Which detector it is, and what for it is normal."""
     config = model.config
-    facts = [f"{type(model).__name__}, {config.image_size}×{config.image_size} pixels, {'RGB' if config.num_channels == 3 else 'gray'}"]
+    facts = [f"{type(model).__name__}, {config.images_in_words}"]
     if config.normal_label is not None:
         facts.append(f"normal: “{config.normal_label}”")
     n = config.num_calibration_scores

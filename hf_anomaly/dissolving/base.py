@@ -18,6 +18,7 @@ from ..errors import HubError, InputError, one_line
 from ..files import canonical_json, read_json, staged
 from ..hub import CommitInfo, hub_errors, push_folder
 from ..ops.resizing import resize
+from ..ops.tiles import cut_tiles, join_tiles
 from ..saving import DISSOLVER_FILES
 
 CONFIG_NAME = "dissolver_config.json"
@@ -71,13 +72,14 @@ class Dissolver(ABC):
         cls._own_code = "\n".join(map(_source, own)).encode()
 
     @torch.no_grad()
-    def __call__(self, pixel_values: Tensor, timesteps: Tensor | None = None) -> Tensor:
+    def __call__(self, pixel_values: Tensor, timesteps: Tensor | None = None, tiles: int = 1) -> Tensor:
         """Dissolves a batch of images, each independently of the others.
 
         Args:
             pixel_values: (B, C, H, W), floating point, in [−1, 1].
             timesteps: (B,) long, one t an image, or one kernel size for a blur of several; None draws them with `sample_timesteps`. Deterministic dissolvers
                 do not look at them.
+            tiles: dissolve tiles × tiles parts of an image, each by itself, as a detector sees them that cuts its images.
 
         Returns:
             (B, C, H, W) in [−1, 1], of the same dtype.
@@ -88,6 +90,9 @@ class Dissolver(ABC):
         check_pixel_values(pixel_values)
         if not self.is_deterministic:
             timesteps = self._checked_timesteps(timesteps, len(pixel_values), pixel_values.device)
+        if tiles > 1:
+            of_tiles = None if timesteps is None else timesteps.repeat_interleave(tiles**2)
+            return join_tiles(self(cut_tiles(pixel_values, tiles), of_tiles), tiles)
         size = tuple(pixel_values.shape[-2:])
         small = resize(pixel_values, self._working_size(*size))
         dissolved = self._dissolve(small, timesteps).clamp(-1, 1).to(pixel_values.dtype)

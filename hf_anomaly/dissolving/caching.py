@@ -18,6 +18,7 @@ def dissolve_dataset(
     batch_size: int = 64,
     seed: int = 0,
     cache_dir: str | os.PathLike | None = None,
+    tiles: int = 1,
 ):
     """Adds to every image V dissolved variants of itself, computed once and cached.
 
@@ -30,6 +31,7 @@ def dissolve_dataset(
         seed: seed of the timesteps, which depend on it, V, the row and the variant alone.
         cache_dir: folder of the cache files, which are found again by a fingerprint of dataset, image files, dissolver, processor, V and
             seed; None is `hf_anomaly` under the cache of datasets.
+        tiles: of the configuration of a detector that cuts its images: their parts are dissolved one by one.
 
     Returns:
         The dataset with a column `dissolved_images`, a list of V 8-bit images (gray or RGB, `Image(decode=False)`) of the processor's output size:
@@ -66,7 +68,7 @@ def dissolve_dataset(
             raise InputError(f"the processor gives {pixel_values.shape[1]} channels: dissolved images are stored with 1 (gray) or 3 (RGB)")
         levels = torch.empty(len(indices), num_variants, *pixel_values.shape[1:], dtype=torch.uint8)
         for variant in range(num_variants):
-            dissolved = dissolver(pixel_values, None if timesteps is None else timesteps[indices, variant].to(dissolver.device))
+            dissolved = dissolver(pixel_values, None if timesteps is None else timesteps[indices, variant].to(dissolver.device), tiles)
             if not dissolved.isfinite().all():
                 raise InputError(f"the {dissolver.kind} dissolver gives values that are not finite: its weights are damaged, make it anew")
             levels[:, variant] = dissolved.float().add(1).mul(127.5).round()
@@ -77,6 +79,7 @@ def dissolve_dataset(
         "processor": processor.to_dict(),
         "num_variants": num_variants,
         "seed": seed,
+        **({} if tiles == 1 else {"tiles": tiles}),
     }
     return map_cached(
         dataset,

@@ -16,6 +16,7 @@ from ..errors import InputError, one_line
 from ..files import canonical_json, read_json
 from ..ops.distributed import draw_rows
 from ..ops.resizing import resize
+from ..ops.tiles import draw_tiles
 from ..untrusted import check_plausible, check_shard_names
 from .base import (
     Dissolver,
@@ -266,13 +267,15 @@ class DenoisingModel(torch.nn.Module):
         unet: `diffusers.UNet2DModel`, trained in place.
         scheduler: `diffusers.DDPMScheduler`; its prediction type sets the target (ε, v or x).
         max_timestep: t ~ U{0 … max_timestep − 1}; None takes the whole schedule. Dissolving looks at small t only.
+        tiles: it learns tiles × tiles parts of the images, one of each at random in a step.
 
     Raises:
         InputError: an argument out of range.
     """
 
-    def __init__(self, unet, scheduler, max_timestep: int | None = None):
+    def __init__(self, unet, scheduler, max_timestep: int | None = None, tiles: int = 1):
         super().__init__()
+        self.tiles = tiles
         self.resolution = _sample_size(unet)
         self.prediction_type = _prediction_type(scheduler)
         num_timesteps = len(scheduler.alphas_cumprod)
@@ -301,6 +304,7 @@ class DenoisingModel(torch.nn.Module):
         check_pixel_values(pixel_values)
         batch_size, channels = pixel_values.shape[:2]
         _check_channels(channels, self.unet)
+        (pixel_values,) = draw_tiles(self.tiles, pixel_values)
         device, r = pixel_values.device, self.resolution
         x, *_ = _pad(resize(pixel_values, working_size(*pixel_values.shape[-2:], r)), r)
         if self.training:

@@ -124,9 +124,8 @@ def _number(value: float | None, digits: int = 3) -> str:
 
 def _facts(model, dataset, labels, data_name: str, split_hash: str | None) -> dict[str, str]:
     config = model.config
-    kind = "gray" if config.num_channels == 1 else "RGB"
     facts = {
-        "Method": f"{type(model).__name__}, {config.image_size}×{config.image_size} px, {kind}",
+        "Method": f"{type(model).__name__}, {config.images_in_words}",
         "Trained on": f"normal: {config.normal_label}" if config.normal_label else "unknown",
         "Calibrated on": f"{config.num_calibration_scores} held-out normal images, for a false-positive rate of {config.false_positive_rate:g}"
         if model.calibration.is_calibrated

@@ -259,7 +259,14 @@ class DataArguments:
         },
     )
     image_size: int | None = field(
-        default=None, metadata={"help": "Images are resized to this. Default: their own size up to 64, else 64."}
+        default=None, metadata={"help": "Images are resized to this. Default: their own size up to 64, or up to 64 a tile."}
+    )
+    tiles: int = field(
+        default=1,
+        metadata={
+            "help": "Cut images into so many squares along each side, such as 4 for 16 of 64 pixels: for small anomalies in large images. The most anomalous "
+            "square gives the score, and it takes so many squares' time."
+        },
     )
     num_channels: int | None = field(
         default=None, metadata={"help": "1: gray, 3: RGB; images are converted. Default: gray if all training images are gray."}
@@ -371,7 +378,7 @@ class EvaluationDataArguments(DataArguments):
         if self.dataset_name is None and self.dataset is None:
             raise InputError("--dataset_name is missing: name the images that the detector is to judge")
         super().__post_init__()
-        self.refuse_given(("image_size", "num_channels"), "is the detector's own")
+        self.refuse_given(("image_size", "num_channels", "tiles"), "is the detector's own")
 
     def refuse_training_flags(self, why: str) -> None:
         """Refuses flags that choose training images, where none are read."""

@@ -58,6 +58,7 @@ def train_dissolver(
     block_out_channels: tuple[int, ...] = (32, 64, 64),
     layers_per_block: int = 1,
     max_timestep: int | None = None,
+    tiles: int = 1,
     t_min: int = T_MIN,
     t_max: int = T_MAX,
     resume_from_checkpoint: str | bool | None = None,
@@ -72,11 +73,12 @@ def train_dissolver(
         resolution: the dissolving resolution in pixels; smaller images are padded to the next power of two. Default: `default_resolution`.
         block_out_channels, layers_per_block: as in `build_unet`.
         max_timestep: noise levels t < max_timestep are trained; None: up to twice `t_max`, since dissolving uses no others. The paper takes all 1000.
+        tiles: of the detector that it is for, which cuts its images: the network learns their parts.
         t_min, t_max: the range that the dissolver will draw from by default.
         target: where it is saved; default `args.output_dir`.
         run: what describes the run, see `describe_run`.
     """
-    image_size = processor.size["height"]
+    image_size = processor.size["height"] // tiles
     resolution = network_resolution(image_size, default_resolution(image_size) if resolution is None else resolution)
     if args.per_device_train_batch_size is None:
         args.per_device_train_batch_size = default_batch_size(resolution)
@@ -86,7 +88,7 @@ def train_dissolver(
     max_timestep = min(2 * t_max, scheduler.config.num_train_timesteps) if max_timestep is None else max_timestep
     if t_max >= max_timestep:
         raise InputError(f"t_max {t_max} is beyond the noise levels that would be trained: max_timestep must be larger, got {max_timestep}")
-    model = DenoisingModel(unet, scheduler, max_timestep=max_timestep)
+    model = DenoisingModel(unet, scheduler, max_timestep=max_timestep, tiles=tiles)
     logger.info("Training the dissolver at %d px", resolution)
     trainer, notes = _train_denoiser(
         model, train_dataset, processor=processor, args=args, resume_from_checkpoint=resume_from_checkpoint, run=run

@@ -79,12 +79,19 @@ def load_splits(data: DataArguments, seed: int = 0, *, normal_label: str | None 
 
 
 def processor_for(splits: OneClassSplits, data: DataArguments) -> AnomalyImageProcessor:
-    """A processor for the size and channels that the data arguments give; by default the images' own, of at most 64 pixels."""
+    """A processor for the size and channels that the data arguments give; by default the images' own, of at most 64 pixels, or so many a tile."""
     if data.image_size is not None and data.image_size < 4:
         raise InputError(f"--image_size must be at least 4 pixels, got {data.image_size}")
+    if data.tiles < 1:
+        raise InputError(f"--tiles must be at least 1, got {data.tiles}")
     if data.num_channels not in (None, 1, 3):
         raise InputError(f"--num_channels must be 1 (gray) or 3 (RGB), got {data.num_channels}")
-    image_size = min(splits.native_size, LARGEST_DEFAULT_SIZE) if data.image_size is None else data.image_size
+    image_size = data.image_size or min(splits.native_size // data.tiles, LARGEST_DEFAULT_SIZE) * data.tiles
+    if data.tiles > 1 and (image_size % data.tiles or image_size < 4 * data.tiles):
+        raise InputError(
+            f"--tiles {data.tiles}: images of {data.image_size or splits.native_size} pixels cannot be cut into so many whole squares of at least 4 pixels "
+            "along a side: take fewer, or an --image_size that is a multiple of them"
+        )
     slicing = {"slice_axis": data.slice_axis, "central_slices": data.central_slices}
     return AnomalyImageProcessor.for_images(image_size, data.num_channels or splits.num_channels, data.reading.window, **slicing)
 

@@ -5,10 +5,16 @@ import re
 
 import numpy as np
 import PIL.Image
+import pytest
+import torch
 from safetensors.torch import load_file
 from transformers import AutoImageProcessor, AutoModel
 
-from .running import METRICS, class_folders, pixels, resnet, results_of, training_arguments
+from hf_anomaly.cli.info import describe
+from hf_anomaly.data import PixelTransform, decode_image, load_one_class
+from hf_anomaly.dissolving import Dissolver, MedianDissolver, dissolve_dataset
+
+from .running import METRICS, class_folders, pixels, refused, resnet, results_of, save, training_arguments
 
 
 def test_a_flat_folder_without_labels(train, tmp_path):
@@ -85,3 +91,46 @@ def test_gray_images_for_an_rgb_backbone(train, tmp_path):
     folder, _ = train(tmp_path / "run", "--num_channels", 3, "--dissolver", "none", "--backbone", resnet(tmp_path))
     assert AutoModel.from_pretrained(folder).config.num_channels == 3
     assert AutoImageProcessor.from_pretrained(folder).do_convert_rgb
+
+
+@pytest.mark.parametrize("method", ["dia", "shared_ae", "addp"])
+def test_tiles(method, train, tmp_path):
+    images = class_folders(tmp_path / "images", {"train/good": 24, "test/good": 3, "test/hole": 3}, size=25)
+    for i in range(3):
+        mask = np.zeros((25, 25), np.uint8)
+        mask[:9, :9] = 255
+        save(images / "ground_truth" / "hole" / f"{i}_mask.png", mask)
+    tiny = {
+        "dia": ["--num_test_views", 1],
+        "shared_ae": ["--hidden_sizes", 4, 4, 4],
+        "addp": ["--hidden_sizes", 4, 4, "--pretrain_steps", 1],
+    }
+    folder, _ = train(tmp_path / "run", "--dataset_name", images, "--tiles", 2, *tiny[method], script=f"train_{method}.py")
+    model, results = AutoModel.from_pretrained(folder), results_of(folder)
+    assert (model.config.image_size, model.config.tiles, model.config.tile_size) == (24, 2, 12)
+    assert (results["num_train"], results["num_calibration"]) == (19, 5)
+    assert 0 <= results["pixel_auroc"] <= 1
+    assert "24×24 pixels, which it cuts into 2×2 squares" in (folder / "README.md").read_text()
+    assert describe(model, results)["images"].startswith("24×24 px in 2×2 tiles, gray")
+    if method == "dia":
+        assert Dissolver.from_pretrained(folder).resolution == 8  # of a tile of 12 px
+        processor = AutoImageProcessor.from_pretrained(folder)
+        pixel_values = processor(images=PIL.Image.open(images / "test" / "hole" / "0.png"), return_tensors="pt")["pixel_values"]
+        dissolver = MedianDissolver(3, resolution=12)
+        whole, corner = dissolver(pixel_values, tiles=2), dissolver(pixel_values[..., 12:, :12])
+        assert torch.equal(whole[..., 12:, :12], corner)
+        cached = dissolve_dataset(load_one_class(images).train, dissolver, processor, tiles=2, cache_dir=tmp_path)[0]
+        levels = PixelTransform._dissolved(cached["dissolved_images"], "")
+        row = processor(images=decode_image(cached["image"], ""), return_tensors="pt")["pixel_values"]
+        assert torch.equal(levels, ((dissolver(row, tiles=2) + 1) * 127.5).round().to(torch.uint8))
+
+
+def test_tiles_that_do_not_fit(tmp_path):
+    images = class_folders(tmp_path / "images", {"train/good": 12}, size=9)
+    for argv, culprit in {
+        ("--tiles", 0): "--tiles",
+        ("--tiles", 2, "--image_size", 9): "of 9 pixels",
+        ("--tiles", 3): "of 9 pixels",
+    }.items():
+        argv = ["--dataset_name", images, "--output_dir", tmp_path / "run", *argv]
+        refused("train_shared_ae.py", argv, culprit, tmp_path / "run")

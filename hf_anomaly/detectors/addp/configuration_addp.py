@@ -78,8 +78,9 @@ class ADDPConfig(SelfContainedDetectorConfig):
 
     def check(self):
         super().check()
-        if self.image_size < _MIN_SIZE:
-            raise InputError(f"image_size must be at least {_MIN_SIZE} pixels, got {self.image_size}: --image_size enlarges the images")
+        if self.tile_size < _MIN_SIZE:
+            size = "image_size" if self.tiles == 1 else "image_size / tiles"
+            raise InputError(f"{size} must be at least {_MIN_SIZE} pixels, got {self.tile_size}: --image_size enlarges the images")
         if self.encoder == "backbone":
             check_channels(self.backbone_config, self.num_channels)
         elif self.backbone_config is not None:

@@ -16,6 +16,7 @@ from ...errors import InputError
 from ...ops.distributed import draw_rows
 from ...ops.maps import median_filter
 from ...ops.noise import NOISES
+from ...ops.tiles import draw_tiles
 from .configuration_addp import ADDPConfig
 from .networks import ENCODERS, Decoder
 
@@ -149,6 +150,7 @@ class ADDPForPreTraining(ADDPPreTrainedModel):
         clean = pixel_values.to(self.dtype)
         if not self.training:
             return ADDPForPreTrainingOutput(reconstruction=self.reconstruct(clean)[0])
+        (clean,) = draw_tiles(self.config.tiles, clean)
         reconstruction, _ = self.reconstruct(clean + self.draw_noise(clean))
         return ADDPForPreTrainingOutput(loss=F.mse_loss(reconstruction, clean), reconstruction=reconstruction)
 
@@ -189,6 +191,7 @@ class ADDPModel(ADDPPreTrainedModel, SelfContainedDetector):
         return self.config.freeze_encoder
 
     def compute_losses(self, pixel_values, *, epoch):
+        (pixel_values,) = draw_tiles(self.config.tiles, pixel_values)
         loss = F.mse_loss(self.reconstruct(pixel_values)[0], pixel_values)
         return loss, {"reconstruction_loss": loss}
 

@@ -53,7 +53,7 @@ class BackboneEncoder(nn.Module):
 
     def __init__(self, config: ADDPConfig):
         super().__init__()
-        self.backbone = build_backbone(config.backbone_config, config.image_size, config.num_channels)
+        self.backbone = build_backbone(config.backbone_config, config.tile_size, config.num_channels)
         self.channels = list(self.backbone.channels)
 
     def forward(self, pixel_values: torch.Tensor) -> tuple[list[torch.Tensor], list[torch.Tensor]]:

@@ -23,7 +23,7 @@ class CSIConfig(AnomalyDetectorConfig):
     """Configuration of `CSIModel`, and the base of `DIAConfig`.
 
     Args:
-        backbone_config: any `AutoBackbone` configuration, as an object or a dict with `model_type`; default a `SmallResNetConfig` for `image_size`.
+        backbone_config: any `AutoBackbone` configuration, as an object or a dict with `model_type`; default a `SmallResNetConfig` for `tile_size`.
         num_encoders: encoders with heads of their own, trained side by side on the same views; their scores are averaged. Each costs the time of one.
         projection_size: width of z, the output of the projection head, which the contrastive loss compares.
         score_features: what Eq. 10 compares at test time: `"projection"`, the head's z, as printed; `"penultimate"`, the encoder's features f, its last map's
@@ -51,7 +51,7 @@ class CSIConfig(AnomalyDetectorConfig):
             the middle of the two). The authors take 0.54, the smallest that training sees, so that an enlarged normal image looks like none of its views.
         score_cosine, score_norm, score_shift_logit: the terms of Eq. 10 that enter the score: max cos(z, z_m), λ_sim·‖z‖, λ_cls·W_k·f_k, with z the
             `score_features`. Cosine and norm multiply where both are on; the norm needs unwhitened features of one kind.
-        max_bank_size: at most so many training images are compared with, a fixed random choice among more; whitening and λ are of these, too.
+        max_bank_size: at most so many training images, or tiles, are compared with, a fixed random choice among more; whitening and λ are of these, too.
         bank_size: how many are in it; 0 before `fit_reference`.
         search_chunk_size: elements held at once while the bank is searched, beside the bank itself: bounds the memory of scoring; see `max_cosine`.
 
@@ -62,7 +62,7 @@ class CSIConfig(AnomalyDetectorConfig):
     model_type = "csi_anomaly"
     reference_fields = (
         *(
-            "image_size",
+            *AnomalyDetectorConfig.score_fields,
             "backbone_config",
             "shift",
             "score_features",
@@ -107,7 +107,7 @@ class CSIConfig(AnomalyDetectorConfig):
     def __post_init__(self, **kwargs):
         if self.backbone_config is None:
             # From 28 px on the first stage works at 14 to 21 px whatever the size: at 28 px a quarter of the time of stride 1.
-            stride = max(1, self.image_size // 14)
+            stride = max(1, self.tile_size // 14)
             self.backbone_config = SmallResNetConfig(num_channels=self.num_channels, hidden_sizes=(16, 32, 64, 128), stem_stride=stride)
         if self.num_test_views is None:
             self.num_test_views = NUM_CROPS if self.test_views == "crops" else 10

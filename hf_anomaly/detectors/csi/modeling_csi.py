@@ -17,6 +17,7 @@ from ...ops.knn import max_cosine, min_distance
 from ...ops.pieces import pieces
 from ...ops.resizing import resize
 from ...ops.shifts import SHIFTS
+from ...ops.tiles import draw_tiles
 from ...ops.views import View, apply_shifted_views, apply_views, crops_views, draw_views
 from ...ops.whitening import fit_whitening, leave_out_change
 from .configuration_csi import CSIConfig
@@ -51,7 +52,7 @@ class _Encoder:
     """
 
     def build_networks(self, config: CSIConfig) -> None:
-        self.backbone = build_backbone(config.backbone_config, config.image_size, config.num_channels)
+        self.backbone = build_backbone(config.backbone_config, config.tile_size, config.num_channels)
         width = self.backbone.channels[-1]
         self.projection = nn.Sequential(nn.Linear(width, width), nn.ReLU(), nn.Linear(width, config.projection_size))
         self.shift_classifier = nn.Linear(width, NUM_SHIFTS)
@@ -88,7 +89,7 @@ class CSIModel(_Encoder, AnomalyDetector):
 
     config_class = CSIConfig
     config: CSIConfig
-    unsupported_maps_reason = "the score compares whole views, CSI and DIA give no anomaly maps yet"
+    unsupported_maps_reason = "CSI and DIA, which compare whole views, give no anomaly maps unless they are trained with tiles (--tiles 4)"
     citation = """\
 @inproceedings{tack2020csi,
   title = {{CSI}: Novelty Detection via Contrastive Learning on Distributionally Shifted Instances},
@@ -120,6 +121,11 @@ class CSIModel(_Encoder, AnomalyDetector):
         return [self, *self.further_encoders]
 
     @property
+    def supports_anomaly_maps(self) -> bool:
+        """Whether images are cut: the maps show the scores of the tiles."""
+        return self.config.tiles > 1
+
+    @property
     def score_width(self) -> int:
         """Width of the features that the score compares."""
         width = self.backbone.channels[-1]
@@ -129,7 +135,7 @@ class CSIModel(_Encoder, AnomalyDetector):
     # Training -----------------------------------------------------------------------------------------------------------------
 
     def training_branches(self, pixel_values: torch.Tensor, **inputs) -> list[torch.Tensor]:
-        """The images (B, C, H, W) that each branch shifts and augments: x for A and B."""
+        """The images (B, C, H, W), or tiles, that each branch shifts and augments: x for A and B."""
         return [pixel_values, pixel_values]
 
     def contrastive_loss(self, projections: list[torch.Tensor]) -> torch.Tensor:
@@ -137,7 +143,8 @@ class CSIModel(_Encoder, AnomalyDetector):
         return amplified_nt_xent(*projections, temperature=self.config.temperature, divisor=self.config.loss_divisor)
 
     def compute_losses(self, pixel_values, *, epoch, **inputs):
-        branches = torch.stack(self.training_branches(pixel_values, **inputs))
+        pixel_values, *drawn = draw_tiles(self.config.tiles, pixel_values, *inputs.values())
+        branches = torch.stack(self.training_branches(pixel_values, **dict(zip(inputs, drawn, strict=True))))
         num_branches, batch_size = branches.shape[:2]
         shape = (NUM_SHIFTS, num_branches, batch_size)
         views_per_image, crop_scale = NUM_SHIFTS * num_branches, self.config.crop_scale

@@ -61,6 +61,17 @@ class DIAModel(CSIModel):
         """
         return self._forward(pixel_values, epoch, output_anomaly_maps, output_embeddings, dissolved_pixel_values=dissolved_pixel_values)
 
+    def compute_losses(self, pixel_values, *, epoch, dissolved_pixel_values=None):
+        variants, batch_size = dissolved_pixel_values, len(pixel_values)
+        if variants is not None and (
+            variants.ndim != 5 or len(variants) != batch_size or variants.shape[1] == 0 or variants.shape[2:] != pixel_values.shape[1:]
+        ):
+            raise InputError(
+                f"dissolved_pixel_values must be (batch, variants, channels, height, width) for pixel_values {tuple(pixel_values.shape)}, "
+                f"got {tuple(variants.shape)}"
+            )
+        return super().compute_losses(pixel_values, epoch=epoch, dissolved_pixel_values=variants)
+
     def training_branches(self, pixel_values, *, dissolved_pixel_values=None):
         return [pixel_values, pixel_values, self._dissolve(pixel_values, dissolved_pixel_values)]
 
@@ -73,11 +84,6 @@ class DIAModel(CSIModel):
             timesteps = None if self.dissolver.is_deterministic else draw_rows(self.dissolver.sample_timesteps, batch_size)
             with torch.no_grad():
                 return self.dissolver(pixel_values, timesteps)
-        if variants.ndim != 5 or len(variants) != batch_size or variants.shape[1] == 0 or variants.shape[2:] != pixel_values.shape[1:]:
-            raise InputError(
-                f"dissolved_pixel_values must be (batch, variants, channels, height, width) for pixel_values {tuple(pixel_values.shape)}, "
-                f"got {tuple(variants.shape)}"
-            )
         chosen = draw_rows(lambda rows: torch.randint(variants.shape[1], (rows,)), batch_size)
         picked = variants[torch.arange(batch_size), chosen]
         return (picked / 127.5 - 1 if picked.dtype == torch.uint8 else picked).to(pixel_values)

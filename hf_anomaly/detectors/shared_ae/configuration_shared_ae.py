@@ -17,8 +17,8 @@ class SharedAEConfig(SelfContainedDetectorConfig):
     that image and latent weigh alike at any size.
 
     Args:
-        image_size: 8 to 512 pixels. The first three convolutions halve the maps, as many of them quarter them as bring the last one to 8 pixels or fewer;
-            the fourth takes that one whole.
+        image_size: 8 to 512 pixels, or so many for each of the `tiles`. The first three convolutions halve the maps, as many of them quarter them as bring
+            the last one to 8 pixels or fewer; the fourth takes that one whole.
         hidden_sizes: channels of the first three convolutions; the decoders have them in reverse.
         latent_size: width of z, the output of the fourth: at 28 px, a twelfth of the pixels.
         alpha, beta: α and β of Eq. 1–7, the weights of the image's and the latent's error. A latent error as heavy as the image's is reduced by
@@ -57,8 +57,9 @@ class SharedAEConfig(SelfContainedDetectorConfig):
 
     def check(self):
         super().check()
-        if not _MIN_SIZE <= self.image_size <= _MAX_SIZE:
-            raise InputError(f"image_size must be {_MIN_SIZE} to {_MAX_SIZE} pixels for four convolutions, got {self.image_size}")
+        if not _MIN_SIZE <= self.tile_size <= _MAX_SIZE:
+            size = "image_size" if self.tiles == 1 else "image_size / tiles"
+            raise InputError(f"{size} must be {_MIN_SIZE} to {_MAX_SIZE} pixels for four convolutions, got {self.tile_size}")
         if len(self.hidden_sizes) != 3 or not all(isinstance(width, int) and width > 0 for width in self.hidden_sizes):
             raise InputError(f"hidden_sizes must be three positive integers, got {self.hidden_sizes}")
         if self.latent_size < 1:
@@ -87,7 +88,7 @@ class SharedAEConfig(SelfContainedDetectorConfig):
         return self._sizes(self.strides)
 
     def _sizes(self, strides: list[int]) -> list[int]:
-        sizes = [self.image_size]
+        sizes = [self.tile_size]
         for stride in strides:
             sizes.append((sizes[-1] - 2) // stride + 1)  # kernel 2·stride, padding stride − 1: no pixel is skipped, at any size
         return sizes

@@ -100,12 +100,13 @@ class DetectorArguments:
     map_filter_size: int = field(default=1, metadata={"help": "Side of the median filter on anomaly maps; 1: none."})
 
 
-def make_model(pretraining_args, architecture_args, detector_args, processor: AnomalyImageProcessor) -> ADDPForPreTraining:
+def make_model(pretraining_args, architecture_args, detector_args, processor: AnomalyImageProcessor, tiles: int) -> ADDPForPreTraining:
     """The network before the first stage: new, or from --pretrained."""
     settings = {name: value for name, value in given_fields(pretraining_args).items() if name.startswith("noise")}
     settings |= {
         "image_size": processor.size["height"],
         "num_channels": processor.num_channels,
+        "tiles": tiles,
         "pretraining_mode": pretraining_args.pretrain_mode,
         **asdict(detector_args),
     }
@@ -204,7 +205,7 @@ def main(argv: list[str], program: str) -> None:
     check_first(training_args)
     splits, processor = load_training_images(data_args, training_args.seed)
     set_seed(training_args.seed)
-    model = make_model(pretraining_args, architecture_args, detector_args, processor)
+    model = make_model(pretraining_args, architecture_args, detector_args, processor, data_args.tiles)
     if pretraining_args.pretrained is not None:
         warn_of_other_division(pretraining_run(pretraining_args.pretrained), splits, pretraining_args.pretrained)
     detector = first_stage(model, pretraining_args, data_args, training_args, splits, processor)

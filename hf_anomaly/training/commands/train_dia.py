@@ -197,7 +197,7 @@ class ContrastiveTrainingArguments(AnomalyTrainingArguments):
         super().__post_init__()
 
     def fit_images(self, image_size: int, num_images: int | None) -> None:
-        """Lowers the default number of steps for images of more than 64 pixels a side, and for few of them. Of a stream there are None."""
+        """Lowers the default number of steps for images, or tiles, of more than 64 pixels a side, and for few of them. Of a stream there are None."""
         if not self._takes_default_steps:
             return
         steps = self.default_max_steps * LARGEST_DEFAULT_SIZE // max(image_size, LARGEST_DEFAULT_SIZE)
@@ -220,9 +220,9 @@ class ContrastiveTrainingArguments(AnomalyTrainingArguments):
         return self.max_steps * self.images_per_step / num_images
 
 
-def make_model(args: DetectorArguments, model_class: type[CSIModel], processor: AnomalyImageProcessor) -> CSIModel:
+def make_model(args: DetectorArguments, model_class: type[CSIModel], processor: AnomalyImageProcessor, tiles: int) -> CSIModel:
     """A new detector, whose backbone may be a pretrained one."""
-    settings = asdict(args) | {"image_size": processor.size["height"], "num_channels": processor.num_channels}
+    settings = asdict(args) | {"image_size": processor.size["height"], "num_channels": processor.num_channels, "tiles": tiles}
     settings["crop_scale"] = (settings.pop("crop_scale_min"), 1.0)
     if model_class is CSIModel:
         del settings["similarity_design"]  # of branch D
@@ -282,7 +282,7 @@ def train_diffusion(args: DissolverArguments, folder: Path, data_args, training_
     """A dissolver trained on these images and saved in `folder`; a resumed run that had trained it loads it from there."""
     t_range = dict(zip(("t_min", "t_max"), data_args.timesteps(args.t_min, args.t_max), strict=True))
     recorded = {} if data_args.recipe is None else t_range  # the default range is recorded as none
-    run = describe_run(splits, processor, training_args.seed, dissolver=asdict(args) | recorded)
+    run = describe_run(splits, processor, training_args.seed, tiles=data_args.tiles, dissolver=asdict(args) | recorded)
     if _was_saved(folder, training_args):
         dissolver = DiffusionDissolver.from_pretrained(folder, **t_range)
         check_same_run(dissolver.training_run, run, folder)
@@ -300,6 +300,7 @@ def train_diffusion(args: DissolverArguments, folder: Path, data_args, training_
         args=arguments,
         resolution=args.dissolving_resolution,
         max_timestep=args.dissolver_max_timestep,
+        tiles=data_args.tiles,
         **t_range,
         resume_from_checkpoint=bool(training_args.resume_from_checkpoint),
         target=folder,
@@ -335,9 +336,11 @@ def dissolve(model: DIAModel, dissolver: Dissolver, variants: int, training_args
     model.dissolver = dissolver
     images = splits.train
     if variants > 0:
-        variants = min(variants, math.ceil(training_args.passes(len(images))))
+        variants = min(variants, math.ceil(training_args.passes(len(images)) / model.config.tiles**2))  # a step sees one tile
         with local_main_process_first():
-            images = dissolve_dataset(images, dissolver, processor, num_variants=variants, seed=training_args.seed)
+            images = dissolve_dataset(
+                images, dissolver, processor, num_variants=variants, tiles=model.config.tiles, seed=training_args.seed
+            )
         variants = len(images[0]["dissolved_images"])  # with more steps there may be more, and others
     return images, {"fingerprint": dissolver.fingerprint(), "variants": variants}
 
@@ -358,10 +361,11 @@ def main(argv: list[str], program: str) -> None:
     ready = find_dissolver(dissolver_args.dissolver, Path(training_args.output_dir, "dissolver"))
     splits, processor = load_training_images(data_args, training_args.seed)
     lower_batch_size(training_args, num_images(splits.train))
-    training_args.fit_images(processor.size["height"], num_images(splits.train))
+    tiles, count = data_args.tiles, num_images(splits.train)
+    training_args.fit_images(processor.size["height"] // tiles, None if count is None else count * tiles**2)
     detector_args.fit_image_size(processor.size["height"])
     set_seed(training_args.seed)
-    model = make_model(detector_args, model_class, processor)  # before anything long runs, so that a wrong value is refused at once
+    model = make_model(detector_args, model_class, processor, tiles)  # before anything long runs, so that a wrong value is refused at once
     dissolver = place_dissolver(dissolver_args, ready, data_args, training_args, splits, processor)
     train_dataset, dissolving = None, None
     if dissolver is not None:

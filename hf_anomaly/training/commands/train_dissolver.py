@@ -4,6 +4,7 @@ from dataclasses import asdict, dataclass, field
 
 from ...data import collate, prepare
 from ...dissolving import dissolving_quality
+from ...ops.tiles import draw_tiles
 from .. import DataArguments, DenoisingTrainingArguments, parse_arguments
 from ..denoising import train_dissolver
 from ..run_record import describe_run
@@ -58,16 +59,18 @@ def main(argv: list[str], program: str) -> None:
         resolution=diffusion_args.resolution,
         block_out_channels=tuple(diffusion_args.block_out_channels),
         max_timestep=diffusion_args.max_timestep,
+        tiles=data_args.tiles,
         t_min=diffusion_args.t_min,
         t_max=diffusion_args.t_max,
         resume_from_checkpoint=training_args.resume_from_checkpoint,
-        run=describe_run(splits, processor, training_args.seed, **asdict(diffusion_args)),
+        run=describe_run(splits, processor, training_args.seed, tiles=data_args.tiles, **asdict(diffusion_args)),
     )
     if training_args.process_index == 0:
         if splits.calibration is not None:  # normal images that the network has not seen
             held_out = prepare(splits.calibration.select(range(min(len(splits.calibration), MEASURED_IMAGES))), processor)
             images = collate([held_out[i] for i in range(len(held_out))])["pixel_values"].to(dissolver.device)
             print(f"on {len(images)} held-out images:")
+            (images,) = draw_tiles(data_args.tiles, images)
             for quality in dissolving_quality(dissolver, images, dissolver.spread_timesteps()):
                 print("  " + ", ".join(f"{name} {value:.4g}" for name, value in asdict(quality).items()))
         print(f"saved: {training_args.output_dir}")

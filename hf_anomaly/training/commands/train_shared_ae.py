@@ -46,7 +46,8 @@ def main(argv: list[str], program: str) -> None:
         "adversarial_margin": detector_args.adversarial_margin or None,
         "omega2": round(1 - detector_args.omega1, 9),
     }
-    model = SharedAEModel(SharedAEConfig(image_size=processor.size["height"], num_channels=processor.num_channels, **settings))
+    shape = {"image_size": processor.size["height"], "num_channels": processor.num_channels, "tiles": data_args.tiles}
+    model = SharedAEModel(SharedAEConfig(**shape, **settings))
     replace_earlier_run(training_args)
     results = train_detector(
         model,

@@ -1,0 +1,32 @@
+"""Images cut into tiles, and maps of tiles put together again."""
+
+import torch
+
+from .distributed import draw_rows
+
+
+def cut_tiles(images: torch.Tensor, tiles: int) -> torch.Tensor:
+    """Images (B, C, H, W) cut into tiles × tiles each, row by row: (B·tiles², C, H / tiles, W / tiles). Both sides must be multiples of `tiles`."""
+    return images.unflatten(2, (tiles, -1)).unflatten(4, (tiles, -1)).permute(0, 2, 4, 1, 3, 5).flatten(0, 2)
+
+
+def join_tiles(images: torch.Tensor, tiles: int) -> torch.Tensor:
+    """The inverse of `cut_tiles`: (B·tiles², C, h, w) → (B, C, tiles·h, tiles·w)."""
+    return images.unflatten(0, (-1, tiles, tiles)).permute(0, 3, 1, 4, 2, 5).flatten(4, 5).flatten(2, 3)
+
+
+def draw_tiles(tiles: int, *images: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
+    """A tile at random of each image, the same in all tensors (B, ..., H, W): (B, ..., H / tiles, W / tiles) each. What is None stays so.
+
+    Drawn for the global batch from the global random state, of which nothing is taken if there is one tile, the image itself.
+    """
+    if tiles == 1:
+        return images
+    batch_size = images[0].shape[0]
+    rows, columns = draw_rows(lambda n: torch.randint(tiles, (n, 2)), batch_size).unbind(1)
+
+    def drawn(x: torch.Tensor) -> torch.Tensor:
+        grid = x.unflatten(-2, (tiles, -1)).unflatten(-1, (tiles, -1)).movedim((-4, -2), (1, 2))  # (B, tiles, tiles, ..., h, w)
+        return grid[torch.arange(batch_size), rows, columns]
+
+    return tuple(None if x is None else drawn(x) for x in images)
