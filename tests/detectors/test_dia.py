@@ -98,6 +98,11 @@ def test_diffusion_on_the_fly_draws_a_timestep_for_each_image():
     assert torch.equal(first, again)
     assert not torch.equal(first, other)
     torch.testing.assert_close(views.unflatten(0, (K, 3, 6))[0, 2], dissolver(x, first))
+    convolutions = []
+    dissolver.unet.conv_in.register_forward_hook(lambda module, inputs, output: convolutions.append(output.dtype))
+    with torch.autocast("cpu", torch.bfloat16):
+        model(x)
+    assert convolutions == [torch.float32]
 
 
 def test_scoring_needs_no_dissolver_and_equals_csi():

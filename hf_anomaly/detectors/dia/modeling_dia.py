@@ -82,7 +82,7 @@ class DIAModel(CSIModel):
                 raise InputError("DIA trains with dissolved images: give dissolved_pixel_values, or set detector.dissolver")
             self.dissolver.to(pixel_values.device)
             timesteps = None if self.dissolver.is_deterministic else draw_rows(self.dissolver.sample_timesteps, batch_size)
-            with torch.no_grad():
+            with torch.no_grad(), self._own_precision():  # as cached images were dissolved
                 return self.dissolver(pixel_values, timesteps)
         chosen = draw_rows(lambda rows: torch.randint(variants.shape[1], (rows,)), batch_size)
         picked = variants[torch.arange(batch_size), chosen]
