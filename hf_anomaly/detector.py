@@ -164,15 +164,17 @@ class AnomalyDetectorConfig(PreTrainedConfig):
     @property
     def score_changes(self) -> str:
         """Which fields have other values than those that calibration was made for, in words; empty if none has, or nothing was recorded."""
-        return self._changes_since(self.calibrated_for or {})
+        return self._changes_since(self.calibrated_for or {}, self.score_fields)
 
     @property
     def reference_changes(self) -> str:
         """As `score_changes`, of the reference. Folders saved before there was `fitted_for` tell it in `calibrated_for`."""
         recorded = {name: value for name, value in (self.calibrated_for or {}).items() if name.partition(".")[0] in self.reference_fields}
-        return self._changes_since(recorded | (self.fitted_for or {}))
+        return self._changes_since(recorded | (self.fitted_for or {}), self.reference_fields)
 
-    def _changes_since(self, record: dict) -> str:
+    def _changes_since(self, record: dict, fields: tuple[str, ...]) -> str:
+        if record and "tiles" in fields:
+            record = {"tiles": 1} | record  # as all were before there was the field
         now = self.values_of({name.partition(".")[0] for name in record} & self.__dataclass_fields__.keys())
         both = record.keys() & now.keys()  # those of another version may be more, or fewer
         return ", ".join(f"{name} was {record[name]!r}, now {now[name]!r}" for name in sorted(both) if now[name] != record[name])

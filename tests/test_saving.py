@@ -130,7 +130,14 @@ def test_a_config_edited_by_hand_has_no_calibration(folder, caplog):
 
 
 OTHER_FEATURES = (
-    *({"image_size": 12}, {"shift": "perm"}, {"score_features": "penultimate"}, {"score_features": "both"}, {"score_whitening": False}),
+    *(
+        {"image_size": 12},
+        {"tiles": 2},
+        {"shift": "perm"},
+        {"score_features": "penultimate"},
+        {"score_features": "both"},
+        {"score_whitening": False},
+    ),
     *({"test_views": "crops"}, {"num_test_views": 4}, {"test_crop_scale": [0.5, 0.9]}, {"flip_probability": 0.1}),
 )
 
@@ -153,6 +160,18 @@ def test_other_features_have_no_reference(tmp_path, caplog, calibrated, changes)
     assert (loaded.config.fitted_for, loaded.config.calibrated_for) == (None, None)
     size = loaded.config.image_size
     assert loaded.fit_reference([torch.rand(6, 1, size, size)], progress=False).config.fitted_for[name] == value
+
+
+def test_a_folder_saved_before_there_were_tiles_was_of_whole_images(folder, caplog):
+    config = json.loads((folder / "config.json").read_text())
+    for fields in (config, config["fitted_for"], config["calibrated_for"]):
+        del fields["tiles"]
+    (folder / "config.json").write_text(json.dumps(config))
+    assert AutoModel.from_pretrained(folder).calibration.is_calibrated
+    assert not caplog.text
+    after = AutoModel.from_pretrained(folder, tiles=2)
+    assert "tiles was 1, now 2): its reference is dropped" in caplog.text
+    assert not after.is_fitted
 
 
 def test_another_backbone_of_the_same_shapes_has_no_reference(folder, caplog):
