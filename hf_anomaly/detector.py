@@ -32,7 +32,7 @@ from .hub import CommitInfo, find_file, hub_errors, push_folder
 from .ops.maps import map_levels
 from .ops.pieces import pieces
 from .ops.sampling import Sample
-from .ops.tiles import cut_tiles, join_tiles
+from .ops.tiles import cut_tiles, draw_tiles, join_tiles
 from .saving import Home, auto_map, bring_companions, outdated_files, warn_of_lost_companions, write_remote_code
 from .untrusted import check_attention, check_backbone_config, check_memory, check_shard_names
 from .version import __version__
@@ -299,7 +299,7 @@ class AnomalyDetector(PreTrainedModel):
     # What a method implements -------------------------------------------------------------------------------------------------
 
     def compute_losses(self, pixel_values: torch.Tensor, *, epoch: float | None, **inputs) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-        """The training loss () and its named parts (keys end in `_loss`), of whole images: `draw_tiles(config.tiles, pixel_values)` takes a tile of each."""
+        """The training loss () and its named parts (keys end in `_loss`), for images or tiles (B, C, tile_size, tile_size)."""
         raise NotImplementedError
 
     @property
@@ -370,6 +370,7 @@ class AnomalyDetector(PreTrainedModel):
         self.check_pixel_values(pixel_values)
         pixel_values = pixel_values.to(self.dtype)
         if self.training:
+            pixel_values, inputs = self._draw_tiles(pixel_values, **inputs)
             loss, losses = self.compute_losses(pixel_values, epoch=epoch, **inputs)
             return AnomalyDetectorOutput(loss=loss, losses=losses)
         self.require_fitted()
@@ -387,6 +388,10 @@ class AnomalyDetector(PreTrainedModel):
             )
         return output
 
+    def _draw_tiles(self, pixel_values: torch.Tensor, **inputs) -> tuple[torch.Tensor, dict]:
+        """What a training step sees of images (B, C, H, W): a tile of each. Where `inputs` hold images, too, a subclass draws the same tiles of them."""
+        return draw_tiles(self.config.tiles, pixel_values)[0], inputs
+
     def _cut(self, pixel_values: torch.Tensor) -> list[torch.Tensor]:
         """What the networks see of images (B, C, H, W): their tiles, those of a few images at a time, or the images as they are."""
         if self.config.tiles == 1:
@@ -395,23 +400,18 @@ class AnomalyDetector(PreTrainedModel):
         return [cut_tiles(pixel_values[chunk], self.config.tiles) for chunk in chunks]
 
     def _score_images(self, pixel_values: torch.Tensor, output_anomaly_maps: bool, output_embeddings: bool) -> AnomalyDetectorOutput:
-        """`compute_scores` of images. If these are cut, the highest score of its tiles is an image's, and its map is put together of theirs, or shows their
-        scores where the method gives no maps."""
+        """`compute_scores` of images. If these are cut, the highest score of its tiles is an image's, its map is put together of theirs."""
         asked = {"output_anomaly_maps": output_anomaly_maps, "output_embeddings": output_embeddings}
         outputs = [self.compute_scores(tiles, **asked) for tiles in self._cut(pixel_values)]
-        tiles = self.config.tiles
+        tiles, maps, embeddings = self.config.tiles, None, None
         if tiles == 1:
             return outputs[0]
-        scores = torch.cat([output.scores for output in outputs])
-        maps = embeddings = None
+        scores = torch.cat([output.scores for output in outputs]).unflatten(0, (-1, tiles**2)).amax(1)
         if output_anomaly_maps:
-            parts = [output.anomaly_maps for output in outputs]
-            size = self.config.tile_size
-            of_tiles = scores[:, None, None, None].expand(-1, 1, size, size) if parts[0] is None else torch.cat(parts)
-            maps = join_tiles(of_tiles, tiles)
+            maps = join_tiles(torch.cat([output.anomaly_maps for output in outputs]), tiles)
         if output_embeddings:
             embeddings = torch.cat([output.embeddings for output in outputs]).unflatten(0, (-1, tiles**2)).mean(1)
-        return AnomalyDetectorOutput(scores=scores.unflatten(0, (-1, tiles**2)).amax(1), anomaly_maps=maps, embeddings=embeddings)
+        return AnomalyDetectorOutput(scores=scores, anomaly_maps=maps, embeddings=embeddings)
 
     def check_pixel_values(self, pixel_values: torch.Tensor) -> None:
         """Refuses what the processor does not give, see `forward`."""

@@ -66,10 +66,19 @@ def test_levels_are_taken_for_the_values_that_they_stand_for():
     assert torch.equal(ours, expected)
 
 
+def test_dissolved_images_are_cut_as_the_images_are():
+    x = images(4)
+    _, views = training_views(tiny(tiles=2, **NO_AUGMENTATION), x, dissolved_pixel_values=x[:, None])
+    ours, _, dissolved = views.unflatten(0, (K, 3, 4)).unbind(1)
+    assert ours.shape == (K, 4, 1, 4, 4)
+    assert torch.equal(dissolved, ours)
+
+
+@pytest.mark.parametrize("tiles", [1, 2])
 @pytest.mark.parametrize("shape", [(4, 1, 8, 8), (4, 0, 1, 8, 8), (3, 2, 1, 8, 8), (4, 2, 3, 8, 8), (4, 2, 1, 9, 9)])
-def test_dissolved_images_of_another_shape(shape, refused):
+def test_dissolved_images_of_another_shape(shape, tiles, refused):
     with refused("dissolved_pixel_values", str(shape)):
-        tiny().train()(images(4), dissolved_pixel_values=torch.zeros(shape))
+        tiny(tiles=tiles).train()(images(4), dissolved_pixel_values=torch.zeros(shape))
 
 
 def test_training_needs_dissolved_images(refused):

@@ -191,7 +191,6 @@ class ADDPModel(ADDPPreTrainedModel, SelfContainedDetector):
         return self.config.freeze_encoder
 
     def compute_losses(self, pixel_values, *, epoch):
-        (pixel_values,) = draw_tiles(self.config.tiles, pixel_values)
         loss = F.mse_loss(self.reconstruct(pixel_values)[0], pixel_values)
         return loss, {"reconstruction_loss": loss}
 

@@ -17,7 +17,6 @@ from ...ops.knn import max_cosine, min_distance
 from ...ops.pieces import pieces
 from ...ops.resizing import resize
 from ...ops.shifts import SHIFTS
-from ...ops.tiles import draw_tiles
 from ...ops.views import View, apply_shifted_views, apply_views, crops_views, draw_views
 from ...ops.whitening import fit_whitening, leave_out_change
 from .configuration_csi import CSIConfig
@@ -135,7 +134,7 @@ class CSIModel(_Encoder, AnomalyDetector):
     # Training -----------------------------------------------------------------------------------------------------------------
 
     def training_branches(self, pixel_values: torch.Tensor, **inputs) -> list[torch.Tensor]:
-        """The images (B, C, H, W), or tiles, that each branch shifts and augments: x for A and B."""
+        """The images (B, C, H, W) that each branch shifts and augments: x for A and B."""
         return [pixel_values, pixel_values]
 
     def contrastive_loss(self, projections: list[torch.Tensor]) -> torch.Tensor:
@@ -143,8 +142,7 @@ class CSIModel(_Encoder, AnomalyDetector):
         return amplified_nt_xent(*projections, temperature=self.config.temperature, divisor=self.config.loss_divisor)
 
     def compute_losses(self, pixel_values, *, epoch, **inputs):
-        pixel_values, *drawn = draw_tiles(self.config.tiles, pixel_values, *inputs.values())
-        branches = torch.stack(self.training_branches(pixel_values, **dict(zip(inputs, drawn, strict=True))))
+        branches = torch.stack(self.training_branches(pixel_values, **inputs))
         num_branches, batch_size = branches.shape[:2]
         shape = (NUM_SHIFTS, num_branches, batch_size)
         views_per_image, crop_scale = NUM_SHIFTS * num_branches, self.config.crop_scale
@@ -293,8 +291,10 @@ class CSIModel(_Encoder, AnomalyDetector):
         if config.score_shift_logit:
             terms = terms + reference.lambda_cls * logits
         of_unshifted = vectors.unflatten(1, (-1, NUM_SHIFTS)).select(2, 0)  # (B, encoders, d)
+        scores = -terms.mean(-1)  # Eq. 10
+        maps = scores[:, None, None, None].expand(-1, 1, *pixel_values.shape[-2:]) if output_anomaly_maps else None
         embeddings = of_unshifted.flatten(1) if output_embeddings else None
-        return AnomalyDetectorOutput(scores=-terms.mean(-1), embeddings=embeddings)  # Eq. 10
+        return AnomalyDetectorOutput(scores=scores, anomaly_maps=maps, embeddings=embeddings)
 
     def _nearest(self, vectors):
         """Similarity (B, K) to the nearest training image: max_m cos(z, z_m), or −min_m ‖W(u − u_m)‖."""

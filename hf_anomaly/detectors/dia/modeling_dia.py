@@ -7,6 +7,7 @@ from ...detector import AnomalyDetectorOutput
 from ...errors import InputError
 from ...ops.contrastive import amplified_nt_xent
 from ...ops.distributed import draw_rows
+from ...ops.tiles import draw_tiles
 from ..csi.modeling_csi import CSIModel
 from .configuration_dia import DIAConfig
 
@@ -61,7 +62,7 @@ class DIAModel(CSIModel):
         """
         return self._forward(pixel_values, epoch, output_anomaly_maps, output_embeddings, dissolved_pixel_values=dissolved_pixel_values)
 
-    def compute_losses(self, pixel_values, *, epoch, dissolved_pixel_values=None):
+    def _draw_tiles(self, pixel_values, dissolved_pixel_values=None):
         variants, batch_size = dissolved_pixel_values, len(pixel_values)
         if variants is not None and (
             variants.ndim != 5 or len(variants) != batch_size or variants.shape[1] == 0 or variants.shape[2:] != pixel_values.shape[1:]
@@ -70,7 +71,8 @@ class DIAModel(CSIModel):
                 f"dissolved_pixel_values must be (batch, variants, channels, height, width) for pixel_values {tuple(pixel_values.shape)}, "
                 f"got {tuple(variants.shape)}"
             )
-        return super().compute_losses(pixel_values, epoch=epoch, dissolved_pixel_values=variants)
+        pixel_values, variants = draw_tiles(self.config.tiles, pixel_values, variants)
+        return pixel_values, {"dissolved_pixel_values": variants}
 
     def training_branches(self, pixel_values, *, dissolved_pixel_values=None):
         return [pixel_values, pixel_values, self._dissolve(pixel_values, dissolved_pixel_values)]

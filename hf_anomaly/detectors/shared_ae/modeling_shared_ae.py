@@ -11,7 +11,6 @@ from transformers.utils import can_return_tuple
 from ...detector import AnomalyDetectorOutput, SelfContainedDetector
 from ...errors import InputError
 from ...ops.distributed import gather_rows
-from ...ops.tiles import draw_tiles
 from .configuration_shared_ae import SharedAEConfig
 
 _LEAK = 0.2  # LeakyReLU's slope below 0
@@ -150,8 +149,7 @@ class SharedAEModel(SelfContainedDetector):
                 "SharedAE trains on batches of at least 2 images, got 1: give more images, another --per_device_train_batch_size, "
                 "or --dataloader_drop_last true"
             )
-        (x,) = draw_tiles(self.config.tiles, pixel_values)
-        z, losses = self.encoder1(x), {}
+        x, z, losses = pixel_values, self.encoder1(pixel_values), {}
         for name in names if phase is None else [phase]:
             image = (self.decoder1 if name == "ede1" else self.decoder2)(z)
             latent = self.encoder2(image)
