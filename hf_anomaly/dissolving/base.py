@@ -85,7 +85,8 @@ class Dissolver(ABC):
             (B, C, H, W) in [−1, 1], of the same dtype.
 
         Raises:
-            InputError: wrong shape, dtype, range or number of channels; a timestep outside the schedule; an image too small for the kernel.
+            InputError: wrong shape, dtype, range or number of channels; a timestep outside the schedule; an image too small for the kernel, or with sides
+                that are no multiples of `tiles`.
         """
         check_pixel_values(pixel_values)
         if not self.is_deterministic:

@@ -2,12 +2,13 @@
 
 import torch
 
+from ..errors import InputError
 from .distributed import draw_rows
 
 
 def cut_tiles(images: torch.Tensor, tiles: int) -> torch.Tensor:
-    """Images (B, C, H, W) cut into tiles × tiles each, row by row: (B·tiles², C, H / tiles, W / tiles). Both sides must be multiples of `tiles`."""
-    return images.unflatten(2, (tiles, -1)).unflatten(4, (tiles, -1)).permute(0, 2, 4, 1, 3, 5).flatten(0, 2)
+    """Images (B, C, H, W) cut into tiles × tiles each, row by row: (B·tiles², C, H / tiles, W / tiles). InputError if a side is no multiple of `tiles`."""
+    return _grid(images, tiles).permute(0, 2, 4, 1, 3, 5).flatten(0, 2)
 
 
 def join_tiles(images: torch.Tensor, tiles: int) -> torch.Tensor:
@@ -18,7 +19,7 @@ def join_tiles(images: torch.Tensor, tiles: int) -> torch.Tensor:
 def draw_tiles(tiles: int, *images: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
     """A tile at random of each image, the same in all tensors (B, ..., H, W): (B, ..., H / tiles, W / tiles) each. What is None stays so.
 
-    Drawn for the global batch from the global random state, of which nothing is taken if there is one tile, the image itself.
+    Drawn for the global batch from the global random state, of which nothing is taken if there is one tile, the image itself. Raises as `cut_tiles`.
     """
     if tiles == 1:
         return images
@@ -26,7 +27,17 @@ def draw_tiles(tiles: int, *images: torch.Tensor | None) -> tuple[torch.Tensor |
     rows, columns = draw_rows(lambda n: torch.randint(tiles, (n, 2)), batch_size).unbind(1)
 
     def drawn(x: torch.Tensor) -> torch.Tensor:
-        grid = x.unflatten(-2, (tiles, -1)).unflatten(-1, (tiles, -1)).movedim((-4, -2), (1, 2))  # (B, tiles, tiles, ..., h, w)
+        grid = _grid(x, tiles).movedim((-4, -2), (1, 2))  # (B, tiles, tiles, ..., h, w)
         return grid[torch.arange(batch_size), rows, columns]
 
     return tuple(None if x is None else drawn(x) for x in images)
+
+
+def _grid(images: torch.Tensor, tiles: int) -> torch.Tensor:
+    """(..., H, W) → (..., tiles, H / tiles, tiles, W / tiles)"""
+    height, width = images.shape[-2:]
+    if height % tiles or width % tiles:
+        raise InputError(
+            f"images of {height}×{width} pixels cannot be cut into {tiles}×{tiles} tiles: both sides must be multiples of {tiles}"
+        )
+    return images.unflatten(-2, (tiles, -1)).unflatten(-1, (tiles, -1))

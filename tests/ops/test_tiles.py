@@ -1,3 +1,4 @@
+import pytest
 import torch
 
 from hf_anomaly.ops.tiles import cut_tiles, draw_tiles, join_tiles
@@ -12,6 +13,12 @@ def test_tiles_of_images_and_back():
                 expected = images[i, :, 2 * row : 2 * row + 2, 3 * column : 3 * column + 3]
                 assert torch.equal(tiles[9 * i + 3 * row + column], expected)
     assert torch.equal(join_tiles(tiles, 3), images)
+
+
+@pytest.mark.parametrize("cut", [cut_tiles, lambda images, tiles: draw_tiles(tiles, images)])
+def test_sides_that_are_no_multiple(cut, refused):
+    with refused("6×9 pixels", "2×2 tiles"):
+        cut(torch.rand(2, 3, 6, 9), 2)
 
 
 def test_drawn_tiles():
