@@ -29,7 +29,7 @@ from hf_anomaly import (
     SharedAEConfig,
     SmallResNetConfig,
 )
-from hf_anomaly.cards import shown_command, write_card, write_figures, write_pretraining_card
+from hf_anomaly.cards import shown_command, write_card, write_dissolver_card, write_figures, write_pretraining_card
 from hf_anomaly.cards.figures import draw_precision_recall, draw_roc, draw_scores, new_figure
 from hf_anomaly.cards.merging import address_card, has_own_words, merge_cards, outdate_card, read_card, split_card, tag_card
 from hf_anomaly.dissolving import build_scheduler, build_unet
@@ -378,6 +378,21 @@ def test_a_first_stage_that_is_written_again_is_told_anew(tmp_path):
     assert "simplex noise" in again
     assert "My words." in again
     assert "200 steps" not in again
+
+
+def test_stages_before_a_detector_that_cuts_its_images_tell_so(tmp_path):
+    notes = {"num_images": 9, "steps": 1, "batch_size": 4, "seed": 0}
+    for tiles in (1, 2):
+        model = ADDPForPreTraining(ADDPConfig(image_size=16, tiles=tiles, hidden_sizes=[4, 4]))
+        write_pretraining_card(tmp_path / str(tiles), model, notes)
+        run = {"run": {"tiles": tiles}} if tiles > 1 else {}
+        write_dissolver_card(tmp_path / f"dissolver{tiles}", "diffusion", {}, resolution=8, num_channels=1, notes={**notes, **run})
+    read = {name: (tmp_path / name / "README.md").read_text() for name in ("1", "2", "dissolver1", "dissolver2")}
+    assert "16×16 pixels. No" in read["1"]
+    assert "16×16 pixels cut into 2×2 squares. No" in read["2"]
+    assert "gray images at 8×8 pixels, of" in read["dissolver1"]
+    assert "gray images, cut into 2×2 squares, at 8×8 pixels each, of" in read["dissolver2"]
+    assert ["--tiles 2" in read[name] for name in ("dissolver1", "dissolver2")] == [False, True]
 
 
 def test_bfloat16_is_told_where_it_was_measured(folder):

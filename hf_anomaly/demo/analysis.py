@@ -108,6 +108,7 @@ def dissolved_versions(dissolver: Dissolver, pixel_values: torch.Tensor, tiles: 
 
     Args:
         pixel_values: (1, C, H, W) in [−1, 1].
+        tiles: of the detector's configuration.
 
     Raises:
         InputError: as the dissolver.

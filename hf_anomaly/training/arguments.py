@@ -265,7 +265,7 @@ class DataArguments:
         default=1,
         metadata={
             "help": "Cut images into so many squares along each side, such as 4 for 16 of 64 pixels: for small anomalies in large images. The most anomalous "
-            "square gives the score, and it takes so many squares' time."
+            "square gives the score, and scoring takes as long as for so many images."
         },
     )
     num_channels: int | None = field(

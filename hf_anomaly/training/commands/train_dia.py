@@ -181,8 +181,8 @@ class ContrastiveTrainingArguments(AnomalyTrainingArguments):
     max_steps: int = field(
         default=-1,
         metadata={
-            "help": "Optimizer steps. Default: 1,600 for images of up to 64 pixels, for larger ones fewer in proportion, which takes about as long, "
-            "and at most 250 passes over the images; unless --num_train_epochs is given. 0 trains nothing, and compares by the encoder as it is, such as a "
+            "help": "Optimizer steps. Default: 1,600 for images, or tiles, of up to 64 pixels, for larger ones fewer in proportion, which takes about as "
+            "long, and at most 250 passes over them; unless --num_train_epochs is given. 0 trains nothing, and compares by the encoder as it is, such as a "
             "pretrained one."
         },
     )
@@ -206,7 +206,7 @@ class ContrastiveTrainingArguments(AnomalyTrainingArguments):
         self.max_steps = max(1, steps)
         if steps < self.default_max_steps:
             logger.info(
-                "%s images of %d pixels: %d steps in place of %d; --max_steps says otherwise",
+                "%s images or tiles of %d pixels: %d steps in place of %d; --max_steps says otherwise",
                 "A stream's" if num_images is None else num_images,
                 image_size,
                 self.max_steps,
