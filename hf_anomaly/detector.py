@@ -260,11 +260,13 @@ def refuse_anomalies(labels: torch.Tensor | None, where: str) -> None:
         raise InputError(f"{where} takes normal images only, but image {int((labels != 0).nonzero()[0])} of a batch is labelled anomalous")
 
 
-def refuse_not_finite(values: torch.Tensor, what: str) -> None:
-    """Raises InputError where what was computed of a normal image, a row of values (N, …), is not finite."""
+def refuse_not_finite(values: torch.Tensor, what: str, tiles: int = 1) -> None:
+    """Raises InputError where what was computed of a normal image, tiles² rows of values (N, …), is not finite."""
     finite = torch.isfinite(values[:, None]).flatten(1).all(1)
     if not finite.all():
-        raise InputError(f"normal image {int((~finite).nonzero()[0])} has no finite {what}: train again with a lower learning rate")
+        raise InputError(
+            f"normal image {int((~finite).nonzero()[0]) // tiles**2} has no finite {what}: train again with a lower learning rate"
+        )
 
 
 class AnomalyDetector(PreTrainedModel):
@@ -833,7 +835,7 @@ class SelfContainedDetector(AnomalyDetector):
 
     def set_reference(self, features):
         scores = features["scores"]
-        refuse_not_finite(scores, "score")
+        refuse_not_finite(scores, "score", self.config.tiles)
         self.config.num_reference_images = len(scores) // self.config.tiles**2
 
     def clear_reference(self):

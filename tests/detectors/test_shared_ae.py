@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from hf_anomaly import SharedAEConfig, SharedAEModel
+from hf_anomaly.detector import refuse_not_finite
 from hf_anomaly.detectors.shared_ae.modeling_shared_ae import SharedAEDecoder, SharedAEEncoder
 
 PARTS = ("encoder1", "encoder2", "decoder1", "decoder2")
@@ -180,6 +181,8 @@ def test_a_detector_that_diverged_is_not_fitted(refused):
     with refused("normal image 0", "no finite score", "learning rate"):
         model.fit_reference([pixels()], progress=False)
     assert not model.is_fitted
+    with refused("normal image 1"):  # of tiles, four an image
+        refuse_not_finite(torch.tensor([0.0] * 7 + [math.inf]), "score", tiles=2)
 
 
 # Phases -----------------------------------------------------------------------------------------------------------------------

@@ -234,7 +234,7 @@ class CSIModel(_Encoder, AnomalyDetector):
 
     def set_reference(self, features):
         for values in features.values():
-            refuse_not_finite(values, "features")
+            refuse_not_finite(values, "features", self.config.tiles)
         vectors, logits = features["features"], features["shift_logits"]
         reference, config = self.reference, self.config
         norms = vectors.norm(dim=-1).mean(0)
