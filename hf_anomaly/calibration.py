@@ -174,6 +174,16 @@ def _members(name: str, groups: Sequence[Hashable], count: int | None = None) ->
     return members
 
 
+def without_nan(scores: Scores) -> torch.Tensor:
+    """The scores as a tensor. Raises InputError for NaN, which lies above no threshold and would pass for normal."""
+    scores = torch.as_tensor(scores)
+    if (nan := scores.isnan()).any():
+        raise InputError(
+            f"scores: number {int(nan.flatten().nonzero()[0])} (counted from 0) is NaN, which is no score: score that image again"
+        )
+    return scores
+
+
 def _checked(name: str, scores: Scores) -> torch.Tensor:
     """Scores (n,), n ≥ 1, as a tensor."""
     scores = torch.as_tensor(scores)

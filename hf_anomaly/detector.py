@@ -23,7 +23,7 @@ from transformers import initialization as init
 from transformers.utils import ModelOutput, can_return_tuple
 from transformers.utils.hub import resolve_revision
 
-from .calibration import Calibration, Float32State, check_rate, normal_map_range
+from .calibration import Calibration, Float32State, check_rate, normal_map_range, without_nan
 from .cards import tag_card, write_card
 from .cards.merging import read_card
 from .errors import HubError, InputError, NotFittedError, one_line
@@ -527,12 +527,12 @@ class AnomalyDetector(PreTrainedModel):
         return scores, labels
 
     def p_values(self, scores: torch.Tensor | Sequence[float]) -> torch.Tensor:
-        """Conformal p-values (B,) of scores (B,), a tensor, an array or a list; see `conformal_p_values`."""
-        return self.calibration.p_values(torch.as_tensor(scores))
+        """Conformal p-values (B,) of scores (B,), a tensor, an array or a list; see `conformal_p_values`. Raises InputError for NaN."""
+        return self.calibration.p_values(without_nan(scores))
 
     def is_anomalous(self, scores: torch.Tensor | Sequence[float], false_positive_rate: float | None = None) -> torch.Tensor:
         """(B,) bool: score strictly above the threshold of `calibrate`, or of another false-positive rate. Scores as in `p_values`."""
-        return torch.as_tensor(scores) > self.calibration.threshold_at(false_positive_rate)
+        return without_nan(scores) > self.calibration.threshold_at(false_positive_rate)
 
     # Saving and loading -------------------------------------------------------------------------------------------------------
 

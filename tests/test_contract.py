@@ -572,7 +572,7 @@ def test_false_positive_rate_out_of_range(model, refused):
     assert model.config.to_dict() == fields
 
 
-def test_verdicts_are_the_threshold(model):
+def test_verdicts_are_the_threshold(model, refused):
     scores = torch.cat([model(images(20, seed=3)).scores, model.calibration.scores]).detach()
     threshold = model.calibration.threshold
     assert torch.equal(model.is_anomalous(scores), scores > threshold)
@@ -581,6 +581,9 @@ def test_verdicts_are_the_threshold(model):
     for kind in (scores.numpy(), scores.tolist()):
         assert torch.equal(model.is_anomalous(kind), model.is_anomalous(scores))
         assert torch.equal(model.p_values(kind), model.p_values(scores))
+    for decide in (model.is_anomalous, model.p_values):
+        with refused("number 1", "NaN"):
+            decide([0.5, float("nan")])
 
 
 # Training ---------------------------------------------------------------------------------------------------------------------
