@@ -260,13 +260,13 @@ def refuse_anomalies(labels: torch.Tensor | None, where: str) -> None:
         raise InputError(f"{where} takes normal images only, but image {int((labels != 0).nonzero()[0])} of a batch is labelled anomalous")
 
 
-def refuse_not_finite(values: torch.Tensor, what: str, tiles: int = 1) -> None:
-    """Raises InputError where what was computed of a normal image, tiles² rows of values (N, …), is not finite."""
-    finite = torch.isfinite(values[:, None]).flatten(1).all(1)
-    if not finite.all():
-        raise InputError(
-            f"normal image {int((~finite).nonzero()[0]) // tiles**2} has no finite {what}: train again with a lower learning rate"
-        )
+def _refuse_not_finite(features: dict[str, torch.Tensor], first: int) -> None:
+    """Raises InputError where what was computed of a normal image, a row of each tensor (B, …), is not finite; `first` is the number of the first row."""
+    for name, values in features.items():
+        finite = torch.isfinite(values).flatten(1).all(1)
+        if not finite.all():
+            row = first + int((~finite).nonzero()[0])
+            raise InputError(f"normal image {row} has no finite {name.replace('_', ' ')}: train again with a lower learning rate")
 
 
 class AnomalyDetector(PreTrainedModel):
@@ -464,7 +464,7 @@ class AnomalyDetector(PreTrainedModel):
         Raises:
             InputError: no images, pixels that `forward` refuses, an image labelled anomalous, or one whose features or score are not finite.
         """
-        sample = Sample(self.max_reference_images)
+        sample, num_images = Sample(self.max_reference_images), 0
         for pixel_values, labels in self._eval_batches(dataloader, "Fitting the reference", progress):
             refuse_anomalies(labels, "fit_reference")
             self.check_pixel_values(pixel_values)
@@ -472,7 +472,10 @@ class AnomalyDetector(PreTrainedModel):
                 parts = [self.reference_features(tiles) for tiles in self._cut(pixel_values.to(self.dtype))]
             # (B, tiles², …), as `gather` counts images.
             features = {name: torch.cat([part[name] for part in parts]).unflatten(0, (-1, self.config.tiles**2)) for name in parts[0]}
-            sample.add({name: value.cpu().flatten(0, 1) for name, value in (gather(features) if gather else features).items()})
+            features = gather(features) if gather else features
+            _refuse_not_finite(features, num_images)
+            num_images += len(next(iter(features.values())))
+            sample.add({name: value.cpu().flatten(0, 1) for name, value in features.items()})
         if not (features := sample.rows()):
             raise InputError("fit_reference got no images: it needs the normal training images")
         with self._own_precision():
@@ -834,9 +837,7 @@ class SelfContainedDetector(AnomalyDetector):
         return {"scores": self.compute_scores(pixel_values, output_anomaly_maps=False, output_embeddings=False).scores}
 
     def set_reference(self, features):
-        scores = features["scores"]
-        refuse_not_finite(scores, "score", self.config.tiles)
-        self.config.num_reference_images = len(scores) // self.config.tiles**2
+        self.config.num_reference_images = len(features["scores"]) // self.config.tiles**2
 
     def clear_reference(self):
         self.config.num_reference_images = 0

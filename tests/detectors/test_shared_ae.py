@@ -7,7 +7,6 @@ import pytest
 import torch
 
 from hf_anomaly import SharedAEConfig, SharedAEModel
-from hf_anomaly.detector import refuse_not_finite
 from hf_anomaly.detectors.shared_ae.modeling_shared_ae import SharedAEDecoder, SharedAEEncoder
 
 PARTS = ("encoder1", "encoder2", "decoder1", "decoder2")
@@ -174,15 +173,19 @@ def test_the_calibration_does_not_outlive_its_scores(other, tmp_path, caplog):
     assert all(name in caplog.text for name in ("dropped", *other))
 
 
-def test_a_detector_that_diverged_is_not_fitted(refused):
+def test_a_detector_that_diverged_is_not_fitted(refused, monkeypatch):
     model = detector().eval()
     with torch.no_grad():
         model.decoder2[-2].weight.fill_(math.nan)
     with refused("normal image 0", "no finite score", "learning rate"):
         model.fit_reference([pixels()], progress=False)
     assert not model.is_fitted
-    with refused("normal image 1"):  # of tiles, four an image
-        refuse_not_finite(torch.tensor([0.0] * 7 + [math.inf]), "score", tiles=2)
+    for tiles, batches in ((1, [4]), (1, [2, 2]), (2, [4]), (2, [2, 2])):
+        model, x = detector(image_size=16, tiles=tiles).eval(), pixels(4, size=16)
+        x[2, :, -1, -1] = 7.0  # in the last tile, if there are several
+        monkeypatch.setattr(model, "reference_features", lambda x: {"scores": 1 / (7 - x.amax((1, 2, 3)))})
+        with refused("normal image 2"):
+            model.fit_reference(x.split(batches), progress=False)
 
 
 # Phases -----------------------------------------------------------------------------------------------------------------------

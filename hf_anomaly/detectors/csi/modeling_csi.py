@@ -10,7 +10,7 @@ from transformers import initialization as init
 
 from ...backbones.pretrained import build_backbone, load_backbone_weights
 from ...calibration import Float32State
-from ...detector import AnomalyDetector, AnomalyDetectorOutput, refuse_not_finite
+from ...detector import AnomalyDetector, AnomalyDetectorOutput
 from ...ops.contrastive import amplified_nt_xent
 from ...ops.distributed import draw_rows
 from ...ops.knn import max_cosine, min_distance
@@ -233,8 +233,6 @@ class CSIModel(_Encoder, AnomalyDetector):
         return self.config.max_bank_size
 
     def set_reference(self, features):
-        for values in features.values():
-            refuse_not_finite(values, "features", self.config.tiles)
         vectors, logits = features["features"], features["shift_logits"]
         reference, config = self.reference, self.config
         norms = vectors.norm(dim=-1).mean(0)
