@@ -106,6 +106,7 @@ class AnomalyDetectorConfig(PreTrainedConfig):
         "calibrated_for",
         "fitted_for",
     )
+    fields_before = {"tiles": 1}  # what fields mean that a file of an earlier version, or a record in it, lacks
 
     image_size: int = 32
     num_channels: int = 1
@@ -173,8 +174,8 @@ class AnomalyDetectorConfig(PreTrainedConfig):
         return self._changes_since(recorded | (self.fitted_for or {}), self.reference_fields)
 
     def _changes_since(self, record: dict, fields: tuple[str, ...]) -> str:
-        if record and "tiles" in fields:
-            record = {"tiles": 1} | record  # as all were before there was the field
+        if record:
+            record = {name: value for name, value in self.fields_before.items() if name in fields} | record
         now = self.values_of({name.partition(".")[0] for name in record} & self.__dataclass_fields__.keys())
         both = record.keys() & now.keys()  # those of another version may be more, or fewer
         return ", ".join(f"{name} was {record[name]!r}, now {now[name]!r}" for name in sorted(both) if now[name] != record[name])
@@ -203,7 +204,7 @@ class AnomalyDetectorConfig(PreTrainedConfig):
             before = config_dict.get(name)  # of a configuration in the configuration some fields may be given
             if isinstance(before, dict) and isinstance(value, dict) and value.get("model_type") in (None, before.get("model_type")):
                 given[name] = {**before, **value}
-        return super().from_dict({**config_dict, **given}, **kwargs)
+        return super().from_dict({**cls.fields_before, **config_dict, **given}, **kwargs)
 
     @classmethod
     def register_for_auto_class(cls, auto_class="AutoConfig"):

@@ -76,7 +76,12 @@ class CSIConfig(AnomalyDetectorConfig):
     )
     score_fields = (*reference_fields, "score_cosine", "score_norm", "score_shift_logit")
     recorded_fields = (*AnomalyDetectorConfig.recorded_fields, "bank_size")
-    fields_before = {"score_features": "projection", "score_whitening": False}  # what fields mean that a file of an earlier version lacks
+    fields_before = {
+        **AnomalyDetectorConfig.fields_before,
+        "score_features": "projection",
+        "score_whitening": False,
+        "score_ignores_detail": False,
+    }
     sub_configs_defaults = {"backbone_config": SubConfigSpec(config_class=AutoConfig, model_type="small_resnet", optional=True)}
 
     backbone_config: dict | PreTrainedConfig | None = None
@@ -120,10 +125,6 @@ class CSIConfig(AnomalyDetectorConfig):
     def compared_features(self) -> tuple[str, ...]:
         """The kinds of features that `score_features` names, in the order in which they are concatenated."""
         return _COMPARED[self.score_features]
-
-    @classmethod
-    def from_dict(cls, config_dict, **kwargs):
-        return super().from_dict({**cls.fields_before, **config_dict}, **kwargs)
 
     def check(self):
         super().check()
