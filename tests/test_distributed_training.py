@@ -63,11 +63,8 @@ def test_averaged_weights(runs, kind):
 @pytest.mark.parametrize("kind", DETECTORS)
 def test_the_bank_is_in_dataset_order_each_image_once(runs, kind):
     count = script.TRAIN * script.TILES[kind] ** 2
-    assert runs[1][f"{kind}/bank"].shape == (
-        4,
-        count,
-        40,
-    )  # shifts, images or tiles, the head's features, the encoder's and their deviation
+    # Shifts, images or tiles, the head's features with the encoder's and their deviation.
+    assert runs[1][f"{kind}/bank"].shape == (4, count, 40)
     close(runs, f"{kind}/bank", rtol=1e-3, atol=1e-3)
     bank = runs[0][f"{kind}/bank"]
     distance = (bank[0, :, None] - bank[0, None]).norm(dim=-1) + torch.eye(count)
