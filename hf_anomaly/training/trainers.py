@@ -22,6 +22,7 @@ from transformers.trainer_utils import (
     PredictionOutput,
     denumpify_detensorize,
     get_last_checkpoint,
+    has_length,
     rotate_checkpoints,
 )
 
@@ -164,7 +165,7 @@ class ReproducibleTrainer(Trainer):
 
     def get_train_dataloader(self):
         args = self.args
-        if hasattr(self.train_dataset, "__len__") or not args.dataloader_drop_last:
+        if has_length(self.train_dataset) or not args.dataloader_drop_last:
             return super().get_train_dataloader()
         # Trainer heeds the flag where it knows the length. The last batch of a stream may be one image, which batch normalisation cannot take.
         loader = DataLoader(
@@ -185,7 +186,7 @@ class ReproducibleTrainer(Trainer):
         if self.state.global_step >= self.state.max_steps:  # resumed when all was done: Trainer would take one more step
             self.control.should_training_stop = True
             return
-        at_first = self.state.global_step == 0 and not hasattr(self.train_dataset, "__len__")
+        at_first = self.state.global_step == 0 and not has_length(self.train_dataset)
         try:
             super()._run_epoch(*args, **kwargs)
         except (TypeError, ValueError) as error:  # accelerate's, in several processes and in one
@@ -199,7 +200,7 @@ class ReproducibleTrainer(Trainer):
 
     def get_batch_samples(self, epoch_iterator, num_batches, device):
         samples, count = super().get_batch_samples(epoch_iterator, num_batches, device)
-        if len(samples) < num_batches and not hasattr(self.train_dataset, "__len__"):
+        if len(samples) < num_batches and not has_length(self.train_dataset):
             samples = []  # Trainer would add their gradients, too large ones, to those of the next pass's first step
         return samples, count
 
@@ -212,7 +213,7 @@ class ReproducibleTrainer(Trainer):
                 f"{resume_from_checkpoint} has {self.state.global_step} steps, more than the {max_steps} of this run: give as many steps or more, or leave "
                 "--resume_from_checkpoint out"
             )
-        if resume_from_checkpoint is not None and not hasattr(self.train_dataset, "__len__"):
+        if resume_from_checkpoint is not None and not has_length(self.train_dataset):
             # Trainer takes all steps for one pass over a stream, whose length it does not know, but its `epoch` counts passes.
             state = read_json(Path(resume_from_checkpoint, "trainer_state.json"))
             passes = math.ceil(state["epoch"]) - 1  # 1.0: all steps were of the first pass, which may have more images
@@ -247,7 +248,7 @@ class ReproducibleTrainer(Trainer):
         self._average = None  # of a training that was interrupted
         shutil.rmtree(Path(self.args.output_dir, _STAGING), ignore_errors=True)  # the checkpoint that a killed process was writing
         remove_staged(self.args.output_dir)  # and the detector
-        if hasattr(self.train_dataset, "__len__") and self.args.dataloader_drop_last:
+        if has_length(self.train_dataset) and self.args.dataloader_drop_last:
             batch = self.args.train_batch_size * self.args.world_size
             if len(self.train_dataset) < batch:
                 remedy = "set --per_device_train_batch_size lower" if self.args.train_batch_size > 1 else "start fewer processes"
@@ -544,7 +545,7 @@ class AnomalyTrainer(ReproducibleTrainer):
 
     def _epoch(self) -> float:
         """Epochs done. A stream has no length: there as many images as the reference holds make one."""
-        if hasattr(self.train_dataset, "__len__") or not hasattr(self.reference_dataset, "__len__"):
+        if has_length(self.train_dataset) or not has_length(self.reference_dataset):
             return self.state.epoch
         batch = self.args.images_per_step
         return self.state.global_step * batch / len(self.reference_dataset)
@@ -571,7 +572,7 @@ class AnomalyTrainer(ReproducibleTrainer):
         Raises:
             InputError: there is no calibration dataset.
         """
-        if self.calibration_dataset is None or (hasattr(self.calibration_dataset, "__len__") and len(self.calibration_dataset) == 0):
+        if self.calibration_dataset is None or (has_length(self.calibration_dataset) and len(self.calibration_dataset) == 0):
             raise InputError("there are no calibration images: hold some normal images out (--calibration_fraction)")
         self.model.calibrate(
             self._loader(self.calibration_dataset),
@@ -635,7 +636,7 @@ class AnomalyTrainer(ReproducibleTrainer):
 
     def _loader(self, dataset):
         workers = self.args.dataloader_num_workers
-        if self.args.world_size > 1 and not hasattr(dataset, "__len__"):
+        if self.args.world_size > 1 and not has_length(dataset):
             # accelerate divides a stream's batches evenly and fills up the last one alone; several workers have a last one each, whose rest would be lost.
             workers = min(workers, 1)
         # Not get_test_dataloader: it would drop the last batch as training does.
