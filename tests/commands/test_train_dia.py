@@ -198,13 +198,16 @@ def test_an_own_kind_of_dissolver(train, tmp_path, monkeypatch):
     assert "strength" in err.splitlines()[-1]
 
 
-def test_a_dissolver_of_another_division_is_told(train, digits, tmp_path, caplog):
-    """Images that calibrate here trained it."""
+def test_a_dissolver_of_another_division_or_other_tiles_is_told(train, digits, tmp_path, caplog):
+    """Images that calibrate here trained it, or it never saw parts of images."""
     argv = ["--dissolver", digits[0] / "dissolver", "--dissolved_variants", 0]
     train(tmp_path / "same", *argv)
     assert "another division" not in caplog.text
+    assert "--tiles" not in caplog.text
     train(tmp_path / "other", *argv, "--seed", 7)
     assert "was trained with seed 42 on another division of digits" in caplog.text
+    train(tmp_path / "tiles", *argv, "--tiles", 2)
+    assert "was trained with --tiles 1" in caplog.text
 
 
 def test_arguments_reach_the_detector(train, tmp_path):

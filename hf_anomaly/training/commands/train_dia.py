@@ -255,7 +255,7 @@ def _same_folder(ready: Path | None, folder: Path) -> bool:
     return ready is not None and folder.is_dir() and ready.samefile(folder)
 
 
-def make_dissolver(args: DissolverArguments, ready: Path | None, splits) -> Dissolver | None:
+def make_dissolver(args: DissolverArguments, ready: Path | None, data_args, splits) -> Dissolver | None:
     """The dissolver that the arguments name; None if there is to be none, or if it is yet to be trained."""
     if args.dissolver in ("none", "diffusion"):
         return None
@@ -269,7 +269,15 @@ def make_dissolver(args: DissolverArguments, ready: Path | None, splits) -> Diss
         args.refuse_useless(_ANY_USES)
         return Dissolver.from_pretrained(ready)
     dissolver = DiffusionDissolver.from_pretrained(ready, t_min=args.t_min, t_max=args.t_max)
-    warn_of_other_division(dissolver.training_run or {}, splits, args.dissolver)
+    run = dissolver.training_run or {}
+    warn_of_other_division(run, splits, args.dissolver)
+    if run and (trained := run.get("tiles", 1)) != data_args.tiles:
+        logger.warning(
+            "%s was trained with --tiles %s and dissolves other parts of images here than it learnt: train one with --tiles %d",
+            args.dissolver,
+            trained,
+            data_args.tiles,
+        )
     return dissolver
 
 
@@ -313,7 +321,7 @@ def train_diffusion(args: DissolverArguments, folder: Path, data_args, training_
 def place_dissolver(args: DissolverArguments, ready: Path | None, data_args, training_args, splits, processor) -> Dissolver | None:
     """The dissolver that the arguments ask for, made, loaded or trained, and saved in the run's folder dissolver/ in place of an earlier run's."""
     folder = Path(training_args.output_dir, "dissolver")
-    dissolver = make_dissolver(args, ready, splits)  # before anything is replaced: it may refuse the arguments
+    dissolver = make_dissolver(args, ready, data_args, splits)  # before anything is replaced: it may refuse the arguments
     PartialState().wait_for_everyone()
     replace_earlier_run(training_args, ready)
     if training_args.should_save:
