@@ -135,6 +135,13 @@ def test_test_images_that_also_train_are_told(folder, copies, told):
     assert ("took no part in training" in body) != told
 
 
+@pytest.mark.parametrize("copies", [0, 1])
+def test_near_copies_of_training_images_are_told(folder, copies):
+    body, _ = card(folder, {**RESULTS, "num_test_copies": copies, "num_near_copies": 3})
+    check_whole(body)
+    assert ", with 3 near copies of training images among the normal ones:\n" in body
+
+
 @pytest.mark.parametrize("damaged", [None, [1], {"a": "x"}, {"a": {"auroc": 0.5}}, {"a": {"num_images": 3, "auroc": "x"}}])
 def test_damaged_kinds_are_refused(folder, damaged):
     with pytest.raises(InputError, match=r"by_class in eval_results.json"):

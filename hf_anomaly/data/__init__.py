@@ -4,6 +4,7 @@ from .caching import shrink_images
 from .content import content_digest, find_copies
 from .formats import Reading
 from .loading import OneClassSplits, check_images, check_pixels, load_one_class, load_unlabelled
+from .overlaps import find_near_copies, thumbnail
 from .protocols import Division
 from .recipes import RECIPES, DatasetRecipe, find_recipe
 from .streaming import stream_one_class
@@ -23,10 +24,12 @@ __all__ = [
     "decode_image",
     "file_name",
     "find_copies",
+    "find_near_copies",
     "find_recipe",
     "load_one_class",
     "load_unlabelled",
     "prepare",
     "shrink_images",
     "stream_one_class",
+    "thumbnail",
 ]

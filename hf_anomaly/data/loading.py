@@ -16,9 +16,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from ..errors import InputError
-from .content import content_digest, find_copies, paths_beside
+from .content import content_digest, paths_beside
 from .formats import Reading, Window
 from .groups import draw_groups, groups_by_column, groups_by_volume
+from .overlaps import THUMBNAIL_SIZE, thumbnail, warn_of_copies, warn_of_shared_groups
 from .protocols import PROTOCOLS, Division, contaminate, subset
 from .sources import (
     IN_MEMORY,
@@ -69,6 +70,8 @@ class OneClassSplits:
         stream_digest: SHA-256, in hex, over what decides which images of a stream train, and in what order; None if `train` is none.
         num_test_copies: how many images of `test` are byte for byte also in `train` or `calibration`; None if nobody looked: of a stream, or with
             `evaluation_only`.
+        num_near_copies: how many of the normal ones have a near copy in `train`, see `find_near_copies`; None if nobody looked, as `load_one_class` does
+            not: that takes decoding them.
     """
 
     train: datasets.Dataset | None
@@ -83,6 +86,7 @@ class OneClassSplits:
     reference: datasets.Dataset | None
     stream_digest: str | None = None
     num_test_copies: int | None = None
+    num_near_copies: int | None = None
 
     @property
     def normal_label(self) -> str:
@@ -210,8 +214,8 @@ def load_one_class(
 
     num_test_copies = None
     if train is not None:
-        num_test_copies = _warn_of_copies(train, calibration, test, eval_split)
-        _warn_of_shared_groups(splits, group_column or "volume")
+        num_test_copies = warn_of_copies(train, calibration, test, eval_split)
+        warn_of_shared_groups({name: split.groups for name, split in splits.items()}, group_column or "volume")
     return OneClassSplits(
         train=train,
         calibration=calibration,
@@ -301,20 +305,25 @@ def check_images(dataset: datasets.Dataset, split_name: str, window: Window = No
     return headers
 
 
-def check_pixels(dataset: datasets.Dataset, split_name: str, window: Window = None) -> None:
+def check_pixels(dataset: datasets.Dataset, split_name: str, window: Window = None) -> np.ndarray:
     """Decodes every image, and mask if there are any: a damaged one is better found before a training than after it.
 
     Args:
         dataset, split_name, window: as in `check_images`.
 
+    Returns:
+        (n, 16, 16) uint8, what there is to see, for `find_near_copies`: see `thumbnail`.
+
     Raises:
         InputError: an image or mask cannot be decoded; names its path, or its row.
     """
     columns = [name for name in ("image", "mask") if name in dataset.column_names]
-    for where, value in _named_rows(dataset, split_name, columns, "Reading"):
-        decode_image(value["image"], where, window)
+    thumbnails = np.empty((len(dataset), THUMBNAIL_SIZE, THUMBNAIL_SIZE), np.uint8)
+    for i, (where, value) in enumerate(_named_rows(dataset, split_name, columns, "Reading")):
+        thumbnails[i] = thumbnail(decode_image(value["image"], where, window))
         if value.get("mask") is not None:
             decode_mask(value["mask"], f"mask of {where}")
+    return thumbnails
 
 
 def _named_rows(dataset: datasets.Dataset, split_name: str, columns: list[str], what: str) -> Iterator[tuple[str, dict[str, Any]]]:
@@ -651,48 +660,6 @@ def _hold_out(split: _Split, fraction: float, seed: int) -> Iterable[datasets.Da
     size = min(max(round(fraction * len(normals)), 1), len(normals) - 1)
     parts = train_test_split(np.arange(len(normals)), test_size=size, random_state=seed)
     return tuple(normals.select(np.sort(rows)) for rows in parts)
-
-
-def _warn_of_copies(
-    train: datasets.Dataset, calibration: datasets.Dataset | None, test: datasets.Dataset | None, eval_split: str
-) -> int | None:
-    """Warns of calibration images that also train, and of test images that also train or calibrate; how many the latter are, None without test images."""
-    cases = [
-        ("calibration", calibration, "training images", "the threshold will be too low for new images"),
-        (eval_split, test, "training or calibration images", "the results will not tell how new images are scored"),
-    ]
-    cases = [case for case in cases if case[1] is not None]
-    found = find_copies(train, *(split for _, split, *_ in cases))  # at once: the training images may be many
-    if len(cases) == 2:
-        found[1] = sorted({*found[1], *find_copies(calibration, test)[0]})
-    for (name, split, others, consequence), copies in zip(cases, found, strict=True):
-        if copies:
-            first = split[copies[0]]
-            logger.warning(
-                "%d of %d images of split %r are byte for byte also among the %s, the first %s: %s; leave them out on one side",
-                len(copies),
-                len(split),
-                name,
-                others,
-                first["image"]["path"] or f"in row {first['row']}",
-                consequence,
-            )
-    return None if test is None else len(found[-1])
-
-
-def _warn_of_shared_groups(splits: dict[str, _Split], what: str) -> None:
-    """Warns of images in other splits whose group also trains; images held out of the training split have been divided by groups already."""
-    trained = splits["train"].groups
-    for name, split in splits.items():
-        if name != "train" and trained is not None and split.groups is not None and (shared := np.isin(split.groups, trained).sum()):
-            logger.warning(
-                "%d of %d images of split %r are of a %s that trains, too: new ones may score higher; divide by %s",
-                shared,
-                len(split.groups),
-                name,
-                what,
-                what,
-            )
 
 
 def _split_hash(protocol: str, splits: dict[str, datasets.Dataset | None]) -> str:

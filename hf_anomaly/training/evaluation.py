@@ -39,16 +39,17 @@ def evaluate_detector(
     Returns:
         `auroc`, `average_precision`, `fpr_at_95_tpr` and `f1_max` (None with `reason` where there is nothing to measure on); `auroc_interval` and
         `average_precision_interval`, [low, high] with `interval_confidence` (see `bootstrap_intervals`); `num_normal`, `num_anomalous`, and of both
-        `num_test_copies` (see `OneClassSplits`); `division` (see `Division`); for a calibrated detector the rates and the balanced accuracy at its
-        threshold, and `drift_p_value`, of the normal images' scores against those of calibration (see `drift_check`); where there are several classes
-        of anomalies, `by_class`, see `metrics_by_class`; and, where the test split has a column `mask` and the detector gives maps, what
-        `evaluate_maps` finds. The second element is what `score` gave, None without a test split.
+        `num_test_copies` and `num_near_copies` (see `OneClassSplits`); `division` (see `Division`); for a calibrated detector the rates and the
+        balanced accuracy at its threshold, and `drift_p_value`, of the normal images' scores against those of calibration (see `drift_check`); where
+        there are several classes of anomalies, `by_class`, see `metrics_by_class`; and, where the test split has a column `mask` and the detector
+        gives maps, what `evaluate_maps` finds. The second element is what `score` gave, None without a test split.
     """
     results = dict.fromkeys(IMAGE_METRICS)
     results |= {
         "num_normal": 0,
         "num_anomalous": 0,
         "num_test_copies": splits.num_test_copies,
+        "num_near_copies": splits.num_near_copies,
         "split_hash": splits.split_hash,
         "dataset": dataset_label(splits.source),
         "normal_label": splits.normal_label,

@@ -8,6 +8,7 @@ import time
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 from accelerate import PartialState
 from transformers import SchedulerType
 from transformers.trainer_utils import get_last_checkpoint
@@ -15,6 +16,7 @@ from transformers.trainer_utils import get_last_checkpoint
 from ..cards import shown_command, write_card
 from ..cards.merging import has_own_words, is_generated, read_card
 from ..data import OneClassSplits, check_pixels, load_one_class, prepare, shrink_images, stream_one_class
+from ..data.overlaps import RESULTS_TOO_GOOD, THRESHOLD_TOO_LOW, warn_of_near_copies
 from ..data.sources import hub_dataset
 from ..detector import AnomalyDetector
 from ..errors import InputError
@@ -111,15 +113,39 @@ def shrink_training_images(splits: OneClassSplits, processor: AnomalyImageProces
 def load_training_images(data: DataArguments, seed: int) -> tuple[OneClassSplits, AnomalyImageProcessor]:
     """What a training command begins with: the splits that the data arguments name, and a processor for them.
 
-    What comes after the training is decoded now, so that a damaged image does not end the run then; streams are not.
+    What comes after the training is decoded now, so that a damaged image does not end the run then, and compared with the training images, which should
+    have no near copies there; streams are not.
     """
     splits = load_splits(data, seed)
     processor = processor_for(splits, data)
+    thumbnails = {}
     if PartialState().is_local_main_process:
-        for name, split in (("calibration", splits.calibration), (data.eval_split, splits.test)):
-            if num_images(split) is not None:
-                check_pixels(split, name, processor.window)
-    return shrink_training_images(splits, processor), processor
+        held_out = (
+            (name, split) for name, split in (("calibration", splits.calibration), (data.eval_split, splits.test)) if num_images(split)
+        )
+        thumbnails = {name: check_pixels(split, name, processor.window) for name, split in held_out}
+    shrunk = shrink_training_images(splits, processor)
+    if thumbnails and num_images(splits.train):
+        among = check_pixels(shrunk.train, "train", processor.window)
+        shrunk = replace(shrunk, num_near_copies=_look_for_near_copies(splits, among, thumbnails, data.eval_split))
+    return shrunk, processor
+
+
+def _look_for_near_copies(splits: OneClassSplits, among: np.ndarray, thumbnails: dict[str, np.ndarray], eval_split: str) -> int | None:
+    """Warns of calibration and of normal test images with near copies among the training images, and counts the latter; None if there are no test images.
+
+    Args:
+        among: thumbnails of the training images.
+        thumbnails: those of the splits that were looked at.
+    """
+    if "calibration" in thumbnails:
+        warn_of_near_copies(splits.train, among, splits.calibration, thumbnails["calibration"], "calibration", THRESHOLD_TOO_LOW)
+    if eval_split not in thumbnails:
+        return None
+    normal = np.flatnonzero(np.asarray(splits.test["label"][:]) == 0)
+    return warn_of_near_copies(
+        splits.train, among, splits.test.select(normal), thumbnails[eval_split][normal], eval_split, RESULTS_TOO_GOOD
+    )
 
 
 def choose_output_dir(args, method: str, dataset_name: str) -> None:

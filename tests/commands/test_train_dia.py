@@ -35,7 +35,7 @@ def test_digits_gives_all_that_is_promised(digits):
     results = results_of(folder)
     assert all(0 <= results[name] <= 1 for name in METRICS)
     assert (results["num_normal"], results["num_anomalous"], results["num_train"], results["num_calibration"]) == (36, 324, 114, 28)
-    assert results["num_test_copies"] == 0
+    assert results["num_test_copies"] == results["num_near_copies"] == 0
     assert results["steps"] == 4
     assert results["seconds"] > 0
     for name in (*METRICS, "num_normal", "num_anomalous", "seconds"):
@@ -78,9 +78,16 @@ def test_evaluate_gives_the_same_results(digits, tmp_path):
     again, results = json.loads(out), results_of(folder)
     assert again == json.loads((tmp_path / "again.json").read_text())
     assert again["by_class"] == {name: pytest.approx(found) for name, found in results["by_class"].items()}
-    for name in again.keys() - {"seconds", "split_hash", "division", "by_class", "num_test_copies"}:  # the hash of the evaluated rows alone
+    for name in again.keys() - {
+        "seconds",
+        "split_hash",
+        "division",
+        "by_class",
+        "num_test_copies",
+        "num_near_copies",
+    }:  # the hash of the evaluated rows alone
         assert again[name] == pytest.approx(results[name]), name
-    assert again["num_test_copies"] is None  # without the training images nobody knows
+    assert again["num_test_copies"] is again["num_near_copies"] is None  # without the training images nobody knows
     assert again["division"] == results["division"] | {"split_hash": again["split_hash"], "calibration_fraction": None}
 
 
