@@ -142,6 +142,14 @@ def test_near_copies_of_training_images_are_told(folder, copies):
     assert ", with 3 near copies of training images among the normal ones:\n" in body
 
 
+@pytest.mark.parametrize(
+    ("protocol", "held_out"), [("official", "splits, calibration images"), ("balanced", "balanced, test and calibration images")]
+)
+def test_what_kept_patients_together_is_told(folder, protocol, held_out):
+    body, _ = card(folder, {**RESULTS, "division": {"protocol": protocol, "group_column": "patient"}})
+    assert f"{held_out} held out by patient" in body
+
+
 @pytest.mark.parametrize("damaged", [None, [1], {"a": "x"}, {"a": {"auroc": 0.5}}, {"a": {"num_images": 3, "auroc": "x"}}])
 def test_damaged_kinds_are_refused(folder, damaged):
     with pytest.raises(InputError, match=r"by_class in eval_results.json"):

@@ -20,6 +20,12 @@ def images(patients, first=0):
     return Dataset.from_dict({"image": pixels, "patient": patients, "label": ["normal"] * len(patients)}, features)
 
 
+def with_tumours(patients, tumours):
+    """The last images are anomalies."""
+    labels = ["normal"] * (len(patients) - tumours) + ["tumour"] * tumours
+    return images(patients).remove_columns("label").add_column("label", labels)
+
+
 @pytest.mark.parametrize("seed", range(5))
 def test_whole_groups_are_drawn(seed):
     groups = np.random.default_rng(seed).integers(0, 9, 60).astype(str)
@@ -58,6 +64,28 @@ def test_no_patient_trains_and_calibrates(caplog):
 def test_groups_of_one_image_change_nothing():
     whole = images(list(range(50)))
     assert load_one_class(whole, group_column="patient").split_hash == load_one_class(whole).split_hash
+    whole = with_tumours(list(range(60)), tumours=20)
+    drawn = [load_one_class(whole, group_column=column, protocol="balanced", normal_label="normal") for column in ("patient", None)]
+    assert drawn[0].split_hash == drawn[1].split_hash
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_no_patient_trains_and_tests(seed, caplog):
+    """Ten patients of five normal images, of whom five also have tumours, and five patients of two tumours alone."""
+    patients = [i // 5 for i in range(50)] + [i // 2 for i in range(10)] + [10 + i // 2 for i in range(10)]
+    options = {"group_column": "patient", "protocol": "balanced", "normal_label": "normal", "seed": seed}
+    splits = load_one_class(with_tumours(patients, tumours=20), **options)
+    train, calibration, test = ({patients[row] for row in split["row"][:]} for split in (splits.train, splits.calibration, splits.test))
+    assert not train & test
+    assert not train & calibration
+    assert not calibration & test
+    labels = splits.test["label"][:]
+    assert (labels.count(0), labels.count(1)) == (10, 10)
+    assert len(splits.train) + len(splits.calibration) == 40
+    assert "that trains" not in caplog.text
+    again = load_one_class(with_tumours(patients, tumours=20), evaluation_only=True, **options)
+    assert again.test["row"][:] == splits.test["row"][:]
+    assert len({tuple(load_one_class(with_tumours(patients, tumours=20), **options | {"seed": i}).test["row"][:]) for i in range(5)}) > 1
 
 
 def test_only_normal_images_count():
@@ -122,8 +150,16 @@ def test_what_is_refused():
         load_one_class(images([1, 2]).add_column("person", [[1], [2]]), group_column="person")
     with pytest.raises(InputError, match="contamination draws image by image"):
         load_one_class(images([1, 2]), group_column="patient", contamination=0.1)
-    with pytest.raises(InputError, match=r"'balanced' divides image by image; with .* a table's column 'split', .* by patient"):
-        load_one_class(images([1, 2]), group_column="patient", protocol="balanced")
+    with pytest.raises(InputError, match=r"'stratified' divides image by image: with group_column take 'balanced'"):
+        load_one_class(images([1, 2]), group_column="patient", protocol="stratified")
+    with pytest.raises(InputError, match=r"all images of 'normal' belong together, to '7'"):
+        load_one_class(with_tumours([7, 7, 7, 8], tumours=1), group_column="patient", protocol="balanced", normal_label="normal")
+    with pytest.raises(InputError, match=r"all splits of .* has no column 'person'"):
+        load_one_class(with_tumours([1, 2, 3], tumours=1), group_column="person", protocol="balanced", normal_label="normal")
+
+
+def volumes(slices):
+    return {value["path"].rsplit("/", 2)[1] for value in slices["image"]}
 
 
 def test_slices_of_a_volume_belong_together(tmp_path, monkeypatch, caplog):
@@ -142,14 +178,22 @@ def test_slices_of_a_volume_belong_together(tmp_path, monkeypatch, caplog):
     assert "volume" not in caplog.text
     splits = load_one_class(tmp_path / "scans", reading=Reading((0, 99)))
     assert len(splits.train) == 24
-    assert len({value["path"].rsplit("/", 1)[1].split("-")[0] for value in splits.calibration["image"]}) == 1
+    assert len(volumes(splits.calibration)) == 1
+    (tmp_path / "both").mkdir()
+    for kind, names in (("normal", "012"), ("tumour", "34")):
+        (tmp_path / "both" / kind).mkdir()
+        for name in names:
+            shutil.copy(tmp_path / "scans" / f"{name}.nii", tmp_path / "both" / kind)
+    splits = load_one_class(tmp_path / "both", reading=Reading((0, 99)), protocol="balanced")
+    assert (len(splits.train), len(splits.calibration), len(splits.test)) == (6, 6, 12)
+    assert not volumes(splits.test) & (volumes(splits.train) | volumes(splits.calibration))
 
 
 def test_command(tmp_path):
-    lines = ["file_name,patient"]
-    for i in range(20):
+    lines = ["file_name,patient,label"]
+    for i in range(25):
         PIL.Image.fromarray(np.random.default_rng(i).integers(0, 256, (8, 8), dtype=np.uint8)).save(tmp_path / f"{i}.png")
-        lines.append(f"{i}.png,{i // 4}")
+        lines.append(f"{i}.png,{i // 4},{'normal' if i < 20 else 'tumour'}")
     (tmp_path / "list.csv").write_text("\n".join(lines))
     tiny = [
         "--max_steps",
@@ -167,12 +211,21 @@ def test_command(tmp_path):
         "--report_to",
         "none",
     ]
-    argv = ["--dataset_name", tmp_path / "list.csv", "--group_column", "patient", "--output_dir", tmp_path / "run"]
-    status, _, err = run("train_shared_ae.py", *argv, *tiny)
+    source = ["--dataset_name", tmp_path / "list.csv"]
+    argv = [*source, "--group_column", "patient", "--output_dir", tmp_path / "run"]
+    status, _, err = run("train_shared_ae.py", *argv, "--protocol", "balanced", *tiny)
     assert status == 0, err
     results = json.loads((tmp_path / "run" / "eval_results.json").read_text())
-    assert (results["num_train"], results["num_calibration"], results["division"]["group_column"]) == (16, 4, "patient")
-    assert "calibration images held out by patient" in (tmp_path / "run" / "README.md").read_text()
+    assert (results["num_train"], results["num_calibration"], results["division"]["group_column"]) == (12, 4, "patient")
+    assert (results["num_normal"], results["num_anomalous"]) == (4, 4)
+    assert "balanced, test and calibration images held out by patient" in (tmp_path / "run" / "README.md").read_text()
+    status, out, err = run("evaluate.py", "--model", tmp_path / "run", *source, "--protocol", "balanced")  # the column is recorded
+    assert status == 0, err
+    assert json.loads(out)["auroc"] == pytest.approx(results["auroc"])
+    assert json.loads(out)["division"]["group_column"] == "patient"
+    status, _, err = run("evaluate.py", "--model", tmp_path / "run", *source, "--group_column", "patient")
+    assert status == 2
+    assert "--group_column is of the training images" in err
     status, _, err = run("train_shared_ae.py", *argv, "--streaming", "true", *tiny)
     assert status == 2
     assert "--group_column does not go with --streaming" in err

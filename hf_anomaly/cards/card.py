@@ -209,7 +209,8 @@ def _protocol(division: dict) -> str:
     if division.get("max_train_images") is not None:
         words.append(f"at most {division['max_train_images']} normal images to train on")
     if division.get("group_column"):
-        words.append(f"calibration images held out by {plain(division['group_column'])}")
+        held_out = "test and calibration" if division.get("protocol") == "balanced" else "calibration"
+        words.append(f"{held_out} images held out by {plain(division['group_column'])}")
     if division.get("contamination"):
         words.append(f"a contamination of {division['contamination']:g}")
     return ", ".join(words)

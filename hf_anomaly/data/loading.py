@@ -148,8 +148,9 @@ def load_one_class(
         classes: source's class → what it counts as: several may become one. Images of classes that are not listed are left out.
         image_column: by default `image`, or the only `Image` column other than `mask`. Arrays and lists of uint8, (h, w[, 1 or 3]), are images, too.
         label_column: by default `label`, `labels`, the only `ClassLabel` column, or else `Label` or `Labels` in any case.
-        group_column: the column that tells which images belong together, such as a patient's: no group both trains and calibrates, and a warning tells of
-            test images whose group does either. By default the slices of a volume belong together. With protocol "official" alone.
+        group_column: the column that tells which images belong together, such as a patient's: no group both trains and calibrates, nor with protocol
+            "balanced" does it train and test; with "official" a warning tells of test images whose group does. By default the slices of a volume belong
+            together. Not with the other protocols.
         calibration_fraction: share of the training normals, in [0, 1), to hold out, unless the source has a split called "calibration".
         eval_split: "test" or "validation" (in the source also val, valid, dev): what becomes `test`.
         evaluation_only: load `test` alone. A training split then only tells the normal class; a labelled source of nothing but a training
@@ -184,14 +185,15 @@ def load_one_class(
         splits = _count_as(classes, splits, source)
     is_chosen = normal_label is not None or source == "digits"  # one class against the rest
     normal_label = _normal_class(source, splits, label_column, normal_label)
-    if protocol != "official":
-        splits = _by_protocol(protocol, splits["train"], normal_label, seed, eval_split)
     needed = eval_split if evaluation_only else "train"
-    image_column = image_column or image_column_of(splits[needed].images)
+    image_column = image_column or image_column_of(splits[needed if protocol == "official" else "train"].images)
+    if protocol != "official":
+        splits = _by_protocol(protocol, splits["train"], image_column, normal_label, group_column, seed, eval_split)
     splits = _one_class_splits(splits, image_column, normal_label, group_column, eval_split, evaluation_only)
 
     train = calibration = anomalies = None
-    remedy = f"a split {eval_split!r}" if group_column is not None else f"protocol 'balanced' or 'stratified', or a split {eval_split!r},"
+    protocols = "'balanced'" if group_column is not None else "'balanced' or 'stratified'"
+    remedy = f"protocol {protocols}, or a split {eval_split!r},"
     if not evaluation_only:
         anomalies = splits["train"].only(1).images
         hint = "" if eval_split in splits else f" ({remedy} would test with them)"
@@ -395,10 +397,9 @@ def _check_options(
         raise InputError(f"protocol={protocol!r} is none of 'official', {', '.join(map(repr, PROTOCOLS))}")
     if max_train_images is not None and max_train_images < 1:
         raise InputError(f"max_train_images must be at least 1, got {max_train_images}")
-    if group_column is not None and protocol != "official":
+    if group_column is not None and protocol not in ("official", "balanced"):
         raise InputError(
-            f"group_column goes with protocol 'official': {protocol!r} divides image by image; with folders train/ and test/, or a table's column 'split', "
-            f"the division is your own, by {group_column}"
+            f"protocol {protocol!r} divides image by image: with group_column take 'balanced', or a column 'split' of your own"
         )
     if group_column is not None and contamination > 0:
         raise InputError("contamination draws image by image: it does not go with group_column")
@@ -554,15 +555,13 @@ def _one_class(split: _Split, image_column: str, normal_label: str, evaluated: b
 
     images, labels = split.images, split.labels
     if image_column not in images.column_names:
-        raise InputError(
-            f"split {split.name!r} has no column {image_column!r}; its columns: {', '.join(images.column_names)}; give image_column"
-        )
+        raise InputError(f"{split.where} has no column {image_column!r}; its columns: {', '.join(images.column_names)}; give image_column")
     is_anomaly = [0] * len(images) if labels is None else [int(label != normal_label) for label in labels]
     masks = ["mask"] if evaluated and image_column != "mask" and isinstance(images.features.get("mask"), datasets.Image) else []
     images = images.select_columns([image_column, *masks])
     images = images.cast_column("mask", datasets.Image(decode=False)) if masks else images
     images = images if image_column == "image" else images.rename_column(image_column, "image")
-    images = as_images(images, "image", f"column {image_column!r} of split {split.name!r} as images")
+    images = as_images(images, "image", f"column {image_column!r} of {split.where} as images")
     if hub_dataset(split.source) is not None:
         for column in ("image", *masks):
             for path in paths_beside(images, column):
@@ -573,14 +572,17 @@ def _one_class(split: _Split, image_column: str, normal_label: str, evaluated: b
     return images.add_column("row", split.rows.tolist(), feature=datasets.Value("int64"))
 
 
-def _by_protocol(protocol: str, pool: _Split, normal_label: str, seed: int, eval_split: str) -> dict[str, _Split]:
+def _by_protocol(
+    protocol: str, pool: _Split, image_column: str, normal_label: str, group_column: str | None, seed: int, eval_split: str
+) -> dict[str, _Split]:
     """The splits that a protocol makes of all images. What does not test is in "train"."""
     if pool.labels is None:
         raise InputError(
             f"protocol {protocol!r} needs the class of every image of {pool.source!r}; give label_column or take protocol 'official'"
         )
+    groups = _groups(pool, _one_class(pool, image_column, normal_label), group_column)
     try:
-        _, test = PROTOCOLS[protocol](np.asarray(pool.labels), normal_label, seed)
+        _, test = PROTOCOLS[protocol](np.asarray(pool.labels), normal_label, seed, groups)
     except ValueError as error:  # scikit-learn's, for classes of a single image
         raise InputError(f"{pool.source!r} has too few images for protocol {protocol!r}: {error}") from error
     parts = {"train": np.setdiff1d(np.arange(len(pool.rows)), test), eval_split: test}
@@ -635,7 +637,7 @@ def _groups(split: _Split, images: datasets.Dataset, column: str | None) -> np.n
     """What each image belongs to; None if that is not known."""
     if column is None:
         return groups_by_volume(images, split.name)
-    is_there = split.name == "train" or column in split.images.column_names  # the training split must have it
+    is_there = split.name in ("train", None) or column in split.images.column_names  # the training split must have it
     return groups_by_column(split.images, column, split.where) if is_there else None
 
 

@@ -10,6 +10,7 @@ from functools import partial
 import numpy as np
 
 from ..errors import InputError
+from .groups import draw_groups
 
 logger = logging.getLogger(__name__)
 
@@ -17,7 +18,7 @@ TEST_FRACTION = 0.2
 Rows = tuple[np.ndarray, np.ndarray]  # of the images to train on and to test on, in the source's order
 
 
-def balanced(labels: np.ndarray, normal_label: str, seed: int) -> Rows:
+def balanced(labels: np.ndarray, normal_label: str, seed: int, groups: np.ndarray | None = None) -> Rows:
     """80 % of the normal class trains; the other 20 % and as many anomalies, drawn at random from all other classes, test.
 
     Protocol 1 of Jia & Liu 2023, section 4.2 (after Pidhorskyi et al. 2018), in which test normals come from any split of the source. Both draws follow
@@ -25,26 +26,43 @@ def balanced(labels: np.ndarray, normal_label: str, seed: int) -> Rows:
 
     Args:
         labels: (n,) class names of all images.
+        groups: (n,) what they belong to, such as patients. Then no group both trains and tests: whole groups of normals are drawn, and anomalies from the
+            groups that do not train.
+
+    Raises:
+        InputError: all normals are of one group.
     """
     from sklearn.model_selection import train_test_split
 
-    train, test = train_test_split(np.flatnonzero(labels == normal_label), test_size=TEST_FRACTION, random_state=seed)
-    anomalies = np.flatnonzero(labels != normal_label)
+    normals, anomalies = np.flatnonzero(labels == normal_label), np.flatnonzero(labels != normal_label)
+    if groups is None or len(np.unique(groups[normals])) == len(normals):
+        train, test = train_test_split(normals, test_size=TEST_FRACTION, random_state=seed)
+    elif len(np.unique(groups[normals])) == 1:
+        raise InputError(
+            f"all images of {normal_label!r} belong together, to {str(groups[normals[0]])!r}: none could test apart from those that train"
+        )
+    else:
+        drawn = draw_groups(groups[normals], TEST_FRACTION, seed)
+        train, test = normals[~drawn], normals[drawn]
+    if groups is not None:
+        anomalies = anomalies[~np.isin(groups[anomalies], groups[train])]
     if len(anomalies) < len(test):
         logger.warning("There are %d anomalies for %d normal test images: the test is not balanced", len(anomalies), len(test))
     drawn = np.random.RandomState(seed).permutation(anomalies)[: len(test)]  # NumPy's frozen generator: the same rows everywhere
     return np.sort(train), np.sort(np.concatenate([test, drawn]))
 
 
-def stratified(labels: np.ndarray, normal_label: str, seed: int, test_fraction: float = TEST_FRACTION) -> Rows:
-    """A fixed split of every class, the same for any seed and normal class: stands in for a source's own splits where it has none."""
+def stratified(
+    labels: np.ndarray, normal_label: str, seed: int, groups: np.ndarray | None = None, test_fraction: float = TEST_FRACTION
+) -> Rows:
+    """A fixed split of every class, the same for any seed, normal class and groups: stands in for a source's own splits where it has none."""
     from sklearn.model_selection import train_test_split
 
     train, test = train_test_split(np.arange(len(labels)), test_size=test_fraction, stratify=labels, random_state=0)
     return np.sort(train), np.sort(test)
 
 
-PROTOCOLS: dict[str, Callable[[np.ndarray, str, int], Rows]] = {
+PROTOCOLS: dict[str, Callable[[np.ndarray, str, int, np.ndarray | None], Rows]] = {
     "balanced": balanced,
     "stratified": stratified,
     "stratified_70_30": partial(stratified, test_fraction=0.3),  # Kvasir and APTOS in DIA, appendix A

@@ -254,8 +254,8 @@ class DataArguments:
     group_column: str | None = field(
         default=None,
         metadata={
-            "help": "Column with what belongs together, such as the patient: no group both trains and calibrates, and test images of groups that train are "
-            "warned of. Default: slices of one volume belong together."
+            "help": "Column with what belongs together, such as the patient: no group both trains and calibrates, nor with --protocol balanced does it train "
+            "and test; else test images of groups that train are warned of. Default: slices of one volume belong together."
         },
     )
     image_size: int | None = field(
@@ -382,7 +382,9 @@ class EvaluationDataArguments(DataArguments):
 
     def refuse_training_flags(self, why: str) -> None:
         """Refuses flags that choose training images, where none are read."""
-        self.refuse_given(("max_train_images", "contamination", "calibration_fraction", "group_column"), why)
+        self.refuse_given(("max_train_images", "contamination", "calibration_fraction"), why)
+        if self.protocol != "balanced":  # which draws the test images, too, by groups
+            self.refuse_given(("group_column",), why)
 
     def read_as(self, processor: AnomalyImageProcessor) -> None:
         """Windows and slices that no flag sets are as in the detector's training; the processor takes over the window."""

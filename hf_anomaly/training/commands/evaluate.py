@@ -76,8 +76,8 @@ def load_for_evaluation(args, data_args: EvaluationDataArguments) -> tuple:
 
     Args:
         args: with `model`, `revision`, `seed` and `device`; the seed is by default the one recorded beside the model.
-        data_args: normal class, window and slices are by default those that the detector was trained on; if that class is none of the labels,
-            `default_normal_class` chooses one. Its `reading` becomes the one in use.
+        data_args: normal class, window and slices are by default those that the detector was trained on, as is the group column where the test images of
+            its training are drawn again; if that class is none of the labels, `default_normal_class` chooses one. Its `reading` becomes the one in use.
 
     Raises:
         InputError: what `load_detector` and `load_one_class` refuse, or a seed that does not say which images the detector was not trained on.
@@ -85,6 +85,8 @@ def load_for_evaluation(args, data_args: EvaluationDataArguments) -> tuple:
     check_ranges(args, {"seed": (0, 2**32)})
     results = recorded_results(args.model, args.revision)
     seed = _seed_of_draws(args, data_args.protocol, results)
+    if data_args.protocol == "balanced" and results.get("dataset") == dataset_label(data_args.dataset_name):
+        data_args.group_column = data_args.group_column or (results.get("division") or {}).get("group_column")
     model, processor = load_detector(args.model, args.revision, args.device)
     data_args.read_as(processor)
     splits, normal_label = _load_test(data_args, seed, model.config.normal_label)
