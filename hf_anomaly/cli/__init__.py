@@ -17,6 +17,7 @@ COMMANDS = {  # name -> what it does; its module has `parse(argv)`, without heav
     "calibrate": "set a detector's threshold by normal images of the place where it is used",
     "predict": "score images: a table with score, p-value and verdict, and maps of where the anomaly is",
     "dissolve": "show what a dissolver leaves of an image",
+    "group": "list image files so that near copies, such as frames of one sequence, can be kept together",
     "info": "tell what a detector is, on what it was trained, and how well it does",
     "card": "write a detector's model card anew: licence, results of other seeds; your own words in it stay",
     "demo": "open a page in the browser on which a detector judges images",

@@ -4,7 +4,7 @@ from .caching import shrink_images
 from .content import content_digest, find_copies
 from .formats import Reading
 from .loading import OneClassSplits, check_images, check_pixels, load_one_class, load_unlabelled
-from .overlaps import find_near_copies, thumbnail
+from .near_copies import find_near_copies, group_near_copies, thumbnail
 from .protocols import Division
 from .recipes import RECIPES, DatasetRecipe, find_recipe
 from .streaming import stream_one_class
@@ -26,6 +26,7 @@ __all__ = [
     "find_copies",
     "find_near_copies",
     "find_recipe",
+    "group_near_copies",
     "load_one_class",
     "load_unlabelled",
     "prepare",

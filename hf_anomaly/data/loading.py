@@ -19,7 +19,8 @@ from ..errors import InputError
 from .content import content_digest, paths_beside
 from .formats import Reading, Window
 from .groups import draw_groups, groups_by_column, groups_by_volume
-from .overlaps import THUMBNAIL_SIZE, thumbnail, warn_of_copies, warn_of_shared_groups
+from .near_copies import THUMBNAIL_SIZE, thumbnail
+from .overlaps import warn_of_copies, warn_of_shared_groups
 from .protocols import PROTOCOLS, Division, contaminate, subset
 from .sources import (
     IN_MEMORY,

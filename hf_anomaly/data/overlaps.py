@@ -7,62 +7,19 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 import numpy as np
-import PIL.Image
 
 from .content import find_copies
+from .near_copies import find_near_copies
 
 if TYPE_CHECKING:
     import datasets
 
 logger = logging.getLogger(__name__)
 
-THUMBNAIL_SIZE = 16  # px
-_NEAR = 0.25  # of the usual distance
-_USUAL = (10, 0.05)  # that to the tenth nearest, or to the last of the nearest twentieth: so many may show one and the same thing
 _TOLERATED = 0.02  # of the images; by chance a few may look like another one
-_CHUNK_VALUES = 1 << 24  # distances held at once
 
 THRESHOLD_TOO_LOW = "the threshold will be too low for new images"
 RESULTS_TOO_GOOD = "the results will not tell how new images are scored"
-
-
-def thumbnail(image: PIL.Image.Image) -> np.ndarray:
-    """(16, 16) uint8, gray, whatever the image's proportions."""
-    return np.asarray(image.convert("L").resize((THUMBNAIL_SIZE, THUMBNAIL_SIZE), PIL.Image.Resampling.BILINEAR))
-
-
-def find_near_copies(among: np.ndarray, images: np.ndarray) -> dict[int, int]:
-    """The images that have a near copy among others: neighbouring slices or frames, one part under two lights.
-
-    Such a one is at less than a quarter of the distance that is usual for near images. That is relative, since images of one kind of thing are all alike.
-    Thumbnails are compared as brought to one mean and contrast, so that another exposure makes no difference.
-
-    Args:
-        among, images: (m, 16, 16) and (n, 16, 16), of `thumbnail`.
-
-    Returns:
-        Index in `images` → index of the nearest in `among`. Empty if these are fewer than 20, too few to tell what is usual.
-    """
-    least, share = _USUAL
-    if len(among) < 2 * least:
-        return {}
-    usual = max(least, round(share * len(among))) - 1
-    theirs, ours = _standardized(among), _standardized(images)
-    step = max(1, _CHUNK_VALUES // len(theirs))
-    found = {}
-    for start in range(0, len(ours), step):
-        squared = (2 - 2 * ours[start : start + step] @ theirs.T).clip(min=0)
-        nearest, at_usual = np.partition(squared, (0, usual), axis=1)[:, (0, usual)].T
-        rows = np.flatnonzero(nearest < _NEAR**2 * at_usual)
-        found |= zip((start + rows).tolist(), squared[rows].argmin(1).tolist(), strict=True)
-    return found
-
-
-def _standardized(thumbnails: np.ndarray) -> np.ndarray:
-    """(n, 256) float32, of mean 0 and length 1. Flat ones are 0, which is as far from each other as from anything."""
-    pixels = thumbnails.reshape(-1, THUMBNAIL_SIZE**2).astype(np.float32)
-    pixels -= pixels.mean(1, keepdims=True)
-    return pixels / np.linalg.norm(pixels, axis=1, keepdims=True).clip(min=1e-6)
 
 
 def warn_of_near_copies(
@@ -79,7 +36,7 @@ def warn_of_near_copies(
         first, theirs = next(iter(pairs.items()))
         logger.warning(
             "%d of %d normal images of split %r look nearly the same as one that trains, the first, %s, like %s: %s; keep images of one patient, part or "
-            "series on one side, by --group_column or a column 'split'",
+            "series on one side, by --group_column (hf-anomaly group lists near copies) or a column 'split'",
             len(pairs),
             len(split),
             split_name,
