@@ -293,6 +293,18 @@ def test_meta_device(model, tmp_path):
     assert torch.equal(loaded(images(4)).scores, model(images(4)).scores)
 
 
+def test_weights_put_aside(model, tmp_path):
+    """As accelerate does with `device_map="auto"` where they do not fit: `model.device` is "meta" then."""
+    model.save_pretrained(tmp_path)
+    places = {name: "disk" for name, _ in model.named_children()} | {"calibration": "cpu"}
+    loaded = AutoModel.from_pretrained(tmp_path, device_map=places, offload_folder=tmp_path / "weights", false_positive_rate=0.2)
+    assert loaded.device.type == "meta"
+    assert loaded.calibration.threshold == model.calibration.threshold_at(0.2)
+    assert torch.equal(loaded(images(4)).scores, model(images(4)).scores)
+    loaded.fit_reference([images(20)], progress=False).calibrate([images(39, seed=1)], false_positive_rate=0.1, progress=False)
+    assert all(torch.equal(buffer, states(model)[name]) for name, buffer in states(loaded).items())
+
+
 # Scores -----------------------------------------------------------------------------------------------------------------------
 
 
