@@ -565,8 +565,9 @@ class AnomalyDetector(PreTrainedModel):
         cls, pretrained_model_name_or_path, *model_args, output_loading_info=False, ignore_mismatched_sizes=False, **kwargs
     ) -> Self:
         """As `PreTrainedModel.from_pretrained`, from safetensors only. With other values of `config.score_fields` than the calibration was made for,
-        such as keywords here can give, the calibration is dropped with a warning; with other values of `config.reference_fields` the reference, too. With
-        another `false_positive_rate` the threshold becomes that of the new rate; `anomaly_map_range` stays that of the old one.
+        such as keywords here can give, the calibration is dropped with a warning; with other values of `config.reference_fields`, or with weights that
+        `ignore_mismatched_sizes=True` leaves out, the reference, too. With another `false_positive_rate` the threshold becomes that of the new rate;
+        `anomaly_map_range` stays that of the old one.
 
         Raises:
             InputError: the weights lack the reference or the calibration that the config promises, those of a fitted detector lack
@@ -587,6 +588,11 @@ class AnomalyDetector(PreTrainedModel):
             if not ignore_mismatched_sizes:
                 model._refuse_other_sizes(info["mismatched_keys"])
         model._refuse_missing(info["missing_keys"], name)
+        if info["mismatched_keys"] and model.is_fitted and not model.config.reference_changes:  # these are told of below
+            logger.warning(
+                "%s: some of its weights have other sizes and begin anew: its reference is dropped; train, fit and calibrate it", name
+            )
+            model.reset_reference()
         model._align_tensors()
         if name is not None:
             model._homes = [Home.of(name, place["revision"], place["subfolder"], place.get("cache_dir"))]

@@ -582,6 +582,14 @@ def test_loading_info_on_request(folder):
     assert not info["missing_keys"]
 
 
+def test_a_detector_with_new_weights_has_no_reference(folder, caplog):
+    """Else it would go on giving scores and verdicts, of weights that nothing has trained."""
+    model = AutoModel.from_pretrained(folder, projection_size=5, ignore_mismatched_sizes=True)
+    assert "begin anew" in caplog.text
+    assert (model.is_fitted, model.calibration.is_calibrated, model.config.num_calibration_scores) == (False, False, 0)
+    assert AutoModel.from_pretrained(folder, ignore_mismatched_sizes=True).calibration.is_calibrated
+
+
 def test_shards_of_an_earlier_save_are_replaced(folder):
     model = AutoModel.from_pretrained(folder)
     for settings in ({"max_shard_size": "2KB"}, {}):
