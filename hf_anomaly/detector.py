@@ -823,6 +823,8 @@ def _weight_errors(name: str | os.PathLike | None, find: Callable[[str], str | N
         with hub_errors(str(name), reading=True):
             yield
     except (SafetensorError, RuntimeError) as error:
+        if torch.get_default_device().type == "meta":  # transformers refuses that, and says what to do instead
+            raise
         reason = one_line(error)
         raise InputError(f"{name}: the weights are damaged or do not fit config.json ({reason}); save or download them again") from error
     except HubError:

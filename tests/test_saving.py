@@ -590,6 +590,11 @@ def test_a_detector_with_new_weights_has_no_reference(folder, caplog):
     assert AutoModel.from_pretrained(folder, ignore_mismatched_sizes=True).calibration.is_calibrated
 
 
+def test_loading_under_the_meta_device_is_not_told_of_as_damage(folder):
+    with torch.device("meta"), pytest.raises(RuntimeError, match="from_config"):
+        AutoModel.from_pretrained(folder)
+
+
 def test_shards_of_an_earlier_save_are_replaced(folder):
     model = AutoModel.from_pretrained(folder)
     for settings in ({"max_shard_size": "2KB"}, {}):
