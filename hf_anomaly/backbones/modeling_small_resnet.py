@@ -93,7 +93,10 @@ class SmallResNetBackbone(BackboneMixin, PreTrainedModel):
             init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
 
     @can_return_tuple
-    def forward(self, pixel_values: torch.Tensor) -> BackboneOutput:
+    def forward(self, pixel_values: torch.Tensor, output_hidden_states: bool | None = None) -> BackboneOutput:
+        """The maps of `out_features` and, on request here or in the configuration, of all stages."""
+        if output_hidden_states is None:
+            output_hidden_states = self.config.output_hidden_states
         if pixel_values.shape[1] == 1 and self.memory_format is torch.channels_last:
             # One channel lies innermost as well as outermost. Unless its strides say the former, oneDNN takes another backward pass, ten times as slow.
             n, _, height, width = pixel_values.shape
@@ -103,4 +106,7 @@ class SmallResNetBackbone(BackboneMixin, PreTrainedModel):
         for i, stage in enumerate(self.stages, 1):
             hidden_state = stage(hidden_state)
             maps[f"stage{i}"] = hidden_state
-        return BackboneOutput(feature_maps=tuple(maps[name] for name in self.out_features))
+        return BackboneOutput(
+            feature_maps=tuple(maps[name] for name in self.out_features),
+            hidden_states=tuple(maps.values()) if output_hidden_states else None,
+        )

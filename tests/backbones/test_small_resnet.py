@@ -35,6 +35,17 @@ def test_the_last_stage_is_the_default():
     assert model(torch.randn(2, 1, 8, 8), return_dict=False)[0][0].shape == alone.shape
 
 
+@torch.no_grad()
+def test_the_maps_of_all_stages():
+    model, x = tiny().eval(), torch.randn(2, 1, 8, 8)
+    assert model(x).hidden_states is None
+    output = model(x, output_hidden_states=True)
+    assert [tuple(m.shape[1:]) for m in output.hidden_states] == [(8, 8, 8), (8, 8, 8), (12, 4, 4), (16, 2, 2)]
+    assert torch.equal(output.hidden_states[-1], output.feature_maps[0])
+    model.config.output_hidden_states = True
+    assert len(model(x).hidden_states) == 4
+
+
 @pytest.mark.parametrize("channels", [1, 3])
 def test_the_order_in_memory_changes_nothing_but_the_speed(channels):
     model = tiny(num_channels=channels, out_features=["stage1", "stage3"]).eval()
