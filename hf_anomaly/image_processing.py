@@ -278,6 +278,12 @@ class AnomalyImageProcessor(PilBackend):
             stacks = [(stack * np.float64(rescale_factor)).astype(np.float32) for stack in stacks]
         if do_normalize:
             mean, std = (np.reshape(values, (-1, 1, 1)).astype(np.float32) for values in (image_mean, image_std))
+            for stack in stacks:
+                for name, values in (("image_mean", mean), ("image_std", std)):
+                    if len(values) not in (1, stack.shape[1]):  # of one channel numpy would make as many
+                        raise InputError(
+                            f"{name} has {len(values)} numbers, and the images have {stack.shape[1]} channels: give one a channel"
+                        )
             stacks = [(stack - mean) / std for stack in stacks]
         if len(stacks) == 1 and return_tensors is not None and not do_pad:
             return BatchFeature(data={"pixel_values": stacks[0]}, tensor_type=return_tensors)

@@ -208,6 +208,19 @@ def test_a_call_may_change_the_settings():
     assert GRAY(images=[image])["pixel_values"][0].shape == (1, 8, 8)
 
 
+@pytest.mark.parametrize(
+    ("processor", "settings", "words"),
+    [
+        (RGB, {"do_convert_rgb": False}, ["image_mean has 3", "1 channels"]),
+        (GRAY, {"image_std": [0.5, 0.5, 0.5]}, ["image_std has 3", "1 channels"]),
+        (RGB, {"image_mean": [0.5, 0.5]}, ["image_mean has 2", "3 channels"]),
+    ],
+)
+def test_normalising_makes_no_channels(processor, settings, words, refused):
+    with refused(*words):
+        processor(images=[color_image("RGB", (8, 8))], return_tensors="pt", **settings)
+
+
 @pytest.mark.parametrize("channels", [1, 3])
 @pytest.mark.parametrize(
     "settings", [{}, {"do_resize": False}, {"do_resize": False, "do_pad": True}, {"do_rescale": False}, {"do_normalize": False}]
