@@ -65,6 +65,15 @@ def _has_channels_first(shape: tuple[int, ...]) -> bool:
     return len(shape) == 3 and shape[0] in (1, 3, 4) and shape[-1] not in (1, 3, 4)
 
 
+def _as_list(images) -> Sequence:
+    return images if isinstance(images, list | tuple) or getattr(images, "ndim", 0) == 4 else [images]
+
+
+def _holds_floats(image) -> bool:
+    dtype = getattr(image, "dtype", None)
+    return dtype.is_floating_point if isinstance(dtype, torch.dtype) else dtype is not None and np.issubdtype(dtype, np.floating)
+
+
 def read_any_image(image, name: str, window: Window = None, timeout: float = 30.0) -> PIL.Image.Image:
     """As `to_eight_bit_image`, also of the path or http(s) URL of a file, or of `{"bytes", "path"}` as `datasets.Image(decode=False)` gives it.
 
@@ -249,10 +258,21 @@ class AnomalyImageProcessor(PilBackend):
         """An upright image of 8 bits a channel in the processor's mode and size, which takes less memory to hold; its `pixel_values` are the same."""
         return _converted(image, self.do_convert_rgb, (self.size["width"], self.size["height"]), self.resample)
 
+    def preprocess(self, images, *args, **kwargs) -> BatchFeature:
+        """As transformers' own; floats in [0, 1] become levels of 0 to 255 first, whatever `do_rescale` says.
+
+        Raises:
+            InputError: `do_rescale=False` with floats; see also `read` and `read_any_image`.
+        """
+        if not kwargs.get("do_rescale", self.do_rescale):
+            for i, image in enumerate(_as_list(images)):
+                if _holds_floats(image):
+                    raise InputError(f"images[{i}] holds floats, which become levels of 0 to 255 first: leave do_rescale on")
+        return super().preprocess(images, *args, **kwargs)
+
     def _prepare_images_structure(self, images, expected_ndims=3) -> list[PIL.Image.Image]:
         # transformers' own takes no (H, W) arrays, and converts files to RGB, which clips 16-bit ones before anything can be said against it.
-        images = images if isinstance(images, list | tuple) or getattr(images, "ndim", 0) == 4 else [images]
-        return [self.read(image, f"images[{i}]") for i, image in enumerate(images)]
+        return [self.read(image, f"images[{i}]") for i, image in enumerate(_as_list(images))]
 
     def process_image(self, image, *, do_convert_rgb, do_resize, size, resample, **kwargs) -> np.ndarray:
         # Resized here, in PIL, where it costs no conversion to an array and back.

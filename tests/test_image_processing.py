@@ -208,6 +208,16 @@ def test_a_call_may_change_the_settings():
     assert GRAY(images=[image])["pixel_values"][0].shape == (1, 8, 8)
 
 
+@pytest.mark.parametrize("kind", [np.asarray, torch.from_numpy])
+def test_floats_are_always_rescaled(kind, refused):
+    """transformers' own processors take do_rescale=False for floats: here their pixels would reach 255."""
+    floats = kind(np.random.default_rng(0).random((8, 8), np.float32))
+    for images in (floats, [color_image("L", (8, 8)), floats], floats[None, None]):
+        with refused("holds floats", "leave do_rescale on"):
+            GRAY(images=images, do_rescale=False)
+    assert GRAY(images=[color_image("L", (8, 8))], do_rescale=False, do_normalize=False)["pixel_values"][0].dtype == np.uint8
+
+
 @pytest.mark.parametrize(
     ("processor", "settings", "words"),
     [
