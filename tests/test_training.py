@@ -509,7 +509,20 @@ def test_several_evaluation_datasets_by_name(make, refused):
     for name, part in trainer.eval_dataset.items():
         alone = trainer.evaluate(part)
         assert {metric: found[metric.replace("eval_", f"eval_{name}_")] for metric in alone} == alone
+        assert trainer.evaluate(name) == alone
     assert trainer.evaluate(trainer.eval_dataset) == found
+    with refused("'nowhere'", "here, there"):
+        trainer.evaluate("nowhere")
+
+
+def test_loaders_for_evaluation_leave_no_image_out(make):
+    """Though those for training do, by default."""
+    trainer = make(eval_dataset={"here": images(11, 1, 5)}, per_device_eval_batch_size=4)
+    part = trainer.eval_dataset["here"]
+    assert trainer.args.dataloader_drop_last
+    for loader in (trainer.get_eval_dataloader("here"), trainer.get_eval_dataloader(part), trainer.get_test_dataloader(part)):
+        found = torch.cat([batch["pixel_values"] for batch in loader])
+        assert torch.equal(found, torch.stack([row["pixel_values"] for row in part]))
 
 
 def test_without_labels_there_is_nothing_to_evaluate(make, refused):

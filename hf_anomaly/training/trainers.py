@@ -564,7 +564,9 @@ class AnomalyTrainer(ReproducibleTrainer):
         """
         if self.reference_dataset is None:
             raise InputError("there are no images to fit the reference to: give reference_dataset or train_dataset")
-        self.model.fit_reference(self._loader(self.reference_dataset), gather=self.accelerator.gather_for_metrics, progress=self._progress)
+        self.model.fit_reference(
+            self.get_test_dataloader(self.reference_dataset), gather=self.accelerator.gather_for_metrics, progress=self._progress
+        )
 
     def calibrate(self) -> None:
         """`model.calibrate` on the calibration dataset at `args.false_positive_rate`.
@@ -575,7 +577,7 @@ class AnomalyTrainer(ReproducibleTrainer):
         if self.calibration_dataset is None or (has_length(self.calibration_dataset) and len(self.calibration_dataset) == 0):
             raise InputError("there are no calibration images: hold some normal images out (--calibration_fraction)")
         self.model.calibrate(
-            self._loader(self.calibration_dataset),
+            self.get_test_dataloader(self.calibration_dataset),
             false_positive_rate=self.args.false_positive_rate,
             gather=self.accelerator.gather_for_metrics,
             progress=self._progress,
@@ -583,7 +585,7 @@ class AnomalyTrainer(ReproducibleTrainer):
 
     def score(self, dataset) -> tuple[torch.Tensor, torch.Tensor | None]:
         """`model.score` on a prepared dataset, on any number of processes."""
-        return self.model.score(self._loader(dataset), gather=self.accelerator.gather_for_metrics, progress=self._progress)
+        return self.model.score(self.get_test_dataloader(dataset), gather=self.accelerator.gather_for_metrics, progress=self._progress)
 
     def predict(self, test_dataset, ignore_keys=None, metric_key_prefix="test") -> PredictionOutput:
         """Scores (N,), labels (N,) or None, and image-level metrics where there are labels. In mid-training the averaged weights are fitted for the call."""
@@ -602,10 +604,12 @@ class AnomalyTrainer(ReproducibleTrainer):
         return PredictionOutput(predictions=scores, label_ids=labels, metrics=metrics)
 
     def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix="eval") -> dict[str, float | None]:
-        """Image-level metrics on `eval_dataset`, logged as `Trainer.evaluate` does; of several datasets by name, those of each: eval_<name>_auroc …"""
-        eval_dataset = self.eval_dataset if eval_dataset is None else eval_dataset
-        if eval_dataset is None:
-            raise InputError("evaluate needs an eval_dataset with labels")
+        """Image-level metrics on `eval_dataset`, logged as `Trainer.evaluate` does; of several datasets by name, those of each: eval_<name>_auroc …
+
+        Args:
+            eval_dataset: in place of the trainer's; a string names one of several.
+        """
+        eval_dataset = self._to_evaluate(eval_dataset)
         if isinstance(eval_dataset, dict):
             metrics = {}
             for name, part in eval_dataset.items():
@@ -634,14 +638,31 @@ class AnomalyTrainer(ReproducibleTrainer):
                 write_card(folder, self.model)
         return super().push_to_hub(commit_message, blocking, token, revision, private)
 
-    def _loader(self, dataset):
+    def get_eval_dataloader(self, eval_dataset=None) -> DataLoader:
+        """As `get_test_dataloader`, of the dataset that `evaluate` takes."""
+        return self.get_test_dataloader(self._to_evaluate(eval_dataset))
+
+    def _to_evaluate(self, eval_dataset):
+        """The dataset given, else the trainer's own; of several the one with the name that was given."""
+        if isinstance(eval_dataset, str):
+            names = list(self.eval_dataset) if isinstance(self.eval_dataset, dict) else []
+            if eval_dataset not in names:
+                raise InputError(
+                    f"there is no eval_dataset {eval_dataset!r} among {', '.join(names) or 'none with names'}: give a dataset, or its name"
+                )
+            return self.eval_dataset[eval_dataset]
+        if eval_dataset is None and self.eval_dataset is None:
+            raise InputError("evaluate needs an eval_dataset with labels")
+        return self.eval_dataset if eval_dataset is None else eval_dataset
+
+    def get_test_dataloader(self, test_dataset) -> DataLoader:
+        """What reads the images that are fitted to, calibrate or are scored: in dataset order, all of them even with `dataloader_drop_last`."""
         workers = self.args.dataloader_num_workers
-        if self.args.world_size > 1 and not has_length(dataset):
+        if self.args.world_size > 1 and not has_length(test_dataset):
             # accelerate divides a stream's batches evenly and fills up the last one alone; several workers have a last one each, whose rest would be lost.
             workers = min(workers, 1)
-        # Not get_test_dataloader: it would drop the last batch as training does.
         loader = DataLoader(
-            dataset,
+            test_dataset,
             batch_size=self.args.eval_batch_size,
             collate_fn=self.data_collator,
             num_workers=workers,
