@@ -133,6 +133,8 @@ def test_numbers_of_a_stage_out_of_range_are_refused(refused):
         ({"activation_checkpointing": True}, "--activation_checkpointing is not supported"),
         ({"neftune_noise_alpha": 5.0}, "--neftune_noise_alpha is not supported"),
         ({"label_smoothing_factor": 0.1}, "--label_smoothing_factor is not supported"),
+        ({"prediction_loss_only": True}, "--prediction_loss_only is not supported"),
+        ({"include_for_metrics": ["inputs"]}, "--include_for_metrics is not supported"),
         ({"bf16_full_eval": True}, "--bf16_full_eval is not supported"),
         ({"lr_scheduler_type": "cosine_with_min_lr"}, "--lr_scheduler_type cosine_with_min_lr"),
         ({"lr_scheduler_kwargs": "x"}, "--lr_scheduler_kwargs"),

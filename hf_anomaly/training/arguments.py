@@ -41,6 +41,8 @@ _UNSUPPORTED = {
     "enable_jit_checkpoint": "a run that it ends would save its half-trained detector as the result; --save_steps tells how much an interruption costs",
     **dict.fromkeys(("neftune_noise_alpha", "use_liger_kernel"), "it is of language models"),
     "label_smoothing_factor": "detectors learn without labels",
+    "prediction_loss_only": "detectors have scores in evaluation, and no loss",
+    "include_for_metrics": "compute_metrics gets scores and labels",
     **dict.fromkeys(("fp16_full_eval", "bf16_full_eval"), "threshold and results are those of the detector that is saved"),
 }
 
@@ -147,7 +149,7 @@ class ReproducibleArguments(TrainingArguments):
         elif self.num_train_epochs == 0:
             self.max_steps = self.default_max_steps
         for name, why in self.unsupported.items():
-            if getattr(self, name, None) not in (None, False, 0, "no"):  # not every version has them all
+            if getattr(self, name, None) not in (None, False, 0, "no", []):  # not every version has them all
                 raise InputError(f"--{name} is not supported: {why}")
         if isinstance(self.resume_from_checkpoint, str) and self.resume_from_checkpoint.lower() in ("true", "false"):
             self.resume_from_checkpoint = self.resume_from_checkpoint.lower() == "true"
