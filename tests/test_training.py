@@ -496,6 +496,17 @@ def test_metrics_of_ones_own(make):
     assert prediction.metrics["test_gap"] == metrics(prediction)["gap"]
 
 
+def test_metrics_batch_by_batch_are_asked_for_their_result(make):
+    """Else a function written for `batch_eval_metrics` would wait for a last batch."""
+
+    def metrics(prediction, compute_result):
+        return {"images": len(prediction.predictions)} if compute_result else None
+
+    trainer = make(eval_dataset=images(11, 1, 5), metrics=metrics, batch_eval_metrics=True, per_device_eval_batch_size=4)
+    trainer.fit_reference()
+    assert trainer.evaluate()["eval_images"] == 11
+
+
 def test_several_evaluation_datasets_by_name(make, refused):
     parts = {"here": images(11, 1, 5), "there": images(13, 2, 6)}
     options = {"eval_strategy": "steps", "eval_steps": 2, "save_strategy": "steps", "save_steps": 2, "load_best_model_at_end": True}

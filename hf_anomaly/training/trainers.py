@@ -435,7 +435,8 @@ class AnomalyTrainer(ReproducibleTrainer):
         reference_dataset: prepared normals that scoring compares with; default `train_dataset`.
         calibration_dataset: prepared normals, disjoint from the other two.
         processing_class: the image processor, saved beside the model.
-        compute_metrics: further metrics of `predict` and `evaluate`, from an `EvalPrediction` of scores (N,) and labels (N,), as {name: number}.
+        compute_metrics: further metrics of `predict` and `evaluate`, from an `EvalPrediction` of scores (N,) and labels (N,), as {name: number}; with
+            `args.batch_eval_metrics` called once all the same, with `compute_result=True`.
         callbacks: as in `Trainer`.
         optimizers: an optimizer of `model.parameters()` and its schedule, in place of what `args` say; either may be None. A resumed run loads their
             states from the checkpoint.
@@ -599,7 +600,8 @@ class AnomalyTrainer(ReproducibleTrainer):
         scores, labels = scores.numpy(), None if labels is None else labels.numpy()
         metrics = {} if labels is None else image_metrics(scores, labels)
         if labels is not None and self.compute_metrics is not None:
-            metrics |= denumpify_detensorize(self.compute_metrics(EvalPrediction(scores, labels)))
+            last = {"compute_result": True} if self.args.batch_eval_metrics else {}  # the only call is the last one, too
+            metrics |= denumpify_detensorize(self.compute_metrics(EvalPrediction(scores, labels), **last))
         metrics = {f"{metric_key_prefix}_{name}": value for name, value in metrics.items()}
         return PredictionOutput(predictions=scores, label_ids=labels, metrics=metrics)
 
