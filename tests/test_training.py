@@ -536,6 +536,12 @@ def test_loaders_for_evaluation_leave_no_image_out(make):
         assert torch.equal(found, torch.stack([row["pixel_values"] for row in part]))
 
 
+def test_evaluation_starts_its_workers_as_training_does(make):
+    trainer = make(dataloader_num_workers=1, dataloader_multiprocessing_context="spawn", dataloader_prefetch_factor=3)
+    for loader in (trainer.get_train_dataloader(), trainer.get_test_dataloader(trainer.train_dataset)):
+        assert (loader.multiprocessing_context.get_start_method(), loader.prefetch_factor) == ("spawn", 3)
+
+
 def test_without_labels_there_is_nothing_to_evaluate(make, refused):
     trainer = make(max_steps=2)
     trainer.fit_reference()
