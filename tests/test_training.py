@@ -618,6 +618,16 @@ def test_every_training_may_begin_with_a_new_model(make, kind):
         trainer.model = None
 
 
+def test_a_search_is_told_what_is_best(make, refused):
+    """Trainer's defaults would choose the detector with the least sum of AUROC and the other metrics."""
+    trainer = make()
+    for settings in ({}, {"direction": "maximize"}, {"compute_objective": lambda metrics: metrics["eval_auroc"]}):
+        with refused("compute_objective", "direction"):
+            trainer.hyperparameter_search(**settings)
+    with pytest.raises(RuntimeError, match=r"optuna|model_init"):  # Trainer's: not installed, or no model that it can make anew
+        trainer.hyperparameter_search(compute_objective=lambda metrics: metrics["eval_auroc"], direction="maximize", backend="optuna")
+
+
 def test_a_saved_detector_is_trained_again_unfitted(make, tmp_path):
     """A reference of the weights before would score all evaluations in mid-training."""
     done = make(max_steps=2)

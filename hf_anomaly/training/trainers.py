@@ -624,6 +624,24 @@ class AnomalyTrainer(ReproducibleTrainer):
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
 
+    def hyperparameter_search(self, hp_space=None, compute_objective=None, n_trials=20, direction=None, **settings):
+        """As `Trainer.hyperparameter_search`, but objective and direction must be given: by default Trainer seeks the least sum of all metrics, which the
+        worst detector has.
+
+        Args:
+            compute_objective: the number that tells how good a trial is, from what `evaluate` gives.
+            direction: `"maximize"` or `"minimize"` it.
+
+        Raises:
+            InputError: one of the two is missing.
+        """
+        if compute_objective is None or direction is None:
+            raise InputError(
+                "hyperparameter_search must be told what is best: give compute_objective=lambda metrics: metrics['eval_auroc'] and "
+                "direction='maximize', or the like"
+            )
+        return super().hyperparameter_search(hp_space, compute_objective, n_trials, direction, **settings)
+
     def push_to_hub(self, commit_message="End of training", blocking=True, token=None, revision=None, private=None) -> CommitInfo | None:
         """Saves the detector with its processor, and a card if there is none, in `args.output_dir`, and pushes that; see `ReproducibleTrainer.push_to_hub`.
 
