@@ -50,7 +50,7 @@ class AnomalyDetectionPipeline(Pipeline):
     _load_processor = False
 
     def __init__(self, model, image_processor=None, **kwargs):
-        if not isinstance(model, AnomalyDetector):
+        if not isinstance(getattr(model, "_orig_mod", model), AnomalyDetector):  # as torch.compile wraps it
             raise InputError(f"pipeline({TASK!r}) needs an anomaly detector, but the model is a {type(model).__name__}")
         image_processor = image_processor or AnomalyImageProcessor.for_images(model.config.image_size, model.config.num_channels)
         if not isinstance(image_processor, AnomalyImageProcessor):

@@ -249,6 +249,11 @@ def test_after_a_training_it_scores_as_before(model, images, expected):
     same(pipe(images), expected)
 
 
+def test_a_compiled_detector(model, images, expected):
+    torch.compiler.reset()
+    same(AnomalyDetectionPipeline(torch.compile(model, backend="eager"))(images), expected)
+
+
 def test_not_calibrated_and_not_fitted(model, images, caplog):
     model = copy.deepcopy(model)
     scores = [result["score"] for result in AnomalyDetectionPipeline(model)(images)]
