@@ -526,6 +526,22 @@ def test_several_evaluation_datasets_by_name(make, refused):
         trainer.evaluate("nowhere")
 
 
+def test_callbacks_hear_of_evaluations_and_predictions(make):
+    heard = []
+
+    class Listen(TrainerCallback):
+        def on_evaluate(self, args, state, control, metrics, **kwargs):
+            heard.append(metrics)
+
+        on_predict = on_evaluate
+
+    trainer = make(eval_dataset=images(11, 1, 5), callbacks=[Listen()])
+    trainer.fit_reference()
+    found = [trainer.evaluate(), trainer.predict(trainer.eval_dataset).metrics]
+    assert heard == found
+    assert ["eval_auroc" in metrics for metrics in found] == [True, False]
+
+
 def test_loaders_for_evaluation_leave_no_image_out(make):
     """Though those for training do, by default."""
     trainer = make(eval_dataset={"here": images(11, 1, 5)}, per_device_eval_batch_size=4)

@@ -590,6 +590,11 @@ class AnomalyTrainer(ReproducibleTrainer):
 
     def predict(self, test_dataset, ignore_keys=None, metric_key_prefix="test") -> PredictionOutput:
         """Scores (N,), labels (N,) or None, and image-level metrics where there are labels. In mid-training the averaged weights are fitted for the call."""
+        output = self._predict(test_dataset, metric_key_prefix)
+        self.control = self.callback_handler.on_predict(self.args, self.state, self.control, output.metrics)
+        return output
+
+    def _predict(self, test_dataset, metric_key_prefix) -> PredictionOutput:
         fitted_before = self.model.is_fitted
         with self.averaged_weights():
             if not fitted_before:
@@ -617,7 +622,7 @@ class AnomalyTrainer(ReproducibleTrainer):
             for name, part in eval_dataset.items():
                 metrics |= self.evaluate(part, ignore_keys, f"{metric_key_prefix}_{name}")
             return metrics
-        metrics = self.predict(eval_dataset, ignore_keys, metric_key_prefix).metrics
+        metrics = self._predict(eval_dataset, metric_key_prefix).metrics
         if not metrics:
             raise InputError("evaluate needs an eval_dataset with labels, and its batches have none; predict gives the scores alone")
         self.log(dict(metrics))
