@@ -13,7 +13,7 @@ import pytest
 import scipy.ndimage
 import torch
 import torch.nn.functional as F
-from diffusers import DDPMPipeline, DDPMScheduler, UNet2DModel
+from diffusers import DDPMPipeline, DDPMScheduler, FlowMatchEulerDiscreteScheduler, UNet2DModel
 
 from hf_anomaly.dissolving import (
     DISSOLVERS,
@@ -642,6 +642,8 @@ def test_refuses_bad_settings(diffusion, refused):
             DiffusionDissolver(unet, scheduler, t_min, t_max)
     with refused("prediction_type", "flow"):
         DiffusionDissolver(unet, DDPMScheduler(1000, prediction_type="flow"))
+    with refused("FlowMatchEulerDiscreteScheduler", "alphas_cumprod"):
+        DiffusionDissolver(unet, FlowMatchEulerDiscreteScheduler())
     config = {name: value for name, value in unet.config.items() if not name.startswith("_")}
     with refused("class-conditional"):
         DiffusionDissolver(UNet2DModel(**config | {"num_class_embeds": 2}), scheduler)

@@ -48,7 +48,7 @@ class DiffusionDissolver(Dissolver):
         t_min, t_max: t is drawn uniformly from the integers t_min … t_max, both included.
 
     Raises:
-        InputError: t range outside the schedule, unknown prediction type, or a network of another kind.
+        InputError: t range outside the schedule, unknown prediction type, or a network or scheduler of another kind.
     """
 
     kind = "diffusion"
@@ -352,6 +352,10 @@ def _pad(x: Tensor, r: int) -> tuple[Tensor, slice, slice]:
 
 def _with_tables(scheduler):
     """The scheduler, made anew if it was made while a model was being built on the meta device: its tables are then empty."""
+    if not hasattr(scheduler, "alphas_cumprod"):
+        raise InputError(
+            f"a {type(scheduler).__name__} has no alphas_cumprod, which tell how noisy a timestep is: give a DDPMScheduler or the like"
+        )
     if not scheduler.alphas_cumprod.is_meta:
         return scheduler
     with torch.device("cpu"):
