@@ -63,10 +63,9 @@ def amplified_nt_xent(
 
     branch = z_a.shape[:2].numel()  # K·B views
     views = torch.cat([z.flatten(0, 1) for z in (z_a, z_b, z_d) if z is not None])
-    with torch.autocast(views.device.type, enabled=False):
-        views = F.normalize(views.to(torch.promote_types(views.dtype, torch.float32)), dim=1)
-        anchors = views[: 2 * branch] / temperature
-        positive = (anchors * views[: 2 * branch].roll(branch, dims=0)).sum(dim=1)  # A_ik with B_ik, B_ik with A_ik
+    views = F.normalize(views.to(torch.promote_types(views.dtype, torch.float32)), dim=1)
+    anchors = views[: 2 * branch] / temperature
+    positive = (anchors * views[: 2 * branch].roll(branch, dims=0)).sum(dim=1)  # A_ik with B_ik, B_ik with A_ik
 
     # The block of columns of this rank starts at rank·|views|; in it A has columns 0 … KB−1, B the next KB, D the last KB.
     first = world()[0] * len(views)
@@ -74,7 +73,7 @@ def amplified_nt_xent(
     excluded = [first + anchor]  # j ≠ a
     if exclude_twins:
         excluded.append(first + 2 * branch + anchor % branch)
-    with torch.autocast(views.device.type, enabled=False):
+    with torch.autocast(views.device.type, enabled=False):  # of what is computed here it would round the matrix products alone
         denominators = _SumOfLogSumExp.apply(anchors, gather_rows(views), torch.stack(excluded, dim=1))
     return (denominators - positive.sum()) / (2 * branch if divisor == "anchors" else len(views))
 
