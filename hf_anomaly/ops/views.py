@@ -189,8 +189,7 @@ def _apply(pixel_values: Tensor, views: Tensor) -> Tensor:
     x, views = pixel_values.to(dtype), views.to(pixel_values.device, dtype)
     identity = views.new_tensor(_IDENTITY)
     x = _change(x, views, (views[:, _GEOMETRY] != identity[_GEOMETRY]).any(dim=1), _crop)
-    end = len(View) if x.shape[1] == 3 else View.SATURATION
-    x = _change(x, views, (views[:, View.BRIGHTNESS : end] != identity[View.BRIGHTNESS : end]).any(dim=1), _color)
+    x = _change(x, views, (views[:, View.BRIGHTNESS :] != identity[View.BRIGHTNESS :]).any(dim=1), _color)
     return x.to(pixel_values.dtype)
 
 
