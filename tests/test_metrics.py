@@ -44,6 +44,8 @@ def test_95_percent_is_enough_and_less_is_not():
     scores, labels = [*range(2, 21), -1, 0, 1], [1] * 20 + [0] * 2
     assert image_metrics(scores, labels)["fpr_at_95_tpr"] == 0.0
     assert image_metrics(scores[1:], labels[1:])["fpr_at_95_tpr"] == 1.0  # 18 / 19 < 95 %
+    # An anomaly and a normal at each of 20 scores: the curve is a straight line, and 19 of them lie within it.
+    assert image_metrics([*range(20)] * 2, [0] * 20 + [1] * 20)["fpr_at_95_tpr"] == 0.95
 
 
 def test_by_class():

@@ -19,6 +19,8 @@ def test_tiles_of_images_and_back():
 def test_sides_that_are_no_multiple(cut, refused):
     with refused("6×9 pixels", "2×2 tiles"):
         cut(torch.rand(2, 3, 6, 9), 2)
+    with refused("9×6 pixels", "2×2 tiles"):
+        cut(torch.rand(2, 3, 9, 6), 2)
 
 
 def test_drawn_tiles():
