@@ -255,18 +255,19 @@ def test_drift_is_seen():
     assert drift_check(torch.cat([scores(160, 2) - 1, anomalies]), calibration, max_anomalies=0.2).p_lower < 0.001
 
 
-def test_the_images_that_calibrated_are_known_again():
-    calibration = scores(200, 1)
+@pytest.mark.parametrize("sign", [1, -1])  # a negative similarity is a score, too
+def test_the_images_that_calibrated_are_known_again(sign):
+    calibration = sign * scores(200, 1)
     rounded = calibration[torch.randperm(200)] * (1 + 1e-6 * scores(200, 3).clamp(-3, 3))
     assert drift_check(rounded, calibration).share_known == 1
     assert drift_check(rounded, calibration).are_calibration_images
-    half = drift_check(torch.cat([rounded[:80], scores(120, 2)]), calibration)
+    half = drift_check(torch.cat([rounded[:80], sign * scores(120, 2)]), calibration)
     assert half.share_known == pytest.approx(0.4, abs=0.02)
     assert not half.are_calibration_images
     assert not drift_check(scores(5000, 2), scores(5000, 3)).are_calibration_images  # of so many some are alike by chance
-    dense = [1 + 0.03 * scores(5000, seed) for seed in (2, 3)]
+    dense = [sign * (1 + 0.03 * scores(5000, seed)) for seed in (2, 3)]
     assert drift_check(*dense).share_known == 0  # so close do these lie that half are
-    assert drift_check(torch.ones(9), torch.ones(9)).share_known == 0  # and a detector that gives one score to all knows none
+    assert drift_check(sign * torch.ones(9), sign * torch.ones(9)).share_known == 0  # and a detector that gives one score to all knows none
     assert drift_check(torch.ones(1), torch.ones(1)).are_calibration_images
 
 
