@@ -737,7 +737,7 @@ class AnomalyDetector(PreTrainedModel):
         collected: dict[str, list] = {}
         for pixel_values, labels in self._eval_batches(dataloader, description, progress):
             output = self(pixel_values, output_anomaly_maps=with_map_levels)
-            batch = {"scores": output.scores.float()}
+            batch = {"scores": output.scores}
             if labels is not None:
                 batch["labels"] = labels.to(pixel_values.device)
             if with_map_levels:
