@@ -279,6 +279,8 @@ def test_what_a_program_wrote_in_the_yaml_gives_way_and_a_persons_stays(folder, 
     assert merged(generated(folder), generated(folder, **old)) == ("mit", ["org/mit"])
     twice = merge_cards(generated(folder), generated(folder, **old))  # still known as a program's
     assert merged(generated(folder, **new), twice) == ("other", ["org/other"])
+    replaced = merge_cards(generated(folder, **new), generated(folder, **old))  # and so is what took its place
+    assert merged(generated(folder, **old), replaced) == ("mit", ["org/mit"])
     assert not caplog.records
     by_hand = generated(folder, **old).replace("license: mit", "license: cc0-1.0", 1)
     assert merged(generated(folder, **new), by_hand) == ("cc0-1.0", ["org/other"])
@@ -308,6 +310,7 @@ def test_a_person_needs_to_write_nothing_to_be_heard(folder, caplog):
         merged = merge_cards(ours.replace("dia_anomaly", kind), of_another_kind)
         assert "# Chests" in merged
         assert "| AUROC | 0.8765 |" in merged  # its card never had results
+        assert "csi_anomaly" not in split_card(merged)[0]["tags"]
 
 
 def test_cards_of_other_editors(folder, refused):
