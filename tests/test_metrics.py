@@ -196,6 +196,8 @@ def test_intervals_at_the_edges():
     assert bootstrap_intervals([0.1, 0.2], [0, 0]) == {"auroc": None, "average_precision": None}
     assert bootstrap_intervals([0.5, 0.5], [0, 1]) == {"auroc": (0.5, 0.5), "average_precision": (0.5, 0.5)}
     assert bootstrap_intervals([0, 1, 2, 3], [0, 0, 1, 1])["auroc"] == (1, 1)
+    low, high = bootstrap_intervals(SCORES, LABELS, resamples=1)["auroc"]
+    assert low == high
     for wrong, message in (({"confidence": 1}, "confidence"), ({"resamples": 0}, "resamples")):
         with pytest.raises(InputError, match=message):
             bootstrap_intervals(SCORES, LABELS, **wrong)
