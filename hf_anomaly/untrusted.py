@@ -159,7 +159,7 @@ def contained_files(folder: str | os.PathLike, wanted: Callable[[Path], bool]) -
         if parent.parent.name == "snapshots":
             allowed += [parent, parent.parent.parent / "blobs"]
     for path in sorted(root.rglob("*")):
-        if wanted(path.relative_to(root)) and (path.is_symlink() or path.is_file()):
+        if wanted(path.relative_to(root)):
             target = path.resolve()
             if not any(target.is_relative_to(place) for place in allowed):
                 raise InputError(f"{path} is a link to {target}, outside of its folder: replace it by the file itself, or delete it")
