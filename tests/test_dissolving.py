@@ -606,6 +606,10 @@ def test_images_are_dissolved_below_their_own_size(size, resolution):
     build_unet(resolution, 1, (8, 8, 8))  # a multiple of 4
 
 
+def test_a_network_takes_the_next_power_of_two():
+    assert [network_resolution(size, 32) for size in (16, 17, 28, 64)] == [16, 32, 32, 32]
+
+
 @torch.no_grad()
 def test_quality_of_a_network_that_predicts_nothing():
     """ε_θ = 0: dissolving divides by sqrt(ᾱ), which adds 1/ᾱ − 1 of the energy, and all of the noise is left over."""
