@@ -301,6 +301,8 @@ def test_what_is_written_after_saving_holds(folder, tmp_path):
     write_card(folder, model, {**MEASURED, "auroc": 0.8765})
     model.save_pretrained(tmp_path / "copy")
     assert "0.8765" in (tmp_path / "copy" / "README.md").read_text()
+    model.save_pretrained(folder)
+    assert "0.8765" in (folder / "README.md").read_text()
     assert (tmp_path / "copy" / "eval_results.json").exists()
 
 
