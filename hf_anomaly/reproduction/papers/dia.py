@@ -12,24 +12,20 @@ LARGE = MEDICAL[2:]  # those of Tables 2, 4, 5, 8, 9 and 11
 NOT_THE_PAPERS = "PneumoniaMNIST is not in the paper's table."
 
 
-def across(datasets: tuple[str, ...], lines: dict[str, tuple[Number, ...]]) -> dict[str, dict[str, Number]]:
-    """The numbers of a table with a column a dataset: dataset → method → number."""
-    return {dataset: {method: numbers[column] for method, numbers in lines.items()} for column, dataset in enumerate(datasets)}
-
-
 def sections(
-    numbers: dict[str, dict[str, Number]],
-    methods: tuple[str, ...],
+    datasets: tuple[str, ...],
+    lines: dict[str, tuple[Number, ...]],
     titles: dict[str, str] | None = None,
     first: tuple[str, ...] = ("pneumonia_mnist",),
 ) -> tuple[Section, ...]:
     """A section a dataset, with a line a method.
 
     Args:
+        lines: method → the paper's numbers, one for each of the datasets.
         first: the datasets that come first, whether the paper has them or not.
     """
-    datasets = dict.fromkeys((*first, *numbers))
-    return tuple(section(dataset, numbers.get(dataset, {}), methods, titles or {}) for dataset in datasets)
+    numbers = {dataset: {method: line[column] for method, line in lines.items()} for column, dataset in enumerate(datasets)}
+    return tuple(section(name, numbers.get(name, {}), tuple(lines), titles or {}) for name in dict.fromkeys((*first, *datasets)))
 
 
 def section(dataset: str, numbers: dict[str, Number], methods: tuple[str, ...], titles: dict[str, str]) -> Section:
@@ -142,51 +138,42 @@ def _cifar(dataset: str, lines: dict[str, tuple[float, ...]]) -> Section:
     return Section(dataset, RECIPES[dataset].protocol, rows, ("csi", "dia", "dia_b", *BASELINES), paper=numbers)
 
 
-COMMON_NOTES = (
+COMMON_NOTE = (
     "The score is the cosine of the projections in Eq. 10, its first factor, averaged over ten fixed augmentations, and the optimizer is AdamW; the paper, "
-    "and budget paper, take all of Eq. 10 and LARS, whose peak learning rate there is 1, as in the authors' code; the paper's text has .001.",
+    "and budget paper, take all of Eq. 10 and LARS, whose peak learning rate there is 1, as in the authors' code; the paper's text has .001."
 )
 KERNELS = (
     "The paper does not name the kernels of this table; on SARS-COV-2 its numbers are Table 7's of Gaussian 7 and median 3, so these are taken "
     "(on Kvasir-Polyp, Table 9's are of kernel 3)."
 )
 SEES_ALL_CLASSES = "The paper's diffusion model was trained on all classes, anomalous ones too; ours sees the normal class alone."
+
+
+def table(number: int, title: str, parts: tuple[Section, ...], *notes: str) -> Table:
+    return Table(f"dia/{number}", title, f"{PAPER}, Table {number}", parts, (*notes, COMMON_NOTE))
+
+
 TABLES = (
-    Table(
-        id="dia/1",
-        title="DIA beside other detectors",
-        paper=f"{PAPER}, Table 1",
-        sections=sections(across(MEDICAL, _TABLE_1), tuple(_TABLE_1)),
-        notes=COMMON_NOTES,
+    table(1, "DIA beside other detectors", sections(MEDICAL, _TABLE_1)),
+    table(
+        2,
+        "The range of diffusion timesteps to dissolve at",
+        tuple(_step_range_section(dataset) for dataset in ("pneumonia_mnist", *LARGE)),
+        NOT_THE_PAPERS,
     ),
-    Table(
-        id="dia/2",
-        title="The range of diffusion timesteps to dissolve at",
-        paper=f"{PAPER}, Table 2",
-        sections=tuple(_step_range_section(dataset) for dataset in ("pneumonia_mnist", *LARGE)),
-        notes=(NOT_THE_PAPERS, *COMMON_NOTES),
+    table(
+        3,
+        "How many images the diffusion model is trained on",
+        sections(("pneumonia_mnist", "kvasir_polyp"), _TABLE_3, {"dia": "DIA, of all images"}),
+        "The share of the images is lost in the text of the paper at hand: here it is 10 %.",
     ),
-    Table(
-        id="dia/3",
-        title="How many images the diffusion model is trained on",
-        paper=f"{PAPER}, Table 3",
-        sections=sections(across(("pneumonia_mnist", "kvasir_polyp"), _TABLE_3), tuple(_TABLE_3), {"dia": "DIA, of all images"}),
-        notes=("The share of the images is lost in the text of the paper at hand: here it is 10 %.", *COMMON_NOTES),
+    table(
+        4,
+        "Rotations or permutations of the quarters as shifting transformations",
+        sections(LARGE, _TABLE_4, {"dia": "DIA, rotate"}),
+        NOT_THE_PAPERS,
     ),
-    Table(
-        id="dia/4",
-        title="Rotations or permutations of the quarters as shifting transformations",
-        paper=f"{PAPER}, Table 4",
-        sections=sections(across(LARGE, _TABLE_4), tuple(_TABLE_4), {"dia": "DIA, rotate"}),
-        notes=(NOT_THE_PAPERS, *COMMON_NOTES),
-    ),
-    Table(
-        id="dia/5",
-        title="The resolution at which images are dissolved",
-        paper=f"{PAPER}, Table 5",
-        sections=sections(across(LARGE, _TABLE_5), tuple(_TABLE_5), {"dia": "DIA, dissolved at 32 px"}, first=()),
-        notes=COMMON_NOTES,
-    ),
+    table(5, "The resolution at which images are dissolved", sections(LARGE, _TABLE_5, {"dia": "DIA, dissolved at 32 px"}, first=())),
     Table(
         id="dia/6",
         title="What dissolving costs: parameters, and multiply–accumulate operations of one 224 px image",
@@ -198,53 +185,28 @@ TABLES = (
             "parameters: ours of budget paper is the nearest of its kind.",
         ),
     ),
-    Table(
-        id="dia/7",
-        title="Blur in place of the diffusion model, by kernel",
-        paper=f"{PAPER}, Table 7",
-        sections=sections(across(MEDICAL[:4], _TABLE_7), tuple(_TABLE_7)),
-        notes=COMMON_NOTES,
+    table(7, "Blur in place of the diffusion model, by kernel", sections(MEDICAL[:4], _TABLE_7)),
+    table(8, "Rotations or permutations, for every kind of dissolving", sections(LARGE, _TABLE_8), NOT_THE_PAPERS, KERNELS),
+    table(
+        9,
+        "The resolution, for every kind of dissolving",
+        sections(LARGE, _TABLE_9, {"dia": "DIA, dissolved at 32 px"}, first=()),
+        KERNELS,
     ),
-    Table(
-        id="dia/8",
-        title="Rotations or permutations, for every kind of dissolving",
-        paper=f"{PAPER}, Table 8",
-        sections=sections(across(LARGE, _TABLE_8), tuple(_TABLE_8)),
-        notes=(NOT_THE_PAPERS, KERNELS, *COMMON_NOTES),
-    ),
-    Table(
-        id="dia/9",
-        title="The resolution, for every kind of dissolving",
-        paper=f"{PAPER}, Table 9",
-        sections=sections(across(LARGE, _TABLE_9), tuple(_TABLE_9), {"dia": "DIA, dissolved at 32 px"}, first=()),
-        notes=(KERNELS, *COMMON_NOTES),
-    ),
-    Table(
-        id="dia/10",
-        title="Is it the larger batch? CSI with as many views as DIA",
-        paper=f"{PAPER}, Table 10",
-        sections=sections(across(MEDICAL[:4], _TABLE_10), tuple(_TABLE_10)),
-        notes=COMMON_NOTES,
-    ),
-    Table(
-        id="dia/11",
-        title="The design of the similarity matrix",
-        paper=f"{PAPER}, Table 11",
-        sections=sections(across(LARGE, _TABLE_11), tuple(_TABLE_11), {"dia": "DIA-(a)"}),
-        notes=(NOT_THE_PAPERS, *COMMON_NOTES),
-    ),
+    table(10, "Is it the larger batch? CSI with as many views as DIA", sections(MEDICAL[:4], _TABLE_10)),
+    table(11, "The design of the similarity matrix", sections(LARGE, _TABLE_11, {"dia": "DIA-(a)"}), NOT_THE_PAPERS),
     Table(
         id="dia/cifar10",
         title="CIFAR-10, one class against the rest",
         paper=f"{PAPER}, appendix C.2",
         sections=(_cifar("cifar_10", _CIFAR_10),),
-        notes=(SEES_ALL_CLASSES, *COMMON_NOTES),
+        notes=(SEES_ALL_CLASSES, COMMON_NOTE),
     ),
     Table(
         id="dia/cifar100",
         title="CIFAR-100, one superclass against the rest",
         paper=f"{PAPER}, appendix C.2",
         sections=(_cifar("cifar_100", _CIFAR_100),),
-        notes=(SEES_ALL_CLASSES, *COMMON_NOTES),
+        notes=(SEES_ALL_CLASSES, COMMON_NOTE),
     ),
 )
