@@ -27,8 +27,8 @@ class DatasetRecipe:
         normal_labels: the classes that take their turn as the normal one; the polarity of a dataset that has but one.
         image_size: pixels a side that detectors are given.
         local: the local copy's name in the data folder: a file or folder that `load_one_class` reads. None: it needs none.
-        hub_id: its id on the Hub; None if it is not there in a form that `load_one_class` reads.
         instructions: how to get the local copy, one line.
+        hub_id: its id on the Hub; None if it is not there in a form that `load_one_class` reads.
         subsets: file in a local copy → what that copy is, where it is not the whole dataset.
         protocol: how the paper divides it, as in `load_one_class`.
         timesteps: the range from which DIA draws its dissolving steps, inclusive.
@@ -43,8 +43,8 @@ class DatasetRecipe:
     normal_labels: tuple[str, ...]
     image_size: int
     local: str | None
-    hub_id: str | None
     instructions: str
+    hub_id: str | None = None
     subsets: dict[str, str] = field(default_factory=dict)
     protocol: str = "official"
     timesteps: tuple[int, int] = (30, 130)
@@ -182,7 +182,6 @@ _RECIPES = (
         normal_labels=DIGITS,
         image_size=8,
         local=None,
-        hub_id=None,
         instructions="comes with scikit-learn",
     ),
     DatasetRecipe(
@@ -216,7 +215,6 @@ _RECIPES = (
         normal_labels=("0",),
         image_size=28,
         local="pneumoniamnist.npz",
-        hub_id=None,
         instructions="get pneumoniamnist.npz from medmnist.com (MedMNIST v2, 28×28)",
     ),
     DatasetRecipe(
@@ -226,7 +224,6 @@ _RECIPES = (
         normal_labels=("1",),
         image_size=28,
         local="breastmnist.npz",
-        hub_id=None,
         instructions="get breastmnist.npz from medmnist.com (MedMNIST v2, 28×28)",
     ),
     DatasetRecipe(
@@ -236,7 +233,6 @@ _RECIPES = (
         normal_labels=("non-COVID",),
         image_size=HIGH_RESOLUTION,
         local="sars-cov-2-ct",
-        hub_id=None,
         instructions="unpack kaggle.com/datasets/plameneduardo/sarscov2-ctscan-dataset there: COVID/*.png and non-COVID/*.png",
         protocol="stratified_70_30",  # the paper does not say how it divides this one
     ),
@@ -247,7 +243,6 @@ _RECIPES = (
         normal_labels=("non-polyp",),
         image_size=HIGH_RESOLUTION,
         local="kvasir-dataset-v2",
-        hub_id=None,
         instructions="unpack kvasir-dataset-v2.zip of datasets.simula.no/kvasir there: eight folders of 1,000 images, polyps/*.jpg and so on",
         protocol="stratified_70_30",
         timesteps=(130, 230),
@@ -260,7 +255,6 @@ _RECIPES = (
         normal_labels=("NORMAL",),
         image_size=HIGH_RESOLUTION,
         local="OCT2017",
-        hub_id=None,
         instructions="unpack kaggle.com/datasets/paultimothymooney/kermany2018 there: train/NORMAL/*.jpeg, test/CNV/*.jpeg and so on",
     ),
     DatasetRecipe(
@@ -270,7 +264,6 @@ _RECIPES = (
         normal_labels=("0",),
         image_size=HIGH_RESOLUTION,
         local="aptos2019-blindness-detection",
-        hub_id=None,
         instructions="unpack kaggle.com/c/aptos2019-blindness-detection there: train.csv and train_images/*.png",
         protocol="stratified_70_30",
     ),
@@ -314,7 +307,6 @@ _RECIPES = (
         normal_labels=tuple(str(number) for number in range(1, 101)),
         image_size=32,
         local="coil-100",
-        hub_id=None,
         instructions="unpack coil-100.zip of the Columbia Object Image Library there: obj1__0.png … obj100__355.png",
         protocol="balanced",
     ),
@@ -326,7 +318,6 @@ _RECIPES = (
             normal_labels=("good",),
             image_size=256,
             local=f"mvtec_anomaly_detection/{category}",
-            hub_id=None,
             instructions="unpack mvtec_anomaly_detection.tar.xz of mvtec.com/company/research/datasets/mvtec-ad: "
             f"{category}/train/good/*.png, {category}/test/…, {category}/ground_truth/…",
         )
