@@ -2,16 +2,11 @@
 
 from .card import check_dataset_id, check_licence, shown_command, write_card, write_dissolver_card, write_pretraining_card
 from .figures import remove_figures, write_figures
-from .merging import METRICS, TASK_NAME, address_card, merge_cards, outdate_card, tag_card
+from .merging import tag_card
 
 __all__ = [
-    "METRICS",
-    "TASK_NAME",
-    "address_card",
     "check_dataset_id",
     "check_licence",
-    "merge_cards",
-    "outdate_card",
     "remove_figures",
     "shown_command",
     "tag_card",

@@ -1,7 +1,7 @@
 """Training with `transformers.Trainer`: arguments, trainers, and the whole run from a dataset to a saved detector."""
 
 from .arguments import AnomalyTrainingArguments, DataArguments, DenoisingTrainingArguments, EvaluationDataArguments, parse_arguments
-from .trainers import AnomalyTrainer, DenoisingTrainer, ReproducibleTrainer, check_checkpoint
+from .trainers import AnomalyTrainer, DenoisingTrainer, ReproducibleTrainer
 
 __all__ = [
     "AnomalyTrainer",
@@ -11,6 +11,5 @@ __all__ = [
     "DenoisingTrainingArguments",
     "EvaluationDataArguments",
     "ReproducibleTrainer",
-    "check_checkpoint",
     "parse_arguments",
 ]
