@@ -74,28 +74,6 @@ def _holds_floats(image) -> bool:
     return dtype.is_floating_point if isinstance(dtype, torch.dtype) else dtype is not None and np.issubdtype(dtype, np.floating)
 
 
-def read_any_image(image, name: str, window: Window = None, timeout: float = 30.0) -> PIL.Image.Image:
-    """As `to_eight_bit_image`, also of the path or http(s) URL of a file, or of `{"bytes", "path"}` as `datasets.Image(decode=False)` gives it.
-
-    Args:
-        timeout: seconds to wait for a URL.
-
-    Raises:
-        InputError: also a file that is missing, unreadable or cannot be fetched, and what is no image.
-    """
-    if isinstance(image, str) and image.lower().startswith(("http://", "https://")):
-        return decode_image({"bytes": _download(image, timeout)}, image, window)
-    if isinstance(image, (str, os.PathLike)):
-        return decode_image({"path": os.fspath(image)}, name, window)
-    if isinstance(image, dict) and image.keys() <= {"bytes", "path"}:  # of a row that anybody may have written no address is fetched
-        return decode_image(image, name, window)
-    if isinstance(image, PIL.Image.Image):
-        return decode_image(image, getattr(image, "filename", None) or name, window)
-    if hasattr(image, "__array__"):
-        return to_eight_bit_image(image, name, window)
-    raise InputError(f"{name} is a {type(image).__name__}: give a path, a URL, a PIL image or an array")
-
-
 def _converted(image: PIL.Image.Image, to_rgb: bool, size: tuple[int, int], resample: int) -> PIL.Image.Image:
     mode = "RGB" if to_rgb else "L"
     if image.mode != mode:  # else PIL would copy it
@@ -242,17 +220,32 @@ class AnomalyImageProcessor(PilBackend):
         return 3 if self.do_convert_rgb else 1
 
     def read(self, image, name: str, timeout: float = 30.0) -> PIL.Image.Image:
-        """`read_any_image` with the processor's window.
+        """As `to_eight_bit_image` with the processor's window, also of the path or http(s) URL of a file, or of `{"bytes", "path"}` as
+        `datasets.Image(decode=False)` gives it.
+
+        Args:
+            timeout: seconds to wait for a URL.
 
         Raises:
-            InputError: also an array (3, H, W) or (4, H, W) where images become gray: it may be one image in colour, or three or four gray ones.
+            InputError: also a file that is missing, unreadable or cannot be fetched, what is no image, and an array (3, H, W) or (4, H, W) where images
+                become gray: it may be one image in colour, or three or four gray ones.
         """
         shape = tuple(getattr(image, "shape", ()))
         if not self.do_convert_rgb and _has_channels_first(shape) and shape[0] != 1:
             raise InputError(
                 f"{name} has shape {shape}, and the detector's images are gray: give {shape[0]} gray images as a list, or one in colour as (H, W, C)"
             )
-        return read_any_image(image, name, self.window, timeout)
+        if isinstance(image, str) and image.lower().startswith(("http://", "https://")):
+            return decode_image({"bytes": _download(image, timeout)}, image, self.window)
+        if isinstance(image, (str, os.PathLike)):
+            return decode_image({"path": os.fspath(image)}, name, self.window)
+        if isinstance(image, dict) and image.keys() <= {"bytes", "path"}:  # of a row that anybody may have written no address is fetched
+            return decode_image(image, name, self.window)
+        if isinstance(image, PIL.Image.Image):
+            return decode_image(image, getattr(image, "filename", None) or name, self.window)
+        if hasattr(image, "__array__"):
+            return to_eight_bit_image(image, name, self.window)
+        raise InputError(f"{name} is a {type(image).__name__}: give a path, a URL, a PIL image or an array")
 
     def resized(self, image: PIL.Image.Image) -> PIL.Image.Image:
         """An upright image of 8 bits a channel in the processor's mode and size, which takes less memory to hold; its `pixel_values` are the same."""
@@ -262,7 +255,7 @@ class AnomalyImageProcessor(PilBackend):
         """As transformers' own; floats in [0, 1] become levels of 0 to 255 first, whatever `do_rescale` says.
 
         Raises:
-            InputError: `do_rescale=False` with floats; see also `read` and `read_any_image`.
+            InputError: `do_rescale=False` with floats; see also `read`.
         """
         if not kwargs.get("do_rescale", self.do_rescale):
             for i, image in enumerate(_as_list(images)):
