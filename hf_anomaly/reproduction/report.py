@@ -79,12 +79,9 @@ def _entry(method: str, selection: Selection, values: dict[int, float]) -> str:
     return mean_and_std(values, _seeds(selection)) if values else PENDING
 
 
-def _means(section: Section, method: str, selection: Selection) -> dict[int, float]:
+def _means(rows: list[dict[int, dict]]) -> dict[int, float]:
     """For every seed the mean AUROC over the rows, if all of them are there: a mean over some would not compare."""
-    rows = [_results(section, row, method, selection) for row in section.rows]
-    return {
-        seed: float(np.mean([results[seed]["auroc"] for results in rows])) for seed in _seeds(selection) if all(seed in r for r in rows)
-    }
+    return {seed: float(np.mean([results[seed]["auroc"] for results in rows])) for seed in rows[0] if all(seed in r for r in rows)}
 
 
 def _joined(results: list[dict], text: Callable[[dict], str]) -> str:
@@ -183,7 +180,7 @@ def _lines_by_row(section: Section, selection: Selection, everything: dict) -> l
         rows.append([row.title, *entries])
     if section.with_mean:
         entries = [f"**{numbers[MEAN]:.3f}**" if MEAN in numbers else NOTHING for numbers in section.paper.values()]
-        entries += [_entry(method, selection, _means(section, method, selection)) for method in section.methods]
+        entries += [_entry(method, selection, _means([everything[row, method] for row in section.rows])) for method in section.methods]
         rows.append([MEAN, *entries, NOTHING, NOTHING, NOTHING])
     lines = [*markdown_table(titles, rows), ""]
     for method in section.methods:
