@@ -137,9 +137,11 @@ def test_heuristic_dissolvers(train, tmp_path, dissolver, more, settings):
     assert results_of(folder)["auroc"] is not None
 
 
-def test_a_dissolver_trained_before(train, digits, tmp_path):
+def test_a_dissolver_trained_before(train, digits, tmp_path, caplog):
     folder, _ = train(tmp_path / "run", "--dissolver", digits[0] / "dissolver", "--t_min", 50, "--dissolved_variants", 0)
     assert AutoModel.from_pretrained(folder).config.dissolver_settings == {"t_min": 50, "t_max": 130}
+    assert "another division" not in caplog.text
+    assert "--tiles" not in caplog.text
 
 
 def test_a_dissolver_trained_by_itself_is_not_written_over(train, tmp_path):
@@ -168,14 +170,14 @@ def test_a_dissolver_trained_before_keeps_its_timesteps(train, digits, tmp_path)
 
 
 def test_a_ready_dissolver_of_any_kind(train, tmp_path):
+    """With a recipe, of whose timesteps it has no use."""
     MedianDissolver(3).save_pretrained(tmp_path / "median")
-    folder, _ = train(tmp_path / "run", "--dissolver", tmp_path / "median")
+    folder, _ = train(tmp_path / "run", "--dataset", "digits", "--normal_label", 0, "--dissolver", tmp_path / "median")
     config = AutoModel.from_pretrained(folder).config
     assert (config.dissolver, config.dissolver_settings) == ("median", {"kernel_size": 3, "resolution": 32})
     assert Dissolver.from_pretrained(folder).fingerprint() == MedianDissolver(3).fingerprint()
     _, err = train(tmp_path / "other", "--dissolver", tmp_path / "median", "--t_min", 50, status=2)
     assert f"--t_min is of no use to --dissolver {tmp_path / 'median'}" in err.splitlines()[-1]
-    train(tmp_path / "digits", "--dataset", "digits", "--normal_label", 0, "--dissolver", tmp_path / "median")  # a recipe has timesteps
 
 
 def test_an_own_kind_of_dissolver(train, tmp_path, monkeypatch):
@@ -207,13 +209,8 @@ def test_an_own_kind_of_dissolver(train, tmp_path, monkeypatch):
 
 def test_a_dissolver_of_another_division_or_other_tiles_is_told(train, digits, tmp_path, caplog):
     """Images that calibrate here trained it, or it never saw parts of images."""
-    argv = ["--dissolver", digits[0] / "dissolver", "--dissolved_variants", 0]
-    train(tmp_path / "same", *argv)
-    assert "another division" not in caplog.text
-    assert "--tiles" not in caplog.text
-    train(tmp_path / "other", *argv, "--seed", 7)
+    train(tmp_path / "run", "--dissolver", digits[0] / "dissolver", "--dissolved_variants", 0, "--seed", 7, "--tiles", 2)
     assert "was trained with seed 42 on another division of digits" in caplog.text
-    train(tmp_path / "tiles", *argv, "--tiles", 2)
     assert "was trained with --tiles 1" in caplog.text
 
 
