@@ -542,7 +542,7 @@ def test_nothing_to_evaluate(tmp_path, counts, message):
         ({"train_labels": np.ones(12)}, {"normal_label": 0}, r"no image of split 'train' .* is '0'; its labels: '1' \(12\)"),
         ({}, {"label_column": "grade"}, "has no column 'grade'; its columns: image, label"),
         ({}, {"image_column": "scan", "normal_label": 0}, "has no column 'scan'; its columns: image, label"),
-        ({}, {"image_column": "label", "normal_label": 0}, "column 'label' of split 'train' as images cannot be loaded"),
+        ({}, {"image_column": "label", "normal_label": 0}, "column 'label' of split 'train' of '.*x.npz' as images cannot be loaded"),
         ({}, {"calibration_fraction": 1.0}, r"calibration_fraction=1.0 is outside \[0, 1\)"),
         ({}, {"eval_split": "tset"}, "eval_split='tset'"),
         ({}, {"revision": "main"}, "is local"),
