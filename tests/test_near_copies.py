@@ -95,6 +95,16 @@ def test_near_copies_of_near_copies_belong_together(zeros, monkeypatch):
     assert group_near_copies(images[:0]).tolist() == []
 
 
+def test_equal_images_belong_together_however_many_there_are(zeros):
+    """Of more than a twentieth of all the usual distance is 0, which no distance is less than; and few or flat images have none."""
+    images = thumbnails(zeros[:60])
+    images[[3, *range(20, 50)]] = images[3]
+    assert group_near_copies(images)[[3, *range(20, 50)]].tolist() == [3] * 31
+    assert group_near_copies(images[[0, 1, 0]]).tolist() == [0, 1, 0]
+    flat = np.repeat(np.array([7, 9, 7], np.uint8), 256).reshape(3, 16, 16)
+    assert group_near_copies(flat).tolist() == [0, 1, 0]
+
+
 def save(path, image):
     path.parent.mkdir(parents=True, exist_ok=True)
     PIL.Image.fromarray(image.astype(np.uint8)).resize((40, 40), PIL.Image.Resampling.BICUBIC).save(path)

@@ -8,6 +8,7 @@ import PIL.Image
 THUMBNAIL_SIZE = 16  # px
 _NEAR = 0.25  # of the usual distance
 _USUAL = (10, 0.05)  # that to the tenth nearest, or to the last of the nearest twentieth: so many may show one and the same thing
+FEWEST = 2 * _USUAL[0]  # images among which a near copy can be told
 _CHUNK_VALUES = 1 << 24  # distances held at once
 
 
@@ -26,7 +27,7 @@ def find_near_copies(among: np.ndarray, images: np.ndarray) -> dict[int, int]:
         among, images: (m, 16, 16) and (n, 16, 16), of `thumbnail`.
 
     Returns:
-        Index in `images` → index of the nearest in `among`. Empty if these are fewer than 20, too few to tell what is usual.
+        Index in `images` → index of the nearest in `among`. Empty if these are fewer than `FEWEST`, too few to tell what is usual.
     """
     found = {}
     for start, squared, limits in _squared_distances(_standardized(among), _standardized(images)):
@@ -36,7 +37,8 @@ def find_near_copies(among: np.ndarray, images: np.ndarray) -> dict[int, int]:
 
 
 def group_near_copies(images: np.ndarray) -> np.ndarray:
-    """What belongs together: near copies, as `find_near_copies` finds them among all the others, and their near copies in turn.
+    """What belongs together: near copies, as `find_near_copies` finds them among all the others, and their near copies in turn; and equal thumbnails, however
+    many there are.
 
     Args:
         images: (n, 16, 16), of `thumbnail`.
@@ -48,7 +50,8 @@ def group_near_copies(images: np.ndarray) -> np.ndarray:
     from scipy.sparse.csgraph import connected_components
 
     pixels = _standardized(images)
-    pairs = [np.empty((2, 0), np.int64)]
+    _, first, equal = np.unique(images.reshape(-1, THUMBNAIL_SIZE**2), axis=0, return_index=True, return_inverse=True)
+    pairs = [np.stack([np.arange(len(images)), first[equal]])]
     for start, squared, limits in _squared_distances(pixels, pixels, leave_out_self=True):
         rows, columns = np.nonzero(squared < limits[:, None])
         pairs.append(np.stack([start + rows, columns]))
@@ -69,7 +72,7 @@ def _squared_distances(among: np.ndarray, images: np.ndarray, leave_out_self: bo
     """
     least, share = _USUAL
     others = len(among) - leave_out_self
-    if others < 2 * least:
+    if others < FEWEST:
         return
     usual = max(least, round(share * others)) - 1
     step = max(1, _CHUNK_VALUES // len(among))
