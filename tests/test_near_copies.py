@@ -185,13 +185,57 @@ def test_what_a_list_says_already_is_kept(scans, tmp_path):
     assert len({row["group"] for row in rows.values()}) == 40
 
 
+def test_columns_that_a_list_has_itself(scans, tmp_path, caplog):
+    """Beside the images' column one called `image` or `file_name`; in metadata, text called `mask` or a split that is none."""
+    names = sorted(path.relative_to(tmp_path) for path in scans.rglob("*.png"))
+    lines = [f"{name},{i},{i}.tif" for i, name in enumerate(names)]
+    output = tmp_path / "new.csv"
+
+    def first_row(source, *further):
+        caplog.clear()
+        cli.main(["group", str(source), "--output", str(output), *further])
+        return next(iter(listed(output)))
+
+    (tmp_path / "list.csv").write_text("\n".join(["file_name,image,note", *lines]))
+    expected = {"file_name": str(names[0]), "image": "0", "note": "0.tif", "split": "train", "group": "0"}
+    assert first_row(tmp_path / "list.csv") == expected
+    assert not caplog.messages
+    (tmp_path / "list.csv").write_text("\n".join(["scan,image,file_name", *lines]))
+    assert first_row(tmp_path / "list.csv", "--image_column", "scan") == {key: expected[key] for key in expected if key != "note"}
+    assert "a list has no place for the columns file_name" in caplog.text
+    lines = [f"{name.relative_to('scans')},normal,no,Test,{name.relative_to('scans')}" for name in names]
+    (scans / "metadata.csv").write_text("\n".join(["file_name,label,mask,Split,other_file_name", *lines]))
+    assert first_row(scans) == {"file_name": str(names[0]), "label": "normal", "split": "train", "group": "0"}
+    assert "a list has no place for the columns mask, Split, other" in caplog.text
+    (scans / "metadata.csv").write_text("\n".join(["file_name,label,mask_file_name", *(line.replace("no,Test,", "") for line in lines)]))
+    assert first_row(scans)["mask"] == str(names[0])
+
+
+def test_lists_behind_links(scans, tmp_path):
+    (tmp_path / "elsewhere" / "deep").mkdir(parents=True)
+    (tmp_path / "link").symlink_to(tmp_path / "elsewhere" / "deep")
+    cli.main(["group", str(scans), "--output", str(tmp_path / "link" / "list.csv")])
+    assert len(load_one_class(tmp_path / "link" / "list.csv", normal_label="normal").train)
+    (tmp_path / "link.csv").symlink_to(tmp_path / "linked.csv")
+    cli.main(["group", str(scans), "--output", str(tmp_path / "link.csv")])
+    assert len(listed(tmp_path / "linked.csv")) == 46
+
+
+def test_few_images_tell_nothing(scans, tmp_path, caplog):
+    for path in sorted((scans / "normal").glob("*.png"))[20:]:
+        path.unlink()
+    cli.main(["group", str(scans / "normal"), "--output", str(tmp_path / "list.csv")])
+    assert "give at least 21" in caplog.text
+
+
 def test_lists_that_cannot_be_written(scans, tmp_path, capsys):
     pixels = np.zeros((4, 8, 8), np.uint8)
     np.savez(tmp_path / "scans.npz", train_images=pixels)
-    (tmp_path / "grouped.csv").write_text(f"file_name,group\n{scans}/normal/00.png,1\n")
+    (tmp_path / "grouped.csv").write_text(f"file_name,Group\n{scans}/normal/00.png,1\n")
     for argv, words in (
         ([tmp_path / "scans.npz"], "are no files of their own"),
-        ([tmp_path / "grouped.csv"], "has a column 'group' already"),
+        ([tmp_path / "grouped.csv"], "has a column 'Group' already"),
+        ([scans, "--image_column", "scan"], "has no column 'scan'"),
         ([tmp_path / "gone"], "there is no"),
         ([scans, "--output", tmp_path / "list.txt"], "the name must end in .csv"),
     ):
