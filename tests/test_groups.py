@@ -223,6 +223,13 @@ def test_command(tmp_path):
     assert status == 0, err
     assert json.loads(out)["auroc"] == pytest.approx(results["auroc"])
     assert json.loads(out)["division"]["group_column"] == "patient"
+    moved = shutil.copy(tmp_path / "list.csv", tmp_path / "moved.csv")
+    status, out, err = run("evaluate.py", "--model", tmp_path / "run", "--dataset_name", moved, "--protocol", "balanced")
+    assert status == 0, err
+    assert json.loads(out)["auroc"] == pytest.approx(results["auroc"])
+    status, _, err = run("evaluate.py", "--model", tmp_path / "run", *source, "--protocol", "balanced", "--group_column", "label")
+    assert status == 2
+    assert "was trained with --group_column patient: with label it would be tested on images that it was trained on" in err
     status, _, err = run("evaluate.py", "--model", tmp_path / "run", *source, "--group_column", "patient")
     assert status == 2
     assert "--group_column is of the training images" in err

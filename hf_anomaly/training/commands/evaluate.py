@@ -80,13 +80,12 @@ def load_for_evaluation(args, data_args: EvaluationDataArguments) -> tuple:
             its training are drawn again; if that class is none of the labels, `default_normal_class` chooses one. Its `reading` becomes the one in use.
 
     Raises:
-        InputError: what `load_detector` and `load_one_class` refuse, or a seed that does not say which images the detector was not trained on.
+        InputError: what `load_detector` and `load_one_class` refuse, or a seed or group column that does not say which images the detector was not trained on.
     """
     check_ranges(args, {"seed": (0, 2**32)})
     results = recorded_results(args.model, args.revision)
     seed = _seed_of_draws(args, data_args.protocol, results)
-    if data_args.protocol == "balanced" and results.get("dataset") == dataset_label(data_args.dataset_name):
-        data_args.group_column = data_args.group_column or (results.get("division") or {}).get("group_column")
+    data_args.group_column = _group_column_of_draws(args, data_args, results)
     model, processor = load_detector(args.model, args.revision, args.device)
     data_args.read_as(processor)
     splits, normal_label = _load_test(data_args, seed, model.config.normal_label)
@@ -108,6 +107,18 @@ def _seed_of_draws(args, protocol: str, results: dict) -> int | None:
             f"{args.model} was trained with --seed {recorded}: with {seed} it would be tested on images that it was trained on"
         )
     return seed
+
+
+def _group_column_of_draws(args, data_args: EvaluationDataArguments, results: dict) -> str | None:
+    """The column by which the images are drawn: as given, else the one by which those of the training were drawn."""
+    division, given = results.get("division") or {}, data_args.group_column
+    if data_args.protocol != "balanced" or division.get("protocol") != "balanced":
+        return given
+    recorded = division.get("group_column")
+    if given not in (None, recorded) and results.get("dataset") == dataset_label(data_args.dataset_name):
+        how = "without --group_column" if recorded is None else f"with --group_column {recorded}"
+        raise InputError(f"{args.model} was trained {how}: with {given} it would be tested on images that it was trained on")
+    return given or recorded  # also of a list that goes by another name now
 
 
 def _load_test(data_args: EvaluationDataArguments, seed: int | None, trained_on: str | None) -> tuple[OneClassSplits, str | None]:
