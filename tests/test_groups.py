@@ -187,6 +187,8 @@ def test_slices_of_a_volume_belong_together(tmp_path, monkeypatch, caplog):
     splits = load_one_class(tmp_path / "both", reading=Reading((0, 99)), protocol="balanced")
     assert (len(splits.train), len(splits.calibration), len(splits.test)) == (6, 6, 12)
     assert not volumes(splits.test) & (volumes(splits.train) | volumes(splits.calibration))
+    with pytest.raises(InputError, match="contamination draws image by image: it does not go with volumes"):
+        load_one_class(tmp_path / "both", reading=Reading((0, 99)), protocol="balanced", contamination=0.5)
 
 
 def test_command(tmp_path):

@@ -191,6 +191,8 @@ def load_one_class(
     if protocol != "official":
         splits = _by_protocol(protocol, splits["train"], image_column, normal_label, group_column, seed, eval_split)
     splits = _one_class_splits(splits, image_column, normal_label, group_column, eval_split, evaluation_only)
+    if contamination > 0 and protocol == "balanced" and not evaluation_only and splits["train"].groups is not None:
+        raise InputError("contamination draws image by image: it does not go with volumes, whose slices 'balanced' keeps on one side")
 
     train = calibration = anomalies = None
     protocols = "'balanced'" if group_column is not None else "'balanced' or 'stratified'"
