@@ -88,6 +88,14 @@ def test_no_patient_trains_and_tests(seed, caplog):
     assert len({tuple(load_one_class(with_tumours(patients, tumours=20), **options | {"seed": i}).test["row"][:]) for i in range(5)}) > 1
 
 
+def test_anomalies_of_patients_that_train_are_told_of(caplog):
+    """All but two of them are of the patient who has most normal images, too many to test."""
+    patients = [0] * 30 + [1 + i // 2 for i in range(10)] + [0] * 3 + [9] * 2
+    splits = load_one_class(with_tumours(patients, tumours=5), group_column="patient", protocol="balanced", normal_label="normal")
+    assert splits.test["label"][:].count(1) == 2
+    assert "There are 2 anomalies for 8 normal test images: the test is not balanced; 3 others belong to what trains" in caplog.text
+
+
 def test_only_normal_images_count():
     whole = images([0, 0, 1, 1, 2, 2])
     labels = ["normal", "normal", "normal", "normal", "tumour", "tumour"]
@@ -152,7 +160,7 @@ def test_what_is_refused():
         load_one_class(images([1, 2]), group_column="patient", contamination=0.1)
     with pytest.raises(InputError, match=r"'stratified' divides image by image: with group_column take 'balanced'"):
         load_one_class(images([1, 2]), group_column="patient", protocol="stratified")
-    with pytest.raises(InputError, match=r"all images of 'normal' belong together, to '7'"):
+    with pytest.raises(InputError, match=r"^all images of 'normal' belong together, to '7'"):
         load_one_class(with_tumours([7, 7, 7, 8], tumours=1), group_column="patient", protocol="balanced", normal_label="normal")
     with pytest.raises(InputError, match=r"all splits of .* has no column 'person'"):
         load_one_class(with_tumours([1, 2, 3], tumours=1), group_column="person", protocol="balanced", normal_label="normal")

@@ -586,6 +586,8 @@ def _by_protocol(
     groups = _groups(pool, _one_class(pool, image_column, normal_label), group_column)
     try:
         _, test = PROTOCOLS[protocol](np.asarray(pool.labels), normal_label, seed, groups)
+    except InputError:
+        raise
     except ValueError as error:  # scikit-learn's, for classes of a single image
         raise InputError(f"{pool.source!r} has too few images for protocol {protocol!r}: {error}") from error
     parts = {"train": np.setdiff1d(np.arange(len(pool.rows)), test), eval_split: test}

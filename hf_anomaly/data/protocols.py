@@ -39,16 +39,16 @@ def balanced(labels: np.ndarray, normal_label: str, seed: int, groups: np.ndarra
         train, test = train_test_split(normals, test_size=TEST_FRACTION, random_state=seed)
     elif len(np.unique(groups[normals])) == 1:
         raise InputError(
-            f"all images of {normal_label!r} belong together, to {str(groups[normals[0]])!r}: none could test apart from those that train"
+            f"all images of {normal_label!r} belong together, to {str(groups[normals[0]])!r}: with 'balanced' none could test apart from those that train"
         )
     else:
         drawn = draw_groups(groups[normals], TEST_FRACTION, seed)
         train, test = normals[~drawn], normals[drawn]
-    if groups is not None:
-        anomalies = anomalies[~np.isin(groups[anomalies], groups[train])]
-    if len(anomalies) < len(test):
-        logger.warning("There are %d anomalies for %d normal test images: the test is not balanced", len(anomalies), len(test))
-    drawn = np.random.RandomState(seed).permutation(anomalies)[: len(test)]  # NumPy's frozen generator: the same rows everywhere
+    apart = anomalies if groups is None else anomalies[~np.isin(groups[anomalies], groups[train])]
+    if len(apart) < len(test):
+        hint = f"; {others} others belong to what trains, another seed may leave more" if (others := len(anomalies) - len(apart)) else ""
+        logger.warning("There are %d anomalies for %d normal test images: the test is not balanced%s", len(apart), len(test), hint)
+    drawn = np.random.RandomState(seed).permutation(apart)[: len(test)]  # NumPy's frozen generator: the same rows everywhere
     return np.sort(train), np.sort(np.concatenate([test, drawn]))
 
 
