@@ -9,6 +9,7 @@ import datasets
 import numpy as np
 import pytest
 
+from hf_anomaly import InputError
 from hf_anomaly.data import load_one_class
 from hf_anomaly.data.protocols import PROTOCOLS, balanced, stratified
 
@@ -94,6 +95,23 @@ def test_evaluation_takes_the_test_images_of_the_training_run(source):
         trained, evaluated = load(source, protocol=protocol, seed=2), load(source, protocol=protocol, seed=2, evaluation_only=True)
         assert evaluated.train is evaluated.calibration is None
         assert rows(evaluated.test) == rows(trained.test)
+
+
+def test_only_arrays_that_are_taken_are_encoded():
+    """An array with rows of different lengths, which is no image: nobody notices unless it is among those that test."""
+    labels = ["normal"] * 20 + ["bad"] * 4
+    found = []
+    for broken in range(20):
+        pixels = [[[i, 1], [1] if i == broken else [1, 1]] for i in range(24)]
+        features = datasets.Features({"image": datasets.List(datasets.List(datasets.Value("uint8"))), "label": datasets.Value("string")})
+        pool = datasets.Dataset.from_dict({"image": pixels, "label": labels}, features=features)
+        try:
+            load_one_class(pool, protocol="balanced", evaluation_only=True)
+        except InputError:
+            found.append(broken)
+    assert found == [
+        row for row in rows(load_one_class(pool.select([*range(19), 0, *range(20, 24)]), protocol="balanced").test) if row < 20
+    ]
 
 
 def test_pooled_rows_are_pinned():

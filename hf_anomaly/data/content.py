@@ -46,9 +46,9 @@ def paths_beside(dataset: datasets.Dataset, column: str = "image") -> Iterator[s
     return (path for data, path in _encoded(dataset, column) if data is None and path is not None)
 
 
-def paths_of(dataset: datasets.Dataset) -> Iterator[str | None]:
+def paths_of(dataset: datasets.Dataset, column: str = "image") -> Iterator[str | None]:
     """The path of every image, of which embedded ones may have none."""
-    return (path for _, path in _encoded(dataset))
+    return (path for _, path in _encoded(dataset, column))
 
 
 def _encoded(dataset: datasets.Dataset, column: str = "image") -> Iterator[tuple[pyarrow.Buffer | None, str | None]]:

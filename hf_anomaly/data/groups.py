@@ -37,9 +37,13 @@ def groups_by_column(split: datasets.Dataset, column: str, where: str) -> np.nda
     return np.asarray(names)
 
 
-def groups_by_volume(images: datasets.Dataset, name: str) -> np.ndarray | None:
-    """(n,) str: of a slice the volume that it was cut from, of another image its row in the split `name`; None if there are no slices."""
-    folders = [None if path is None else Path(path).parent for path in paths_of(images)]
+def groups_by_volume(split: datasets.Dataset, image_column: str, name: str | None) -> np.ndarray | None:
+    """(n,) str: of a slice the volume that it was cut from, of another image its row in the split `name`; None if there are no slices, which are files."""
+    import datasets
+
+    if not isinstance(split.features.get(image_column), datasets.Image):
+        return None
+    folders = [None if path is None else Path(path).parent for path in paths_of(split, image_column)]
     are_slices = [folder is not None and folder.parts[-3:-1] == SLICES for folder in folders]
     if not any(are_slices):
         return None

@@ -547,7 +547,7 @@ def _one_class_splits(
     """The splits with images as `OneClassSplits` has them, and what these belong to; with `evaluation_only` the evaluated one alone."""
     wanted = {name: split for name, split in splits.items() if name == eval_split or not evaluation_only}
     images = {name: _one_class(split, image_column, normal_label, evaluated=name == eval_split) for name, split in wanted.items()}
-    groups = {name: None if evaluation_only else _groups(split, images[name], group_column) for name, split in wanted.items()}
+    groups = {name: None if evaluation_only else _groups(split, image_column, group_column) for name, split in wanted.items()}
     return {name: replace(split, images=images[name], groups=groups[name]) for name, split in wanted.items()}
 
 
@@ -583,7 +583,7 @@ def _by_protocol(
         raise InputError(
             f"protocol {protocol!r} needs the class of every image of {pool.source!r}; give label_column or take protocol 'official'"
         )
-    groups = _groups(pool, _one_class(pool, image_column, normal_label), group_column)
+    groups = _groups(pool, image_column, group_column)
     try:
         _, test = PROTOCOLS[protocol](np.asarray(pool.labels), normal_label, seed, groups)
     except InputError:
@@ -638,12 +638,12 @@ def _contaminated(train: datasets.Dataset, anomalies: datasets.Dataset, share: f
     return together.select(np.argsort(together["row"][:], kind="stable"))
 
 
-def _groups(split: _Split, images: datasets.Dataset, column: str | None) -> np.ndarray | None:
-    """What each image belongs to; None if that is not known."""
-    if column is None:
-        return groups_by_volume(images, split.name)
-    is_there = split.name in ("train", None) or column in split.images.column_names  # the training split must have it
-    return groups_by_column(split.images, column, split.where) if is_there else None
+def _groups(split: _Split, image_column: str, group_column: str | None) -> np.ndarray | None:
+    """What each image, of the source's own columns, belongs to; None if that is not known."""
+    if group_column is None:
+        return groups_by_volume(split.images, image_column, split.name)
+    is_there = split.name in ("train", None) or group_column in split.images.column_names  # the training split must have it
+    return groups_by_column(split.images, group_column, split.where) if is_there else None
 
 
 def _hold_out(split: _Split, fraction: float, seed: int) -> Iterable[datasets.Dataset]:
