@@ -336,7 +336,7 @@ def _named_rows(dataset: datasets.Dataset, split_name: str, columns: list[str], 
     from datasets.utils import tqdm  # datasets.disable_progress_bars() silences it
 
     rows = dataset["row"][:] if "row" in dataset.column_names else range(len(dataset))
-    batches = dataset.select_columns(columns).iter(batch_size=256)
+    batches = dataset.select_columns(columns).iter(batch_size=32)
     values = (dict(zip(columns, value, strict=True)) for batch in batches for value in zip(*(batch[name] for name in columns), strict=True))
     progress = tqdm(values, total=len(dataset), desc=f"{what} {split_name}", leave=False, disable=len(dataset) <= 1000)
     for row, value in zip(rows, progress, strict=True):

@@ -9,7 +9,7 @@ THUMBNAIL_SIZE = 16  # px
 _NEAR = 0.25  # of the usual distance
 _USUAL = (10, 0.05)  # that to the tenth nearest, or to the last of the nearest twentieth: so many may show one and the same thing
 FEWEST = 2 * _USUAL[0]  # images among which a near copy can be told
-_CHUNK_VALUES = 1 << 24  # distances held at once
+_CHUNK_VALUES = 1 << 22  # distances held at once
 
 
 def thumbnail(image: PIL.Image.Image) -> np.ndarray:
