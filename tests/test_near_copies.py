@@ -123,6 +123,9 @@ def test_near_copies_are_told(zeros, tmp_path, caplog, image_size):
         assert load_training_images(arguments, 0)[0].num_near_copies == 0
     assert not caplog.messages
 
+    few = DataArguments(dataset_name=str(tmp_path), image_size=image_size, max_train_images=19)
+    assert load_training_images(few, 0)[0].num_near_copies is None  # too few to say, which is not none
+
     save(tmp_path / "calibration/normal/near.png", darker(zeros[27]))
     save(tmp_path / "test/normal/near.png", darker(zeros[28]))
     with caplog.at_level(logging.WARNING):

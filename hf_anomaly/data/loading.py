@@ -72,7 +72,7 @@ class OneClassSplits:
         num_test_copies: how many images of `test` are byte for byte also in `train` or `calibration`; None if nobody looked: of a stream, or with
             `evaluation_only`.
         num_near_copies: how many of the normal ones have a near copy in `train`, see `find_near_copies`; None if nobody looked, as `load_one_class` does
-            not: that takes decoding them.
+            not: that takes decoding them, and `FEWEST` images in `train`.
     """
 
     train: datasets.Dataset | None

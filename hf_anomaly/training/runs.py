@@ -16,6 +16,7 @@ from transformers.trainer_utils import get_last_checkpoint
 from ..cards import shown_command, write_card
 from ..cards.merging import has_own_words, is_generated, read_card
 from ..data import OneClassSplits, check_pixels, load_one_class, prepare, shrink_images, stream_one_class
+from ..data.near_copies import FEWEST
 from ..data.overlaps import RESULTS_TOO_GOOD, THRESHOLD_TOO_LOW, warn_of_near_copies
 from ..data.sources import hub_dataset
 from ..detector import AnomalyDetector
@@ -114,7 +115,7 @@ def load_training_images(data: DataArguments, seed: int) -> tuple[OneClassSplits
     """What a training command begins with: the splits that the data arguments name, and a processor for them.
 
     What comes after the training is decoded now, so that a damaged image does not end the run then, and compared with the training images, which should
-    have no near copies there; streams are not.
+    have no near copies there; streams are not, nor are fewer than `FEWEST`.
     """
     splits = load_splits(data, seed)
     processor = processor_for(splits, data)
@@ -125,7 +126,7 @@ def load_training_images(data: DataArguments, seed: int) -> tuple[OneClassSplits
         )
         thumbnails = {name: check_pixels(split, name, processor.window) for name, split in held_out}
     shrunk = shrink_training_images(splits, processor)
-    if thumbnails and num_images(splits.train):
+    if thumbnails and (num_images(splits.train) or 0) >= FEWEST:
         among = check_pixels(shrunk.train, "train", processor.window)
         shrunk = replace(shrunk, num_near_copies=_look_for_near_copies(splits, among, thumbnails, data.eval_split))
     return shrunk, processor
