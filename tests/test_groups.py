@@ -136,6 +136,14 @@ def test_a_large_group_is_told_of(caplog):
     assert "9 of 18 normal training images are held out" in caplog.text
 
 
+def test_a_large_group_that_tests_is_told_of(caplog):
+    splits = load_one_class(
+        with_tumours([0] * 9 + [1] * 9 + [2], tumours=1), group_column="patient", protocol="balanced", normal_label="normal"
+    )
+    assert splits.test["label"][:].count(0) == 9
+    assert "9 of 18 normal images test: they belong to one another" in caplog.text
+
+
 def test_a_single_patient(caplog):
     splits = load_one_class(images([3] * 10), group_column="patient")
     assert len(splits.calibration) == 2

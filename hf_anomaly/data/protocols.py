@@ -44,6 +44,8 @@ def balanced(labels: np.ndarray, normal_label: str, seed: int, groups: np.ndarra
     else:
         drawn = draw_groups(groups[normals], TEST_FRACTION, seed)
         train, test = normals[~drawn], normals[drawn]
+        if len(test) > 2 * TEST_FRACTION * len(normals):
+            logger.warning("%d of %d normal images test: they belong to one another", len(test), len(normals))
     apart = anomalies if groups is None else anomalies[~np.isin(groups[anomalies], groups[train])]
     if len(apart) < len(test):
         hint = f"; {others} others belong to what trains, another seed may leave more" if (others := len(anomalies) - len(apart)) else ""
