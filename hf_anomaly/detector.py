@@ -480,7 +480,7 @@ class AnomalyDetector(PreTrainedModel):
         if not (features := sample.rows()):
             raise InputError("fit_reference got no images: it needs the normal training images")
         with self._own_precision():
-            self.set_reference({name: values.to(self._execution_device) for name, values in features.items()})
+            self.set_reference({name: values.to(self.device) for name, values in features.items()})
         self.config.fitted_for = self.config.values_of(self.config.reference_fields) or None
         self._drop_calibration()
         return self
@@ -596,7 +596,7 @@ class AnomalyDetector(PreTrainedModel):
         model._align_tensors()
         if name is not None:
             model._homes = [Home.of(name, place["revision"], place["subfolder"], place.get("cache_dir"))]
-        if model._execution_device.type != "meta":  # there tensors have no values to check
+        if model.device.type != "meta":  # there tensors have no values to check
             model._drop_what_does_not_hold(str(name))
         return (model, info) if output_loading_info else model
 
@@ -715,15 +715,15 @@ class AnomalyDetector(PreTrainedModel):
                 write_remote_code(staging)
 
     @property
-    def _execution_device(self) -> torch.device:
-        """Where it computes. `device` is "meta" if accelerate has put weights aside, on the disk or in the CPU's memory; buffers it leaves where they are."""
+    def device(self) -> torch.device:
+        """Where it computes: the place of its buffers, as accelerate may have put its parameters aside, on the disk or in the CPU's memory."""
         return self.calibration.threshold.device
 
     def _own_precision(self):
         """Turns autocast off, which training in bf16 leaves on in `forward`: threshold and results would not be those of the model that is saved.
         A user's own autocast has no effect either; for scores in bfloat16 load the detector with that dtype.
         """
-        return torch.autocast(self._execution_device.type, enabled=False)
+        return torch.autocast(self.device.type, enabled=False)
 
     def _outdate_reports(self) -> None:
         for home in self._homes:
@@ -806,7 +806,7 @@ class AnomalyDetector(PreTrainedModel):
                         f"a batch is a {type(batch).__name__}: give tensors (B, C, H, W), or dicts that hold such as 'pixel_values'"
                     )
                 labels = held.get("labels", held.get("label"))
-                yield pixel_values.to(self._execution_device), None if labels is None else torch.as_tensor(labels)
+                yield pixel_values.to(self.device), None if labels is None else torch.as_tensor(labels)
         finally:
             self.train(was_training)
 

@@ -12,6 +12,7 @@ import numpy as np
 import PIL.Image
 import pytest
 import torch
+from transformers import AutoModel
 
 from hf_anomaly import AnomalyImageProcessor, CSIConfig, CSIModel, SharedAEConfig, SharedAEModel, SmallResNetConfig, cli
 from hf_anomaly.calibration import drift_check
@@ -127,6 +128,15 @@ def test_kinds_of_anomalies(detector, processor, tmp_path):
         assert row == [name, "10", f"{wins:.3f}", f"{(scores[labels == label] > threshold).mean():.3f}"]
     one_kind = Page(write_report(detector, processor, dataset.select(np.flatnonzero(labels < 2)), tmp_path / "page.html"))
     assert "Which anomalies it finds" not in one_kind.text
+
+
+def test_weights_put_aside(detector, processor, tmp_path):
+    detector.save_pretrained(tmp_path / "detector")
+    places = {name: "disk" for name, _ in detector.named_children()} | {"calibration": "cpu"}
+    apart = AutoModel.from_pretrained(tmp_path / "detector", device_map=places, offload_folder=tmp_path / "weights")
+    dataset = images([0, 1] * 10)
+    pages = [write_report(model, processor, dataset, tmp_path / "page.html", title="one").read_text() for model in (detector, apart)]
+    assert pages[0] == pages[1]
 
 
 def test_the_numbers_are_those_of_the_scores(detector, processor, tmp_path):
