@@ -208,7 +208,7 @@ def _shown(model, processor, dataset, rows: list[int], scores: torch.Tensor, lab
     if not why_no_overlay(model):
         pixel_values = processor(images=images, return_tensors="pt")["pixel_values"].to(model.device)
         maps = model.eval()(pixel_values, output_anomaly_maps=True).anomaly_maps
-    p_values = model.p_values(scores[rows].to(model.device)).tolist() if model.calibration.is_calibrated else [None] * len(rows)
+    p_values = model.p_values(scores[rows]).tolist() if model.calibration.is_calibrated else [None] * len(rows)
     shown = []
     for i, (row, image) in enumerate(zip(rows, images, strict=True)):
         image.thumbnail((LARGEST_PICTURE, LARGEST_PICTURE))
@@ -218,7 +218,7 @@ def _shown(model, processor, dataset, rows: list[int], scores: torch.Tensor, lab
                 "label": None if labels is None else CLASSES[labels[row]],
                 "score": f"{scores[row]:.4g}",
                 "p_value": None if p_values[i] is None else f"{p_values[i]:.3g}",
-                "is_flagged": p_values[i] is not None and bool(model.is_anomalous(scores[row : row + 1].to(model.device))),
+                "is_flagged": p_values[i] is not None and bool(model.is_anomalous(scores[row : row + 1])),
                 "image": _picture(image),
                 "overlay": None
                 if maps is None

@@ -69,7 +69,7 @@ def evaluate_detector(
         results |= {f"{name}_interval": list(interval) for name, interval in intervals.items()}
         results["interval_confidence"] = INTERVAL_CONFIDENCE
     if model.calibration.is_calibrated:
-        flagged = model.is_anomalous(scores.to(model.device)).cpu()
+        flagged = model.is_anomalous(scores)
         for name, label in (("false_positive_rate", 0), ("true_positive_rate", 1)):
             rate = flagged[labels == label].double().mean().item()
             results[f"{name}_at_threshold"] = rate if (labels == label).any() else None

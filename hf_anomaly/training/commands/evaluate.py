@@ -168,7 +168,6 @@ def rows_of_scores(model, dataset, scores: torch.Tensor, labels: torch.Tensor) -
         columns = {"image": files, **{name: dataset[name] for name in ("row", "class_name") if name in dataset.column_names}}
     columns |= {"label": (("normal", "anomaly")[label] for label in labels.tolist()), "score": scores.tolist()}
     if model.calibration.is_calibrated:
-        scores = scores.to(model.device)
         columns |= {"p_value": model.p_values(scores).tolist(), "flagged": model.is_anomalous(scores).tolist()}
     return [dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)]
 
