@@ -585,7 +585,7 @@ def _by_protocol(
         )
     groups = _groups(pool, image_column, group_column)
     try:
-        _, test = PROTOCOLS[protocol](np.asarray(pool.labels), normal_label, seed, groups)
+        test = PROTOCOLS[protocol](np.asarray(pool.labels), normal_label, seed, groups)
     except InputError:
         raise
     except ValueError as error:  # scikit-learn's, for classes of a single image

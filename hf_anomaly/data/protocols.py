@@ -15,10 +15,12 @@ from .groups import draw_groups
 logger = logging.getLogger(__name__)
 
 TEST_FRACTION = 0.2
-Rows = tuple[np.ndarray, np.ndarray]  # of the images to train on and to test on, in the source's order
 
 
-def balanced(labels: np.ndarray, normal_label: str, seed: int, groups: np.ndarray | None = None) -> Rows:
+# Each gives the positions of the images that test, in order.
+
+
+def balanced(labels: np.ndarray, normal_label: str, seed: int, groups: np.ndarray | None = None) -> np.ndarray:
     """80 % of the normal class trains; the other 20 % and as many anomalies, drawn at random from all other classes, test.
 
     Protocol 1 of Jia & Liu 2023, section 4.2 (after Pidhorskyi et al. 2018), in which test normals come from any split of the source. Both draws follow
@@ -51,20 +53,20 @@ def balanced(labels: np.ndarray, normal_label: str, seed: int, groups: np.ndarra
         hint = f"; {others} others belong to what trains, another seed may leave more" if (others := len(anomalies) - len(apart)) else ""
         logger.warning("There are %d anomalies for %d normal test images: the test is not balanced%s", len(apart), len(test), hint)
     drawn = np.random.RandomState(seed).permutation(apart)[: len(test)]  # NumPy's frozen generator: the same rows everywhere
-    return np.sort(train), np.sort(np.concatenate([test, drawn]))
+    return np.sort(np.concatenate([test, drawn]))
 
 
 def stratified(
     labels: np.ndarray, normal_label: str, seed: int, groups: np.ndarray | None = None, test_fraction: float = TEST_FRACTION
-) -> Rows:
+) -> np.ndarray:
     """A fixed split of every class, the same for any seed, normal class and groups: stands in for a source's own splits where it has none."""
     from sklearn.model_selection import train_test_split
 
-    train, test = train_test_split(np.arange(len(labels)), test_size=test_fraction, stratify=labels, random_state=0)
-    return np.sort(train), np.sort(test)
+    _, test = train_test_split(np.arange(len(labels)), test_size=test_fraction, stratify=labels, random_state=0)
+    return np.sort(test)
 
 
-PROTOCOLS: dict[str, Callable[[np.ndarray, str, int, np.ndarray | None], Rows]] = {
+PROTOCOLS: dict[str, Callable[[np.ndarray, str, int, np.ndarray | None], np.ndarray]] = {
     "balanced": balanced,
     "stratified": stratified,
     "stratified_70_30": partial(stratified, test_fraction=0.3),  # Kvasir and APTOS in DIA, appendix A
