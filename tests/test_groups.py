@@ -29,23 +29,23 @@ def with_tumours(patients, tumours):
 @pytest.mark.parametrize("seed", range(5))
 def test_whole_groups_are_drawn(seed):
     groups = np.random.default_rng(seed).integers(0, 9, 60).astype(str)
-    held = draw_groups(groups, 0.2, seed)
+    held = draw_groups(groups, 0.2, seed, "images are drawn")
     names = set(groups[held])
     assert not names & set(groups[~held])
     assert names
     assert abs(held.sum() - 12) <= max(np.unique(groups, return_counts=True)[1]) / 2
-    assert (draw_groups(groups, 0.2, seed) == held).all()
+    assert (draw_groups(groups, 0.2, seed, "images are drawn") == held).all()
 
 
 @pytest.mark.parametrize("seed", range(8))
 def test_a_group_that_is_too_large_is_not_drawn(seed):
-    held = draw_groups(np.array(["large"] * 1000 + ["b"] * 50 + ["c"] * 50), 0.2, seed)
+    held = draw_groups(np.array(["large"] * 1000 + ["b"] * 50 + ["c"] * 50), 0.2, seed, "images are drawn")
     assert held.sum() == 100
 
 
 @pytest.mark.parametrize("share", [0.01, 0.99])
 def test_one_group_is_drawn_at_least_and_one_is_left(share):
-    held = draw_groups(np.array(["a", "b", "a", "c"]), share, 0)
+    held = draw_groups(np.array(["a", "b", "a", "c"]), share, 0, "images are drawn")
     assert 0 < len(set(np.array(["a", "b", "a", "c"])[held])) < 3
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -14,6 +15,8 @@ from .sources import class_name
 
 if TYPE_CHECKING:
     import datasets
+
+logger = logging.getLogger(__name__)
 
 
 def groups_by_column(split: datasets.Dataset, column: str, where: str) -> np.ndarray:
@@ -51,11 +54,13 @@ def groups_by_volume(split: datasets.Dataset, image_column: str, name: str | Non
     return np.asarray([folder.name if is_slice else f"row {i} of {name}" for i, (folder, is_slice) in enumerate(pairs)])
 
 
-def draw_groups(groups: np.ndarray, share: float, seed: int) -> np.ndarray:
-    """(n,) bool: whole groups in random order, each taken if that brings their images nearer to a share of the n; at least one, and not all.
+def draw_groups(groups: np.ndarray, share: float, seed: int, what: str) -> np.ndarray:
+    """(n,) bool: whole groups in random order, each taken if that brings their images nearer to a share of the n; at least one, and not all. Warns if they
+    have more than twice as many.
 
     Args:
         groups: (n,), two different ones at least.
+        what: the images are and those drawn do, for the warning: "normal images test".
     """
     names, inverse, sizes = np.unique(groups, return_inverse=True, return_counts=True)
     taken, missing = [], share * len(groups)
@@ -63,4 +68,7 @@ def draw_groups(groups: np.ndarray, share: float, seed: int) -> np.ndarray:
         if abs(missing - sizes[group]) < abs(missing) and len(taken) < len(names) - 1:
             taken.append(group)
             missing -= sizes[group]
-    return np.isin(inverse, taken or [sizes.argmin()])
+    drawn = np.isin(inverse, taken or [sizes.argmin()])
+    if drawn.sum() > 2 * share * len(groups):
+        logger.warning("%d of %d %s: they belong to one another", drawn.sum(), len(groups), what)
+    return drawn

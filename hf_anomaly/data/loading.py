@@ -658,11 +658,7 @@ def _hold_out(split: _Split, fraction: float, seed: int) -> Iterable[datasets.Da
             "All normal training images of %r belong together: those held out are like those trained on, and new ones score higher", source
         )
     elif groups is not None and len(set(groups)) < len(normals):
-        held_out = draw_groups(groups, fraction, seed)
-        if held_out.sum() > 2 * fraction * len(normals):
-            logger.warning(
-                "%d of %d normal training images are held out for calibration: they belong to one another", held_out.sum(), len(normals)
-            )
+        held_out = draw_groups(groups, fraction, seed, "normal training images are held out for calibration")
         return normals.select(np.flatnonzero(~held_out)), normals.select(np.flatnonzero(held_out))
     size = min(max(round(fraction * len(normals)), 1), len(normals) - 1)
     parts = train_test_split(np.arange(len(normals)), test_size=size, random_state=seed)

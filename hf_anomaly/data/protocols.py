@@ -44,10 +44,8 @@ def balanced(labels: np.ndarray, normal_label: str, seed: int, groups: np.ndarra
             f"all images of {normal_label!r} belong together, to {str(groups[normals[0]])!r}: with 'balanced' none could test apart from those that train"
         )
     else:
-        drawn = draw_groups(groups[normals], TEST_FRACTION, seed)
+        drawn = draw_groups(groups[normals], TEST_FRACTION, seed, "normal images test")
         train, test = normals[~drawn], normals[drawn]
-        if len(test) > 2 * TEST_FRACTION * len(normals):
-            logger.warning("%d of %d normal images test: they belong to one another", len(test), len(normals))
     apart = anomalies if groups is None else anomalies[~np.isin(groups[anomalies], groups[train])]
     if len(apart) < len(test):
         hint = f"; {others} others belong to what trains, another seed may leave more" if (others := len(anomalies) - len(apart)) else ""
