@@ -218,7 +218,7 @@ def _sources(args: Namespace) -> list[Source]:
 
 
 def _source(word: str, args: Namespace) -> Source:
-    from ..data.formats import image_suffixes
+    from ..data.formats import is_raster
     from ..data.sources import check_unpacked
 
     if os.path.isdir(word):
@@ -234,17 +234,16 @@ def _source(word: str, args: Namespace) -> Source:
         if not paths:
             raise InputError(f"{word!r} matches no file; check the pattern, and quote it")
         return _files(paths)
-    if not os.path.exists(word) and Path(word).suffix.lower() in image_suffixes():
+    if not os.path.exists(word) and is_raster(word):
         raise InputError(f"{word}: there is no such file; check the spelling")
     return _rows(word, args)
 
 
 def _in_folder(folder: str) -> list[str]:
-    from ..data.formats import image_suffixes, is_medical
+    from ..data.formats import is_image
     from ..data.sources import MASK_FOLDERS, without_masks
 
-    suffixes = image_suffixes()
-    images = [path for path in files_below(folder, MASK_FOLDERS) if path.suffix.lower() in suffixes or is_medical(path)]
+    images = [path for path in files_below(folder, MASK_FOLDERS) if is_image(path)]
     return [str(Path(folder, path)) for path in without_masks([image.relative_to(folder) for image in images])]
 
 

@@ -197,10 +197,10 @@ def to_eight_bits(image: PIL.Image.Image, window: Window, name: str) -> PIL.Imag
     return PIL.Image.fromarray(255 - levels if is_white_zero(image) else levels)
 
 
-def image_suffixes() -> set[str]:
-    """The suffixes of files in `RASTER_FORMATS`, in lower case."""
+def is_raster(path: str | os.PathLike[str]) -> bool:
+    """Whether it is a file of the `RASTER_FORMATS`, by its name."""
     PIL.Image.init()
-    return {suffix for suffix, kind in PIL.Image.EXTENSION.items() if kind in RASTER_FORMATS}
+    return PIL.Image.EXTENSION.get(Path(path).suffix.lower()) in RASTER_FORMATS
 
 
 def open_raster(file: str | os.PathLike[str] | BinaryIO) -> PIL.Image.Image:
@@ -216,6 +216,11 @@ def open_raster(file: str | os.PathLike[str] | BinaryIO) -> PIL.Image.Image:
 def is_medical(path: str | os.PathLike[str]) -> bool:
     """Whether it is a DICOM or NIfTI file, by its name."""
     return os.fspath(path).lower().endswith(MEDICAL_SUFFIXES)
+
+
+def is_image(path: str | os.PathLike[str]) -> bool:
+    """Whether it is a file that is read as an image, or slice by slice, by its name."""
+    return is_raster(path) or is_medical(path)
 
 
 def read_slice(path: str | os.PathLike[str], window: Window = None) -> PIL.Image.Image:

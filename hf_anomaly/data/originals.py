@@ -15,7 +15,7 @@ import numpy as np
 
 from ..errors import InputError, one_line
 from .assembling import from_arrays, from_files, uint8_images
-from .formats import image_suffixes
+from .formats import is_raster
 
 if TYPE_CHECKING:
     import datasets
@@ -82,8 +82,7 @@ def _read_mnist_json(root: Path) -> dict[str, datasets.Dataset]:
     """
     root = next((folder for folder in (root, root / "src" / "digits") if (folder / "0.json").is_file()), root)
     files = [root / f"{digit}.json" for digit in range(10)]
-    suffixes = image_suffixes()
-    if not files[0].is_file() or any(file.suffix.lower() in suffixes for file in root.iterdir()):  # else annotations of images
+    if not files[0].is_file() or any(is_raster(file) for file in root.iterdir()):  # else annotations of images
         return {}
     images = []
     for path in files:

@@ -18,7 +18,7 @@ from ..files import files_below
 from ..hub import hub_errors
 from ..names import is_hub_id
 from .assembling import from_arrays, from_files, uint8_images
-from .formats import Reading, image_suffixes, is_medical, slice_files
+from .formats import Reading, is_image, is_medical, is_raster, slice_files
 from .originals import ORIGINALS
 from .tables import SPLIT_NAMES, read_table
 
@@ -138,7 +138,7 @@ def read_source(
         return read_table(path, image_column, reading)
     if path.is_file():
         check_unpacked(path)
-        if is_medical(path) or suffix in image_suffixes():
+        if is_image(path):
             raise InputError(f"{source!r} is a single file of images; give the folder that it lies in")
         raise InputError(f"{source!r}: not a kind of file to load images from; give an .npz, .parquet or .csv file, a folder or a Hub id")
     if suffix in (".npz", ".parquet", ".zip", ".csv") or not is_hub_id(source):
@@ -306,12 +306,11 @@ def _read_npz(path: Path) -> dict[str, datasets.Dataset]:
 def _mask_files(root: Path) -> dict[Path, Path]:
     """All masks in a folder's `MASK_FOLDERS`, of any image format, by their path in there without the suffix."""
     folders = [folder for folder in root.iterdir() if folder.is_dir() and folder.name.lower() in MASK_FOLDERS]
-    suffixes = image_suffixes()
     return {
         file.relative_to(folder).with_suffix(""): file
         for folder in sorted(folders, reverse=True)
         for file in files_below(folder)
-        if file.suffix.lower() in suffixes
+        if is_raster(file)
     }
 
 
@@ -361,8 +360,7 @@ def _read_folder(root: Path, label_column: str | None, reading: Reading) -> dict
     files = list(files_below(root, MASK_FOLDERS))
     if splits := next(filter(None, (read(root) for read in ORIGINALS)), None):
         return splits
-    suffixes = image_suffixes()
-    images = [file for file in files if file.suffix.lower() in suffixes or is_medical(file)]
+    images = [file for file in files if is_image(file)]
     tables, further = {}, []
     if any(file.name in METADATA_FILES for file in files):
         tables = dict(load_or_refuse(f"{root}", datasets.load_dataset, "imagefolder", data_dir=str(root)))
