@@ -95,6 +95,12 @@ def writing(path: str | os.PathLike) -> Iterator[Path]:
         yield temporary
 
 
+def write_output(path: str | os.PathLike, text: str) -> None:
+    """Writes a file in UTF-8 to a path that a user names; see `writing`."""
+    with writing(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
+
+
 _STAGING = ".saving-"
 
 

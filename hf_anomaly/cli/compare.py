@@ -6,7 +6,7 @@ from argparse import Namespace
 from pathlib import Path
 
 from ..errors import InputError
-from ..files import check_output, csv_text, writing
+from ..files import check_output, csv_text, write_output
 from ..parsing import Parser
 
 logger = logging.getLogger(__name__)
@@ -45,8 +45,7 @@ def run(args: Namespace) -> None:
     text = comparison_markdown(rows)
     if args.output is not None:
         content = {".md": lambda: f"{text}\n", ".csv": lambda: _csv(rows), ".json": lambda: f"{json.dumps(rows, indent=2)}\n"}
-        with writing(args.output) as file:
-            file.write_text(content[Path(args.output).suffix.lower()](), encoding="utf-8")
+        write_output(args.output, content[Path(args.output).suffix.lower()]())
     print(text)
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import InputError
-from ..files import check_output, csv_text, writing
+from ..files import check_output, csv_text, write_output
 from ..parsing import Parser
 
 logger = logging.getLogger(__name__)
@@ -53,8 +53,7 @@ def run(args: Namespace) -> None:
         images = split.select_columns([column])
         thumbnails.append(check_pixels(images if column == "image" else images.rename_column(column, "image"), name, window))
     groups = group_near_copies(np.concatenate(thumbnails))
-    with writing(args.output) as file:
-        file.write_text(csv_text(row | {COLUMN: group} for row, group in zip(rows, groups.tolist(), strict=True)), encoding="utf-8")
+    write_output(args.output, csv_text(row | {COLUMN: group} for row, group in zip(rows, groups.tolist(), strict=True)))
     sizes = np.bincount(groups)
     if len(rows) <= FEWEST:
         logger.warning("among %d images nothing but identical ones can be told to belong together: give at least %d", len(rows), FEWEST + 1)

@@ -16,7 +16,7 @@ from ..cards.figures import draw_precision_recall, draw_roc, draw_scores, new_fi
 from ..data import collate, decode_image, file_name, prepare
 from ..detector import AnomalyDetector
 from ..errors import InputError
-from ..files import writing
+from ..files import write_output
 from ..metrics import bootstrap_intervals, image_metrics
 from ..training.evaluation import INTERVAL_CONFIDENCE, results_by_class
 from ..training.localization import evaluate_maps
@@ -101,10 +101,8 @@ def write_report(
         infinity=math.inf,
         version=__version__,
     )
-    path = Path(path)
-    with writing(path) as temporary:
-        temporary.write_text(page, encoding="utf-8")
-    return path
+    write_output(path, page)
+    return Path(path)
 
 
 def _template():

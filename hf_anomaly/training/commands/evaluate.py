@@ -17,7 +17,7 @@ from ...cards.merging import read_card
 from ...data import OneClassSplits, collate, decode_image, file_name, prepare
 from ...data.sources import UnknownClassError, dataset_label, default_normal_class
 from ...errors import InputError
-from ...files import check_output, csv_text, shortened, write_json, writing
+from ...files import check_output, csv_text, shortened, write_json, write_output
 from ...loading import load_detector, recorded_results
 from ...visualization import check_overlay, paint, write_image
 from .. import DataArguments, EvaluationDataArguments, parse_arguments
@@ -271,12 +271,10 @@ def main(argv: list[str], program: str) -> None:
         results["baselines"] = compare_with_baselines(model, processor, whole.train, whole.test, batch_size=args.batch_size)
     text = json.dumps({**results, "seconds": round(time.time() - started, 1)}, indent=2, sort_keys=True, allow_nan=False)
     if args.output is not None:
-        with writing(args.output) as file:
-            file.write_text(f"{text}\n", encoding="utf-8")
+        write_output(args.output, f"{text}\n")
     print(text)
     if args.scores is not None and scored is not None:  # what follows comes last, so that a full disk costs no results
-        with writing(args.scores) as file:
-            file.write_text(csv_text(rows_of_scores(model, splits.test, *scored)), encoding="utf-8")
+        write_output(args.scores, csv_text(rows_of_scores(model, splits.test, *scored)))
     if args.save_maps is not None and scored is not None:
         scores = scored[0]
         save_maps(model, processor, splits.test, scores.topk(min(args.num_maps, len(scores))).indices.tolist(), Path(args.save_maps))
