@@ -219,6 +219,11 @@ class AnomalyImageProcessor(PilBackend):
         """Of the images it makes: 3 (RGB) or 1 (gray)."""
         return 3 if self.do_convert_rgb else 1
 
+    @property
+    def image_shape(self) -> dict[str, int]:
+        """`image_size` and `num_channels` of the images it makes, as a detector's configuration has them."""
+        return {"image_size": self.size["height"], "num_channels": self.num_channels}
+
     def read(self, image, name: str, timeout: float = 30.0) -> PIL.Image.Image:
         """As `to_eight_bit_image` with the processor's window, also of the path or http(s) URL of a file, or of `{"bytes", "path"}` as
         `datasets.Image(decode=False)` gives it.

@@ -222,7 +222,7 @@ class Contrastive(Method):
         training = replace(length.training, batch_size=round(self.batch_factor * length.training.batch_size))
         args = training.arguments(len(splits.train), cell.seed, folder)
         set_seed(cell.seed)
-        shape = {"image_size": data.processor.size["height"], "num_channels": data.processor.num_channels}
+        shape = data.processor.image_shape
         config = self._config(cell.budget, **shape)
         if length.backbone:
             stride = config.backbone_config.stem_stride

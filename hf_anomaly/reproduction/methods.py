@@ -97,7 +97,7 @@ def addp(cell, splits, processor, args, *, mode: str | None = None, from_digits:
         mode: what the first stage trains, "encoder_decoder" or "decoder"; None: there is none.
         from_digits: begin with an encoder from elsewhere, see `_encoder_of_digits`.
     """
-    shape = {"image_size": processor.size["height"], "num_channels": processor.num_channels}
+    shape = processor.image_shape
     weights = _encoder_of_digits(**shape, seed=cell.seed, steps=args.max_steps) if from_digits else None
     set_seed(cell.seed)  # the same decoder, whether the encoder was at hand or not
     model = ADDPForPreTraining(ADDPConfig(**shape, pretraining_mode=mode or "encoder_decoder"))
@@ -138,8 +138,7 @@ ADDP_LENGTHS = {
 
 def _shared_ae(title: str, ablation: str) -> Trained:
     def build(cell, splits, processor, args) -> SharedAEModel:
-        size = processor.size["height"]
-        return SharedAEModel(SharedAEConfig(image_size=size, num_channels=processor.num_channels, ablation=ablation))
+        return SharedAEModel(SharedAEConfig(**processor.image_shape, ablation=ablation))
 
     return Trained(title, build, SHARED_AE_LENGTHS, SharedAEConfig(ablation=ablation))
 

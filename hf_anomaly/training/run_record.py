@@ -57,8 +57,7 @@ def describe_run(splits: OneClassSplits, processor: AnomalyImageProcessor, seed:
         "split_hash": splits.split_hash,
         "images": splits.train_digest,
     }
-    seen = {"image_size": processor.size["height"], "num_channels": processor.num_channels, "window": processor.window}
-    return {**data, **seen, "seed": seed, **settings}
+    return {**data, **processor.image_shape, "window": processor.window, "seed": seed, **settings}
 
 
 def warn_of_other_division(trained: dict, splits: OneClassSplits, name: str) -> None:

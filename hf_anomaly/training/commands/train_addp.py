@@ -104,8 +104,7 @@ def make_model(pretraining_args, architecture_args, detector_args, processor: An
     """The network before the first stage: new, or from --pretrained."""
     settings = {name: value for name, value in given_fields(pretraining_args).items() if name.startswith("noise")}
     settings |= {
-        "image_size": processor.size["height"],
-        "num_channels": processor.num_channels,
+        **processor.image_shape,
         "tiles": tiles,
         "pretraining_mode": pretraining_args.pretrain_mode,
         **asdict(detector_args),

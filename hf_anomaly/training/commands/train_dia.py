@@ -222,7 +222,7 @@ class ContrastiveTrainingArguments(AnomalyTrainingArguments):
 
 def make_model(args: DetectorArguments, model_class: type[CSIModel], processor: AnomalyImageProcessor, tiles: int) -> CSIModel:
     """A new detector, whose backbone may be a pretrained one."""
-    settings = asdict(args) | {"image_size": processor.size["height"], "num_channels": processor.num_channels, "tiles": tiles}
+    settings = asdict(args) | processor.image_shape | {"tiles": tiles}
     settings["crop_scale"] = (settings.pop("crop_scale_min"), 1.0)
     if model_class is CSIModel:
         del settings["similarity_design"]  # of branch D

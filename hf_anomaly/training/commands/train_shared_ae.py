@@ -46,8 +46,7 @@ def main(argv: list[str], program: str) -> None:
         "adversarial_margin": detector_args.adversarial_margin or None,
         "omega2": round(1 - detector_args.omega1, 9),
     }
-    shape = {"image_size": processor.size["height"], "num_channels": processor.num_channels, "tiles": data_args.tiles}
-    model = SharedAEModel(SharedAEConfig(**shape, **settings))
+    model = SharedAEModel(SharedAEConfig(**processor.image_shape, tiles=data_args.tiles, **settings))
     replace_earlier_run(training_args)
     results = train_detector(
         model,
