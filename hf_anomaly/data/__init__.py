@@ -8,7 +8,7 @@ from .near_copies import find_near_copies, group_near_copies, thumbnail
 from .protocols import Division
 from .recipes import RECIPES, DatasetRecipe, find_recipe
 from .streaming import stream_one_class
-from .transforms import PixelTransform, collate, decode_image, file_name, prepare
+from .transforms import PixelTransform, collate, decode_image, file_name, image_loader, prepare
 
 __all__ = [
     "DatasetRecipe",
@@ -27,6 +27,7 @@ __all__ = [
     "find_near_copies",
     "find_recipe",
     "group_near_copies",
+    "image_loader",
     "load_one_class",
     "load_unlabelled",
     "prepare",

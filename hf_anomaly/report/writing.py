@@ -9,11 +9,10 @@ from pathlib import Path
 import numpy as np
 import PIL.Image
 import torch
-from torch.utils.data import DataLoader
 
 from ..calibration import drift_check
 from ..cards.figures import draw_precision_recall, draw_roc, draw_scores, new_figure
-from ..data import collate, decode_image, file_name, prepare
+from ..data import decode_image, file_name, image_loader
 from ..detector import AnomalyDetector
 from ..errors import InputError
 from ..files import write_output
@@ -70,7 +69,7 @@ def write_report(
         raise InputError(f"{data_name} holds no images: there is nothing to report on")
     if num_examples < 1:
         raise InputError(f"num_examples must be at least 1, got {num_examples}")
-    scores, _ = model.score(DataLoader(prepare(dataset, processor), batch_size=batch_size, collate_fn=collate))
+    scores, _ = model.score(image_loader(dataset, processor, batch_size))
     labels = np.asarray(dataset["label"][:]) if has_labels else None
     calibration = model.calibration if model.calibration.is_calibrated else None
     threshold = None if calibration is None else calibration.threshold.item()

@@ -15,12 +15,11 @@ from pathlib import Path
 import numpy as np
 import torch
 from accelerate import PartialState
-from torch.utils.data import DataLoader
 from transformers import set_seed
 
 from ..calibration import conformal_rank, conformal_threshold, drift_check
 from ..cards.card import shown_command
-from ..data import OneClassSplits, collate, load_one_class, prepare
+from ..data import OneClassSplits, image_loader, load_one_class
 from ..data.recipes import RECIPES
 from ..data.sources import dataset_label
 from ..detector import AnomalyDetector, AnomalyDetectorConfig
@@ -254,7 +253,7 @@ class CalibrationStudy:
         test = []
         if splits.test is not None:
             normal = splits.test.select(np.flatnonzero(np.asarray(splits.test["label"][:]) == 0))
-            test = model.score(DataLoader(prepare(normal, processor), batch_size=64, collate_fn=collate), progress=False)[0].tolist()
+            test = model.score(image_loader(normal, processor, 64), progress=False)[0].tolist()
         record = {
             "held_out": model.calibration.scores.tolist(),
             "test": test,

@@ -6,9 +6,8 @@ from collections.abc import Callable, Iterable
 
 import numpy as np
 from torch import Tensor
-from torch.utils.data import DataLoader
 
-from ..data import collate, prepare
+from ..data import image_loader
 from ..detector import AnomalyDetector
 from ..errors import InputError
 from ..metrics import image_metrics
@@ -22,9 +21,7 @@ WITHOUT_CONTRAST = ("pixel_knn", "pca_residual")  # the baselines that tell stan
 
 def pixel_matrix(dataset, processor, batch_size: int = 64) -> np.ndarray:
     """(n, C·H·W) float32: what `processor` makes of a dataset's images, `batch_size` at a time; the result is in memory as a whole."""
-    prepared = prepare(dataset, processor)
-    batches = (prepared[start : start + batch_size]["pixel_values"] for start in range(0, len(prepared), batch_size))
-    return np.concatenate([np.stack(batch).reshape(len(batch), -1) for batch in batches])
+    return np.concatenate([batch["pixel_values"].flatten(1).numpy() for batch in image_loader(dataset, processor, batch_size)])
 
 
 def standardize(pixel_values: Tensor, mean: float = 0.0, std: float = 0.5) -> Tensor:
@@ -87,17 +84,13 @@ def compare_with_baselines(model: AnomalyDetector, processor, train, test, *, ba
         logger.info("Trivial baselines: images %s", name)
         changed = _ChangedImages(processor, change)
         pixels = pixel_matrix(train, changed, batch_size)
-        detector = copy.deepcopy(model).fit_reference(_loader(train, changed, batch_size))
+        detector = copy.deepcopy(model).fit_reference(image_loader(train, changed, batch_size))
         results[name] = _aurocs(detector, pixels, test, changed, batch_size, baselines)
     return results
 
 
-def _loader(dataset, processor, batch_size: int) -> DataLoader:
-    return DataLoader(prepare(dataset, processor), batch_size=batch_size, collate_fn=collate)
-
-
 def _aurocs(detector: AnomalyDetector, train_pixels, test, processor, batch_size: int, baselines: Iterable[str]) -> dict[str, float | None]:
-    scores, labels = detector.score(_loader(test, processor, batch_size))
+    scores, labels = detector.score(image_loader(test, processor, batch_size))
     test_pixels = pixel_matrix(test, processor, batch_size)
     all_scores = {"detector": scores.numpy(), **{name: BASELINES[name](train_pixels, test_pixels) for name in baselines}}
     return {name: image_metrics(values, labels.numpy())["auroc"] for name, values in all_scores.items()}

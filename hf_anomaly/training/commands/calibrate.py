@@ -5,10 +5,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
-from torch.utils.data import DataLoader
 
 from ...calibration import drift_check
-from ...data import OneClassSplits, collate, prepare
+from ...data import OneClassSplits, image_loader
 from ...data.sources import dataset_label
 from ...detector import AnomalyDetector
 from ...files import check_output, write_json
@@ -84,9 +83,9 @@ def main(argv: list[str], program: str) -> None:
     _warn_of_unlike_training(model, recorded, splits)
     images = splits.train if splits.calibration is None else splits.calibration
     former = (model.calibration.threshold.item(), model.calibration.scores) if model.calibration.is_calibrated else None
-    loader = DataLoader(prepare(images, processor), batch_size=args.batch_size, collate_fn=collate)
     rate = model.config.false_positive_rate if args.false_positive_rate is None else args.false_positive_rate
-    model.calibrate(loader, **({} if rate is None else {"false_positive_rate": rate}))
+    settings = {} if rate is None else {"false_positive_rate": rate}
+    model.calibrate(image_loader(images, processor, args.batch_size), **settings)
     model.save_pretrained(args.output_dir)
     processor.save_pretrained(args.output_dir)
     if of_the_training := without_measurements(recorded):

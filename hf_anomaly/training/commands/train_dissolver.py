@@ -2,7 +2,9 @@
 
 from dataclasses import asdict, dataclass, field
 
-from ...data import collate, prepare
+import torch
+
+from ...data import prepare
 from ...dissolving import dissolving_quality
 from ...ops.tiles import draw_tiles
 from .. import DataArguments, DenoisingTrainingArguments, parse_arguments
@@ -67,8 +69,7 @@ def main(argv: list[str], program: str) -> None:
     )
     if training_args.process_index == 0:
         if splits.calibration is not None:  # normal images that the network has not seen
-            held_out = prepare(splits.calibration.select(range(min(len(splits.calibration), MEASURED_IMAGES))), processor)
-            images = collate([held_out[i] for i in range(len(held_out))])["pixel_values"].to(dissolver.device)
+            images = torch.stack(prepare(splits.calibration, processor)[:MEASURED_IMAGES]["pixel_values"]).to(dissolver.device)
             print(f"on {len(images)} held-out images:")
             (images,) = draw_tiles(data_args.tiles, images)
             for quality in dissolving_quality(dissolver, images, dissolver.spread_timesteps()):
