@@ -4,11 +4,12 @@ python scripts/reproduce.py --table shared_ae/2 --data_dir path/to/data --budget
 """
 
 import sys
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 from accelerate import PartialState
 from accelerate.utils import parse_flag_from_env
+from transformers.hf_argparser import HfArg
 
 from hf_anomaly.cli.running import run_script
 from hf_anomaly.errors import InputError
@@ -30,33 +31,27 @@ from hf_anomaly.training import parse_arguments
 class ReproduceArguments:
     """Which table or figure, which cells of it, and for how long."""
 
-    table: str | None = field(default=None, metadata={"help": "Its id, such as shared_ae/1, or calibration; an unknown one lists all."})
-    figure: str | None = field(
+    table: str | None = HfArg(default=None, help="Its id, such as shared_ae/1, or calibration; an unknown one lists all.")
+    figure: str | None = HfArg(
         default=None,
-        metadata={
-            "help": "A picture instead, such as dia/1, or roc/dia/1 for the ROC curves of a table that has run; an unknown one lists all."
-        },
+        help="A picture instead, such as dia/1, or roc/dia/1 for the ROC curves of a table that has run; an unknown one lists all.",
     )
-    data_dir: str | None = field(
+    data_dir: str | None = HfArg(
         default=None,
-        metadata={
-            "help": "Folder with the datasets: pneumoniamnist.npz, fashion-mnist/, mnist/ and so on. Default: $HF_ANOMALY_DATA_DIR, or else the Hub "
-            "where it has them."
-        },
+        help="Folder with the datasets: pneumoniamnist.npz, fashion-mnist/, mnist/ and so on. Default: $HF_ANOMALY_DATA_DIR, or else the Hub "
+        "where it has them.",
     )
-    datasets: list[str] | None = field(
-        default=None, metadata={"help": "Run these of the table's datasets only; a figure shows any that there are."}
-    )
-    methods: list[str] | None = field(default=None, metadata={"help": "Run these of the table's methods only."})
-    seeds: list[int] = field(
+    datasets: list[str] | None = HfArg(default=None, help="Run these of the table's datasets only; a figure shows any that there are.")
+    methods: list[str] | None = HfArg(default=None, help="Run these of the table's methods only.")
+    seeds: list[int] = HfArg(
         default_factory=lambda: [0, 1, 2],
-        metadata={"help": "Seeds of initialisation, batches and random splits; calibration and galleries take the first."},
+        help="Seeds of initialisation, batches and random splits; calibration and galleries take the first.",
     )
-    budget: str = field(default="laptop", metadata={"help": "smoke: seconds, to see it run; laptop: up to three minutes a cell; paper."})
-    shard: str = field(default="1/1", metadata={"help": "i/n: run every n-th cell, from the i-th on. Several machines can share a folder."})
-    dry_run: bool = field(default=False, metadata={"help": "Only list the cells, and how each stands."})
-    plot: bool = field(default=True, metadata={"help": "Draw the table if it is a curve; needs matplotlib."})
-    output_dir: str = field(default="runs/reproduce", metadata={"help": "Where results and tables go."})
+    budget: str = HfArg(default="laptop", help="smoke: seconds, to see it run; laptop: up to three minutes a cell; paper.")
+    shard: str = HfArg(default="1/1", help="i/n: run every n-th cell, from the i-th on. Several machines can share a folder.")
+    dry_run: bool = HfArg(default=False, help="Only list the cells, and how each stands.")
+    plot: bool = HfArg(default=True, help="Draw the table if it is a curve; needs matplotlib.")
+    output_dir: str = HfArg(default="runs/reproduce", help="Where results and tables go.")
 
 
 def main() -> None:

@@ -123,7 +123,7 @@ def load_one_class(
     seed: int = 0,
     config_name: str | None = None,
     revision: str | None = None,
-    reading: Reading = Reading(),  # noqa: B008, it is frozen
+    reading: Reading = Reading(),
     recipe: str | None = None,
 ) -> OneClassSplits:
     """Loads images as one-class splits.
@@ -251,7 +251,7 @@ def load_unlabelled(
     image_column: str | None = None,
     config_name: str | None = None,
     revision: str | None = None,
-    reading: Reading = Reading(),  # noqa: B008, it is frozen
+    reading: Reading = Reading(),
     split: str = "train",
 ) -> datasets.Dataset:
     """All images of a source's training split, or of its only split, whatever their class, with the columns of `OneClassSplits`; every label is 0.

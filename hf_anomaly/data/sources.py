@@ -97,7 +97,7 @@ def read_source(
     revision: str | None,
     *,
     image_column: str | None = None,
-    reading: Reading = Reading(),  # noqa: B008, it is frozen
+    reading: Reading = Reading(),
     streaming: bool = False,
 ) -> dict[str, datasets.Dataset | datasets.IterableDataset]:
     """The splits of a source; `load_one_class` lists the sources.

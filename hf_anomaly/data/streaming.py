@@ -51,7 +51,7 @@ def stream_one_class(
     seed: int = 0,
     config_name: str | None = None,
     revision: str | None = None,
-    reading: Reading = Reading(),  # noqa: B008, it is frozen
+    reading: Reading = Reading(),
     recipe: str | None = None,
 ) -> OneClassSplits:
     """As `load_one_class` with protocol "official", but `train` and `test` are streams, which are never in memory as a whole.

@@ -1,6 +1,8 @@
 """Writes a page on how a saved detector does on a dataset."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+
+from transformers.hf_argparser import HfArg
 
 from ..data import load_unlabelled
 from ..data.sources import dataset_label
@@ -17,12 +19,10 @@ from .writing import write_report
 class ReportArguments(ScoringArguments):
     """What the page is on."""
 
-    output: str = field(default="report.html", metadata={"help": "The page."})
-    unlabelled: bool = field(default=False, metadata={"help": "Take the labels of the images, if any, for unknown."})
-    num_examples: int = field(default=6, metadata={"help": "Images in each row of examples."})
-    seed: int | None = field(
-        default=None, metadata={"help": "Seed of the training run, for --protocol balanced. Default: as recorded beside the model."}
-    )
+    output: str = HfArg(default="report.html", help="The page.")
+    unlabelled: bool = HfArg(default=False, help="Take the labels of the images, if any, for unknown.")
+    num_examples: int = HfArg(default=6, help="Images in each row of examples.")
+    seed: int | None = HfArg(default=None, help="Seed of the training run, for --protocol balanced. Default: as recorded beside the model.")
 
 
 def _load_unlabelled(args: ReportArguments, data_args: EvaluationDataArguments) -> tuple:

@@ -5,11 +5,12 @@ import math
 import os
 import sys
 from collections.abc import Iterable
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import torch
 from transformers import HfArgumentParser, Trainer, TrainingArguments, get_scheduler
+from transformers.hf_argparser import HfArg
 from transformers.integrations import get_available_reporting_integrations, is_deepspeed_available
 from transformers.training_args import ParallelMode
 
@@ -95,47 +96,35 @@ def _check_parts(args: TrainingArguments) -> None:
 class ReproducibleArguments(TrainingArguments):
     """`TrainingArguments` with defaults for small from-scratch training, and an average of the weights."""
 
-    output_dir: str | None = field(default=None, metadata={"help": "Where the result and the checkpoints go. Default: under runs/."})
-    max_steps: int = field(
-        default=-1, metadata={"help": "Optimizer steps. Default: as many as the method needs, unless --num_train_epochs is given."}
-    )
-    num_train_epochs: float = field(
-        default=0.0, metadata={"help": "Passes over the training images, unless --max_steps is given; 0: the default steps."}
-    )
-    per_device_train_batch_size: int = field(default=32, metadata={"help": "Images per step and device."})
-    per_device_eval_batch_size: int = field(default=64, metadata={"help": "Images scored at once on a device."})
-    learning_rate: float = field(default=1e-3, metadata={"help": "Peak learning rate."})
-    lr_scheduler_type: str = field(default="cosine", metadata={"help": "The learning rate's schedule."})
-    logging_steps: float = field(default=50, metadata={"help": "Steps between two reports of the losses."})
-    save_strategy: str = field(default="steps", metadata={"help": "When a checkpoint is saved: no, steps or epoch."})
-    save_steps: float = field(default=200, metadata={"help": "Steps between two checkpoints."})
-    save_total_limit: int | None = field(default=1, metadata={"help": "Checkpoints to keep."})
-    remove_unused_columns: bool = field(default=False, metadata={"help": "Leave False: images become pixel_values when they are read."})
-    hub_strategy: str = field(
+    output_dir: str | None = HfArg(default=None, help="Where the result and the checkpoints go. Default: under runs/.")
+    max_steps: int = HfArg(default=-1, help="Optimizer steps. Default: as many as the method needs, unless --num_train_epochs is given.")
+    num_train_epochs: float = HfArg(default=0.0, help="Passes over the training images, unless --max_steps is given; 0: the default steps.")
+    per_device_train_batch_size: int = HfArg(default=32, help="Images per step and device.")
+    per_device_eval_batch_size: int = HfArg(default=64, help="Images scored at once on a device.")
+    learning_rate: float = HfArg(default=1e-3, help="Peak learning rate.")
+    lr_scheduler_type: str = HfArg(default="cosine", help="The learning rate's schedule.")
+    logging_steps: float = HfArg(default=50, help="Steps between two reports of the losses.")
+    save_strategy: str = HfArg(default="steps", help="When a checkpoint is saved: no, steps or epoch.")
+    save_steps: float = HfArg(default=200, help="Steps between two checkpoints.")
+    save_total_limit: int | None = HfArg(default=1, help="Checkpoints to keep.")
+    remove_unused_columns: bool = HfArg(default=False, help="Leave False: images become pixel_values when they are read.")
+    hub_strategy: str = HfArg(
         default="end",
-        metadata={
-            "help": "With --push_to_hub: end, the finished detector alone. In mid-training, to branch 'training': every_save, the weights; checkpoint, the "
-            "last checkpoint as last-checkpoint/, to resume from; all_checkpoints, all of them."
-        },
+        help="With --push_to_hub: end, the finished detector alone. In mid-training, to branch 'training': every_save, the weights; checkpoint, the "
+        "last checkpoint as last-checkpoint/, to resume from; all_checkpoints, all of them.",
     )
-    dataloader_drop_last: bool = field(default=True, metadata={"help": "Leave out a last incomplete batch of an epoch."})
-    ema_decay: float = field(
-        default=0.99, metadata={"help": "Decay of the exponential moving average of the weights, which is what is saved; 0: none."}
-    )
+    dataloader_drop_last: bool = HfArg(default=True, help="Leave out a last incomplete batch of an epoch.")
+    ema_decay: float = HfArg(default=0.99, help="Decay of the exponential moving average of the weights, which is what is saved; 0: none.")
 
-    lars: bool = field(
+    lars: bool = HfArg(
         default=False,
-        metadata={
-            "help": "Train by LARS, the optimizer of CSI's and DIA's authors, in place of --optim; they have --learning_rate 1 --warmup_steps 0.05 "
-            "--weight_decay 1e-6."
-        },
+        help="Train by LARS, the optimizer of CSI's and DIA's authors, in place of --optim; they have --learning_rate 1 --warmup_steps 0.05 "
+        "--weight_decay 1e-6.",
     )
 
-    cpu_threads: int | None = field(
+    cpu_threads: int | None = HfArg(
         default=None,
-        metadata={
-            "help": "CPU threads of a process. Default: under `accelerate launch` without a GPU all cores that the process may use, else torch's."
-        },
+        help="CPU threads of a process. Default: under `accelerate launch` without a GPU all cores that the process may use, else torch's.",
     )
 
     default_max_steps = 400
@@ -176,21 +165,19 @@ class ReproducibleArguments(TrainingArguments):
 class AnomalyTrainingArguments(ReproducibleArguments):
     """Arguments of `AnomalyTrainer`."""
 
-    false_positive_rate: float = field(
-        default=0.05, metadata={"help": "Share of normal images that may be flagged: sets the threshold on the calibration images."}
+    false_positive_rate: float = HfArg(
+        default=0.05, help="Share of normal images that may be flagged: sets the threshold on the calibration images."
     )
-    card_figures: bool = field(
+    card_figures: bool = HfArg(
         default=False,
-        metadata={
-            "help": "Put score histogram, ROC curve and six images of the evaluation split into the card; who gets the card sees them."
-        },
+        help="Put score histogram, ROC curve and six images of the evaluation split into the card; who gets the card sees them.",
     )
 
-    license: str | None = field(
-        default=None, metadata={"help": "For the card: licence of the weights, as the Hub spells it, such as apache-2.0 or cc-by-4.0."}
+    license: str | None = HfArg(
+        default=None, help="For the card: licence of the weights, as the Hub spells it, such as apache-2.0 or cc-by-4.0."
     )
-    dataset_id: str | None = field(
-        default=None, metadata={"help": "For the card: the images' id on the Hub, where --dataset_name is a local copy of them."}
+    dataset_id: str | None = HfArg(
+        default=None, help="For the card: the images' id on the Hub, where --dataset_name is a local copy of them."
     )
 
     def __post_init__(self):
@@ -205,10 +192,8 @@ class AnomalyTrainingArguments(ReproducibleArguments):
 class DenoisingTrainingArguments(ReproducibleArguments):
     """Arguments of `DenoisingTrainer`."""
 
-    ema_decay: float = field(
-        default=0.995, metadata={"help": "Decay of the moving average of the weights, which is what is saved; 0: none."}
-    )
-    max_grad_norm: float = field(default=1.0, metadata={"help": "Gradients are clipped to this norm."})
+    ema_decay: float = HfArg(default=0.995, help="Decay of the moving average of the weights, which is what is saved; 0: none.")
+    max_grad_norm: float = HfArg(default=1.0, help="Gradients are clipped to this norm.")
 
     default_max_steps = 600
     unsupported = {
@@ -228,93 +213,67 @@ def given_fields(args) -> dict[str, Any]:
 class DataArguments:
     """Where the images come from."""
 
-    dataset_name: str = field(
-        default="digits",
-        metadata={"help": _SOURCES},
-    )
-    dataset: str | None = field(
+    dataset_name: str = HfArg(default="digits", help=_SOURCES)
+    dataset: str | None = HfArg(
         default=None,
-        metadata={
-            "help": "Instead of --dataset_name: one of the papers' datasets, such as pneumonia_mnist or kvasir_polyp, with its normal class, protocol, "
-            "image size and steps as the paper has them, unless other flags say otherwise."
-        },
+        help="Instead of --dataset_name: one of the papers' datasets, such as pneumonia_mnist or kvasir_polyp, with its normal class, protocol, "
+        "image size and steps as the paper has them, unless other flags say otherwise.",
     )
-    data_dir: str | None = field(
+    data_dir: str | None = HfArg(
+        default=None, help="The folder in which --dataset lies. Default: the environment variable HF_ANOMALY_DATA_DIR, else the Hub."
+    )
+    dataset_config_name: str | None = HfArg(default=None, help="Configuration of a Hub dataset.")
+    dataset_revision: str | None = HfArg(default=None, help="Branch, tag or commit of a Hub dataset.")
+    normal_label: str | None = HfArg(
+        default=None, help="Name or number of the normal class. Default: 'normal', 'good' or 'healthy', the only class, or digit 0."
+    )
+    image_column: str | None = HfArg(default=None, help="Column with the images. Default: 'image', or the only image column.")
+    label_column: str | None = HfArg(default=None, help="Column with the labels. Default: 'label', 'labels' or the only class column.")
+    group_column: str | None = HfArg(
         default=None,
-        metadata={"help": "The folder in which --dataset lies. Default: the environment variable HF_ANOMALY_DATA_DIR, else the Hub."},
+        help="Column with what belongs together, such as the patient: no group both trains and calibrates, nor with --protocol balanced does it train "
+        "and test; else test images of groups that train are warned of. Default: slices of one volume belong together.",
     )
-    dataset_config_name: str | None = field(default=None, metadata={"help": "Configuration of a Hub dataset."})
-    dataset_revision: str | None = field(default=None, metadata={"help": "Branch, tag or commit of a Hub dataset."})
-    normal_label: str | None = field(
-        default=None,
-        metadata={"help": "Name or number of the normal class. Default: 'normal', 'good' or 'healthy', the only class, or digit 0."},
-    )
-    image_column: str | None = field(default=None, metadata={"help": "Column with the images. Default: 'image', or the only image column."})
-    label_column: str | None = field(
-        default=None, metadata={"help": "Column with the labels. Default: 'label', 'labels' or the only class column."}
-    )
-    group_column: str | None = field(
-        default=None,
-        metadata={
-            "help": "Column with what belongs together, such as the patient: no group both trains and calibrates, nor with --protocol balanced does it train "
-            "and test; else test images of groups that train are warned of. Default: slices of one volume belong together."
-        },
-    )
-    image_size: int | None = field(
-        default=None, metadata={"help": "Images are resized to this. Default: their own size up to 64, or up to 64 a tile."}
-    )
-    tiles: int = field(
+    image_size: int | None = HfArg(default=None, help="Images are resized to this. Default: their own size up to 64, or up to 64 a tile.")
+    tiles: int = HfArg(
         default=1,
-        metadata={
-            "help": "Cut images into so many squares along each side, such as 4 for 16 of 64 pixels: for small anomalies in large images. The most anomalous "
-            "square gives the score, and scoring takes as long as for so many images."
-        },
+        help="Cut images into so many squares along each side, such as 4 for 16 of 64 pixels: for small anomalies in large images. The most anomalous "
+        "square gives the score, and scoring takes as long as for so many images.",
     )
-    num_channels: int | None = field(
-        default=None, metadata={"help": "1: gray, 3: RGB; images are converted. Default: gray if all training images are gray."}
+    num_channels: int | None = HfArg(
+        default=None, help="1: gray, 3: RGB; images are converted. Default: gray if all training images are gray."
     )
-    calibration_fraction: float = field(
-        default=0.2, metadata={"help": "Share of the normal training images held out for calibration if there is no calibration split."}
+    calibration_fraction: float = HfArg(
+        default=0.2, help="Share of the normal training images held out for calibration if there is no calibration split."
     )
-    eval_split: str = field(default="test", metadata={"help": "The split to evaluate on: test or validation."})
-    protocol: str | None = field(
+    eval_split: str = HfArg(default="test", help="The split to evaluate on: test or validation.")
+    protocol: str | None = HfArg(
         default=None,
-        metadata={
-            "help": "official, the default: the source's own splits; balanced: of all images 80%% of the normal class train, 20%% test with as many "
-            "random anomalies; stratified, stratified_70_30: a fixed split of every class, 80 to 20%% or 70 to 30%%."
-        },
+        help="official, the default: the source's own splits; balanced: of all images 80%% of the normal class train, 20%% test with as many "
+        "random anomalies; stratified, stratified_70_30: a fixed split of every class, 80 to 20%% or 70 to 30%%.",
     )
-    max_train_images: int | None = field(default=None, metadata={"help": "Train on this many normal images, drawn with the seed."})
-    window: list[str] | None = field(
+    max_train_images: int | None = HfArg(default=None, help="Train on this many normal images, drawn with the seed.")
+    window: list[str] | None = HfArg(
         default=None,
-        metadata={
-            "help": "Images of more than 8 bits: LOW HIGH, the values (of DICOM after rescaling, such as Hounsfield units) that become black and white, or "
-            "full, the whole range. Default: the window in a DICOM file's header; other such images are refused.",
-        },
+        help="Images of more than 8 bits: LOW HIGH, the values (of DICOM after rescaling, such as Hounsfield units) that become black and white, or "
+        "full, the whole range. Default: the window in a DICOM file's header; other such images are refused.",
     )
-    slice_axis: int | None = field(
+    slice_axis: int | None = HfArg(
+        default=None, help="NIfTI volumes are sliced along it: 0 sagittal, 1 coronal, 2 axial. Default: 2, or as in the training."
+    )
+    central_slices: int | None = HfArg(
         default=None,
-        metadata={"help": "NIfTI volumes are sliced along it: 0 sagittal, 1 coronal, 2 axial. Default: 2, or as in the training."},
+        help="So many slices around the middle of a NIfTI volume or a DICOM file of several frames. Default: all, or as in the training.",
     )
-    central_slices: int | None = field(
-        default=None,
-        metadata={
-            "help": "So many slices around the middle of a NIfTI volume or a DICOM file of several frames. Default: all, or as in the training."
-        },
-    )
-    streaming: bool = field(
+    streaming: bool = HfArg(
         default=False,
-        metadata={
-            "help": "Read the images as a stream, for more than fit into memory or onto the disk: parquet files and Hub datasets. The first normals, "
-            "see --stream_head, calibrate and are compared with."
-        },
+        help="Read the images as a stream, for more than fit into memory or onto the disk: parquet files and Hub datasets. The first normals, "
+        "see --stream_head, calibrate and are compared with.",
     )
-    stream_head: int = field(
-        default=1000, metadata={"help": "With --streaming: normal images read at once, of which --calibration_fraction calibrate."}
-    )
-    shuffle_buffer: int = field(default=1000, metadata={"help": "With --streaming: rows among which the next training image is drawn."})
-    contamination: float = field(
-        default=0.0, metadata={"help": "Share of the training images that are anomalies taken for normal ones, added with the seed."}
+    stream_head: int = HfArg(default=1000, help="With --streaming: normal images read at once, of which --calibration_fraction calibrate.")
+    shuffle_buffer: int = HfArg(default=1000, help="With --streaming: rows among which the next training image is drawn.")
+    contamination: float = HfArg(
+        default=0.0, help="Share of the training images that are anomalies taken for normal ones, added with the seed."
     )
 
     def __post_init__(self):
@@ -371,10 +330,7 @@ class DataArguments:
 class EvaluationDataArguments(DataArguments):
     """Where the images come from."""
 
-    dataset_name: str | None = field(
-        default=None,
-        metadata={"help": _SOURCES},
-    )
+    dataset_name: str | None = HfArg(default=None, help=_SOURCES)
 
     def __post_init__(self):
         if self.dataset_name is None and self.dataset is None:
@@ -399,10 +355,10 @@ class EvaluationDataArguments(DataArguments):
 class ScoringArguments:
     """Which detector scores, and how; for subclasses."""
 
-    model: str = field(metadata={"help": "Folder or Hub id of a saved detector."})
-    revision: str | None = field(default=None, metadata={"help": "Branch, tag or commit of a Hub model."})
-    batch_size: int = field(default=64, metadata={"help": "Images scored at once."})
-    device: str = field(default="cuda" if torch.cuda.is_available() else "cpu", metadata={"help": "Device to score on."})
+    model: str = HfArg(help="Folder or Hub id of a saved detector.")
+    revision: str | None = HfArg(default=None, help="Branch, tag or commit of a Hub model.")
+    batch_size: int = HfArg(default=64, help="Images scored at once.")
+    device: str = HfArg(default="cuda" if torch.cuda.is_available() else "cpu", help="Device to score on.")
 
     def __post_init__(self):
         check_ranges(self, {"batch_size": (1, math.inf)})

@@ -1,10 +1,11 @@
 """Calibrates a saved detector with normal images of the place where it is used, and saves it; what it has learnt stays as it is."""
 
 import logging
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from transformers.hf_argparser import HfArg
 
 from ...calibration import drift_check
 from ...data import OneClassSplits, image_loader
@@ -24,10 +25,8 @@ logger = logging.getLogger(__name__)
 class CalibrationArguments(ScoringArguments):
     """What is calibrated, and how."""
 
-    output_dir: str = field(metadata={"help": "Where the calibrated detector goes."})
-    false_positive_rate: float | None = field(
-        default=None, metadata={"help": "Share of normal images that may be flagged. Default: the detector's own."}
-    )
+    output_dir: str = HfArg(help="Where the calibrated detector goes.")
+    false_positive_rate: float | None = HfArg(default=None, help="Share of normal images that may be flagged. Default: the detector's own.")
 
 
 def _warn_of_unlike_training(model: AnomalyDetector, recorded: dict, splits: OneClassSplits) -> None:

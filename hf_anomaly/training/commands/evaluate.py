@@ -6,11 +6,12 @@ The split hash covers the evaluated rows alone: no training data is needed, but 
 import json
 import logging
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from torch.utils.data import DataLoader
+from transformers.hf_argparser import HfArg
 
 from ...cards import remove_figures, write_card
 from ...cards.merging import read_card
@@ -34,39 +35,28 @@ logger = logging.getLogger(__name__)
 class EvaluationArguments(ScoringArguments):
     """What is evaluated, and how."""
 
-    seed: int | None = field(
+    seed: int | None = HfArg(
         default=None,
-        metadata={
-            "help": "Seed of the training run, which drew the test images of --protocol balanced, and the training images that --baselines takes. Default: "
-            "as recorded beside the model."
-        },
+        help="Seed of the training run, which drew the test images of --protocol balanced, and the training images that --baselines takes. Default: "
+        "as recorded beside the model.",
     )
-    output: str | None = field(default=None, metadata={"help": "Also write the JSON to this file."})
-    scores: str | None = field(
+    output: str | None = HfArg(default=None, help="Also write the JSON to this file.")
+    scores: str | None = HfArg(
         default=None,
-        metadata={
-            "help": "Also write a table of the images in their order, .csv: image (its file, else its row), row, class_name (not of a stream), label, score, "
-            "and of a calibrated detector p_value and flagged."
-        },
+        help="Also write a table of the images in their order, .csv: image (its file, else its row), row, class_name (not of a stream), label, score, "
+        "and of a calibrated detector p_value and flagged.",
     )
-    save_maps: str | None = field(
-        default=None, metadata={"help": "Also write the highest-scoring images to this folder, anomaly maps over them."}
+    save_maps: str | None = HfArg(default=None, help="Also write the highest-scoring images to this folder, anomaly maps over them.")
+    record: bool = HfArg(
+        default=False, help="Also write the results into the model, a folder: its eval_results.json and its card, in place of those there."
     )
-    record: bool = field(
+    card_figures: bool = HfArg(default=False, help="With --record, draw the card's figures: score histogram, ROC curve and example images.")
+    num_maps: int = HfArg(default=20, help="How many images --save_maps writes.")
+    baselines: bool = HfArg(
         default=False,
-        metadata={"help": "Also write the results into the model, a folder: its eval_results.json and its card, in place of those there."},
-    )
-    card_figures: bool = field(
-        default=False, metadata={"help": "With --record, draw the card's figures: score histogram, ROC curve and example images."}
-    )
-    num_maps: int = field(default=20, metadata={"help": "How many images --save_maps writes."})
-    baselines: bool = field(
-        default=False,
-        metadata={
-            "help": "Also the AUROC of mean intensity, contrast, pixel kNN and PCA residual, which a detector should beat (where one is far below .5, its "
-            "opposite is above), and what remains of all when images are standardized or equalized (CLAHE) one by one. Takes the training images, too: "
-            "give the data arguments of the training."
-        },
+        help="Also the AUROC of mean intensity, contrast, pixel kNN and PCA residual, which a detector should beat (where one is far below .5, its "
+        "opposite is above), and what remains of all when images are standardized or equalized (CLAHE) one by one. Takes the training images, too: "
+        "give the data arguments of the training.",
     )
 
 

@@ -3,11 +3,12 @@
 import logging
 import math
 import time
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from accelerate import PartialState
 from transformers import set_seed
+from transformers.hf_argparser import HfArg
 
 from ...backbones.pretrained import load_backbone_config
 from ...data import OneClassSplits, content_digest, find_copies, load_unlabelled, shrink_images
@@ -42,28 +43,22 @@ DEFAULT_PRETRAIN_STEPS = 200
 class PretrainingArguments:
     """The first stage, denoising; --num_train_epochs and --max_steps are the second's."""
 
-    pretrained: str | None = field(
-        default=None, metadata={"help": "Start from a first stage that is done, as a folder or Hub id; --pretrain_steps goes on with it."}
+    pretrained: str | None = HfArg(
+        default=None, help="Start from a first stage that is done, as a folder or Hub id; --pretrain_steps goes on with it."
     )
-    pretrain_steps: int | None = field(
-        default=None, metadata={"help": f"Its steps; 0: none. Default: {DEFAULT_PRETRAIN_STEPS}, or 0 with --pretrained."}
-    )
-    pretrain_epochs: float | None = field(default=None, metadata={"help": "Its passes over the images, in place of --pretrain_steps."})
-    pretrain_batch_size: int = field(default=32, metadata={"help": "Its images per step and device."})
-    pretrain_learning_rate: float = field(default=1e-3, metadata={"help": "Its peak learning rate."})
-    pretrain_mode: str = field(
-        default="encoder_decoder", metadata={"help": "What it trains: encoder_decoder, or decoder with the encoder frozen."}
-    )
-    pretrain_dataset_name: str | None = field(
+    pretrain_steps: int | None = HfArg(default=None, help=f"Its steps; 0: none. Default: {DEFAULT_PRETRAIN_STEPS}, or 0 with --pretrained.")
+    pretrain_epochs: float | None = HfArg(default=None, help="Its passes over the images, in place of --pretrain_steps.")
+    pretrain_batch_size: int = HfArg(default=32, help="Its images per step and device.")
+    pretrain_learning_rate: float = HfArg(default=1e-3, help="Its peak learning rate.")
+    pretrain_mode: str = HfArg(default="encoder_decoder", help="What it trains: encoder_decoder, or decoder with the encoder frozen.")
+    pretrain_dataset_name: str | None = HfArg(
         default=None,
-        metadata={
-            "help": "Images to denoise, of any class, as --dataset_name; those that calibrate or test are left out. Default: the normal training images."
-        },
+        help="Images to denoise, of any class, as --dataset_name; those that calibrate or test are left out. Default: the normal training images.",
     )
-    pretrain_only: bool = field(default=False, metadata={"help": "End after the first stage."})
-    noise: str | None = field(default=None, metadata={"help": "Its noise: gaussian, coarse or simplex."})
-    noise_level: float | None = field(default=None, metadata={"help": "Standard deviation of the noise, pixels being in [-1, 1]."})
-    noise_resolution: int | None = field(default=None, metadata={"help": "Blobs of coarse or simplex noise along the image's side."})
+    pretrain_only: bool = HfArg(default=False, help="End after the first stage.")
+    noise: str | None = HfArg(default=None, help="Its noise: gaussian, coarse or simplex.")
+    noise_level: float | None = HfArg(default=None, help="Standard deviation of the noise, pixels being in [-1, 1].")
+    noise_resolution: int | None = HfArg(default=None, help="Blobs of coarse or simplex noise along the image's side.")
 
     def __post_init__(self):
         if self.pretrain_steps is not None and self.pretrain_epochs is not None:
@@ -82,22 +77,20 @@ class PretrainingArguments:
 class ArchitectureArguments:
     """What the weights' shapes depend on; the configuration's docstring has details and defaults. With --pretrained these are given."""
 
-    encoder: str | None = field(
-        default=None, metadata={"help": "unet, segnet, or a pretrained backbone as a Hub id or folder. Default: unet."}
-    )
-    hidden_sizes: list[int] | None = field(default=None, metadata={"help": "Channels at full, half, a quarter … of the resolution."})
-    latent_size: int | None = field(default=None, metadata={"help": "Channels of the bottleneck."})
-    skip_connections: bool = field(default=False, metadata={"help": "U-Net's skip connections, which let anomalies through."})
-    attention_gates: bool = field(default=False, metadata={"help": "Attention gates on the skip connections."})
-    norm: str | None = field(default=None, metadata={"help": "Normalisation: batch or group."})
+    encoder: str | None = HfArg(default=None, help="unet, segnet, or a pretrained backbone as a Hub id or folder. Default: unet.")
+    hidden_sizes: list[int] | None = HfArg(default=None, help="Channels at full, half, a quarter … of the resolution.")
+    latent_size: int | None = HfArg(default=None, help="Channels of the bottleneck.")
+    skip_connections: bool = HfArg(default=False, help="U-Net's skip connections, which let anomalies through.")
+    attention_gates: bool = HfArg(default=False, help="Attention gates on the skip connections.")
+    norm: str | None = HfArg(default=None, help="Normalisation: batch or group.")
 
 
 @dataclass
 class DetectorArguments:
     """The second stage."""
 
-    freeze_encoder: bool = field(default=False, metadata={"help": "Train the decoder alone."})
-    map_filter_size: int = field(default=1, metadata={"help": "Side of the median filter on anomaly maps; 1: none."})
+    freeze_encoder: bool = HfArg(default=False, help="Train the decoder alone.")
+    map_filter_size: int = HfArg(default=1, help="Side of the median filter on anomaly maps; 1: none.")
 
 
 def make_model(pretraining_args, architecture_args, detector_args, processor: AnomalyImageProcessor, tiles: int) -> ADDPForPreTraining:

@@ -4,11 +4,12 @@ import difflib
 import logging
 import math
 import time
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from accelerate import PartialState
 from transformers import set_seed
+from transformers.hf_argparser import HfArg
 
 from ...backbones.pretrained import load_backbone_config
 from ...detectors.csi.modeling_csi import CSIModel
@@ -54,40 +55,32 @@ _ANY_USES = ("dissolved_variants",)  # of a kind that is entered in DISSOLVERS, 
 class DissolverArguments:
     """What makes branch D."""
 
-    dissolver: str = field(
+    dissolver: str = HfArg(
         default="diffusion",
-        metadata={"help": f"{', '.join(DISSOLVERS)}; none (CSI: no branch D); or a ready dissolver of any kind, as a folder or Hub id."},
+        help=f"{', '.join(DISSOLVERS)}; none (CSI: no branch D); or a ready dissolver of any kind, as a folder or Hub id.",
     )
-    t_min: int | None = field(
-        default=None, metadata={"help": "Smallest diffusion timestep to dissolve at. Default: a ready dissolver's own, else 30."}
-    )
-    t_max: int | None = field(default=None, metadata={"help": "Largest one. Default: a ready dissolver's own, else 130."})
-    blur_kernel_size: list[int] | None = field(
+    t_min: int | None = HfArg(default=None, help="Smallest diffusion timestep to dissolve at. Default: a ready dissolver's own, else 30.")
+    t_max: int | None = HfArg(default=None, help="Largest one. Default: a ready dissolver's own, else 130.")
+    blur_kernel_size: list[int] | None = HfArg(
         default=None,
-        metadata={
-            "help": "Kernel of the gaussian and median dissolvers, odd, in pixels; of several, each image gets a dissolved variant of each. "
-            "Default: gaussian, 11; median, 7 11 15."
-        },
+        help="Kernel of the gaussian and median dissolvers, odd, in pixels; of several, each image gets a dissolved variant of each. "
+        "Default: gaussian, 11; median, 7 11 15.",
     )
-    dissolving_resolution: int | None = field(
+    dissolving_resolution: int | None = HfArg(
         default=None,
-        metadata={
-            "help": "Larger images are dissolved at this size and resized back. Default: diffusion, the largest power of two within a third of the "
-            "images' size, 8 to 32; others, 32."
-        },
+        help="Larger images are dissolved at this size and resized back. Default: diffusion, the largest power of two within a third of the "
+        "images' size, 8 to 32; others, 32.",
     )
-    dissolved_variants: int = field(
-        default=8,
-        metadata={"help": "Dissolved variants cached for each image, at most as many as training passes over it; 0 dissolves on the fly."},
+    dissolved_variants: int = HfArg(
+        default=8, help="Dissolved variants cached for each image, at most as many as training passes over it; 0 dissolves on the fly."
     )
-    dissolver_steps: int = field(default=600, metadata={"help": "Training steps of the diffusion model."})
-    dissolver_batch_size: int | None = field(
-        default=None,
-        metadata={"help": "Images per step and device of its training. Default: 32, for a diffusion model at 32 px or more 16."},
+    dissolver_steps: int = HfArg(default=600, help="Training steps of the diffusion model.")
+    dissolver_batch_size: int | None = HfArg(
+        default=None, help="Images per step and device of its training. Default: 32, for a diffusion model at 32 px or more 16."
     )
-    dissolver_learning_rate: float = field(default=1e-3, metadata={"help": "Its peak learning rate."})
-    dissolver_max_timestep: int | None = field(
-        default=None, metadata={"help": "Train it on noise levels below this only. Default: twice t_max; the paper takes 1000."}
+    dissolver_learning_rate: float = HfArg(default=1e-3, help="Its peak learning rate.")
+    dissolver_max_timestep: int | None = HfArg(
+        default=None, help="Train it on noise levels below this only. Default: twice t_max; the paper takes 1000."
     )
 
     def __post_init__(self):
@@ -105,56 +98,44 @@ class DissolverArguments:
 class DetectorArguments:
     """The detector; the configuration's docstring has the details."""
 
-    backbone: str | None = field(
-        default=None, metadata={"help": "A pretrained backbone, as a Hub id or folder. Default: a small ResNet from scratch."}
-    )
-    backbone_stage: str | None = field(
+    backbone: str | None = HfArg(default=None, help="A pretrained backbone, as a Hub id or folder. Default: a small ResNet from scratch.")
+    backbone_stage: str | None = HfArg(
         default=None,
-        metadata={
-            "help": "The stage of that backbone whose map is the encoder's features, such as stage3: earlier ones see finer things. Default: the last."
-        },
+        help="The stage of that backbone whose map is the encoder's features, such as stage3: earlier ones see finer things. Default: the last.",
     )
-    num_encoders: int | None = field(
+    num_encoders: int | None = HfArg(
         default=None,
-        metadata={
-            "help": "Encoders trained side by side, whose scores are averaged: steadier over seeds, at the time of as many. Default: 3; 1 with --backbone."
-        },
+        help="Encoders trained side by side, whose scores are averaged: steadier over seeds, at the time of as many. Default: 3; 1 with --backbone.",
     )
-    shift: str = field(default="rotate", metadata={"help": "Shifting transformations: rotate or perm."})
-    similarity_design: str = field(default="a", metadata={"help": "a, or b: leave an anchor's own dissolved twin out of the denominator."})
-    temperature: float = field(default=0.5, metadata={"help": "Temperature of the contrastive loss."})
-    loss_divisor: str = field(default="anchors", metadata={"help": "anchors, or views as in the authors' code."})
-    crop_scale_min: float = field(default=0.54, metadata={"help": "Smallest area of a random crop."})
-    test_views: str = field(default="augmentations", metadata={"help": "Fixed views at test time: augmentations or crops."})
-    num_test_views: int | None = field(
+    shift: str = HfArg(default="rotate", help="Shifting transformations: rotate or perm.")
+    similarity_design: str = HfArg(default="a", help="a, or b: leave an anchor's own dissolved twin out of the denominator.")
+    temperature: float = HfArg(default=0.5, help="Temperature of the contrastive loss.")
+    loss_divisor: str = HfArg(default="anchors", help="anchors, or views as in the authors' code.")
+    crop_scale_min: float = HfArg(default=0.54, help="Smallest area of a random crop.")
+    test_views: str = HfArg(default="augmentations", help="Fixed views at test time: augmentations or crops.")
+    num_test_views: int | None = HfArg(
         default=None,
-        metadata={
-            "help": "How many; of crops 5 at most. Default: 10, or 5 crops, for images of up to 64 pixels, for larger ones fewer in proportion, but 4 at "
-            "least: each costs time."
-        },
+        help="How many; of crops 5 at most. Default: 10, or 5 crops, for images of up to 64 pixels, for larger ones fewer in proportion, but 4 at "
+        "least: each costs time.",
     )
-    test_crop_scale: list[float] = field(
-        default_factory=lambda: [0.54, 0.7], metadata={"help": "Areas between which their crops are drawn; the authors have 0.54 alone."}
+    test_crop_scale: list[float] = HfArg(
+        default_factory=lambda: [0.54, 0.7], help="Areas between which their crops are drawn; the authors have 0.54 alone."
     )
-    score_features: str | None = field(
+    score_features: str | None = HfArg(
         default=None,
-        metadata={
-            "help": "What Eq. 10 compares: projection, the head's features; penultimate, the encoder's; both; or all, these and how unevenly the encoder's "
-            "are spread over the image. Default: all; both with --backbone, whose features are many."
-        },
+        help="What Eq. 10 compares: projection, the head's features; penultimate, the encoder's; both; or all, these and how unevenly the encoder's "
+        "are spread over the image. Default: all; both with --backbone, whose features are many.",
     )
-    score_whitening: bool = field(
-        default=True, metadata={"help": "Compare by the distance between whitened features; false: by their cosine, as printed."}
+    score_whitening: bool = HfArg(
+        default=True, help="Compare by the distance between whitened features; false: by their cosine, as printed."
     )
-    score_ignores_detail: bool = field(
+    score_ignores_detail: bool = HfArg(
         default=False,
-        metadata={
-            "help": "Leave out of that distance how features move as training images lose fine detail, which those of another device may lack."
-        },
+        help="Leave out of that distance how features move as training images lose fine detail, which those of another device may lack.",
     )
-    score_cosine: bool = field(default=True, metadata={"help": "Eq. 10: the cosine to the nearest training image."})
-    score_norm: bool = field(default=False, metadata={"help": "Eq. 10: the norm of these features."})
-    score_shift_logit: bool = field(default=False, metadata={"help": "Eq. 10: the logit of the true shift."})
+    score_cosine: bool = HfArg(default=True, help="Eq. 10: the cosine to the nearest training image.")
+    score_norm: bool = HfArg(default=False, help="Eq. 10: the norm of these features.")
+    score_shift_logit: bool = HfArg(default=False, help="Eq. 10: the logit of the true shift.")
 
     def __post_init__(self):
         if self.backbone_stage is not None and self.backbone is None:
@@ -178,15 +159,13 @@ class DetectorArguments:
 class ContrastiveTrainingArguments(AnomalyTrainingArguments):
     """The detector's training."""
 
-    max_steps: int = field(
+    max_steps: int = HfArg(
         default=-1,
-        metadata={
-            "help": "Optimizer steps. Default: 1,600 for images, or tiles, of up to 64 pixels, for larger ones fewer in proportion, which takes about as "
-            "long, and at most 250 passes over them; unless --num_train_epochs is given. 0 trains nothing, and compares by the encoder as it is, such as a "
-            "pretrained one."
-        },
+        help="Optimizer steps. Default: 1,600 for images, or tiles, of up to 64 pixels, for larger ones fewer in proportion, which takes about as "
+        "long, and at most 250 passes over them; unless --num_train_epochs is given. 0 trains nothing, and compares by the encoder as it is, such as a "
+        "pretrained one.",
     )
-    learning_rate: float | None = field(default=None, metadata={"help": "Peak learning rate. Default: 0.01; 0.001 with --backbone."})
+    learning_rate: float | None = HfArg(default=None, help="Peak learning rate. Default: 0.01; 0.001 with --backbone.")
 
     default_max_steps = 1600
     least_max_steps = 0

@@ -1,8 +1,9 @@
 """Trains a diffusion model on normal images, to dissolve with: a DDPMPipeline folder that diffusers loads."""
 
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 
 import torch
+from transformers.hf_argparser import HfArg
 
 from ...data import prepare
 from ...dissolving import dissolving_quality
@@ -19,28 +20,25 @@ MEASURED_IMAGES = 128  # held-out images on which the result is measured
 class DiffusionArguments:
     """The diffusion model."""
 
-    resolution: int | None = field(
-        default=None,
-        metadata={
-            "help": "Dissolving resolution in pixels. Default: the largest power of two within a third of the images' size, 8 to 32."
-        },
+    resolution: int | None = HfArg(
+        default=None, help="Dissolving resolution in pixels. Default: the largest power of two within a third of the images' size, 8 to 32."
     )
-    block_out_channels: list[int] = field(default_factory=lambda: [32, 64, 64], metadata={"help": "Widths of the UNet's blocks."})
-    max_timestep: int | None = field(
-        default=None, metadata={"help": "Train on noise levels below this only. Default: twice t_max; the paper takes 1000."}
+    block_out_channels: list[int] = HfArg(default_factory=lambda: [32, 64, 64], help="Widths of the UNet's blocks.")
+    max_timestep: int | None = HfArg(
+        default=None, help="Train on noise levels below this only. Default: twice t_max; the paper takes 1000."
     )
-    t_min: int | None = field(
-        default=None, metadata={"help": "Smallest timestep that the dissolver draws by default. Default: 30, or that of --dataset."}
+    t_min: int | None = HfArg(
+        default=None, help="Smallest timestep that the dissolver draws by default. Default: 30, or that of --dataset."
     )
-    t_max: int | None = field(default=None, metadata={"help": "Largest one. Default: 130, or that of --dataset."})
+    t_max: int | None = HfArg(default=None, help="Largest one. Default: 130, or that of --dataset.")
 
 
 @dataclass
 class DissolverTrainingArguments(DenoisingTrainingArguments):
     """Its training."""
 
-    per_device_train_batch_size: int | None = field(
-        default=None, metadata={"help": "Images per step and device. Default: 32, for a diffusion model at 32 px or more 16."}
+    per_device_train_batch_size: int | None = HfArg(
+        default=None, help="Images per step and device. Default: 32, for a diffusion model at 32 px or more 16."
     )
 
 

@@ -1,9 +1,10 @@
 """Trains SharedAE: detector, reference, calibration, evaluation, card."""
 
 import time
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 
 from transformers import set_seed
+from transformers.hf_argparser import HfArg
 
 from ...detectors.shared_ae.configuration_shared_ae import SharedAEConfig
 from ...detectors.shared_ae.modeling_shared_ae import SharedAEModel
@@ -15,21 +16,21 @@ from ..runs import check_first, choose_output_dir, load_training_images, print_r
 class DetectorArguments:
     """The detector; the configuration's docstring has the details."""
 
-    hidden_sizes: list[int] = field(default_factory=lambda: [16, 32, 64], metadata={"help": "Channels of the first three convolutions."})
-    latent_size: int = field(default=64, metadata={"help": "Width of the latents."})
-    alpha: float = field(default=1.0, metadata={"help": "Weight of the image's error in the losses."})
-    beta: float = field(default=0.1, metadata={"help": "Weight of the latent's error in the losses."})
-    max_adversarial_weight: float = field(
-        default=0.1, metadata={"help": "Bound of the adversarial term's weight 1 - 1/epoch; 1 is the schedule as printed."}
+    hidden_sizes: list[int] = HfArg(default_factory=lambda: [16, 32, 64], help="Channels of the first three convolutions.")
+    latent_size: int = HfArg(default=64, help="Width of the latents.")
+    alpha: float = HfArg(default=1.0, help="Weight of the image's error in the losses.")
+    beta: float = HfArg(default=0.1, help="Weight of the latent's error in the losses.")
+    max_adversarial_weight: float = HfArg(
+        default=0.1, help="Bound of the adversarial term's weight 1 - 1/epoch; 1 is the schedule as printed."
     )
-    adversarial_margin: float = field(
-        default=1.5, metadata={"help": "Bounds what the first part gains by it, as a multiple of its reconstruction error; 0: no bound."}
+    adversarial_margin: float = HfArg(
+        default=1.5, help="Bounds what the first part gains by it, as a multiple of its reconstruction error; 0: no bound."
     )
-    omega1: float = field(default=0.9, metadata={"help": "Weight of the score's first term; the second has the rest."})
-    score_from: str = field(
-        default="latents", metadata={"help": "latents, the paper's score; map: the anomaly map's highest value, for small anomalies."}
+    omega1: float = HfArg(default=0.9, help="Weight of the score's first term; the second has the rest.")
+    score_from: str = HfArg(
+        default="latents", help="latents, the paper's score; map: the anomaly map's highest value, for small anomalies."
     )
-    ablation: str = field(default="full", metadata={"help": "full; two: without adversarial training; one: a single decoder too."})
+    ablation: str = HfArg(default="full", help="full; two: without adversarial training; one: a single decoder too.")
 
 
 def main(argv: list[str], program: str) -> None:
