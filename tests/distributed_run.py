@@ -64,12 +64,12 @@ def images(count, seed):
 
 def stream(split):
     """The rows of a dataset as a stream of two shards; what is left of the first for a last batch comes before the second's whole ones."""
+    return IterableDataset.from_generator(_rows, split.features, {"split": split, "parts": [range(1), range(1, len(split))]})
 
-    def rows(parts):
-        for part in parts:
-            yield from split.select(part)
 
-    return IterableDataset.from_generator(rows, split.features, {"parts": [range(1), range(1, len(split))]})
+def _rows(split, parts):  # no local function: where processes are not forked, workers are sent it
+    for part in parts:
+        yield from split.select(part)
 
 
 def diffusion():
