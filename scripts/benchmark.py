@@ -44,7 +44,7 @@ from hf_anomaly import (
     prepare,
 )
 from hf_anomaly.cli.running import run_script
-from hf_anomaly.data import collate, stream_one_class
+from hf_anomaly.data import collate, image_loader, stream_one_class
 from hf_anomaly.dissolving import DiffusionDissolver, build_scheduler, build_unet, default_resolution, network_resolution
 from hf_anomaly.files import check_output, writing
 from hf_anomaly.metrics import PixelMetrics
@@ -230,7 +230,7 @@ def held_while_scoring(path: str, image_size: int) -> int:
     held = []
 
     def watched():
-        for batch in DataLoader(prepare(test, processor), SCORED_AT_ONCE, collate_fn=collate):
+        for batch in image_loader(test, processor, SCORED_AT_ONCE):
             held.append(psutil.Process().memory_info().rss)
             yield batch
 

@@ -116,13 +116,16 @@ def test_only_arrays_that_are_taken_are_encoded():
 
 def test_pooled_rows_are_pinned():
     labels = np.array(list("aab") * 10)
-    assert balanced(labels, "b", 0).tolist() == [1, 8, 26, 27]
+    test = balanced(labels, "b", 0)
+    train = np.setdiff1d(np.flatnonzero(labels == "b"), test)
+    assert [part.tolist() for part in (train, test)] == [[2, 5, 11, 14, 17, 20, 23, 29], [1, 8, 26, 27]]
     assert stratified(labels, "b", 0).tolist() == [0, 4, 18, 20, 22, 23]
 
 
 def test_fewer_anomalies_than_normals(caplog):
     test = balanced(np.array(["normal"] * 20 + ["odd"] * 2), "normal", 0)
-    assert (sum(test < 20), sum(test >= 20)) == (4, 2)
+    train = np.setdiff1d(np.arange(20), test)
+    assert (len(train), len(test)) == (16, 6)
     assert "2 anomalies for 4 normal" in caplog.text
 
 

@@ -17,9 +17,6 @@ logger = logging.getLogger(__name__)
 TEST_FRACTION = 0.2
 
 
-# Each gives the positions of the images that test, in order.
-
-
 def balanced(labels: np.ndarray, normal_label: str, seed: int, groups: np.ndarray | None = None) -> np.ndarray:
     """80 % of the normal class trains; the other 20 % and as many anomalies, drawn at random from all other classes, test.
 
@@ -64,6 +61,7 @@ def stratified(
     return np.sort(test)
 
 
+# Each gives the positions of the images that test, in order; of the others the normal ones train.
 PROTOCOLS: dict[str, Callable[[np.ndarray, str, int, np.ndarray | None], np.ndarray]] = {
     "balanced": balanced,
     "stratified": stratified,
