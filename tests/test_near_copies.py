@@ -172,15 +172,17 @@ def test_a_list_that_keeps_near_copies_together(scans, tmp_path, capsys):
     assert sum(map(len, sides)) == len(set.union(*sides))
 
 
-def test_what_a_list_says_already_is_kept(scans, tmp_path):
+def test_what_a_list_says_already_is_kept(scans, tmp_path, capsys):
     """Splits, further columns, and masks; files are found from the new list's folder on."""
     names = sorted(path.relative_to(tmp_path) for path in scans.rglob("*.png"))
     masks = [names[0] if "tumour" in str(name) else "" for name in names]
     lines = [f"{name},{i % 3},{mask},{'test' if i % 2 else 'train'}" for i, (name, mask) in enumerate(zip(names, masks, strict=True))]
     (tmp_path / "mine.csv").write_text("\n".join(["scan,scanner,mask,split", *lines]))
     (tmp_path / "deep").mkdir()
-    cli.main(["group", str(tmp_path / "mine.csv"), "--image_column", "scan", "--output", str(tmp_path / "deep" / "list.csv")])
-    rows = {row["file_name"]: row for row in listed(tmp_path / "deep" / "list.csv")}
+    output = str(tmp_path / "deep" / "my list.csv")
+    cli.main(["group", str(tmp_path / "mine.csv"), "--image_column", "scan", "--output", output])
+    assert f"--dataset_name '{output}' --group_column group" in capsys.readouterr().out  # a shell takes it as it is
+    rows = {row["file_name"]: row for row in listed(output)}
     for i, (name, mask) in enumerate(zip(names, masks, strict=True)):
         row = rows[f"../{name}"]
         assert (row["scanner"], row["split"]) == (str(i % 3), "test" if i % 2 else "train")

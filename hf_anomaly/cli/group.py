@@ -2,6 +2,7 @@
 
 import logging
 import os
+import shlex
 from argparse import Namespace
 from collections.abc import Iterator
 from pathlib import Path
@@ -58,9 +59,8 @@ def run(args: Namespace) -> None:
     if len(rows) <= FEWEST:
         logger.warning("among %d images nothing but identical ones can be told to belong together: give at least %d", len(rows), FEWEST + 1)
     print(f"{len(rows)} images in {len(sizes)} groups, of which {(sizes > 1).sum()} hold several, the largest {sizes.max()}")
-    print(
-        f"saved: {args.output}; train with --dataset_name {args.output} --group_column {COLUMN}, and with --protocol balanced to draw test images, too"
-    )
+    how = f"--dataset_name {shlex.quote(args.output)} --group_column {COLUMN}"
+    print(f"saved: {args.output}; train with {how}, and with --protocol balanced to draw test images, too")
 
 
 def _kept_columns(split: Any, column: str, source: str) -> Any:
