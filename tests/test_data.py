@@ -464,6 +464,8 @@ def test_swapped_splits_are_warned_of(tmp_path, caplog):
     caplog.clear()
     load_one_class(tmp_path, normal_label="good")  # one class against the rest
     load_one_class("digits")
+    write(tmp_path / "pool", {"good": 6, "crack": 20})
+    load_one_class(tmp_path / "pool", protocol="balanced")  # there is one split, and as many cracks test as good ones
     assert "more than half" not in caplog.text
 
 

@@ -184,7 +184,7 @@ def load_one_class(
         split.labels = _labels(split, label_column)
     if classes is not None:
         splits = _count_as(classes, splits, source)
-    is_chosen = normal_label is not None or source == "digits"  # one class against the rest
+    may_be_few = normal_label is not None or source == "digits" or protocol != "official"  # one class against the rest
     normal_label = _normal_class(source, splits, label_column, normal_label)
     needed = eval_split if evaluation_only else "train"
     image_column = image_column or image_column_of(splits[needed if protocol == "official" else "train"].images)
@@ -201,7 +201,7 @@ def load_one_class(
         anomalies = splits["train"].only(1).images
         hint = "" if eval_split in splits else f" ({remedy} would test with them)"
         splits |= {
-            name: _normals(split, normal_label, is_chosen, hint, reading.window) for name, split in splits.items() if name != eval_split
+            name: _normals(split, normal_label, may_be_few, hint, reading.window) for name, split in splits.items() if name != eval_split
         }
         train, calibration = (splits[name].images if name in splits else None for name in ("train", "calibration"))
         if calibration is None and calibration_fraction > 0:
@@ -594,15 +594,15 @@ def _by_protocol(
     return {name: replace(pool.select(part), name=name) for name, part in parts.items()}
 
 
-def _normals(split: _Split, normal_label: str, is_chosen: bool, hint: str, window: Window) -> _Split:
+def _normals(split: _Split, normal_label: str, may_be_few: bool, hint: str, window: Window) -> _Split:
     """The normal images of a split, which train or calibrate, checked. Tells how many anomalies are left out, with the hint; it is a warning if these are
-    the larger part, unless somebody has chosen the normal class (`is_chosen`)."""
+    the larger part, unless the normal ones `may_be_few`."""
     normals = split.only(0)
     if not len(normals.rows):
         raise InputError(f"no image of {split.where} is {normal_label!r}; {_listed_labels([split])}; give normal_label")
     if left_out := len(split.rows) - len(normals.rows):
         level = logging.INFO
-        if 2 * left_out > len(split.rows) and not is_chosen:
+        if 2 * left_out > len(split.rows) and not may_be_few:
             level = logging.WARNING
             hint += f", more than half of it: are the splits swapped, or is another class than {normal_label!r} normal (normal_label)?"
         logger.log(level, "%d anomalies of %s are left out%s", left_out, split.where, hint)
