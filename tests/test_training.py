@@ -947,6 +947,13 @@ def test_a_folder_that_is_no_checkpoint(make, tmp_path):
         make().train(str(half))
 
 
+def test_half_a_checkpoint_is_not_resumed_from(make, tmp_path, refused):
+    """One that was being deleted when the process was killed, say."""
+    (tmp_path / "run" / "checkpoint-6").mkdir(parents=True)
+    with refused("checkpoint-6 is not a complete checkpoint", "trainer_state.json", "delete it"):
+        make().train(resume_from_checkpoint=True)
+
+
 def test_resuming_where_there_is_nothing_yet_starts_from_the_beginning(make):
     """A run killed before its first checkpoint is repeated with the same command as any other."""
     plain, resumed = make("csi", "plain", max_steps=2), make("csi", "resumed", max_steps=2)

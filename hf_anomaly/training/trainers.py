@@ -68,7 +68,7 @@ def seeded(*entropy: int):
 def check_checkpoint(checkpoint: str | os.PathLike | bool | None) -> None:
     """Refuses a folder that is no complete checkpoint; True and None, which name no folder, pass."""
     if isinstance(checkpoint, str | os.PathLike) and not Path(checkpoint, "trainer_state.json").is_file():
-        raise InputError(f"{checkpoint} is not a complete checkpoint: it has no trainer_state.json")
+        raise InputError(f"{checkpoint} is not a complete checkpoint: it has no trainer_state.json; give another, or delete it")
 
 
 def hub_name(args) -> str:
@@ -232,15 +232,15 @@ class ReproducibleTrainer(Trainer):
         """As `Trainer.train`; afterwards the model holds the averaged weights.
 
         Raises:
-            InputError: `resume_from_checkpoint` names a folder that is no complete checkpoint, or one of more steps than this run has. True takes the last
-                checkpoint, if there is one.
+            InputError: `resume_from_checkpoint` is no complete checkpoint, or one of more steps than this run has. True takes the last one, if there is
+                any.
         """
-        check_checkpoint(resume_from_checkpoint)
         if resume_from_checkpoint is True:
             folder = Path(self.args.output_dir)
             resume_from_checkpoint = get_last_checkpoint(folder) if folder.is_dir() else None
             if resume_from_checkpoint is None:
                 logger.info("There is no checkpoint in %s yet: starting from the beginning", folder)
+        check_checkpoint(resume_from_checkpoint)
         if resume_from_checkpoint and (description := Path(resume_from_checkpoint, _RUN_FILE)).is_file():
             check_same_run(read_json(description), self.run, resume_from_checkpoint)
         self._micro_step = (-1, 0)
