@@ -1,26 +1,13 @@
 """Two processes with batches of b train as one with batches of 2b, on an encoder without batch statistics."""
 
-import importlib.util
-from pathlib import Path
-
+import distributed_run as script
 import pytest
 import torch
 from safetensors.torch import load_file
 
-SCRIPT = Path(__file__).with_name("distributed_run.py")
 DETECTORS = ["cached", "on the fly", "adamw"]
 NAMED = {"dissolver": (), "pretraining": (), "phases": ("ede1_loss", "ede2_loss")}  # losses; of the others those of DIA
 KINDS = [*DETECTORS, *NAMED]
-
-
-def load_script():
-    spec = importlib.util.spec_from_file_location("distributed_run", SCRIPT)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-script = load_script()
 
 
 @pytest.fixture(scope="module")
@@ -28,7 +15,7 @@ def runs(tmp_path_factory, forks):
     """What one process and two gloo processes got."""
     folder = tmp_path_factory.mktemp("distributed")
     script.main(folder, 1)
-    statuses, output = forks.run_script(SCRIPT, folder, 2, processes=2)  # which checks the number of processes
+    statuses, output = forks.run_script(script.__file__, folder, 2, processes=2)  # which checks the number of processes
     assert statuses == [0, 0], output
     return load_file(folder / "1.safetensors"), load_file(folder / "2.safetensors")
 
