@@ -24,8 +24,7 @@ PUSH = """
     with torch.no_grad():
         tensors = {"images": images(5, 2), "scores": scores(model), "next": scores(detector(1)), "half": scores(detector().to(torch.bfloat16))}
         tensors["dissolved"] = dissolver(images(5, 2), torch.full((5,), 50))
-    save_file(tensors, TARGET)
-    print(first.oid)
+    save_file(tensors, TARGET, metadata={"commit": first.oid})
 """
 
 SCORE = """
@@ -43,7 +42,8 @@ SCORE = """
 def stored(hub_session, tmp_path_factory):
     """What was pushed: the path of the expected tensors, as a line of Python."""
     line = f"TARGET = {str(tmp_path_factory.mktemp('expected') / 'tensors.safetensors')!r}\n"
-    return line, hub_session.run(indented(line) + PUSH).split()[-1]
+    hub_session.run(indented(line) + PUSH)
+    return line
 
 
 def indented(line):
@@ -51,17 +51,17 @@ def indented(line):
 
 
 def test_auto_classes_concrete_class_and_revisions(hub, stored):
-    line, sha = stored
     hub.run(
-        indented(line)
+        indented(stored)
         + SCORE
-        + f"""
+        + """
+    from safetensors import safe_open
     same(AutoModel.from_pretrained("org/load"))
     same(CSIModel.from_pretrained("org/load"))
     same(AutoModel.from_pretrained("org/load", trust_remote_code=True))
     same(AutoModel.from_pretrained("org/load", revision="next"), "next")
     same(CSIModel.from_pretrained("org/load", revision="v1"))
-    same(CSIModel.from_pretrained("org/load", revision={sha!r}))
+    same(CSIModel.from_pretrained("org/load", revision=safe_open(TARGET, "pt").metadata()["commit"]))
     assert type(AutoConfig.from_pretrained("org/load")) is CSIConfig
     processor = AutoImageProcessor.from_pretrained("org/load", revision="v1")
     assert type(processor) is AnomalyImageProcessor and processor.size["height"] == 8
@@ -71,7 +71,7 @@ def test_auto_classes_concrete_class_and_revisions(hub, stored):
 
 def test_shards_devices_and_dtypes(hub, stored):
     hub.run(
-        indented(stored[0])
+        indented(stored)
         + SCORE
         + """
     same(AutoModel.from_pretrained("org/sharded"))
@@ -92,7 +92,7 @@ def test_shards_devices_and_dtypes(hub, stored):
 
 def test_the_dissolver(hub, stored):
     hub.run(
-        indented(stored[0])
+        indented(stored)
         + SCORE
         + """
     from diffusers import DDPMPipeline, UNet2DModel
@@ -113,7 +113,7 @@ def test_the_dissolver(hub, stored):
 
 def test_a_slow_and_broken_download_ends_whole(hub, stored):
     hub.run(
-        indented(stored[0])
+        indented(stored)
         + SCORE
         + """
     sha = edit("org/large", {name: Path(api.hf_hub_download("org/load", name)).read_bytes() for name in ("config.json", "model.safetensors")})
@@ -217,7 +217,7 @@ def test_with_remote_code_then_offline(hub, stored):
     """
     )
     hub.run_fresh(
-        indented(stored[0])
+        indented(stored)
         + load
         + SCORE
         + """
@@ -232,7 +232,7 @@ def test_with_remote_code_then_offline(hub, stored):
     """
     )
     hub.run_fresh(
-        indented(stored[0])
+        indented(stored)
         + load
         + SCORE
         + """
