@@ -48,11 +48,11 @@ class Figure(ABC):
         """The datasets whose diffusion models it needs to show this one."""
         return ()
 
-    def prepare(self, selection: Selection, command: list[str]) -> list[str]:
+    def prepare(self, selection: Selection, command: list[str]) -> list:
         """Trains the diffusion models that are missing.
 
         Returns:
-            The datasets that can be shown.
+            What `draw` takes: the datasets that can be shown.
 
         Raises:
             InputError: none of the datasets is there, an unknown one is asked for, or methods are: a gallery has none.
@@ -72,7 +72,7 @@ class Figure(ABC):
         return there
 
     @abstractmethod
-    def draw(self, datasets: list[str], selection: Selection) -> PIL.Image.Image:
+    def draw(self, prepared: list, selection: Selection) -> PIL.Image.Image:
         """The picture of what `prepare` gave."""
 
 
@@ -182,19 +182,17 @@ class RocCurves(Figure):
     def prepare(self, selection, command):
         _canvas()  # a missing matplotlib is told first
         sections, methods = selection.sections(self.table), selection.methods_of(self.table)
-        there = dict.fromkeys(section.dataset for section in sections if roc.curves(section, methods, selection))
-        if not there:
+        found = [(section, curves) for section in sections if (curves := roc.curves(section, methods, selection))]
+        if not found:
             raise InputError(
                 f"nothing can be drawn: no selected cell of {self.table.id} at budget {selection.budget} has left scores; "
                 f"run --table {self.table.id} first"
             )
-        return list(there)
+        return found
 
-    def draw(self, datasets, selection):
-        sections = [section for section in self.table.sections if section.dataset in datasets]
-        found = [(section, roc.curves(section, selection.methods_of(self.table), selection)) for section in sections]
+    def draw(self, found, selection):
         figure = _canvas()
-        roc.draw(self.table, [(section, curves) for section, curves in found if curves], selection, figure)
+        roc.draw(self.table, found, selection, figure)
         return _picture(figure)
 
 
