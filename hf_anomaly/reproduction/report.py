@@ -1,6 +1,7 @@
 """What the finished cells say: a Markdown table beside the paper's numbers, every cell as CSV, and the picture of a curve."""
 
 from collections.abc import Callable
+from itertools import product
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +13,7 @@ from ..files import csv_text, markdown_table, replacing, write_file
 from .budgets import BUDGETS
 from .cells import MEAN, Number, Row, Section, Table
 from .methods import BASELINES, METHODS
-from .running import ABSENT, NOT_IMPLEMENTED, PENDING, TOO_LARGE, Selection
+from .running import ABSENT, FINISHED, NOT_IMPLEMENTED, PENDING, TOO_LARGE, Selection
 
 NOTHING = "–"
 CSV_FIELDS = (
@@ -36,9 +37,7 @@ def write_table(table: Table, selection: Selection, command: list[str], *, draw:
     files = [stem.with_suffix(".md"), stem.with_suffix(".csv")]
     for path, text in zip(files, pages, strict=True):
         write_file(path, text)
-    if draw and table.is_curve and any(_curves(section, selection) for section in table.sections):
-        files.append(plot(table, selection, stem.with_suffix(".png")))
-    return files
+    return [*files, *(plot(table, selection, stem.with_suffix(".png")) if draw and table.is_curve else [])]
 
 
 def _computed(table: Table, command: list[str]) -> tuple[str, str]:
@@ -196,14 +195,13 @@ def cells_csv(table: Table, selection: Selection) -> str:
     """Every cell of the table, a line each."""
     lines = []
     for section in table.sections:
-        for row in section.rows:
-            for method in section.methods:
-                for seed in _seeds(selection):
-                    cell = section.cell(row, method, seed, selection.budget)
-                    result = selection.result(cell) or {}
-                    more = {"table": table.id, "status": selection.status(cell), "command": shown_command(result.get("command", []))}
-                    line = {**result, **vars(cell), "protocol": result.get("protocol", cell.protocol), **more}
-                    lines.append({name: line.get(name) for name in CSV_FIELDS})
+        for row, method, seed in product(section.rows, section.methods, _seeds(selection)):
+            cell = section.cell(row, method, seed, selection.budget)
+            result = selection.result(cell) or {}
+            status = FINISHED if result else selection.status(cell)
+            more = {"table": table.id, "status": status, "command": shown_command(result.get("command", []))}
+            line = {**result, **vars(cell), "protocol": result.get("protocol", cell.protocol), **more}
+            lines.append({name: line.get(name) for name in CSV_FIELDS})
     return csv_text(lines)
 
 
@@ -222,14 +220,19 @@ def _curves(section: Section, selection: Selection) -> dict[str, list[tuple[int,
     return curves
 
 
-def plot(table: Table, selection: Selection, path: Path) -> Path:
+def plot(table: Table, selection: Selection, path: Path) -> list[Path]:
     """Draws AUROC against the number of training images, a panel a section that has a curve, with a band of one standard deviation. Baselines are
     dashed, and left out of a panel where they lie far from what was trained: the table has them.
+
+    Returns:
+        `path`; nothing if no section has a curve.
 
     Raises:
         InputError: matplotlib is missing.
     """
     drawn = [(section, curves) for section in table.sections if (curves := _curves(section, selection))]
+    if not drawn:
+        return []
     figure = new_figure("the picture needs", figsize=(max(7, 5.5 * len(drawn)), 4.2))
     panels = figure.subplots(1, len(drawn), squeeze=False)[0]
     legend = {}
@@ -258,4 +261,4 @@ def plot(table: Table, selection: Selection, path: Path) -> Path:
     figure.legend(legend.values(), legend.keys(), loc="outside lower center", ncols=4, frameon=False)
     with replacing(path) as temporary:
         figure.savefig(temporary, format="png", dpi=150)
-    return path
+    return [path]
