@@ -4,7 +4,6 @@ A trained detector is fixed, and so are its scores of normal images which it nei
 calibrate with, and counts how many of the other half are flagged.
 """
 
-import json
 import math
 import tempfile
 import time
@@ -33,7 +32,7 @@ from ..detectors.shared_ae.configuration_shared_ae import SharedAEConfig
 from ..detectors.shared_ae.modeling_shared_ae import SharedAEModel
 from ..dissolving import GaussianDissolver
 from ..errors import InputError
-from ..files import csv_text, write_file, write_json
+from ..files import csv_text, read_json, write_file, write_json
 from ..image_processing import AnomalyImageProcessor
 from ..training import AnomalyTrainingArguments
 from ..training.denoising import denoising_arguments, pretrain
@@ -50,24 +49,24 @@ BAND = 3.29  # standard errors: by chance a mean leaves the band once in a thous
 DATASETS = {"fashion_mnist": "0", "pneumonia_mnist": "0"}  # dataset → what is normal
 STEPS = {"smoke": 2, "laptop": 100, "paper": 1000}  # budget → of training
 
-Builder = Callable[[dict, OneClassSplits, AnomalyImageProcessor, AnomalyTrainingArguments], AnomalyDetector]
+Builder = Callable[[AnomalyImageProcessor, OneClassSplits, AnomalyTrainingArguments], AnomalyDetector]
 
 
-def _dia(shape, splits, processor, args) -> DIAModel:
-    model = DIAModel(DIAConfig(**shape))
+def _dia(processor, splits, args) -> DIAModel:
+    model = DIAModel(DIAConfig(**processor.image_shape))
     model.dissolver = GaussianDissolver()
     return model
 
 
-def _addp(shape, splits, processor, args) -> AnomalyDetector:
+def _addp(processor, splits, args) -> AnomalyDetector:
     stage = denoising_arguments(args, "pretrained", learning_rate=args.learning_rate, batch_size=32, steps=args.max_steps)
-    return pretrain(ADDPForPreTraining(ADDPConfig(**shape)), splits.train, processor=processor, args=stage)
+    return pretrain(ADDPForPreTraining(ADDPConfig(**processor.image_shape)), splits.train, processor=processor, args=stage)
 
 
 DETECTORS: dict[str, tuple[str, Builder, type[AnomalyDetectorConfig]]] = {
-    "csi": ("CSI", lambda shape, *_: CSIModel(CSIConfig(**shape)), CSIConfig),
+    "csi": ("CSI", lambda processor, *_: CSIModel(CSIConfig(**processor.image_shape)), CSIConfig),
     "dia": ("DIA, Gaussian blur", _dia, DIAConfig),
-    "shared_ae": ("SharedAE", lambda shape, *_: SharedAEModel(SharedAEConfig(**shape)), SharedAEConfig),
+    "shared_ae": ("SharedAE", lambda processor, *_: SharedAEModel(SharedAEConfig(**processor.image_shape)), SharedAEConfig),
     "addp": ("ADDP", _addp, ADDPConfig),
 }
 
@@ -216,16 +215,13 @@ class CalibrationStudy:
         """What an earlier run left, see `scores`; None if it left nothing, or was of other settings.
 
         Raises:
-            InputError: the file is no JSON.
+            InputError: the file is damaged.
         """
         path = self.scores_file(dataset, detector)
         if not path.is_file():
             return None
-        try:
-            record = json.loads(path.read_text(encoding="utf-8"))
-            return record if record.get("settings") == self.settings(detector) else None
-        except (ValueError, AttributeError) as error:
-            raise InputError(f"{path} is damaged: remove it, then it is made again") from error
+        record = read_json(path)
+        return record if record.get("settings") == self.settings(detector) else None
 
     def scores(self, dataset: str, detector: str, command: list[str]) -> dict:
         """Scores of normal images from a detector that is trained for them, or those of an earlier run.
@@ -244,10 +240,9 @@ class CalibrationStudy:
                 source, normal_label=DATASETS[dataset], calibration_fraction=HELD_OUT, max_train_images=MAX_TRAIN, seed=self.seed
             )
             processor = AnomalyImageProcessor.for_images(recipe.image_size, splits.num_channels)
-            shape = {"image_size": recipe.image_size, "num_channels": splits.num_channels}
             set_seed(self.seed)
             args = self._training().arguments(len(splits.train), self.seed, Path(folder))
-            model = DETECTORS[detector][1](shape, splits, processor, args)
+            model = DETECTORS[detector][1](processor, splits, args)
             unmeasured = replace(splits, test=None, test_missing_reason="only normal images are looked at")
             results = train_detector(model, processor, unmeasured, args, started=started)
         test = []
