@@ -64,9 +64,6 @@ def main() -> None:
         raise InputError("--dry_run and --shard are of a paper's tables: leave them out for a figure and for calibration")
     if not args.dry_run:
         check_output("--output_dir", args.output_dir, folder=True)
-    if args.table == calibration_study.TABLE:
-        calibrate(args)
-        return
     selection = Selection(
         output_dir=Path(args.output_dir),
         datasets=None if args.datasets is None else tuple(args.datasets),
@@ -77,25 +74,26 @@ def main() -> None:
         data_dir=args.data_dir,
     )
     command = ["scripts/reproduce.py", *sys.argv[1:]]
-    if args.figure is not None:
+    if args.table == calibration_study.TABLE:
+        files = study(args).run(command)
+    elif args.figure is not None:
         files = write_figure(find_figure(args.figure), selection, command)
-        if PartialState().is_main_process:
-            print(*(f"saved: {path}" for path in files), sep="\n")
-        return
-    table = find_table(args.table)
-    if args.dry_run:
-        print(describe(table, selection))
-        return
-    run_table(table, selection, command)
+    else:
+        table = find_table(args.table)
+        if args.dry_run:
+            print(describe(table, selection))
+            return
+        run_table(table, selection, command)
+        files = write_table(table, selection, command, draw=args.plot) if PartialState().is_main_process else []
     if PartialState().is_main_process:
-        files = write_table(table, selection, command, draw=args.plot)
-        print(files[0].read_text(encoding="utf-8"))
+        if args.figure is None:
+            print(files[0].read_text(encoding="utf-8"))
         print(*(f"saved: {path}" for path in files), sep="\n")
 
 
-def calibrate(args: ReproduceArguments) -> None:
+def study(args: ReproduceArguments) -> calibration_study.CalibrationStudy:
     """The table that no paper has: are the false-alarm rates those that were asked for?"""
-    study = calibration_study.CalibrationStudy(
+    return calibration_study.CalibrationStudy(
         output_dir=Path(args.output_dir),
         data_dir=args.data_dir,
         datasets=tuple(args.datasets or calibration_study.DATASETS),
@@ -103,10 +101,6 @@ def calibrate(args: ReproduceArguments) -> None:
         budget=args.budget,
         seed=args.seeds[0],
     )
-    files = study.run(["scripts/reproduce.py", *sys.argv[1:]])
-    if PartialState().is_main_process:
-        print(files[0].read_text(encoding="utf-8"))
-        print(*(f"saved: {path}" for path in files), sep="\n")
 
 
 if __name__ == "__main__":
