@@ -115,15 +115,15 @@ def alternately(a: Callable[[], float], b: Callable[[], float], repeats: int, wa
     return tuple(statistics.median(side) for side in zip(*pairs, strict=True))
 
 
+def table_row(what: str, unit: str, a: float, b: float, digits: int = 0) -> str:
+    return f"| {what} | {a:.{digits}f} {unit} | {b:.{digits}f} {unit} | {a / b:.2f} |"
+
+
 def small_dia(args: BenchmarkArguments) -> DIAModel:
     """DIA as its script builds it, with an untrained diffusion model to dissolve with."""
     model = DIAModel(DIAConfig(image_size=args.image_size))
-    unet = (
-        build_unet(network_resolution(args.image_size, default_resolution(args.image_size)), model.config.num_channels)
-        .eval()
-        .requires_grad_(False)
-    )
-    model.dissolver = DiffusionDissolver(unet, build_scheduler())
+    resolution = network_resolution(args.image_size, default_resolution(args.image_size))
+    model.dissolver = DiffusionDissolver(build_unet(resolution, model.config.num_channels), build_scheduler())
     return model
 
 
@@ -131,7 +131,7 @@ def random_images(model: AnomalyDetector, count: int) -> torch.Tensor:
     return torch.rand(count, model.config.num_channels, model.config.image_size, model.config.image_size) * 2 - 1
 
 
-def training_step(args: BenchmarkArguments) -> tuple[str, str, str, float]:
+def training_step(args: BenchmarkArguments) -> str:
     """A step that dissolves on the fly, and one that takes cached variants."""
     model = small_dia(args).train()
     images, variants = random_images(model, args.batch_size), random_images(model, args.batch_size * VARIANTS)
@@ -139,10 +139,10 @@ def training_step(args: BenchmarkArguments) -> tuple[str, str, str, float]:
     ways = (lambda: model(images), lambda: model(images, dissolved_pixel_values=variants))
     online, cached = alternately(*(step_of(model, way) for way in ways), args.repeats)
     what = f"training step of {args.batch_size} images: dissolving online (A), cached (B)"
-    return what, f"{1e3 * online:.0f} ms", f"{1e3 * cached:.0f} ms", online / cached
+    return table_row(what, "ms", 1e3 * online, 1e3 * cached)
 
 
-def scoring(args: BenchmarkArguments) -> tuple[str, str, str, float]:
+def scoring(args: BenchmarkArguments) -> str:
     """Whole scoring, and the bare encoder on as many views."""
     model = small_dia(args).eval()
     images = random_images(model, SCORED_AT_ONCE)
@@ -157,10 +157,10 @@ def scoring(args: BenchmarkArguments) -> tuple[str, str, str, float]:
     score = torch.no_grad()(lambda: model(images))
     scored, encoded = alternately(lambda: seconds(score), lambda: seconds(encode), args.repeats)
     what = f"scoring at batch {SCORED_AT_ONCE}, {views} views an image: whole (A), the bare encoder (B)"
-    return what, f"{SCORED_AT_ONCE / scored:.1f} images/s", f"{SCORED_AT_ONCE / encoded:.1f} images/s", encoded / scored
+    return table_row(what, "images/s", SCORED_AT_ONCE / scored, SCORED_AT_ONCE / encoded, digits=1)
 
 
-def pipeline(model: AnomalyDetector, args: BenchmarkArguments) -> tuple[str, str, str, float]:
+def pipeline(model: AnomalyDetector, args: BenchmarkArguments) -> str:
     """The pipeline, from PIL images to verdicts, and the bare forward pass on tensors."""
     size = args.image_size
     arrays = np.random.default_rng(0).integers(0, 256, (SCORED_AT_ONCE, size, size, 3), dtype=np.uint8)
@@ -176,10 +176,10 @@ def pipeline(model: AnomalyDetector, args: BenchmarkArguments) -> tuple[str, str
 
     whole, bare = alternately(lambda: seconds(lambda: pipe(images, batch_size=SCORED_AT_ONCE)), lambda: seconds(forward), args.repeats)
     what = f"pipeline at batch {SCORED_AT_ONCE}, {type(model).__name__}: from images to verdicts (A), the bare forward pass (B)"
-    return what, f"{SCORED_AT_ONCE / whole:.1f} images/s", f"{SCORED_AT_ONCE / bare:.1f} images/s", bare / whole
+    return table_row(what, "images/s", SCORED_AT_ONCE / whole, SCORED_AT_ONCE / bare, digits=1)
 
 
-def bank_search(args: BenchmarkArguments) -> tuple[str, str, str, float]:
+def bank_search(args: BenchmarkArguments) -> str:
     """The nearest of the bank for a batch at once, and for image after image and shift after shift, as CSI's authors score."""
     shifts = len(small_dia(args).reference.bank)
     queries, bank = torch.randn(SCORED_AT_ONCE, shifts, BANK_WIDTH), torch.randn(shifts, args.bank_size, BANK_WIDTH)
@@ -195,10 +195,10 @@ def bank_search(args: BenchmarkArguments) -> tuple[str, str, str, float]:
     torch.testing.assert_close(max_cosine(queries, bank), loop(), rtol=0, atol=1e-5)
     at_once, one_by_one = alternately(lambda: seconds(lambda: max_cosine(queries, bank)), lambda: seconds(loop), args.repeats)
     what = f"{SCORED_AT_ONCE} images against a bank of {args.bank_size}×{BANK_WIDTH} a shift: one by one (A), at once (B)"
-    return what, f"{1e3 * one_by_one:.0f} ms", f"{1e3 * at_once:.0f} ms", one_by_one / at_once
+    return table_row(what, "ms", 1e3 * one_by_one, 1e3 * at_once)
 
 
-def memory(args: BenchmarkArguments) -> tuple[str, str, str, float]:
+def memory(args: BenchmarkArguments) -> str:
     """What a fresh process holds at most while it scores a short stream of images, and a long one."""
     from datasets import ClassLabel, Dataset, Features, Image, disable_progress_bars
 
@@ -217,7 +217,7 @@ def memory(args: BenchmarkArguments) -> tuple[str, str, str, float]:
 
     short, long = measure(SHORT_STREAM), measure(args.num_images)
     what = f"SharedAE scores a stream of {SHORT_STREAM} images (A), of {args.num_images:,} (B): the most memory that the process holds"
-    return what, f"{short:.0f} MiB", f"{long:.0f} MiB", short / long
+    return table_row(what, "MiB", short, long)
 
 
 def held_while_scoring(path: str, image_size: int) -> int:
@@ -239,7 +239,7 @@ def held_while_scoring(path: str, image_size: int) -> int:
     return max(held)
 
 
-def pixel_metrics(args: BenchmarkArguments) -> tuple[str, str, str, float]:
+def pixel_metrics(args: BenchmarkArguments) -> str:
     """The exact AUROC of all pixels at once, and all pixel-level metrics batch by batch."""
     from sklearn.metrics import roc_auc_score
 
@@ -262,20 +262,20 @@ def pixel_metrics(args: BenchmarkArguments) -> tuple[str, str, str, float]:
         lambda: seconds(lambda: roc_auc_score(masks.ravel(), maps.ravel())), lambda: seconds(binned), args.repeats, warm_up=False
     )
     what = f"{maps.size / 1e6:.1f} M pixels: scikit-learn's exact AUROC (A), AUROC, average precision and AUPRO, binned (B; AUROC differs by {difference:.0e})"
-    return what, f"{1e3 * exact:.0f} ms", f"{1e3 * ours:.0f} ms", exact / ours
+    return table_row(what, "ms", 1e3 * exact, 1e3 * ours)
 
 
-def import_time(args: BenchmarkArguments) -> tuple[str, str, str, float]:
+def import_time(args: BenchmarkArguments) -> str:
     """`import hf_anomaly`, and the parts of transformers that no detector can do without, in fresh processes."""
 
     def measure(statement: str) -> float:
         return printed_by(f"import time; start = time.perf_counter(); {statement}; print(time.perf_counter() - start)")
 
     ours, theirs = alternately(lambda: measure("import hf_anomaly"), lambda: measure(TRANSFORMERS), args.repeats, warm_up=False)
-    return "import: hf_anomaly (A), what it needs of transformers (B)", f"{ours:.2f} s", f"{theirs:.2f} s", ours / theirs
+    return table_row("import: hf_anomaly (A), what it needs of transformers (B)", "s", ours, theirs, digits=2)
 
 
-def step_in_two_ways(args: BenchmarkArguments, what: str, change: Callable[[CSIModel], Callable], name: str) -> tuple[str, str, str, float]:
+def step_in_two_ways(args: BenchmarkArguments, what: str, change: Callable[[CSIModel], Callable], name: str) -> str:
     """A training step of CSI as it is, and changed.
 
     Args:
@@ -287,10 +287,10 @@ def step_in_two_ways(args: BenchmarkArguments, what: str, change: Callable[[CSIM
     images = random_images(plain, args.batch_size)
     a, b = alternately(step_of(plain, partial(plain, images)), step_of(changed, partial(change(changed), images)), args.repeats)
     what = f"training step of {args.batch_size} images, CSI: {what} (A), {name} (B)"
-    return what, f"{1e3 * a:.0f} ms", f"{1e3 * b:.0f} ms", a / b
+    return table_row(what, "ms", 1e3 * a, 1e3 * b)
 
 
-def channels_last(args: BenchmarkArguments) -> tuple[str, str, str, float]:
+def channels_last(args: BenchmarkArguments) -> str:
     """A step with the channels innermost in memory, as the encoder has them, and outermost."""
 
     def change(model: CSIModel) -> Callable:
@@ -300,12 +300,12 @@ def channels_last(args: BenchmarkArguments) -> tuple[str, str, str, float]:
     return step_in_two_ways(args, "channels_last", change, "channels outermost")
 
 
-def bfloat16(args: BenchmarkArguments) -> tuple[str, str, str, float]:
+def bfloat16(args: BenchmarkArguments) -> str:
     """A step under autocast, as --bf16 trains."""
     return step_in_two_ways(args, "fp32", torch.autocast("cpu", torch.bfloat16), "bf16 autocast")
 
 
-def compiled(args: BenchmarkArguments) -> tuple[str, str, str, float]:
+def compiled(args: BenchmarkArguments) -> str:
     """A step with the compiled encoder, where nearly all of the work is. The warm-up compiles, and needs a C++ compiler."""
 
     def change(model: CSIModel) -> Callable:
@@ -315,7 +315,7 @@ def compiled(args: BenchmarkArguments) -> tuple[str, str, str, float]:
     return step_in_two_ways(args, "plain", change, "encoder compiled")
 
 
-def trainer(args: BenchmarkArguments) -> tuple[str, str, str, float]:
+def trainer(args: BenchmarkArguments) -> str:
     """A run of the trainer, and a bare loop that does the same: data loader, AdamW, clipping, schedule, average of the weights."""
     from datasets import Dataset
     from diffusers.training_utils import EMAModel
@@ -357,10 +357,10 @@ def trainer(args: BenchmarkArguments) -> tuple[str, str, str, float]:
 
     ours, bare = (1e3 * total / TRAINED_STEPS for total in alternately(trained, looped, args.repeats))
     what = f"training step of {batch} images, CSI: AnomalyTrainer (A), a bare loop that does the same (B)"
-    return what, f"{ours:.1f} ms", f"{bare:.1f} ms", ours / bare
+    return table_row(what, "ms", ours, bare, digits=1)
 
 
-def contrastive_loss(args: BenchmarkArguments) -> tuple[str, str, str, float]:
+def contrastive_loss(args: BenchmarkArguments) -> str:
     """Loss and gradient of DIA's projections by autograd of the formula, and as the package has it."""
     z = [torch.randn(4, 8 * args.batch_size, 128, requires_grad=True) for _ in range(3)]
     views = z[0].shape[:2].numel()
@@ -385,7 +385,7 @@ def contrastive_loss(args: BenchmarkArguments) -> tuple[str, str, str, float]:
         f"contrastive loss of {z[0].shape[1]} images, 12 views each, with gradient: autograd of the formula (A, {peaks[0]:.0f} MiB), "
         f"the package's (B, {peaks[1]:.0f} MiB)"
     )
-    return what, f"{1e3 * a:.0f} ms", f"{1e3 * b:.0f} ms", a / b
+    return table_row(what, "ms", 1e3 * a, 1e3 * b)
 
 
 def peak_bytes(action: Callable[[], object]) -> int:
@@ -396,7 +396,7 @@ def peak_bytes(action: Callable[[], object]) -> int:
     return max(accumulate(event.nbytes() for event in sorted(events, key=lambda event: event.start_ns())), default=0)
 
 
-def two_processes(args: BenchmarkArguments) -> tuple[str, str, str, float]:
+def two_processes(args: BenchmarkArguments) -> str:
     """The same training in one process and in two, with the same images a step and as many threads for each process: 2 at best."""
     threads, batch = max(1, os.cpu_count() // 2), args.batch_size // 2 * 2
 
@@ -414,10 +414,10 @@ def two_processes(args: BenchmarkArguments) -> tuple[str, str, str, float]:
 
     one, two = alternately(lambda: measure(1), lambda: measure(2), args.repeats, warm_up=False)
     what = f"training step of {batch} images, CSI, threads a process: {threads}; one process (A), two (B)"
-    return what, f"{one:.0f} ms", f"{two:.0f} ms", one / two
+    return table_row(what, "ms", one, two)
 
 
-ROWS: dict[str, Callable[[BenchmarkArguments], tuple[str, str, str, float]]] = {
+ROWS: dict[str, Callable[[BenchmarkArguments], str]] = {
     "training_step": training_step,
     "trainer": trainer,
     "channels_last": channels_last,
@@ -450,8 +450,7 @@ def main() -> None:
     print(*lines, sep="\n")
     for name in args.rows or ROWS:
         torch.manual_seed(0)
-        what, a, b, ratio = ROWS[name](args)
-        lines.append(f"| {what} | {a} | {b} | {ratio:.2f} |")
+        lines.append(ROWS[name](args))
         print(lines[-1], flush=True)
     facts = f"{hardware()}, torch {torch.__version__}, threads: {torch.get_num_threads()}, {datetime.date.today()}"
     command = shlex.join(["python", "scripts/benchmark.py", *sys.argv[1:]])
