@@ -1,7 +1,7 @@
 """Encoders and the decoder of ADDP."""
 
 import math
-from itertools import pairwise
+from itertools import pairwise, zip_longest
 
 import torch
 import torch.nn.functional as F
@@ -130,14 +130,10 @@ class Decoder(nn.Module):
     def forward(self, maps: list[torch.Tensor], places: list[torch.Tensor], size: tuple[int, int]) -> tuple[torch.Tensor, torch.Tensor]:
         """Images (B, C, H, W) of the given size, and the latents (B, latent_size, h, w) that they are made of."""
         latents = self.squeeze(maps[-1])
-        x, count = self.expand(latents), len(self.levels)
+        x = self.expand(latents)
+        halvings = reversed(range(len(self.levels)))
         skips = maps[-2::-1] if self.skip_connections else []
-        for i, level in enumerate(self.levels):
-            scale = 2 ** (count - 1 - i)
-            x = level(
-                x,
-                tuple(-(-side // scale) for side in size),
-                skips[i] if i < len(skips) else None,
-                places[-1 - i] if self.unpool else None,
-            )
+        places = places[::-1] if self.unpool else []
+        for level, halved, skip, where in zip_longest(self.levels, halvings, skips, places):
+            x = level(x, tuple(-(-side // 2**halved) for side in size), skip, where)
         return self.head(x), latents
