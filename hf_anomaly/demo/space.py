@@ -124,11 +124,10 @@ def _write(folder: Path, files: dict[str, str]) -> None:
 
 def _gradio_version() -> str:
     """The installed gradio if it is one that the page works with, else the oldest such."""
-    requirement = Requirement(GRADIO)
+    works = Requirement(GRADIO).specifier
+    oldest = next(bound.version for bound in works if bound.operator == ">=")
     try:
         installed = version("gradio")
     except PackageNotFoundError:
-        installed = None
-    if installed is not None and requirement.specifier.contains(installed):
-        return installed
-    return next(bound.version for bound in requirement.specifier if bound.operator == ">=")
+        return oldest
+    return installed if works.contains(installed) else oldest

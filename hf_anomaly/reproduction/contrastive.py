@@ -117,9 +117,7 @@ class TrainedDissolver(Method):
         if self.share < 1:
             kept = max(1, round(self.share * len(images)))
             images = images.select(np.sort(np.random.RandomState([cell.seed, 2]).permutation(len(images))[:kept]))
-        args = Training(epochs=1, batch_size=length.batch_sizes[self.resolution], learning_rate=length.learning_rate).arguments(
-            len(images), cell.seed, folder
-        )
+        args = Training(epochs=1, batch_size=length.batch_sizes[self.resolution]).arguments(len(images), cell.seed, folder)
         stage = denoising_arguments(
             args, "dissolver", learning_rate=length.learning_rate, batch_size=args.per_device_train_batch_size, steps=length.steps
         )
@@ -137,7 +135,7 @@ class TrainedDissolver(Method):
         shutil.rmtree(stage.output_dir, ignore_errors=True)
         return {
             "num_train": len(images),
-            "num_parameters": sum(parameter.numel() for parameter in dissolver.unet.parameters()),
+            "num_parameters": dissolver.unet.num_parameters(),
             "split_hash": data.splits.split_hash,
             "steps": length.steps,
             "seconds": round(time.time() - started, 1),
