@@ -61,17 +61,9 @@ class CSIConfig(AnomalyDetectorConfig):
 
     model_type = "csi_anomaly"
     reference_fields = (
-        *(
-            *AnomalyDetectorConfig.score_fields,
-            "backbone_config",
-            "shift",
-            "score_features",
-            "score_whitening",
-            "score_ignores_detail",
-            "test_views",
-            "num_test_views",
-            "test_crop_scale",
-        ),
+        *AnomalyDetectorConfig.score_fields,
+        *("backbone_config", "shift", "score_features", "score_whitening", "score_ignores_detail"),
+        *("test_views", "num_test_views", "test_crop_scale"),
         *("color_jitter", "jitter_probability", "gray_probability", "flip_probability"),  # which the test-time views have, too
     )
     score_fields = (*reference_fields, "score_cosine", "score_norm", "score_shift_logit")
@@ -129,14 +121,17 @@ class CSIConfig(AnomalyDetectorConfig):
     def check(self):
         super().check()
         check_channels(self.backbone_config, self.num_channels)
-        if self.temperature <= 0:
-            raise InputError(f"temperature must be positive, got {self.temperature}")
+        if not 0 < self.temperature < float("inf"):
+            raise InputError(f"temperature must be a number > 0, got {self.temperature}")
+        if not 0 <= self.shift_loss_weight < float("inf"):
+            raise InputError(f"shift_loss_weight must be a number ≥ 0, got {self.shift_loss_weight}")
         for name in ("crop_scale", "test_crop_scale"):
             scale = getattr(self, name)
             if len(scale) != 2 or not _are_numbers(scale) or not 0 < scale[0] <= scale[1] <= 1:
-                raise InputError(f"{name} must be two numbers 0 < low ≤ high ≤ 1, got {list(scale)}")
-        if len(self.color_jitter) != 4 or not _are_numbers(self.color_jitter) or min(self.color_jitter) < 0 or self.color_jitter[3] > 0.5:
-            raise InputError(f"color_jitter must be four strengths ≥ 0, the last (hue) ≤ 0.5, got {list(self.color_jitter)}")
+                raise InputError(f"{name} must be two numbers 0 < low ≤ high ≤ 1, got {scale}")
+        jitter = self.color_jitter
+        if len(jitter) != 4 or not _are_numbers(jitter) or not all(0 <= x < float("inf") for x in jitter) or jitter[3] > 0.5:
+            raise InputError(f"color_jitter must be four strengths ≥ 0, the last (hue) ≤ 0.5, got {jitter}")
         for name in ("jitter_probability", "gray_probability", "flip_probability"):
             if not 0 <= getattr(self, name) <= 1:
                 raise InputError(f"{name} must be between 0 and 1, got {getattr(self, name)}")
