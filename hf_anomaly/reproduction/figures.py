@@ -23,7 +23,7 @@ from . import roc
 from .cells import Cell, Table
 from .contrastive import BLUR_KERNELS
 from .papers.dia import LARGE, MEDICAL
-from .running import Selection, load_data, quiet, run_cells
+from .running import PENDING, Selection, load_data, quiet, run_cells
 from .tables import TABLES
 
 logger = logging.getLogger(__name__)
@@ -67,8 +67,8 @@ class Figure(ABC):
         for message in missing.values():
             logger.warning("Left out: %s", message)
         there = [name for name in datasets if name not in missing]
-        models = dict.fromkeys(model for name in there for model in self.models(name))
-        run_cells([dissolver_cell(model, selection) for model in models], selection, command, self.id)
+        cells = dict.fromkeys(dissolver_cell(model, selection) for name in there for model in self.models(name))
+        run_cells([cell for cell in cells if selection.status(cell) == PENDING], selection, command, self.id)
         return there
 
     @abstractmethod

@@ -185,19 +185,18 @@ def run_table(table: Table, selection: Selection, command: list[str]) -> None:
         raise InputError(f"nothing can be run: {'; '.join(messages)}")
     for message in messages:
         logger.warning("Left out: %s", message)
-    run_cells(cells, selection, command, table.id)
+    run_cells([cell for cell in cells if status[cell] == PENDING], selection, command, table.id)
 
 
 def run_cells(cells: list[Cell], selection: Selection, command: list[str], title: str) -> None:
-    """Runs those of the cells that are pending, in this order, with a bar of this title."""
+    """Runs cells that are pending, in this order, with a bar of this title."""
     from tqdm.auto import tqdm
     from tqdm.contrib.logging import logging_redirect_tqdm
 
-    pending = [cell for cell in cells if selection.status(cell) == PENDING]
     process = PartialState()
     process.wait_for_everyone()  # nobody finishes a cell before everybody has seen what is to do
     with logging_redirect_tqdm():
-        progress = tqdm(pending, desc=title, unit="cell", disable=not process.is_main_process or not pending)
+        progress = tqdm(cells, desc=title, unit="cell", disable=not process.is_main_process or not cells)
         for cell in progress:
             progress.set_postfix_str(f"{cell.dataset} {cell.normal_label} {cell.method} seed {cell.seed}")
             run_cell(cell, selection, command)
