@@ -38,7 +38,7 @@ class Trained(Method):
     Attributes:
         build: (cell, splits, processor, arguments) → the detector to train. None: not implemented.
         lengths: budget → how long.
-        config: the detector's configuration.
+        config: the detector's configuration; None: not implemented.
     """
 
     title: str
@@ -51,7 +51,7 @@ class Trained(Method):
         return self.build is not None
 
     def settings(self, cell) -> dict:
-        return {**vars(self.lengths[cell.budget]), **({} if self.config is None else {"detector": detector_settings(self.config)})}
+        return {**vars(self.lengths[cell.budget]), "detector": detector_settings(self.config)}
 
     def run(self, cell, data: CellData, folder: Path, command: list[str], required: list[Path]) -> dict:
         """Trains and evaluates; see `train_detector`. `folder` holds the detector then."""
@@ -143,21 +143,21 @@ def _shared_ae(title: str, ablation: str) -> Trained:
     return Trained(title, build, SHARED_AE_LENGTHS, SharedAEConfig(ablation=ablation))
 
 
+def _addp(title: str, lengths: dict[str, Training] = ADDP_LENGTHS, **first_stage) -> Trained:
+    return Trained(title, partial(addp, **first_stage), lengths, ADDPConfig())
+
+
 BASELINES = tuple(baselines.BASELINES)
 METHODS: dict[str, Method] = {
     "shared_ae": _shared_ae("SharedAE", "full"),
     "shared_ae_one": _shared_ae("one EDE", "one"),
     "shared_ae_two": _shared_ae("two EDEs", "two"),
     "autoencoder": Trained("autoencoder alone", None, SHARED_AE_LENGTHS),
-    "addp_random": Trained("random init", addp, ADDP_LENGTHS, ADDPConfig()),
-    "addp_random_longer": Trained(
-        "random init, the steps of both stages", addp, {name: two.twice() for name, two in ADDP_LENGTHS.items()}, ADDPConfig()
-    ),
-    "addp_encoder_decoder": Trained("encoder + decoder pretrained", partial(addp, mode="encoder_decoder"), ADDP_LENGTHS, ADDPConfig()),
-    "addp_digits": Trained("encoder of digits, random decoder", partial(addp, from_digits=True), ADDP_LENGTHS, ADDPConfig()),
-    "addp_decoder": Trained(
-        "encoder of digits, decoder pretrained", partial(addp, from_digits=True, mode="decoder"), ADDP_LENGTHS, ADDPConfig()
-    ),
+    "addp_random": _addp("random init"),
+    "addp_random_longer": _addp("random init, the steps of both stages", {name: one.twice() for name, one in ADDP_LENGTHS.items()}),
+    "addp_encoder_decoder": _addp("encoder + decoder pretrained", mode="encoder_decoder"),
+    "addp_digits": _addp("encoder of digits, random decoder", from_digits=True),
+    "addp_decoder": _addp("encoder of digits, decoder pretrained", from_digits=True, mode="decoder"),
     **CONTRASTIVE_METHODS,
     "kdad": Trained("KDAD", None, {}),
     "transformaly": Trained("Transformaly", None, {}),
