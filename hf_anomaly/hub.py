@@ -12,6 +12,7 @@ from pathlib import Path
 from huggingface_hub import CommitInfo, CommitOperationAdd, CommitOperationDelete, HfApi, constants
 from huggingface_hub.errors import (
     EntryNotFoundError,
+    GatedRepoError,
     HfHubHTTPError,
     HFValidationError,
     HTTPError,
@@ -45,13 +46,15 @@ _PUSHING: dict[int | type, str] = {
     412: "somebody else committed at the same time: push again",
     429: "too many requests: wait a few minutes and push again",
 }
+_GATED = "it is gated, or the token may not read it: ask for access on its page, and log in with `hf auth login`"
 _NOT_THERE = "no folder here, and no repository on the Hub, or a private one: check the name, or log in with `hf auth login`"
 _READING: dict[int | type, str] = {
     LocalTokenNotFoundError: _NO_TOKEN,
     RevisionNotFoundError: "it has no such branch, tag or commit: check the revision",
+    GatedRepoError: _GATED,
     RepositoryNotFoundError: _NOT_THERE,
     401: _NO_TOKEN,
-    403: "it is gated, or the token may not read it: ask for access on its page, and log in with `hf auth login`",
+    403: _GATED,
     404: _NOT_THERE,
     429: "too many requests: wait a few minutes and try again",
 }
@@ -95,8 +98,8 @@ def _causes(error: BaseException | None) -> Iterator[BaseException]:
 
 def _remedy(causes: list[BaseException], remedies: dict[int | type, str]) -> str:
     for cause in causes:
-        for kind in (LocalTokenNotFoundError, RevisionNotFoundError, RepositoryNotFoundError):
-            if isinstance(cause, kind) and kind in remedies:
+        for kind in type(cause).__mro__:  # to the client a gated repository is one that it did not find
+            if kind in remedies:
                 return remedies[kind]
     status, cause = next(((_status(cause), cause) for cause in causes if _status(cause)), (None, causes[-1]))
     if status is None:

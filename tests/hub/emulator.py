@@ -38,6 +38,7 @@ class Fault:
     Args:
         method, path: HTTP method and regular expression, searched in the path.
         status: answer with this status instead.
+        code: and with this word for what is wrong, X-Error-Code.
         page: and with a page in place of JSON, as what stands before the Hub does.
         drop_after: read the request, or write the answer, up to this many bytes of the body, and close the connection.
         delay: wait so many seconds first.
@@ -46,6 +47,7 @@ class Fault:
     method: str
     path: str
     status: int | None = None
+    code: str = ""
     page: bool = False
     drop_after: int | None = None
     delay: float = 0.0
@@ -213,7 +215,7 @@ class Handler(BaseHTTPRequestHandler):
             if fault and fault.page:
                 return self.answer(b"<html>Bad Gateway</html>", fault.status)
             if fault and fault.status is not None:
-                raise HubError(fault.status, "a fault of the test")
+                raise HubError(fault.status, "a fault of the test", fault.code)
             self.write_limit = fault.drop_after if fault else None
             self.user = self.authenticate()
             for pattern, name in self.ROUTES:

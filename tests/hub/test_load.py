@@ -172,6 +172,11 @@ def test_what_goes_wrong_is_told_in_one_line_with_the_remedy(hub, stored):
             fault(method, "org/fresh", status=status, times=10**6)
         told("org/fresh", remedy)
         call("/_mend", {})
+    for status in (401, 403):  # nobody is logged in, or who is has not asked for access
+        for method in ("GET", "HEAD"):
+            fault(method, "org/fresh", status=status, code="GatedRepo", times=10**6)
+        told("org/fresh", "it is gated", "ask for access")
+        call("/_mend", {})
     fault("GET", "org/fresh", drop_after=10, times=10**6)
     told("org/fresh", "cannot be reached", "check the network")
     call("/_mend", {})
