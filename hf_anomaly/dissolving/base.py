@@ -241,7 +241,8 @@ class Dissolver(ABC):
         from . import DISSOLVERS
 
         root = locate(folder_or_hub_id, revision, token)
-        config, kind = read_config(root), dissolver_kind(root)
+        config = read_config(root)
+        kind = config.pop("kind")
         known = {**DISSOLVERS, cls.kind: cls} if hasattr(cls, "kind") else DISSOLVERS
         if not isinstance(kind, str) or kind not in known:
             raise InputError(
@@ -252,9 +253,9 @@ class Dissolver(ABC):
             raise InputError(f"{root} holds a {kind!r} dissolver, not {cls.kind!r}: load it with Dissolver.from_pretrained")
         if dissolver_class is not cls and dissolver_class.from_pretrained.__func__ is not Dissolver.from_pretrained.__func__:
             return dissolver_class.from_pretrained(root)  # such as one with networks
-        settings = {name: value for name, value in config.items() if name not in ("kind", "training")}
+        config.pop("training", None)
         try:
-            return dissolver_class(**settings)
+            return dissolver_class(**config)
         except TypeError as error:
             raise InputError(f"{root / CONFIG_NAME}: {error}; correct the file") from error
 
@@ -296,14 +297,9 @@ def check_integer(name: str, value: int, least: int) -> int:
 
 
 def read_config(root: Path) -> dict:
-    """`dissolver_config.json`, or nothing if the folder holds a plain DDPMPipeline."""
+    """`dissolver_config.json` of a folder that `locate` gave; a plain DDPMPipeline has none, and is of the kind diffusion."""
     path = root / CONFIG_NAME
-    return read_json(path) if path.exists() else {}
-
-
-def dissolver_kind(root: Path) -> str:
-    """The kind of the dissolver in a folder that `locate` gave."""
-    return read_config(root).get("kind", "diffusion")  # a plain DDPMPipeline has no dissolver_config.json
+    return {"kind": "diffusion"} | (read_json(path) if path.exists() else {})
 
 
 def locate(folder_or_hub_id: str | os.PathLike, revision: str | None = None, token: str | bool | None = None) -> Path:

@@ -163,7 +163,7 @@ class DiffusionDissolver(Dissolver):
 
         root = locate(folder_or_hub_id, revision, token)
         config = read_config(root)
-        if config.get("kind", cls.kind) != cls.kind:
+        if config["kind"] not in ("diffusion", cls.kind):
             raise InputError(f"{root} holds a {config['kind']!r} dissolver, not {cls.kind!r}: load it with Dissolver.from_pretrained")
         _check_networks(root)
         try:

@@ -15,7 +15,7 @@ from ...backbones.pretrained import load_backbone_config
 from ...detectors.csi.modeling_csi import CSIModel
 from ...detectors.dia.modeling_dia import DIAModel
 from ...dissolving import DISSOLVERS, DiffusionDissolver, Dissolver, dissolve_dataset
-from ...dissolving.base import CONFIG_NAME, dissolver_kind, locate
+from ...dissolving.base import CONFIG_NAME, locate, read_config
 from ...errors import InputError
 from ...files import remove_staged
 from ...image_processing import AnomalyImageProcessor
@@ -244,7 +244,7 @@ def make_dissolver(args: DissolverArguments, ready: Path | None, data_args, spli
             return DISSOLVERS[args.dissolver](**{name: value for name, value in settings.items() if value is not None})
         except TypeError as error:  # of an own class
             raise InputError(f"--dissolver {args.dissolver}: {error}; save one with save_pretrained, and give its folder") from error
-    if dissolver_kind(ready) != "diffusion":
+    if read_config(ready)["kind"] != "diffusion":
         args.refuse_useless(_ANY_USES)
         return Dissolver.from_pretrained(ready)
     dissolver = DiffusionDissolver.from_pretrained(ready, t_min=args.t_min, t_max=args.t_max)
