@@ -91,7 +91,7 @@ class Home:
     cache_dir: str | None = None
     reports_hold: bool = True
     was_loaded: bool = False
-    _folder: Path | None = None
+    _snapshot: Path | None = None
 
     @classmethod
     def of(cls, name_or_path: str | os.PathLike, revision: str | None, subfolder: str, cache_dir: str | None) -> "Home":
@@ -104,13 +104,18 @@ class Home:
         """Whether it is or was one of this machine, also if one that is named like a repository has come to lie here since."""
         return os.path.isabs(self.name)
 
+    @property
+    def path(self) -> Path:
+        """Of a folder."""
+        return Path(self.name, self.subfolder)
+
     def lies_in(self, target: Path) -> bool:
-        return self.is_folder and Path(self.name, self.subfolder).resolve() == target.resolve()
+        return self.is_folder and self.path.resolve() == target.resolve()
 
     @property
     def is_gone(self) -> bool:
         """Whether it was a folder, and there is none any more."""
-        return self.is_folder and not Path(self.name, self.subfolder).is_dir()
+        return self.is_folder and not self.path.is_dir()
 
     def folder(self, token: str | bool | None = None) -> Path | None:
         """The local folder with the companions, downloaded if need be; None if there is none any more.
@@ -118,26 +123,20 @@ class Home:
         Raises:
             OSError: the Hub refused or cannot be reached.
         """
-        if self._folder is None or not self._folder.is_dir():
-            if self.is_gone:
-                return None
-            if self.is_folder:
-                self._folder = Path(self.name, self.subfolder)
-            else:
-                from huggingface_hub import snapshot_download
+        if self.is_folder:
+            return None if self.is_gone else self.path
+        if self._snapshot is None or not self._snapshot.is_dir():
+            from huggingface_hub import snapshot_download
 
-                prefix = f"{self.subfolder}/" if self.subfolder else ""
-                patterns = [prefix + pattern for pattern in _COMPANION_FILES]
-                snapshot = snapshot_download(
-                    self.name, revision=self.revision, cache_dir=self.cache_dir, token=token, allow_patterns=patterns
-                )
-                self._folder = Path(snapshot, self.subfolder)
-        return self._folder
+            patterns = [Path(self.subfolder, name).as_posix() for name in _COMPANION_FILES]
+            snapshot = snapshot_download(self.name, revision=self.revision, cache_dir=self.cache_dir, token=token, allow_patterns=patterns)
+            self._snapshot = Path(snapshot, self.subfolder)
+        return self._snapshot
 
 
 def warn_of_lost_companions(homes: list[Home]) -> None:
     """Warns if the place that a detector was loaded from is gone, and so is each place that it was saved to since: such as checkpoints, which come and go."""
-    if all(home.is_gone for home in homes) and (lost := [Path(home.name, home.subfolder) for home in homes if home.was_loaded]):
+    if all(home.is_gone for home in homes) and (lost := [home.path for home in homes if home.was_loaded]):
         logger.warning(
             "%s is gone: saved without the processor, the card and the results that lay there; save a processor beside it", lost[-1]
         )
