@@ -19,14 +19,15 @@ from ..version import __version__
 from .figures import FIGURES, FOLDER
 from .merging import METRICS, NOTED, TASK_NAME, merge_cards, read_card
 
-TEMPLATE = Path(__file__).with_name("template.md")
-DISSOLVER_TEMPLATE = Path(__file__).with_name("dissolver.md")
-PRETRAINING_TEMPLATE = Path(__file__).with_name("pretraining.md")
-
 
 def plain(text: object) -> str:
     """User text (a dataset's name, a label) on one line, without what Markdown, HTML or a terminal would act on."""
     return "".join(letter if letter.isprintable() and letter not in "`<>|[]" else " " for letter in str(text)).strip()
+
+
+def _source(dataset: str | None) -> str:
+    """What a card calls the images' source: of a path, which is nobody's business, the last part."""
+    return plain(Path(dataset or "").name)
 
 
 def shown_command(words: list[str]) -> str:
@@ -76,7 +77,7 @@ def _card_data(model_type: str, name: str, results: dict, license: str | None, d
     check_licence(license)
     dataset_id = dataset_id or results.get("dataset_id")
     check_dataset_id(dataset_id)
-    measured_on = plain(Path(evaluated_on(results).get("dataset") or "").name)
+    measured_on = _source(evaluated_on(results).get("dataset"))
     measured = {key: results[key] for key in METRICS if results.get(key) is not None}
     noted = {name: value for name, value in (("license", license), ("datasets", dataset_id and [dataset_id])) if value}
     return ModelCardData(
@@ -130,26 +131,28 @@ def write_card(
     """
     folder = Path(folder)
     results = results or {}
-    config, known = model.config, "dataset" in results
+    config, division = model.config, results.get("division") or {}
     defaults = type(config)(image_size=config.image_size, num_channels=config.num_channels).to_dict()
     hidden = {*config.recorded_fields, "backbone_config"}
     changed = {k: v for k, v in config.to_dict().items() if k not in hidden and not k.startswith("_") and defaults.get(k) != v}
     name = folder.resolve().name
-    card = ModelCard.from_template(
+    _write(
+        folder,
+        "template.md",
         _card_data(config.model_type, name, results, license, dataset_id),
-        template_path=str(TEMPLATE),
+        [name for name, value in (("license", license), ("datasets", dataset_id)) if value],
         title=plain(name),
         address=plain(repo_id or name),
         model_class=type(model).__name__,
         module=None if is_ours(type(model)) else type(model).__module__,
-        dataset=plain(Path(results["dataset"]).name) if known else "",
+        dataset=_source(results.get("dataset")),
         normal_label=plain(results.get("normal_label", "")),
         image_size=config.image_size,
         tiles=config.tiles,
         channels="gray" if config.num_channels == 1 else "RGB",
-        known=known,
-        protocol=_protocol(results.get("division") or {}),
-        division_seed=(results.get("division") or {}).get("seed"),
+        known="dataset" in results,
+        protocol=_protocol(division),
+        division_seed=division.get("seed"),
         anomalies_in_training=anomalies_in_training(results),
         results=results,
         evaluated_on=_images_in_words(results["evaluated_on"]) if "evaluated_on" in results else "",
@@ -167,9 +170,7 @@ def write_card(
         figures=[(f"{FOLDER}/{file}", text) for file, text in FIGURES.items() if results and (folder / FOLDER / file).is_file()],
         has_dissolver=(folder / "dissolver" / "unet").is_dir(),
         citation=model.citation,
-        version=__version__,
     )
-    _save(card, folder, [name for name, value in (("license", license), ("datasets", dataset_id)) if value])
 
 
 def _with_interval(results: dict, key: str) -> str:
@@ -186,8 +187,8 @@ def evaluated_on(results: dict) -> dict:
 
 def _images_in_words(images: dict) -> str:
     """Args: images: what `evaluated_on` gives."""
-    dataset, normal_label, split_hash = (plain(images.get(name, "?")) for name in ("dataset", "normal_label", "split_hash"))
-    return f"`{Path(dataset).name}`, normal class `{normal_label}`, split hash `{split_hash}`"
+    normal_label, split_hash = (plain(images.get(name, "?")) for name in ("normal_label", "split_hash"))
+    return f"`{_source(images.get('dataset', '?'))}`, normal class `{normal_label}`, split hash `{split_hash}`"
 
 
 def anomalies_in_training(results: dict) -> int:
@@ -276,24 +277,23 @@ def write_pretraining_card(
         repo_id: as in `write_card`.
     """
     config, name = model.config, Path(folder).resolve().name
-    card = ModelCard.from_template(
+    _write(
+        folder,
+        "pretraining.md",
         ModelCardData(library_name="hf-anomaly", tags=["anomaly-detection", "denoising", config.model_type]),
-        template_path=str(PRETRAINING_TEMPLATE),
         title=plain(repo_id or name),
         address=plain(repo_id or name),
         model_class=type(model).__name__,
         channels="gray" if config.num_channels == 1 else "RGB",
         image_size=config.image_size,
         tiles=config.tiles,
-        dataset=plain(Path(dataset).name) if dataset else "",
+        dataset=_source(dataset),
         notes=notes,
         noise=config.noise,
         noise_level=config.noise_level,
         trained="the decoder, with the encoder frozen" if model.encoder_is_frozen else "encoder and decoder",
         citation=model.citation,
-        version=__version__,
     )
-    _save(card, Path(folder))
 
 
 def write_dissolver_card(
@@ -317,9 +317,10 @@ def write_dissolver_card(
     name = repo_id or Path(folder).resolve().name
     diffusion, notes = num_channels is not None, notes if isinstance(notes, dict) else {}
     run = notes["run"] if isinstance(notes.get("run"), dict) else {}
-    card = ModelCard.from_template(
+    _write(
+        folder,
+        "dissolver.md",
         ModelCardData(library_name="diffusers" if diffusion else "hf-anomaly", tags=["anomaly-detection", "dissolver", "hf-anomaly"]),
-        template_path=str(DISSOLVER_TEMPLATE),
         title=plain(name),
         address=plain(name),
         kind=kind,
@@ -329,14 +330,13 @@ def write_dissolver_card(
         tiles=run["tiles"] if isinstance(run.get("tiles"), int) else 1,
         channels="gray" if num_channels == 1 else "RGB",
         notes=notes,
-        dataset=plain(Path(run.get("dataset") or "").name),
+        dataset=_source(run.get("dataset")),
         normal_label=plain(run.get("normal_label") or ""),
-        version=__version__,
     )
-    _save(card, Path(folder))
 
 
-def _save(card: ModelCard, folder: Path, given: Collection[str] = ()) -> None:
-    """Writes a card that keeps what a person wrote in the one that is there, except for the fields of the YAML that are `given`."""
-    path = folder / "README.md"
+def _write(folder: str | os.PathLike, template: str, data: ModelCardData, given: Collection[str] = (), **facts) -> None:
+    """Fills a template, and keeps what a person wrote in the card that is there, except for the fields of the YAML that are `given`."""
+    card = ModelCard.from_template(data, template_path=str(Path(__file__).with_name(template)), version=__version__, **facts)
+    path = Path(folder, "README.md")
     write_file(path, merge_cards(card.content, read_card(path), given) if path.is_file() else card.content)
