@@ -10,8 +10,8 @@ from transformers import BatchFeature
 from transformers.image_processing_backends import PilBackend
 from transformers.image_utils import PILImageResampling
 
-from .data.formats import FULL, Reading, Window, apply_window, check_depth, check_window, load_pixels, to_eight_bits
-from .data.transforms import decode_image, upright
+from .data.formats import FULL, Reading, Window, apply_window, check_window
+from .data.transforms import decode_image
 from .detector import AnomalyDetectorConfig, AnomalyDetectorOutput
 from .errors import InputError, one_line
 from .ops.resizing import resize
@@ -27,12 +27,10 @@ def to_eight_bit_image(image: "PIL.Image.Image | np.ndarray | torch.Tensor", nam
         window: for more than 8 bits, see `Reading`.
 
     Raises:
-        InputError: more than 8 bits without a window, NaN or infinite values, floats outside [0, 1], or a shape that is no image's.
+        InputError: an unreadable image, more than 8 bits without a window, NaN or infinite values, floats outside [0, 1], or a shape that is no image's.
     """
     if isinstance(image, PIL.Image.Image):
-        check_depth(image, name, window)
-        load_pixels(image)
-        return to_eight_bits(upright(image), window, name)
+        return decode_image(image, name, window)
     if isinstance(image, torch.Tensor):
         image = image.detach().cpu()
         image = image.float() if image.dtype == torch.bfloat16 else image  # which numpy does not know

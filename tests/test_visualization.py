@@ -241,6 +241,14 @@ def test_every_kind_of_image():
     np.testing.assert_array_equal(gray, np.rint(DIMMED * np.repeat(rgb[..., :1], 3, axis=2)))
 
 
+def test_a_truncated_image_is_not_painted(tmp_path, refused):
+    noise = np.random.default_rng(0).integers(0, 256, (64, 64), dtype=np.uint8)
+    PIL.Image.fromarray(noise).save(tmp_path / "scan.png")
+    (tmp_path / "scan.png").write_bytes((tmp_path / "scan.png").read_bytes()[:2000])
+    with PIL.Image.open(tmp_path / "scan.png") as image, refused("image", "truncated", "intact"):
+        overlay_anomaly_map(image, np.eye(4), value_range=(0, 1))
+
+
 def test_other_colours():
     assert len(str(inspect.signature(overlay_anomaly_map))) < 400, "help() would print a whole table of colours"
     table = np.array([[0, 0, 0], [0, 0, 1.0]])
