@@ -62,9 +62,9 @@ def least_rate(n: int) -> float:
     return float(Context(prec=3, rounding=ROUND_CEILING).divide(1, n + 1))
 
 
-def check_rate(false_positive_rate: float) -> None:
+def check_rate(false_positive_rate: float | None) -> None:
     """Raises InputError: the rate is not in (0, 1)."""
-    if not 0 < false_positive_rate < 1:
+    if false_positive_rate is None or not 0 < false_positive_rate < 1:
         raise InputError(f"false_positive_rate must lie strictly between 0 and 1, got {false_positive_rate}")
 
 

@@ -190,9 +190,8 @@ class AnomalyDetectorConfig(PreTrainedConfig):
             raise InputError(f"num_channels must be 1 (gray) or 3 (RGB), got {self.num_channels}")
         if not 0 <= self.num_calibration_scores <= _MOST_CALIBRATION_SCORES:
             raise InputError(f"num_calibration_scores must be 0 to {_MOST_CALIBRATION_SCORES}, got {self.num_calibration_scores}")
-        rate = self.false_positive_rate
-        if self.num_calibration_scores > 0 if rate is None else not 0 < rate < 1:
-            raise InputError(f"false_positive_rate must lie strictly between 0 and 1, got {rate}")
+        if self.false_positive_rate is not None or self.num_calibration_scores > 0:
+            check_rate(self.false_positive_rate)
 
     @classmethod
     def from_dict(cls, config_dict, **kwargs):
