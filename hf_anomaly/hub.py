@@ -101,13 +101,14 @@ def _remedy(causes: list[BaseException], remedies: dict[int | type, str]) -> str
         for kind in type(cause).__mro__:  # to the client a gated repository is one that it did not find
             if kind in remedies:
                 return remedies[kind]
-    status, cause = next(((_status(cause), cause) for cause in causes if _status(cause)), (None, causes[-1]))
-    if status is None:
+    answer = next((cause for cause in causes if isinstance(cause, HfHubHTTPError)), None)
+    if answer is None:
         here = "there is no such folder here, and " if remedies is _READING else ""
-        return f"{here}{constants.ENDPOINT} cannot be reached ({one_line(cause)}): check the network and that no *_OFFLINE variable is set"
+        return f"{here}{constants.ENDPOINT} cannot be reached ({one_line(causes[-1])}): check the network and that no *_OFFLINE variable is set"
+    status = answer.response.status_code
     if status >= 500:
         return f"the Hub is out of order ({status}): try again later"
-    return remedies.get(status, f"the Hub refused ({one_line(cause)})")
+    return remedies.get(status, f"the Hub refused ({one_line(answer)})")
 
 
 def find_file(
@@ -200,7 +201,8 @@ def push_folder(
                 break
             except (HTTPError, ConnectionError, json.JSONDecodeError) as error:
                 # Harmless to repeat, as the next attempt starts from what is there now; but a pull request would be opened twice.
-                if pause is None or create_pr or (_status(error) or 500) < 500:
+                refused = isinstance(error, HfHubHTTPError) and error.response.status_code < 500
+                if pause is None or create_pr or refused:
                     raise
                 logger.warning("%s: %s; trying again in %d s", repo_id, one_line(error), pause)
                 time.sleep(pause)
@@ -281,8 +283,3 @@ def _commit(api, repo_id, folder, files, message, description, revision, create_
 def _fits(name: str, pattern: str) -> bool:
     """As `fnmatch`, but where the pattern names no folder the file is in none: fnmatch's * spans folders."""
     return fnmatch(name, pattern) and ("/" in pattern or "/" not in name)
-
-
-def _status(error: Exception) -> int | None:
-    response = getattr(error, "response", None) if isinstance(error, HfHubHTTPError) else None
-    return None if response is None else response.status_code
