@@ -325,23 +325,18 @@ class AnomalyImageProcessor(PilBackend):
         """
         if outputs.scores is None:
             raise InputError("the output has no scores: call the detector in eval mode")
-        scores, maps = outputs.scores.tolist(), outputs.anomaly_maps
+        scores, maps, sizes = outputs.scores.tolist(), outputs.anomaly_maps, None
         if target_sizes is not None:
             try:
-                sizes = [tuple(int(length) for length in size) for size in target_sizes]
+                sizes = [tuple(map(int, size)) for size in target_sizes]
             except TypeError:  # a number in place of a pair, such as of the size of a single image
                 sizes = []
             if len(sizes) != len(scores) or any(len(size) != 2 or min(size) < 1 for size in sizes):
                 raise InputError(f"target_sizes must be {len(scores)} pairs (height, width), one an image, got {target_sizes}")
-            target_sizes = sizes
         if maps is None:
             return [{"score": score, "anomaly_map": None} for score in scores]
         for step in ("do_center_crop", "do_pad"):
-            if target_sizes is not None and getattr(self, step, None):
+            if sizes is not None and getattr(self, step, None):
                 raise InputError(f"the processor has {step}=True, where a map does not cover the image alone: leave out target_sizes")
-        maps = maps.detach().float()
-        sizes = target_sizes or [maps.shape[-2:]] * len(scores)
-        return [
-            {"score": score, "anomaly_map": resize(one[None], tuple(size))[0, 0]}
-            for score, one, size in zip(scores, maps, sizes, strict=True)
-        ]
+        rows = zip(scores, maps.detach().float(), sizes or [tuple(maps.shape[-2:])] * len(scores), strict=True)
+        return [{"score": score, "anomaly_map": resize(one[None], size)[0, 0]} for score, one, size in rows]
