@@ -101,6 +101,7 @@ def test_threads_below_one_are_refused(tmp_path):
         ("learning_rate", float("nan"), "at least 0"),
         ("adam_beta1", 2.0, "in [0, 1)"),
         ("adam_epsilon", -1.0, "at least 0"),
+        ("max_grad_norm", float("nan"), "at least 0"),
         ("dataloader_num_workers", -1, "at least 0"),
     ],
 )

@@ -31,7 +31,9 @@ _RANGES = {
     **dict.fromkeys(
         ("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps", "cpu_threads"), (1, math.inf)
     ),
-    **dict.fromkeys(("learning_rate", "weight_decay", "adam_epsilon", "num_train_epochs", "dataloader_num_workers"), (0, math.inf)),
+    **dict.fromkeys(
+        ("learning_rate", "weight_decay", "adam_epsilon", "max_grad_norm", "num_train_epochs", "dataloader_num_workers"), (0, math.inf)
+    ),
     **dict.fromkeys(("adam_beta1", "adam_beta2", "ema_decay"), (0, 1)),
 }
 
