@@ -947,6 +947,32 @@ def test_a_folder_that_is_no_checkpoint(make, tmp_path):
         make().train(str(half))
 
 
+def test_no_features_are_computed_of_images_that_the_bank_does_not_keep(tmp_path):
+    """They are drawn beforehand, always the same, and those drawn are fitted to as they are alone."""
+    seen = []
+
+    class Counted(list):
+        def __getitem__(self, index):
+            seen.append(index)
+            return super().__getitem__(index)
+
+    args = AnomalyTrainingArguments(output_dir=str(tmp_path), report_to="none", use_cpu=True, disable_tqdm=True)
+    rows = list(prepare(images(20), PROCESSOR))
+    banks = []
+    for _ in range(2):
+        trainer = AnomalyTrainer(detector(), args, train_dataset=Counted(rows))
+        trainer.model.config.max_bank_size = 6
+        seen.clear()
+        trainer.fit_reference()
+        banks.append(trainer.model.reference.bank)
+        assert len(seen) == 6 == trainer.model.config.bank_size
+        assert seen == sorted(seen) != list(range(6))
+    assert torch.equal(*banks)
+    trainer.reference_dataset = [rows[i] for i in seen]
+    trainer.fit_reference()
+    assert torch.equal(trainer.model.reference.bank, banks[0])
+
+
 def test_half_a_checkpoint_is_not_resumed_from(make, tmp_path, refused):
     """One that was being deleted when the process was killed, say."""
     (tmp_path / "run" / "checkpoint-6").mkdir(parents=True)

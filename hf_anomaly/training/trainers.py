@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from safetensors.torch import load_file, save_file
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, Subset
 from transformers import Trainer, TrainerCallback
 from transformers.trainer_utils import (
     PREFIX_CHECKPOINT_DIR,
@@ -28,6 +28,7 @@ from transformers.trainer_utils import (
 
 from ..cards import write_card
 from ..data import collate
+from ..data.protocols import subset
 from ..detector import AnomalyDetector, refuse_anomalies
 from ..errors import HubError, InputError
 from ..files import let_others_read, read_json, remove_staged
@@ -558,16 +559,18 @@ class AnomalyTrainer(ReproducibleTrainer):
         return super().train(resume_from_checkpoint, **kwargs)
 
     def fit_reference(self) -> None:
-        """`model.fit_reference` on the reference dataset, in dataset order, each image once, on any number of processes.
+        """`model.fit_reference` on the reference dataset, in dataset order, each image once, on any number of processes. Of more images than the detector
+        keeps, so many are drawn first, always the same: the features of the others would be computed for nothing.
 
         Raises:
             InputError: there is neither a reference nor a training dataset.
         """
         if self.reference_dataset is None:
             raise InputError("there are no images to fit the reference to: give reference_dataset or train_dataset")
-        self.model.fit_reference(
-            self.get_test_dataloader(self.reference_dataset), gather=self.accelerator.gather_for_metrics, progress=self._progress
-        )
+        images, limit = self.reference_dataset, self.model.max_reference_images
+        if limit is not None and has_length(images) and len(images) > limit:
+            images = Subset(images, subset(len(images), limit, seed=0).tolist())
+        self.model.fit_reference(self.get_test_dataloader(images), gather=self.accelerator.gather_for_metrics, progress=self._progress)
 
     def calibrate(self) -> None:
         """`model.calibrate` on the calibration dataset at `args.false_positive_rate`.

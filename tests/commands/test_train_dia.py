@@ -15,7 +15,7 @@ from transformers import AutoImageProcessor, AutoModel
 
 from hf_anomaly.cli.info import describe
 from hf_anomaly.data import decode_image, load_one_class
-from hf_anomaly.dissolving import DISSOLVERS, Dissolver, MedianDissolver
+from hf_anomaly.dissolving import DISSOLVERS, Dissolver, MedianDissolver, dissolve_dataset
 from hf_anomaly.training.denoising import train_dissolver
 
 from .running import METRICS, SCRIPTS, class_folders, equal, pixels, results_of, run, weights
@@ -266,7 +266,8 @@ def test_a_pretrained_backbone_as_it_is(train, tmp_path, backbone):
     assert not list(folder.glob("checkpoint-*"))
 
 
-GAUSSIAN = ("--dissolver", "gaussian", "--blur_kernel_size", 3)
+ONE_PASS = ("--max_train_images", 32)  # four steps of eight
+GAUSSIAN = ("--dissolver", "gaussian", "--blur_kernel_size", 3, *ONE_PASS)
 
 
 @pytest.fixture(scope="module")
@@ -358,11 +359,27 @@ def test_resume_names_the_cause_before_the_digests(train, digits):
 
 def test_resume_refuses_other_dissolved_images(train, digits, tmp_path):
     """More steps are more passes over the images, of which each has as many variants, up to a limit."""
-    argv = ["--dissolver", digits[0] / "dissolver"]
+    argv = ["--dissolver", digits[0] / "dissolver", *ONE_PASS]
     folder, _ = train(tmp_path / "run", *argv)
     _, err = train(folder, *argv, "--max_steps", 20, "--resume_from_checkpoint", "true", status=2)
     assert "dissolving.variants was 1, now 2" in err.splitlines()[-1]
     train(folder, *argv, "--max_steps", 20, "--dissolved_variants", 1, "--resume_from_checkpoint", "true")
+
+
+@pytest.mark.parametrize(
+    ("more", "variants"), [((), 0), (("--tiles", 2, "--image_size", 8, *ONE_PASS), 0), (ONE_PASS, 1), (("--max_train_images", 31), 2)]
+)
+def test_images_that_training_does_not_see_are_not_dissolved(train, digits, tmp_path, monkeypatch, more, variants):
+    """Of less than a pass over images, or the tiles of a pass, most of what is cached would be of no use."""
+    cached = []
+
+    def count(*args, num_variants, **settings):
+        cached.append(num_variants)
+        return dissolve_dataset(*args, num_variants=num_variants, **settings)
+
+    monkeypatch.setattr("hf_anomaly.training.commands.train_dia.dissolve_dataset", count)
+    train(tmp_path / "run", "--dissolver", digits[0] / "dissolver", *more)
+    assert cached == [variants] * (variants > 0)
 
 
 def test_resume_refuses_other_images(train, tmp_path):

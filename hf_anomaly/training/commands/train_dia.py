@@ -72,7 +72,8 @@ class DissolverArguments:
         "images' size, 8 to 32; others, 32.",
     )
     dissolved_variants: int = HfArg(
-        default=8, help="Dissolved variants cached for each image, at most as many as training passes over it; 0 dissolves on the fly."
+        default=8,
+        help="Dissolved variants cached for each image, at most as many as training passes over it, none for less than a pass; 0 dissolves on the fly.",
     )
     dissolver_steps: int = HfArg(default=600, help="Training steps of the diffusion model.")
     dissolver_batch_size: int | None = HfArg(
@@ -316,14 +317,16 @@ def place_dissolver(args: DissolverArguments, ready: Path | None, data_args, tra
 
 
 def dissolve(model: DIAModel, dissolver: Dissolver, variants: int, training_args, splits, processor) -> tuple:
-    """Gives the detector its dissolver, and caches at most so many dissolved variants of each image; returns `train_dataset` and `dissolving` for
-    `train_detector`."""
+    """Gives the detector its dissolver, and caches at most so many dissolved variants of each image, none if training does not see all of it; returns
+    `train_dataset` and `dissolving` for `train_detector`."""
     dissolver.to(training_args.device)
     model.config.dissolver, model.config.dissolver_settings = dissolver.kind, dissolver.settings()
     model.dissolver = dissolver
     images = splits.train
     if variants > 0:
-        variants = min(variants, math.ceil(training_args.passes(len(images)) / model.config.tiles**2))  # a step sees one tile
+        passes = training_args.passes(len(images)) / model.config.tiles**2  # a step sees one tile
+        variants = min(variants, math.ceil(passes)) if passes >= 1 else 0
+    if variants > 0:
         with local_main_process_first():
             images = dissolve_dataset(
                 images, dissolver, processor, num_variants=variants, tiles=model.config.tiles, seed=training_args.seed
