@@ -8,6 +8,7 @@ import numpy as np
 from torch import Tensor
 
 from ..data import image_loader
+from ..data.protocols import subset
 from ..detector import AnomalyDetector
 from ..errors import InputError
 from ..metrics import image_metrics
@@ -72,6 +73,7 @@ def compare_with_baselines(model: AnomalyDetector, processor, train, test, *, ba
     Raises:
         InputError: images of less than 8 px.
     """
+    reference = train.select(subset(len(train), model.max_reference_images or len(train), seed=0))  # those that `AnomalyTrainer` draws
     pixels = pixel_matrix(train, processor, batch_size)
     mean, std = float(pixels.mean()), float(pixels.std(axis=1).mean())
     changes: dict[str, tuple[Change, Iterable[str]]] = {
@@ -84,7 +86,7 @@ def compare_with_baselines(model: AnomalyDetector, processor, train, test, *, ba
         logger.info("Trivial baselines: images %s", name)
         changed = _ChangedImages(processor, change)
         pixels = pixel_matrix(train, changed, batch_size)
-        detector = copy.deepcopy(model).fit_reference(image_loader(train, changed, batch_size))
+        detector = copy.deepcopy(model).fit_reference(image_loader(reference, changed, batch_size))
         results[name] = _aurocs(detector, pixels, test, changed, batch_size, baselines)
     return results
 
