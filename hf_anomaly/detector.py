@@ -4,6 +4,7 @@ import copy
 import difflib
 import json
 import logging
+import math
 import os
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -29,6 +30,7 @@ from .cards.merging import read_card
 from .errors import HubError, InputError, NotFittedError, one_line
 from .files import staged
 from .hub import CommitInfo, find_file, hub_errors, push_folder
+from .ops.distributed import draw_rows
 from .ops.maps import map_levels
 from .ops.pieces import pieces
 from .ops.sampling import Sample
@@ -394,12 +396,12 @@ class AnomalyDetector(PreTrainedModel):
         """What a training step sees of images (B, C, H, W): a tile of each. Where `inputs` hold images, too, a subclass draws the same tiles of them."""
         return draw_tiles(self.config.tiles, pixel_values)[0], inputs
 
-    def _cut(self, pixel_values: torch.Tensor) -> list[torch.Tensor]:
-        """What the networks see of images (B, C, H, W): their tiles, those of a few images at a time, or the images as they are."""
+    def _cut(self, pixel_values: torch.Tensor, chosen: torch.Tensor | None = None) -> list[torch.Tensor]:
+        """What the networks see of images (B, C, H, W): their tiles, or those `chosen` (B, n), of a few images at a time, or the images as they are."""
         if self.config.tiles == 1:
             return [pixel_values]
         chunks = pieces(pixel_values.shape[0], _MAX_CUT_PIXELS, pixel_values.shape[-2:].numel())
-        return [cut_tiles(pixel_values[chunk], self.config.tiles) for chunk in chunks]
+        return [cut_tiles(pixel_values[chunk], self.config.tiles, None if chosen is None else chosen[chunk]) for chunk in chunks]
 
     def _score_images(self, pixel_values: torch.Tensor, output_anomaly_maps: bool, output_embeddings: bool) -> AnomalyDetectorOutput:
         """`compute_scores` of images. If these are cut, the highest score of its tiles is an image's, its map is put together of theirs."""
@@ -452,11 +454,15 @@ class AnomalyDetector(PreTrainedModel):
 
     @torch.inference_mode(False)  # else autograd would refuse the buffers ever after
     @torch.no_grad()
-    def fit_reference(self, dataloader: Iterable, *, gather: Callable | None = None, progress: bool = True) -> Self:
+    def fit_reference(
+        self, dataloader: Iterable, *, num_images: int | None = None, gather: Callable | None = None, progress: bool = True
+    ) -> Self:
         """One pass over the normal training images fills what scoring needs. Any earlier calibration is dropped.
 
         Args:
             dataloader: batches as dicts with `pixel_values` (and perhaps `labels` or `label`, which must all be 0), or bare (B, C, H, W) tensors.
+            num_images: how many there are in all. If these have more tiles than are kept, so many are drawn of each, always the same, as make up for it;
+                of a number that is not known all features are computed.
             gather: under several processes, collects a batch of all of them in dataset order without padded duplicates
                 (`accelerator.gather_for_metrics`).
             progress: show a progress bar.
@@ -464,17 +470,23 @@ class AnomalyDetector(PreTrainedModel):
         Raises:
             InputError: no images, pixels that `forward` refuses, an image labelled anomalous, or one whose features or score are not finite.
         """
-        sample, num_images = Sample(self.max_reference_images), 0
+        sample, seen, limit = Sample(self.max_reference_images), 0, self.max_reference_images
+        tiles = self.config.tiles**2
+        drawn = tiles if None in (num_images, limit) else min(tiles, math.ceil(limit / max(num_images, 1)))
+        generator = torch.Generator().manual_seed(0)
         for pixel_values, labels in self._eval_batches(dataloader, "Fitting the reference", progress):
             refuse_anomalies(labels, "fit_reference")
             self.check_pixel_values(pixel_values)
+            chosen = None
+            if drawn < tiles:
+                chosen = draw_rows(lambda n: torch.rand(n, tiles, generator=generator).argsort(1)[:, :drawn], len(pixel_values))
             with self._own_precision():
-                parts = [self.reference_features(tiles) for tiles in self._cut(pixel_values.to(self.dtype))]
-            # (B, tiles², …), as `gather` counts images.
-            features = {name: torch.cat([part[name] for part in parts]).unflatten(0, (-1, self.config.tiles**2)) for name in parts[0]}
+                parts = [self.reference_features(part) for part in self._cut(pixel_values.to(self.dtype), chosen)]
+            # (B, tiles, …), as `gather` counts images.
+            features = {name: torch.cat([part[name] for part in parts]).unflatten(0, (-1, drawn)) for name in parts[0]}
             features = gather(features) if gather else features
-            _refuse_not_finite(features, num_images)
-            num_images += len(next(iter(features.values())))
+            _refuse_not_finite(features, seen)
+            seen += len(next(iter(features.values())))
             sample.add({name: value.cpu().flatten(0, 1) for name, value in features.items()})
         if not (features := sample.rows()):
             raise InputError("fit_reference got no images: it needs the normal training images")

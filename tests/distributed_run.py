@@ -30,6 +30,7 @@ from hf_anomaly.training import AnomalyTrainer, AnomalyTrainingArguments, Denois
 SIZE, GLOBAL_BATCH, STEPS = 8, 8, 4
 TRAIN, CALIBRATION, TEST = 19, 7, 13  # odd: the last batches are padded under two processes
 TILES = {"cached": 1, "on the fly": 2, "adamw": 1}
+BANK = 50  # fewer than there are tiles, so that three of four are drawn, and then 50 of 57
 LOSSES = ("contrastive_loss", "shift_loss", "ede1_loss", "ede2_loss")  # of all methods
 PROCESSOR = AnomalyImageProcessor.for_images(SIZE, 1)
 
@@ -109,7 +110,9 @@ def main(folder, world_size):
     for name, optim in (("cached", "sgd"), ("on the fly", "sgd"), ("adamw", "adamw_torch")):
         torch.manual_seed(3)
         backbone = SmallResNetConfig(hidden_sizes=[8, 16], depths=[1, 1], norm="group")
-        config = DIAConfig(image_size=SIZE, tiles=TILES[name], backbone_config=backbone, projection_size=8, num_test_views=2)
+        config = DIAConfig(
+            image_size=SIZE, tiles=TILES[name], backbone_config=backbone, projection_size=8, num_test_views=2, max_bank_size=BANK
+        )
         model = DIAModel(config)
         train_images = images(TRAIN, 0)
         callback = FirstGradient()

@@ -125,18 +125,20 @@ def test_bank_and_images_are_changed_alike(brighter, detector):
     assert found["standardized"]["detector"] == pytest.approx(roc_auc_score(labels, scores.numpy()), abs=0.02)
 
 
-def test_changed_images_are_those_of_the_bank(brighter, tmp_path, monkeypatch):
-    """Of more training images than it keeps the detector draws some; compared with others, it would change though the images did not."""
+@pytest.mark.parametrize(("tiles", "bank_size"), [(1, 5), (2, 20)])
+def test_changed_images_are_those_of_the_bank(brighter, tmp_path, monkeypatch, tiles, bank_size):
+    """Of more training images, or tiles, than it keeps the detector draws some; compared with others, it would change though the images did not."""
     splits = load_one_class(brighter)
     processor = AnomalyImageProcessor.for_images(8, 1)
-    model = CSIModel(CSIConfig(image_size=8, max_bank_size=5, backbone_config=SmallResNetConfig(hidden_sizes=[8], depths=[1])))
+    backbone = SmallResNetConfig(hidden_sizes=[8], depths=[1])
+    model = CSIModel(CSIConfig(image_size=8, tiles=tiles, max_bank_size=bank_size, backbone_config=backbone))
     args = AnomalyTrainingArguments(output_dir=str(tmp_path), report_to="none", use_cpu=True)
     AnomalyTrainer(model, args, train_dataset=prepare(splits.train, processor)).fit_reference()
     banks = []
     monkeypatch.setattr("hf_anomaly.training.baselines._aurocs", lambda detector, *rest: banks.append(detector.reference.bank))
     monkeypatch.setattr("hf_anomaly.training.baselines.equalize", lambda pixel_values: pixel_values)
     compare_with_baselines(model, processor, splits.train, splits.test)
-    assert len(splits.train) > 5 == model.config.bank_size
+    assert len(splits.train) * tiles**2 > bank_size == model.config.bank_size
     torch.testing.assert_close(banks[2], banks[0])
     assert not torch.allclose(banks[1], banks[0])  # standardized
 

@@ -35,6 +35,7 @@ from hf_anomaly import (
 )
 from hf_anomaly.data import prepare
 from hf_anomaly.dissolving import DenoisingModel, DiffusionDissolver, build_scheduler, build_unet, dissolve_dataset
+from hf_anomaly.ops.tiles import cut_tiles
 from hf_anomaly.training import AnomalyTrainer, AnomalyTrainingArguments, DenoisingTrainer, DenoisingTrainingArguments
 from hf_anomaly.training.lars import LARS
 from hf_anomaly.training.phases import PhasedOptimizer, only
@@ -59,10 +60,10 @@ def diffusion():
     return DiffusionDissolver(build_unet(SIZE, 1, (8, 8)), build_scheduler())
 
 
-def detector(config_class=CSIConfig, norm="batch"):
+def detector(config_class=CSIConfig, norm="batch", **settings):
     torch.manual_seed(3)
     backbone = SmallResNetConfig(hidden_sizes=[8, 16], depths=[1, 1], norm=norm)
-    config = config_class(image_size=SIZE, backbone_config=backbone, projection_size=8, num_test_views=2)
+    config = config_class(image_size=SIZE, backbone_config=backbone, projection_size=8, num_test_views=2, **settings)
     return (DIAModel if config_class is DIAConfig else CSIModel)(config)
 
 
@@ -971,6 +972,34 @@ def test_no_features_are_computed_of_images_that_the_bank_does_not_keep(tmp_path
     trainer.reference_dataset = [rows[i] for i in seen]
     trainer.fit_reference()
     assert torch.equal(trainer.model.reference.bank, banks[0])
+
+
+def test_no_features_are_computed_of_tiles_that_the_bank_does_not_keep(tmp_path, monkeypatch):
+    """Of every image as many are drawn as make up the bank, others of each, and the same whatever the batches."""
+    seen = []
+    compute = CSIModel.reference_features
+    monkeypatch.setattr(CSIModel, "reference_features", lambda self, pixels: [seen.extend(pixels), compute(self, pixels)][1])
+    rows = prepare(images(20), PROCESSOR)
+    every_tile = cut_tiles(torch.stack([row["pixel_values"] for row in rows]), 2)
+    kept = []
+    for batch_size in (4, 7):
+        args = AnomalyTrainingArguments(
+            output_dir=str(tmp_path), report_to="none", use_cpu=True, disable_tqdm=True, per_device_eval_batch_size=batch_size
+        )
+        trainer = AnomalyTrainer(detector(tiles=2), args, train_dataset=rows)
+        trainer.model.config.max_bank_size = 55
+        seen.clear()
+        trainer.fit_reference()
+        assert (len(seen), trainer.model.config.bank_size) == (60, 55)
+        places = [next(i for i, tile in enumerate(every_tile) if torch.equal(tile, found)) for found in seen]
+        assert [place // 4 for place in places] == [i // 3 for i in range(60)]
+        assert len({tuple(place % 4 for place in places[i : i + 3]) for i in range(0, 60, 3)}) > 10
+        kept.append((places, trainer.model.reference.bank))
+    assert kept[0][0] == kept[1][0]
+    torch.testing.assert_close(kept[0][1], kept[1][1])
+    trainer.model.config.max_bank_size = 20 * 4
+    trainer.fit_reference()
+    assert trainer.model.config.bank_size == 20 * 4
 
 
 def test_half_a_checkpoint_is_not_resumed_from(make, tmp_path, refused):

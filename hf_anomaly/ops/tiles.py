@@ -6,9 +6,16 @@ from ..errors import InputError
 from .distributed import draw_rows
 
 
-def cut_tiles(images: torch.Tensor, tiles: int) -> torch.Tensor:
-    """Images (B, C, H, W) cut into tiles × tiles each, row by row: (B·tiles², C, H / tiles, W / tiles). InputError if a side is no multiple of `tiles`."""
-    return _grid(images, tiles).permute(0, 2, 4, 1, 3, 5).flatten(0, 2)
+def cut_tiles(images: torch.Tensor, tiles: int, chosen: torch.Tensor | None = None) -> torch.Tensor:
+    """Images (B, C, H, W) cut into tiles × tiles each, row by row: (B·tiles², C, H / tiles, W / tiles). InputError if a side is no multiple of `tiles`.
+
+    Args:
+        chosen: (B, n), of each image only the tiles of these numbers: (B·n, C, H / tiles, W / tiles).
+    """
+    cut = _grid(images, tiles).permute(0, 2, 4, 1, 3, 5).flatten(1, 2)  # (B, tiles², C, h, w)
+    if chosen is not None:
+        cut = cut[torch.arange(len(images))[:, None], chosen]
+    return cut.flatten(0, 1)
 
 
 def join_tiles(images: torch.Tensor, tiles: int) -> torch.Tensor:

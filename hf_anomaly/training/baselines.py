@@ -86,7 +86,7 @@ def compare_with_baselines(model: AnomalyDetector, processor, train, test, *, ba
         logger.info("Trivial baselines: images %s", name)
         changed = _ChangedImages(processor, change)
         pixels = pixel_matrix(train, changed, batch_size)
-        detector = copy.deepcopy(model).fit_reference(image_loader(reference, changed, batch_size))
+        detector = copy.deepcopy(model).fit_reference(image_loader(reference, changed, batch_size), num_images=len(reference))
         results[name] = _aurocs(detector, pixels, test, changed, batch_size, baselines)
     return results
 

@@ -560,7 +560,7 @@ class AnomalyTrainer(ReproducibleTrainer):
 
     def fit_reference(self) -> None:
         """`model.fit_reference` on the reference dataset, in dataset order, each image once, on any number of processes. Of more images than the detector
-        keeps, so many are drawn first, always the same: the features of the others would be computed for nothing.
+        keeps, so many are drawn first, always the same, and of images cut into tiles some of each: the features of the others would be computed for nothing.
 
         Raises:
             InputError: there is neither a reference nor a training dataset.
@@ -570,7 +570,12 @@ class AnomalyTrainer(ReproducibleTrainer):
         images, limit = self.reference_dataset, self.model.max_reference_images
         if limit is not None and has_length(images) and len(images) > limit:
             images = Subset(images, subset(len(images), limit, seed=0).tolist())
-        self.model.fit_reference(self.get_test_dataloader(images), gather=self.accelerator.gather_for_metrics, progress=self._progress)
+        self.model.fit_reference(
+            self.get_test_dataloader(images),
+            num_images=len(images) if has_length(images) else None,
+            gather=self.accelerator.gather_for_metrics,
+            progress=self._progress,
+        )
 
     def calibrate(self) -> None:
         """`model.calibrate` on the calibration dataset at `args.false_positive_rate`.

@@ -15,6 +15,11 @@ def test_tiles_of_images_and_back():
     assert torch.equal(join_tiles(tiles, 3), images)
 
 
+def test_chosen_tiles():
+    images, chosen = torch.rand(2, 3, 6, 9), torch.tensor([[4, 0], [8, 3]])
+    assert torch.equal(cut_tiles(images, 3, chosen), cut_tiles(images, 3)[[4, 0, 17, 12]])
+
+
 @pytest.mark.parametrize("cut", [cut_tiles, lambda images, tiles: draw_tiles(tiles, images)])
 def test_sides_that_are_no_multiple(cut, refused):
     with refused("6×9 pixels", "2×2 tiles"):
