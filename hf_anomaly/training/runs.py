@@ -28,7 +28,7 @@ from ..ops.distributed import local_main_process_first
 from .arguments import AnomalyTrainingArguments, DataArguments
 from .evaluation import bfloat16_agreement, draw_figures, evaluate_detector, write_scores
 from .run_record import describe_run, optimization_of, settings_of
-from .trainers import AnomalyTrainer, check_checkpoint, hub_name, push_output
+from .trainers import AnomalyTrainer, find_checkpoint, hub_name, push_output
 
 logger = logging.getLogger(__name__)
 
@@ -242,7 +242,7 @@ def lower_batch_size(args, num_images: int | None) -> None:
 
 def check_first(args) -> None:
     """Refuses now what would otherwise end the run hours later, and makes the repository of `--push_to_hub`."""
-    check_checkpoint(args.resume_from_checkpoint)
+    find_checkpoint(args.resume_from_checkpoint, args.output_dir)
     _refuse_choices(args)
     if args.push_to_hub and args.process_index == 0:
         create_repository(hub_name(args), private=args.hub_private_repo, token=args.hub_token)

@@ -66,10 +66,19 @@ def seeded(*entropy: int):
         yield
 
 
-def check_checkpoint(checkpoint: str | os.PathLike | bool | None) -> None:
-    """Refuses a folder that is no complete checkpoint; True and None, which name no folder, pass."""
-    if isinstance(checkpoint, str | os.PathLike) and not Path(checkpoint, "trainer_state.json").is_file():
-        raise InputError(f"{checkpoint} is not a complete checkpoint: it has no trainer_state.json; give another, or delete it")
+def find_checkpoint(asked: str | os.PathLike | bool | None, output_dir: str | os.PathLike) -> str | os.PathLike | None:
+    """The folder that is asked for or, if that is True, the last checkpoint in `output_dir`; None if there is none, or none is asked for.
+
+    Raises:
+        InputError: it is no complete checkpoint.
+    """
+    if asked is True:
+        asked = get_last_checkpoint(output_dir) if Path(output_dir).is_dir() else None
+    if asked in (None, False):
+        return None
+    if not Path(asked, "trainer_state.json").is_file():
+        raise InputError(f"{asked} is not a complete checkpoint: it has no trainer_state.json; give another, or delete it")
+    return asked
 
 
 def hub_name(args) -> str:
@@ -236,14 +245,11 @@ class ReproducibleTrainer(Trainer):
             InputError: `resume_from_checkpoint` is no complete checkpoint, or one of more steps than this run has. True takes the last one, if there is
                 any.
         """
-        if resume_from_checkpoint is True:
-            folder = Path(self.args.output_dir)
-            resume_from_checkpoint = get_last_checkpoint(folder) if folder.is_dir() else None
-            if resume_from_checkpoint is None:
-                logger.info("There is no checkpoint in %s yet: starting from the beginning", folder)
-        check_checkpoint(resume_from_checkpoint)
-        if resume_from_checkpoint and (description := Path(resume_from_checkpoint, _RUN_FILE)).is_file():
-            check_same_run(read_json(description), self.run, resume_from_checkpoint)
+        checkpoint = find_checkpoint(resume_from_checkpoint, self.args.output_dir)
+        if checkpoint is None and resume_from_checkpoint:
+            logger.info("There is no checkpoint in %s yet: starting from the beginning", self.args.output_dir)
+        if checkpoint and (description := Path(checkpoint, _RUN_FILE)).is_file():
+            check_same_run(read_json(description), self.run, checkpoint)
         self._micro_step = (-1, 0)
         self._loss_sums, self._loss_counts = {}, Counter()
         self._average = None  # of a training that was interrupted
@@ -254,7 +260,7 @@ class ReproducibleTrainer(Trainer):
             if len(self.train_dataset) < batch:
                 remedy = "set --per_device_train_batch_size lower" if self.args.train_batch_size > 1 else "start fewer processes"
                 raise InputError(f"there are {len(self.train_dataset)} training images, fewer than one batch of {batch}: {remedy}")
-        output = super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
+        output = super().train(resume_from_checkpoint=checkpoint, **kwargs)
         best = self.state.best_model_checkpoint if self.args.load_best_model_at_end else None
         if self._average is not None:
             if best is not None:

@@ -120,6 +120,24 @@ def test_bad_input(culprit, tmp_path):
     refused("train_dia.py", ["--output_dir", tmp_path / "run", *common, *argv], culprit, tmp_path / "run")
 
 
+def test_half_a_checkpoint_is_refused_before_the_dissolver_is_trained(tmp_path):
+    run = tmp_path / "run"
+    (run / "checkpoint-6").mkdir(parents=True)
+    argv = [
+        "--output_dir",
+        run,
+        "--resume_from_checkpoint",
+        "true",
+        "--dissolver_steps",
+        2,
+        "--dissolver_batch_size",
+        8,
+        "--use_cpu",
+        "true",
+    ]
+    refused("train_dia.py", argv, "checkpoint-6 is not a complete checkpoint", run / "dissolver")
+
+
 def test_an_output_that_is_a_file(tmp_path):
     (tmp_path / "file").write_text("")
     argv = ["--output_dir", tmp_path / "file" / "run", "--dissolver", "none", "--max_steps", 1, "--use_cpu", "true", "--report_to", "none"]
