@@ -581,6 +581,28 @@ def test_training_images_are_shrunk_once(data_dir, tmp_path, monkeypatch):
     np.testing.assert_array_equal(data.train_pixels, pixel_matrix(whole, data.processor))
 
 
+def test_what_the_first_stage_of_addp_leaves(data_dir, tmp_path):
+    """Table addp/1's columns differ in nothing else: random weights, both networks pretrained, or an encoder of digits with either decoder."""
+    cell = Cell("pneumonia_mnist", "0", "official", None, "addp_random", 0, "smoke")
+    data = running.load_data(cell, Selection(data_dir=str(data_dir), output_dir=tmp_path))
+    encoder, decoder = {}, {}
+    for name in ("addp_random", "addp_encoder_decoder", "addp_digits", "addp_decoder"):
+        column = METHODS[name]
+        args = column.lengths["smoke"].arguments(len(data.splits.train), 0, tmp_path / name)
+        model = column.build(cell, data.splits, data.processor, args)
+        encoder[name], decoder[name] = ([p.detach().clone() for p in part.parameters()] for part in (model.encoder, model.decoder))
+
+    def same(part, a, b):
+        return all(map(torch.equal, part[a], part[b]))
+
+    assert same(encoder, "addp_digits", "addp_decoder")
+    assert same(decoder, "addp_digits", "addp_random")
+    assert not same(encoder, "addp_digits", "addp_random")
+    assert not same(encoder, "addp_encoder_decoder", "addp_random")
+    assert not same(decoder, "addp_encoder_decoder", "addp_random")
+    assert not same(decoder, "addp_decoder", "addp_random")
+
+
 def test_curve(data_dir, tmp_path, monkeypatch):
     argv = ("--table", "addp/1", "--data_dir", data_dir, "--output_dir", tmp_path, "--seeds", 0, 1, "--methods", "contrast", "pixel_knn")
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
