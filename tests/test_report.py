@@ -230,6 +230,24 @@ def test_without_labels(detector, processor, tmp_path):
     assert thresholds[0] == ["Target false-positive rate", "Threshold", "Images flagged"]
 
 
+def test_labels_of_any_type(without_maps, processor, tmp_path):
+    whole, *others = (images([0, 1]).cast_column("label", datasets.Value(kind)) for kind in ("int64", "bool", "float64"))
+    page = write_report(without_maps, processor, whole, tmp_path / "page.html").read_text()
+    for dataset in others:
+        assert write_report(without_maps, processor, dataset, tmp_path / "page.html").read_text() == page
+
+
+@pytest.mark.parametrize(("labels", "words"), [([0, 1, 2], ["row 2", "2"]), ([-1, -1, 0], ["row 0", "-1"]), (["a", "b"], ["'a', 'b'"])])
+def test_labels_that_are_none(without_maps, processor, tmp_path, labels, words, refused):
+    unlabelled, path = images([0] * len(labels)).remove_columns("label"), tmp_path / "page.html"
+    dataset = unlabelled.add_column("label", labels)
+    with refused("labels", *words):
+        write_report(without_maps, processor, dataset, path)
+    with refused("mine", "'label'", "has_labels=False"):
+        write_report(without_maps, processor, unlabelled, path, data_name="mine")
+    assert f"{len(labels)}, unlabelled" in Page(write_report(without_maps, processor, dataset, path, has_labels=False)).text
+
+
 def test_normal_images_alone(detector, processor, tmp_path):
     page = Page(write_report(detector, processor, images([0] * 39), tmp_path / "page.html")).check()
     assert "39 normal and 0 anomalous" in page.text

@@ -61,7 +61,7 @@ def write_report(
         `path`.
 
     Raises:
-        InputError: no images, matplotlib is missing, a number out of range, or an unreadable image.
+        InputError: no images, matplotlib is missing, a number out of range, an unreadable image, or labels that are missing or neither 0 nor 1.
         NotFittedError: before `fit_reference`.
     """
     new_figure("the page's curves need")  # before anything is scored
@@ -69,11 +69,16 @@ def write_report(
         raise InputError(f"{data_name} holds no images: there is nothing to report on")
     if num_examples < 1:
         raise InputError(f"num_examples must be at least 1, got {num_examples}")
-    scores, _ = model.score(image_loader(dataset, processor, batch_size))
-    labels = np.asarray(dataset["label"][:]) if has_labels else None
+    if not has_labels:
+        dataset = dataset.remove_columns([name for name in ("label", "labels") if name in dataset.column_names])
+    elif "label" not in dataset.column_names:
+        raise InputError(f"{data_name} has no column 'label', only {', '.join(dataset.column_names)}: name it so, or give has_labels=False")
+    scores, labels = model.score(image_loader(dataset, processor, batch_size))
+    labels = None if labels is None else labels.numpy()
     calibration = model.calibration if model.calibration.is_calibrated else None
     threshold = None if calibration is None else calibration.threshold.item()
     numbers = scores.double().numpy()
+    measured = None if labels is None else image_metrics(numbers, labels, threshold)  # which refuses labels that are neither 0 nor 1
     both = labels is not None and 0 < labels.sum() < len(labels)
     has_masks = labels is not None and "mask" in dataset.column_names
     pixel_metrics = evaluate_maps(model, processor, dataset, batch_size) if has_masks and model.supports_anomaly_maps else {}
@@ -85,7 +90,7 @@ def write_report(
     page = _template().render(
         title=title,
         facts=_facts(model, dataset, labels, data_name, split_hash),
-        metrics=image_metrics(numbers, labels, threshold) if both else None,
+        metrics=measured if both else None,
         intervals=bootstrap_intervals(numbers, labels, confidence=INTERVAL_CONFIDENCE) if both else {},
         confidence=INTERVAL_CONFIDENCE,
         by_class=results_by_class(model, dataset, scores, torch.from_numpy(labels)) if both else {},
