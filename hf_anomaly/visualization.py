@@ -80,7 +80,9 @@ def overlay_anomaly_map(
         colors = colors / 255
     elif not np.issubdtype(colors.dtype, np.floating) or colors.min() < 0 or colors.max() > 1:
         raise InputError(f"colormap must be uint8 or floats in [0, 1], got {colors.dtype} from {colors.min()} to {colors.max()}")
-    values = torch.as_tensor(anomaly_map).detach().cpu().float()
+    # A copy by NumPy: torch takes no mirrored arrays and no other byte order, and warns of read-only ones.
+    values = anomaly_map if isinstance(anomaly_map, torch.Tensor) else torch.from_numpy(np.array(anomaly_map, dtype=np.float32))
+    values = values.detach().cpu().float()
     if values.ndim < 2 or values.numel() == 0 or values.shape[:-2].numel() != 1:
         raise InputError(f"anomaly_map must be one map (H, W), got shape {tuple(values.shape)}: give them one by one, each with its image")
     if not torch.isfinite(values).all():

@@ -237,6 +237,8 @@ def test_every_kind_of_image():
     for image in kinds:
         for one in (torch.eye(4, requires_grad=True), torch.eye(4)[None], torch.eye(4, dtype=torch.bfloat16)[None, None]):
             np.testing.assert_array_equal(np.asarray(overlay_anomaly_map(image, one, value_range=(0, 1))), expected)
+    for one in (np.eye(4)[::-1, ::-1], np.eye(4, dtype=">f4")):  # mirrored, and of another machine's byte order
+        np.testing.assert_array_equal(np.asarray(overlay_anomaly_map(rgb, one, value_range=(0, 1))), expected)
     gray = np.asarray(overlay_anomaly_map(rgb[..., 0], np.zeros((4, 4)), value_range=(0, 1)))
     np.testing.assert_array_equal(gray, np.rint(DIMMED * np.repeat(rgb[..., :1], 3, axis=2)))
 
