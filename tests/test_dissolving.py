@@ -703,7 +703,7 @@ def test_refuses_bad_folders(tmp_path, diffusion, refused):
     intact = weights.read_bytes()
     for config in ("{", "[]", '{"kind": "gaussian"}', '{"kind": "none"}', '{"t_min": "a"}', '{"t_max": 1000}'):
         (folder / "dissolver_config.json").write_text(config)
-        with refused():
+        with refused(folder):
             DiffusionDissolver.from_pretrained(folder)
     diffusion.save_pretrained(folder)
     weights.write_bytes(intact[: len(intact) // 2])
@@ -724,9 +724,10 @@ def test_refuses_bad_folders(tmp_path, diffusion, refused):
         DiffusionDissolver.from_pretrained(tmp_path / "g")
     with refused("gaussian", "median"):
         MedianDissolver.from_pretrained(tmp_path / "g")
-    (tmp_path / "g" / "dissolver_config.json").write_text('{"kind": "gaussian", "radius": 3}')
-    with refused("radius"):
-        Dissolver.from_pretrained(tmp_path / "g")
+    for setting, value in (("radius", 3), ("kernel_size", 4), ("sigma", "a"), ("resolution", None)):
+        (tmp_path / "g" / "dissolver_config.json").write_text(json.dumps({"kind": "gaussian", setting: value}))
+        with refused(tmp_path / "g" / "dissolver_config.json", setting):
+            Dissolver.from_pretrained(tmp_path / "g")
     (tmp_path / "file").write_text("")
     with refused("file"):
         GaussianDissolver().save_pretrained(tmp_path / "file")

@@ -256,7 +256,7 @@ class Dissolver(ABC):
         config.pop("training", None)
         try:
             return dissolver_class(**config)
-        except TypeError as error:
+        except (TypeError, InputError) as error:
             raise InputError(f"{root / CONFIG_NAME}: {error}; correct the file") from error
 
 

@@ -180,7 +180,10 @@ class DiffusionDissolver(Dissolver):
         range_ |= {name: value for name, value in (("t_min", t_min), ("t_max", t_max)) if value is not None}
         # The constructor copies the network, and must: weights mapped from a file lie at addresses where kernels may round otherwise,
         # and a loaded dissolver would differ in the last bits from the one that was saved.
-        dissolver = cls(unet, scheduler, **range_)
+        try:
+            dissolver = cls(unet, scheduler, **range_)
+        except InputError as error:
+            raise InputError(f"{root}: {error}") from error
         dissolver.training_notes = notes = config.get("training")
         trained = notes.get("max_timestep") if isinstance(notes, dict) else None  # None: the whole schedule
         if isinstance(trained, int) and dissolver.t_max >= trained:

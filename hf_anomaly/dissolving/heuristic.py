@@ -3,6 +3,7 @@
 import math
 from abc import abstractmethod
 from collections.abc import Sequence
+from numbers import Real
 
 import torch
 from torch import Tensor
@@ -126,8 +127,8 @@ class GaussianDissolver(_BlurDissolver):
 
     def __init__(self, kernel_size: int | Sequence[int] = 11, sigma: float | None = None, resolution: int = 32):
         super().__init__(kernel_size, resolution)
-        if sigma is not None and not 0 < sigma < math.inf:
-            raise InputError(f"sigma must be a positive number of pixels, got {sigma}")
+        if sigma is not None and not (isinstance(sigma, Real) and 0 < sigma < math.inf):
+            raise InputError(f"sigma must be a positive number of pixels, got {sigma!r}")
         if sigma is not None and not self.is_deterministic:
             raise InputError(f"sigma {sigma} would make kernel sizes {self.kernel_sizes} blur alike: leave it out, or give one kernel size")
         self.sigma = None if sigma is None else float(sigma)
