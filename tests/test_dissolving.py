@@ -546,6 +546,17 @@ def test_a_detector_that_trains_in_mixed_precision_leaves_the_diffusion_model_it
     assert torch.equal(loss, model(*given)["loss"])
 
 
+def test_images_of_another_precision_than_the_network():
+    model, (x, noise, t) = (
+        DenoisingModel(tiny_unet(), build_scheduler()).eval(),
+        (images(2, 1, 16, 16), torch.randn(2, 1, 16, 16), torch.tensor([3, 200])),
+    )
+    expected = model(x, noise, t)["loss"].item()
+    for other, precision in ((x.double(), 1e-5), (x.bfloat16(), 0.02)):
+        assert model(other, noise.to(other), t)["loss"].item() == pytest.approx(expected, rel=precision)
+    assert model.bfloat16()(x, noise, t)["loss"].item() == pytest.approx(expected, rel=0.02)
+
+
 @pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction", "sample"])
 def test_loss_by_hand(prediction_type):
     scheduler = DDPMScheduler(1000, beta_schedule="squaredcos_cap_v2", prediction_type=prediction_type, clip_sample=False)

@@ -323,7 +323,7 @@ class DenoisingModel(torch.nn.Module):
             )
         # The detector may train in mixed precision, in which the authors' did not converge.
         with torch.autocast(device.type, enabled=False):
-            output = self.unet(self.scheduler.add_noise(x, noise, timesteps), timesteps).sample
+            output = self.unet(self.scheduler.add_noise(x, noise, timesteps).to(self.unet.dtype), timesteps).sample
         if self.prediction_type == "epsilon":
             target = noise
         elif self.prediction_type == "sample":
