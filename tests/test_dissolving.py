@@ -700,6 +700,9 @@ def test_refuses_bad_images(diffusion, refused):
     for timesteps in (torch.tensor([3]), torch.tensor([3.0, 4.0]), torch.tensor([3, 1000]), torch.tensor([-1, 3])):
         with refused("timesteps"):
             diffusion(images(2, 1, 16, 16), timesteps)
+    for t in (1000, -1):
+        with refused("timesteps", "0…999", t):
+            dissolving_quality(diffusion, images(2, 1, 16, 16), [30, t])
 
 
 def test_refuses_bad_folders(tmp_path, diffusion, refused):

@@ -45,10 +45,10 @@ def dissolving_quality(dissolver: DiffusionDissolver, pixel_values: Tensor, time
     energy = _energy(x)
     rows = []
     for t in timesteps:
-        alpha_bar = dissolver.alphas_cumprod[t]
         at_t = torch.full((len(x),), t, device=x.device)
+        gain = _energy(dissolver(x, at_t)) - energy  # first of all, as it refuses a wrong t
+        alpha_bar = dissolver.alphas_cumprod[t]
         noised = dissolver.predict_original(alpha_bar**0.5 * x + (1 - alpha_bar) ** 0.5 * noise, at_t)
-        gain = _energy(dissolver(x, at_t)) - energy
         rows.append(
             DissolvingQuality(
                 timestep=t,
