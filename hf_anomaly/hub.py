@@ -85,6 +85,23 @@ def hub_errors(repo_id: str, *, reading: bool = False) -> Iterator[None]:
         raise HubError(f"{repo_id}: {_remedy(causes, _READING if reading else _PUSHING)}") from error
 
 
+@contextmanager
+def loading(name_or_path: str, failure: str) -> Iterator[None]:
+    """Turns what goes wrong while the block loads something into one line, which begins with the name and `failure`.
+
+    Raises:
+        InputError: in place of what transformers raises for a bad name, file or configuration.
+        HubError: the Hub refused or cannot be reached.
+    """
+    try:
+        with hub_errors(name_or_path, reading=True):
+            yield
+    except (HubError, InputError):
+        raise
+    except Exception as error:  # transformers checks little of a config, and stumbles over the rest in every way
+        raise InputError(f"{name_or_path!r} {failure}: {one_line(error)[:300]}") from error
+
+
 def _causes(error: BaseException | None) -> Iterator[BaseException]:
     """The Hub's errors among an error and those that caused it. A single missing file is none."""
     while error is not None:

@@ -1,36 +1,17 @@
 """What was saved, loaded again: detectors, their configurations, and the results beside them."""
 
 import os
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import torch
 
 from .detector import AnomalyDetector, AnomalyDetectorConfig
-from .errors import HubError, InputError, one_line
+from .errors import InputError, one_line
 from .files import read_json
-from .hub import find_file, hub_errors
+from .hub import find_file, loading
 from .image_processing import AnomalyImageProcessor
 from .saving import holds_dissolver
 from .untrusted import load_without_code
-
-
-@contextmanager
-def loading(name_or_path: str, failure: str) -> Iterator[None]:
-    """Turns what goes wrong while the block loads something into one line, which begins with the name and `failure`.
-
-    Raises:
-        InputError: in place of what transformers raises for a bad name, file or configuration.
-        HubError: the Hub refused or cannot be reached.
-    """
-    try:
-        with hub_errors(name_or_path, reading=True):
-            yield
-    except (HubError, InputError):
-        raise
-    except Exception as error:  # transformers checks little of a config, and stumbles over the rest in every way
-        raise InputError(f"{name_or_path!r} {failure}: {one_line(error)[:300]}") from error
 
 
 def _check_place(name_or_path: str) -> None:

@@ -8,11 +8,12 @@ import torch
 from torch import nn
 from transformers import AutoBackbone, AutoConfig, PreTrainedConfig
 
-from ..errors import InputError, one_line
-from ..hub import hub_errors
+from ..errors import InputError
+from ..hub import loading
 from ..untrusted import load_without_code
 
 _COMMON_SIZES = (8, 16, 32, 48, 64, 96, 128, 192, 224, 256, 384, 512)  # px, to say which would do
+_FAILURE = "cannot be loaded as a backbone"
 
 
 def build_backbone(backbone_config: PreTrainedConfig, image_size: int, num_channels: int) -> nn.Module:
@@ -59,12 +60,13 @@ def load_backbone_config(name_or_path: str, stage: str | None = None) -> PreTrai
 
     Args:
         stage: the one whose map it gives, by its name in `stage_names`; None: its own choice, as a rule the last.
+
+    Raises:
+        InputError: there is none, or it has no such stage.
+        HubError: the Hub refused or cannot be reached.
     """
-    try:
-        with hub_errors(name_or_path, reading=True):
-            return load_without_code(AutoConfig, name_or_path, **({} if stage is None else {"out_features": [stage]}))
-    except (OSError, ValueError) as error:
-        raise InputError(f"backbone {name_or_path!r} cannot be loaded: {one_line(error)}") from error
+    with loading(name_or_path, _FAILURE):
+        return load_without_code(AutoConfig, name_or_path, **({} if stage is None else {"out_features": [stage]}))
 
 
 def load_backbone_weights(backbones: Sequence[nn.Module], name_or_path: str, **kwargs) -> None:
@@ -74,11 +76,11 @@ def load_backbone_weights(backbones: Sequence[nn.Module], name_or_path: str, **k
         name_or_path: a Hub id or folder, as for `AutoBackbone.from_pretrained`.
 
     Raises:
-        InputError: its architecture or widths differ from those of `backbones`.
+        InputError: its architecture or widths differ from those of `backbones`, or its weights are missing, damaged or no safetensors.
         HubError: the Hub refused or cannot be reached.
     """
     new, misfit = backbones[0], f"{name_or_path} does not fit the detector's backbone_config"
-    with hub_errors(name_or_path, reading=True):
+    with loading(str(name_or_path), _FAILURE):
         config = load_without_code(AutoConfig, name_or_path, **kwargs)
         if type(config) is not type(new.config):
             raise InputError(f"{misfit}: it is a {config.model_type!r}, not a {new.config.model_type!r}")

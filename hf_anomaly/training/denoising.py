@@ -24,9 +24,8 @@ from ..dissolving import (
 from ..dissolving.diffusion import T_MAX, T_MIN
 from ..errors import InputError
 from ..files import read_json, write_json
-from ..hub import find_file
+from ..hub import find_file, loading
 from ..image_processing import AnomalyImageProcessor
-from ..loading import loading
 from ..untrusted import load_without_code
 from .arguments import AnomalyTrainingArguments, DenoisingTrainingArguments
 from .run_record import optimization_of

@@ -507,6 +507,14 @@ def test_load_backbone(tmp_path, refused):
         model.load_backbone(tmp_path / "other")
     with refused(str(tmp_path / "fits"), "'small_resnet'", "'resnet'"):
         tiny(backbone_config=resnet_config(), image_size=32).load_backbone(tmp_path / "fits")
+    weights = tmp_path / "fits" / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:100])
+    with refused(str(tmp_path / "fits"), "backbone"):
+        model.load_backbone(tmp_path / "fits")
+    weights.unlink()
+    torch.save(source.backbone.state_dict(), tmp_path / "fits" / "pytorch_model.bin")
+    with refused(str(tmp_path / "fits"), "backbone", "safetensors"):
+        model.load_backbone(tmp_path / "fits")
 
 
 def test_an_earlier_stage_of_a_pretrained_backbone(tmp_path, refused):

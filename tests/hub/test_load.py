@@ -155,7 +155,7 @@ def test_what_goes_wrong_is_told_in_one_line_with_the_remedy(hub, stored):
             refused(HubError, lambda: command(*argv, *option), repo_id, *words)
         if revision is None:
             refused(error, lambda: load_pretraining(repo_id, image_size=8, num_channels=1), repo_id, *words)
-            refused(InputError, lambda: load_backbone_config(repo_id), repo_id, *words)
+            refused(error, lambda: load_backbone_config(repo_id), repo_id, *words)
             refused(HubError, lambda: command("dissolve", repo_id, "a.png"), repo_id, *words)
 
     Path("a.png").write_bytes(b"")
