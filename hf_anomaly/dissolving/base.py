@@ -14,9 +14,9 @@ import torch
 from torch import Tensor
 
 from ..cards import write_dissolver_card
-from ..errors import HubError, InputError, one_line
+from ..errors import InputError
 from ..files import canonical_json, read_json, staged
-from ..hub import CommitInfo, hub_errors, push_folder
+from ..hub import CommitInfo, loading, push_folder
 from ..ops.resizing import resize
 from ..ops.tiles import cut_tiles, join_tiles
 from ..saving import DISSOLVER_FILES
@@ -309,13 +309,8 @@ def locate(folder_or_hub_id: str | os.PathLike, revision: str | None = None, tok
         from huggingface_hub import snapshot_download
 
         patterns = [prefix + name for prefix in ("", "dissolver/") for name in DISSOLVER_FILES]
-        try:
-            with hub_errors(str(folder_or_hub_id), reading=True):
-                folder = Path(snapshot_download(str(folder_or_hub_id), revision=revision, token=token, allow_patterns=patterns))
-        except (HubError, InputError):
-            raise
-        except (OSError, ValueError) as error:  # the Hub's errors derive from these
-            raise InputError(f"{folder_or_hub_id}: no such local folder, and not to be had from the Hub: {one_line(error)}") from error
+        with loading(str(folder_or_hub_id), "is no local folder, and not to be had from the Hub"):
+            folder = Path(snapshot_download(str(folder_or_hub_id), revision=revision, token=token, allow_patterns=patterns))
     for root in (folder, folder / "dissolver"):
         if (root / CONFIG_NAME).exists() or (root / "unet").is_dir():
             return root
