@@ -622,23 +622,24 @@ def test_a_network_takes_the_next_power_of_two():
 
 
 @torch.no_grad()
-def test_quality_of_a_network_that_predicts_nothing():
-    """ε_θ = 0: dissolving divides by sqrt(ᾱ), which adds 1/ᾱ − 1 of the energy, and all of the noise is left over."""
+def test_quality_of_a_network_that_sees_nothing():
+    """ε_θ = ½: dissolving divides by sqrt(ᾱ), which adds 1/ᾱ − 1 of the energy, and shifts the mean, which does not count; the noise is left over."""
     unet, scheduler = silent_unet(), build_scheduler()
+    torch.nn.init.constant_(unet.conv_out.bias, 0.5)
     x = images(3, 1, 16, 16) / 2  # room for the division
     (low, high), (again, _) = (dissolving_quality(DiffusionDissolver(unet, scheduler), x, [30, 130]) for _ in range(2))
     epsilon = torch.randn(x.shape, generator=torch.Generator().manual_seed(0)).numpy()
     for row, alpha_bar in ((low, scheduler.alphas_cumprod[30].item()), (high, scheduler.alphas_cumprod[130].item())):
         assert row.noise == pytest.approx(math.sqrt((1 - alpha_bar) / alpha_bar), rel=1e-5)
-        assert row.denoising_error == pytest.approx(row.noise * math.sqrt((epsilon**2).mean()), rel=1e-4)
+        assert row.denoising_error == pytest.approx(row.noise * math.sqrt(((epsilon - 0.5) ** 2).mean()), rel=1e-4)
         assert row.ringing == pytest.approx(1 / alpha_bar - 1, rel=1e-3)
         assert row.removed == pytest.approx(0, abs=1e-6)
     assert again == low
 
-    scheduler.register_to_config(prediction_type="sample")  # now x̂_0 = 0
+    scheduler.register_to_config(prediction_type="sample")  # now x̂_0 = ½
     (row,) = dissolving_quality(DiffusionDissolver(unet, scheduler), x, [50])
-    assert row.denoising_error == pytest.approx(x.square().mean().sqrt().item(), rel=1e-5)
-    assert (row.ringing, row.removed) == (0, pytest.approx(1))
+    assert row.denoising_error == pytest.approx((x - 0.5).square().mean().sqrt().item(), rel=1e-5)
+    assert (row.ringing, row.removed) == (pytest.approx(0, abs=1e-6), pytest.approx(1))
 
 
 def test_build_unet_widths():
