@@ -25,7 +25,7 @@ from hf_anomaly.demo.analysis import RATE_STEP, Verdict, analyse, dissolved_vers
 from hf_anomaly.demo.page import GRADIO, WARNING, heading_html, result_html
 from hf_anomaly.demo.serving import load_dissolver
 from hf_anomaly.demo.space import space_files
-from hf_anomaly.dissolving import build_scheduler, build_unet
+from hf_anomaly.dissolving import ResizeDissolver, build_scheduler, build_unet
 from hf_anomaly.version import __version__
 from hf_anomaly.visualization import DIMMED, overlay_anomaly_map
 
@@ -159,7 +159,8 @@ def test_dissolved_versions_are_the_dissolvers(processor, picture):
     expected = ((dissolver(pixels, torch.tensor([700]))[0, 0] + 1) * 127.5).round().byte()
     shown = torch.frombuffer(bytearray(versions[4][0].tobytes()), dtype=torch.uint8).view(256, 256)
     assert torch.equal(shown[8::16, 8::16], expected)
-    assert len(dissolved_versions(GaussianDissolver(3), pixels)) == 2
+    for fixed in (GaussianDissolver(3), ResizeDissolver(8)):
+        assert [caption for _, caption in dissolved_versions(fixed, pixels)] == ["input", f"dissolved ({fixed.kind})"]
     assert analyse(dia(), processor, picture, dissolver).dissolved[5][1] == "t = 900"
 
 
