@@ -6,8 +6,9 @@ import statistics
 from pathlib import Path
 
 import pytest
+import torch
 
-from hf_anomaly import CSIConfig, DIAConfig, InputError, cli
+from hf_anomaly import AnomalyImageProcessor, CSIConfig, CSIModel, DIAConfig, InputError, SmallResNetConfig, cli
 from hf_anomaly.report import Run, compare_runs, comparison_markdown, read_baselines, read_run
 
 TESTED_ON = {"dataset": "scans", "normal_label": "good", "num_normal": 20, "num_anomalous": 30}
@@ -101,6 +102,21 @@ def test_what_makes_another_row(trained, other, shown):
     assert shown.items() <= second["settings"].items()
     assert second["steps"] == other.get("steps", 100)
     assert "seed" not in first["settings"]
+
+
+def test_a_detector_that_was_loaded_and_saved_again_is_in_the_row_of_its_seeds(trained):
+    """As `hf-anomaly calibrate` does into the same folder; `card` takes it as a repetition, too."""
+    config = {"backbone_config": SmallResNetConfig(hidden_sizes=[8], depths=[1]), "projection_size": 4}
+    for seed in (0, 1):
+        results = Path(trained(f"csi-{seed}", CSIConfig, seed, 0.9), "eval_results.json")
+        measured = results.read_text()
+        CSIModel(CSIConfig(image_size=8, **config)).fit_reference([torch.zeros(2, 1, 8, 8)], progress=False).save_pretrained(f"csi-{seed}")
+        AnomalyImageProcessor.for_images(8, 1).save_pretrained(f"csi-{seed}")
+        results.write_text(measured)
+    CSIModel.from_pretrained("csi-1").save_pretrained("csi-1")
+    assert [row["seeds"] for row in compare_runs(map(read_run, ["csi-0", "csi-1"]))] == [[0, 1]]
+    cli.main(["card", "csi-0", "--runs", "csi-1"])
+    assert "| mean ± std | 0.9000 ± 0.0000 |" in Path("csi-0/README.md").read_text()
 
 
 def test_what_is_no_other_row(trained):

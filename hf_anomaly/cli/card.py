@@ -24,7 +24,7 @@ def parse(argv: list[str]) -> Namespace:
 def run(args: Namespace) -> None:
     from ..cards import write_card
     from ..loading import load_config, load_detector, recorded_results
-    from ..training.run_record import first_difference, settings_of
+    from ..training.run_record import first_difference, saved_settings
 
     folder = Path(args.folder)
     if not (folder / "config.json").is_file():
@@ -34,13 +34,13 @@ def run(args: Namespace) -> None:
     results = recorded_results(args.folder)
     if args.runs and not (folder / "eval_results.json").is_file():
         raise InputError(f"{folder} holds no eval_results.json, which the results of --runs would stand beside")
-    chosen = settings_of(load_config(args.folder))  # the model's own has more than was saved, such as the backbone's dtype
+    chosen = saved_settings(load_config(args.folder))
     others = []
     for run in args.runs:
         if not (path := Path(run, "eval_results.json")).is_file():
             raise InputError(f"{path} is not there: give a folder that training wrote")
         others.append(recorded_results(run))
-        different = first_difference(settings_of(load_config(run)), chosen)
+        different = first_difference(saved_settings(load_config(run)), chosen)
         if different is not None:
             name, theirs, ours = different
             raise InputError(

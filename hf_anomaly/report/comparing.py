@@ -16,7 +16,7 @@ from ..errors import InputError
 from ..files import markdown_table
 from ..loading import load_config, read_results, recorded_results
 from ..ops.baselines import TITLES
-from ..training.run_record import flat, settings_of
+from ..training.run_record import flat, saved_settings
 
 logger = logging.getLogger(__name__)
 
@@ -97,7 +97,7 @@ def read_run(name_or_path: str | os.PathLike) -> Run:
     config, results = load_config(name), recorded_results(name)
     run = Run(name, type(config).__name__.removesuffix("Config"), results)  # refuses what is damaged, before it is read
     division = {key: value for key, value in (results.get("division") or {}).items() if key not in ("seed", "split_hash", "normal_label")}
-    settings = {**settings_of(config), "false_positive_rate": config.false_positive_rate, **division, **(results.get("optimization") or {})}
+    settings = saved_settings(config) | {"false_positive_rate": config.false_positive_rate} | division | (results.get("optimization") or {})
     settings = _flags(results.get("command")) | settings  # the settings of a first stage, say, are in the command alone
     if settings.get("data_seed") == results.get("seed"):  # as it is unless somebody says otherwise
         settings.pop("data_seed", None)

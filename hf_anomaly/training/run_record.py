@@ -84,6 +84,13 @@ def settings_of(config) -> dict:
     return {name: value for name, value in config.to_dict().items() if name not in hidden}
 
 
+def saved_settings(config) -> dict:
+    """`settings_of` a saved detector, without what is written there when it is loaded and saved again, as by `hf-anomaly calibrate`: its backbone's dtype."""
+    settings = settings_of(config)
+    parts = {name: {**settings[name], "dtype": None} for name in config.sub_configs if settings.get(name)}
+    return settings | parts
+
+
 def optimization_of(args) -> dict:
     """What the optimizer is told, for `describe_run` and the results."""
     return {name: getattr(args, name) for name in _OPTIMIZATION}
