@@ -110,6 +110,13 @@ class ReproducibleArguments(TrainingArguments):
     save_steps: float = HfArg(default=200, help="Steps between two checkpoints.")
     save_total_limit: int | None = HfArg(default=1, help="Checkpoints to keep.")
     remove_unused_columns: bool = HfArg(default=False, help="Leave False: images become pixel_values when they are read.")
+    resume_from_checkpoint: str | None = HfArg(
+        default=None, help="true: go on from the last checkpoint in --output_dir, if there is one; or a checkpoint's folder."
+    )
+    push_to_hub: bool = HfArg(
+        default=False,
+        help="Push the result to the Hub, to --hub_model_id or a repository named like the output folder; see --hub_strategy.",
+    )
     hub_strategy: str = HfArg(
         default="end",
         help="With --push_to_hub: end, the finished detector alone. In mid-training, to branch 'training': every_save, the weights; checkpoint, the "
