@@ -59,8 +59,10 @@ class DissolverArguments:
         default="diffusion",
         help=f"{', '.join(DISSOLVERS)}; none (CSI: no branch D); or a ready dissolver of any kind, as a folder or Hub id.",
     )
-    t_min: int | None = HfArg(default=None, help="Smallest diffusion timestep to dissolve at. Default: a ready dissolver's own, else 30.")
-    t_max: int | None = HfArg(default=None, help="Largest one. Default: a ready dissolver's own, else 130.")
+    t_min: int | None = HfArg(
+        default=None, help="Smallest diffusion timestep to dissolve at. Default: a ready dissolver's own, else that of --dataset, else 30."
+    )
+    t_max: int | None = HfArg(default=None, help="Largest one. Default: a ready dissolver's own, else that of --dataset, else 130.")
     blur_kernel_size: list[int] | None = HfArg(
         default=None,
         help="Kernel of the gaussian and median dissolvers, odd, in pixels; of several, each image gets a dissolved variant of each. "
@@ -68,8 +70,8 @@ class DissolverArguments:
     )
     dissolving_resolution: int | None = HfArg(
         default=None,
-        help="Larger images are dissolved at this size and resized back. Default: diffusion, the largest power of two within a third of the "
-        "images' size, 8 to 32; others, 32.",
+        help="Larger images, or tiles, are dissolved at this size and resized back. Default: diffusion, the largest power of two within a third of "
+        "their size, 8 to 32; others, 32.",
     )
     dissolved_variants: int = HfArg(
         default=8,

@@ -21,7 +21,8 @@ class DiffusionArguments:
     """The diffusion model."""
 
     resolution: int | None = HfArg(
-        default=None, help="Dissolving resolution in pixels. Default: the largest power of two within a third of the images' size, 8 to 32."
+        default=None,
+        help="Dissolving resolution in pixels. Default: the largest power of two within a third of the size of the images, or tiles, 8 to 32.",
     )
     block_out_channels: list[int] = HfArg(default_factory=lambda: [32, 64, 64], help="Widths of the UNet's blocks.")
     max_timestep: int | None = HfArg(
