@@ -4,6 +4,7 @@ import logging
 import math
 import os
 import sys
+from argparse import SUPPRESS
 from collections.abc import Iterable
 from dataclasses import dataclass, fields, replace
 from typing import Any
@@ -340,6 +341,9 @@ class EvaluationDataArguments(DataArguments):
     """Where the images come from."""
 
     dataset_name: str | None = HfArg(default=None, help=_SOURCES)
+    image_size: int | None = HfArg(default=None, help=SUPPRESS)  # these three are refused below
+    tiles: int = HfArg(default=1, help=SUPPRESS)
+    num_channels: int | None = HfArg(default=None, help=SUPPRESS)
 
     def __post_init__(self):
         if self.dataset_name is None and self.dataset is None:

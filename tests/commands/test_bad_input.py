@@ -9,7 +9,7 @@ from datasets import Dataset, Features, Image, Value
 
 from hf_anomaly import AnomalyImageProcessor, CSIConfig, CSIModel, SmallResNetConfig
 
-from .running import class_folders, pixels, refused, resnet, save
+from .running import class_folders, pixels, refused, resnet, run, save
 
 
 def parquet(folder, labels):
@@ -202,6 +202,13 @@ def test_evaluating_what_is_no_detector(culprit, model, tmp_path):
 )
 def test_evaluating_with_flags_of_no_use(tmp_path, argv, culprit):
     refused("evaluate.py", ["--model", "any", "--dataset_name", "digits", *argv], culprit, tmp_path / "nowhere")
+
+
+def test_what_evaluating_never_takes_is_not_in_its_help():
+    status, usage, _ = run("evaluate.py", "--help")
+    assert status == 0
+    assert "--max_train_images" in usage  # with --baselines
+    assert not any(flag in usage for flag in ("--image_size", "--tiles", "--num_channels"))
 
 
 def test_evaluating_on_nothing(tmp_path):
