@@ -108,6 +108,7 @@ def test_16_bit_pgm_and_ppm(tmp_path, refused, largest):
             read_image(path)
         for image in (read_image(path, "full"), decode_image({"path": str(path)}, "", "full")):
             assert np.abs(np.asarray(image, int) - np.rint(array * 255 / largest)).max() <= 1, "on the scale of the largest value"
+    assert np.array_equal(read_image(tmp_path / "x.pgm", (0, 2000)), slow_window(values, 0, 2000)), "a window is of the file's own values"
     with refused("x.ppm", "16-bit colour"):
         read_image(tmp_path / "x.ppm", (0, 4000))
 

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-_FORMAT = 3  # raise it when what is stored changes: old cache files are then no longer found
+_FORMAT = 4  # raise it when what is stored changes: old cache files are then no longer found
 
 
 def encode_levels(levels: np.ndarray) -> dict[str, bytes | None]:

@@ -34,6 +34,7 @@ FULL = "full"
 SLICES = ("hf_anomaly", "slices")  # below the cache of datasets: a folder for each file that is cut
 _FORMAT = 2  # of the slices: raise it when files are read otherwise, and those cut before are no longer found
 Window = tuple[float, float] | str | None  # (low, high), which become 0 and 255; "full"; None
+_LARGEST = "largest"  # in the `info` of a PGM file of more than 8 bits: the value that stands for white
 REMEDY = "give its --window LOW HIGH, or --window full"
 
 
@@ -109,6 +110,9 @@ def load_pixels(image: PIL.Image.Image) -> None:
     """Decodes an opened image; does nothing to any other. Pillow would map an uncompressed file by its name, and scrambles a TIFF that EXIF turns by 90°."""
     if not isinstance(image, PIL.ImageFile.ImageFile):
         return
+    for tile in image.tile:
+        if image.format == "PPM" and image.mode == "I" and isinstance(tile[3], tuple):  # which decoding scales to 65535
+            image.info[_LARGEST] = tile[3][1]
     name, image.filename = image.filename, ""
     try:
         image.load()
@@ -193,6 +197,8 @@ def to_eight_bits(image: PIL.Image.Image, window: Window, name: str) -> PIL.Imag
     if window == FULL:
         is_16_bit = image.mode.startswith("I;16") or (image.mode == "I" and image.format == "PPM")  # Pillow scales a PGM to 65535
         window = (0, 65535) if is_16_bit else _own_range(values)
+    elif _LARGEST in image.info:
+        values = np.rint(values * (image.info[_LARGEST] / 65535))
     levels = apply_window(values, *window)
     return PIL.Image.fromarray(255 - levels if is_white_zero(image) else levels)
 
