@@ -418,8 +418,10 @@ def test_pages_and_frames_of_a_file(tmp_path, caplog, suffix):
     assert "1 images of split 'train' have several pages or frames, of which only the first is read" in caplog.text
 
 
-def test_annotations_beside_images_are_no_digits(tmp_path):
-    folder = write(tmp_path, {"x": 3}) / "x"
+@pytest.mark.parametrize("folder", ["x", "x/images"])
+def test_annotations_beside_images_are_no_digits(tmp_path, folder):
+    write(tmp_path, {folder: 3})
+    folder = tmp_path / "x"
     for i in range(3):
         (folder / f"{i}.json").write_text('{"shapes": []}')
     assert len(load_one_class(folder, calibration_fraction=0).train) == 3

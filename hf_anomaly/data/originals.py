@@ -14,8 +14,9 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from ..errors import InputError, one_line
+from ..files import files_below
 from .assembling import from_arrays, from_files, uint8_images
-from .formats import is_raster
+from .formats import is_image
 
 if TYPE_CHECKING:
     import datasets
@@ -82,7 +83,7 @@ def _read_mnist_json(root: Path) -> dict[str, datasets.Dataset]:
     """
     root = next((folder for folder in (root, root / "src" / "digits") if (folder / "0.json").is_file()), root)
     files = [root / f"{digit}.json" for digit in range(10)]
-    if not files[0].is_file() or any(is_raster(file) for file in root.iterdir()):  # else annotations of images
+    if not files[0].is_file() or any(is_image(file) for file in files_below(root)):  # else annotations of images
         return {}
     images = []
     for path in files:
