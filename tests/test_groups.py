@@ -37,6 +37,13 @@ def test_whole_groups_are_drawn(seed):
     assert (draw_groups(groups, 0.2, seed, "images are drawn") == held).all()
 
 
+def test_drawn_groups_are_pinned():
+    """In the order 0, 4, 1, 2, 3; a group that brings their images no nearer to the share is passed over."""
+    for share, rows in ((0.2, [0, 1]), (0.3, [0, 1]), (0.31, [0, 1, 8, 9])):
+        assert np.flatnonzero(draw_groups(np.arange(10) // 2, share, 0, "")).tolist() == rows
+    assert np.flatnonzero(draw_groups(np.array(["a"] * 9 + ["b"] * 5), 0.01, 0, "")).tolist() == [9, 10, 11, 12, 13], "the smallest"
+
+
 @pytest.mark.parametrize("seed", range(8))
 def test_a_group_that_is_too_large_is_not_drawn(seed):
     held = draw_groups(np.array(["large"] * 1000 + ["b"] * 50 + ["c"] * 50), 0.2, seed, "images are drawn")
@@ -83,6 +90,8 @@ def test_no_patient_trains_and_tests(seed, caplog):
     assert (labels.count(0), labels.count(1)) == (10, 10)
     assert len(splits.train) + len(splits.calibration) == 40
     assert "that trains" not in caplog.text
+    both = load_one_class(with_tumours([0, 0, 1, 1, 2, 2, 3, 3, 4, 4] * 2, tumours=10), **options).test
+    assert (len({row % 10 // 2 for row in both["row"]}), both["label"][:]) == (1, [0, 0, 1, 1]), "a patient's tumours test beside the rest"
     again = load_one_class(with_tumours(patients, tumours=20), evaluation_only=True, **options)
     assert again.test["row"][:] == splits.test["row"][:]
     assert len({tuple(load_one_class(with_tumours(patients, tumours=20), **options | {"seed": i}).test["row"][:]) for i in range(5)}) > 1

@@ -78,6 +78,8 @@ def test_images_that_are_all_alike_are_no_near_copies(zeros):
     assert find_near_copies(flat, flat) == {}
     assert find_near_copies(alike[:19], alike[:19]) == {}  # too few to say
     assert len(find_near_copies(alike[:20], alike[:20])) == 20
+    checked = np.indices((30, 16, 16))[1:].sum(0).astype(np.uint8) % 2  # of which the distance is 0 without rounding
+    assert find_near_copies(checked, checked) == {}
     assert find_near_copies(alike, alike[:0]) == {}
 
 
@@ -91,7 +93,11 @@ def test_near_copies_of_near_copies_belong_together(zeros, monkeypatch):
     assert group_near_copies(images).tolist() == expected
     monkeypatch.setattr("hf_anomaly.data.near_copies._CHUNK_VALUES", 200)
     assert group_near_copies(images).tolist() == expected
-    assert group_near_copies(images[:20]).tolist() == list(range(20))  # of 19 others nothing can be said
+    assert group_near_copies(images[[*range(18), 38, 39]]).tolist() == list(range(20))  # of 19 others nothing can be said
+    assert group_near_copies(images[[*range(19), 38, 39]]).tolist() == [*range(19), 19, 19]
+    rng = np.random.default_rng(0)
+    ten = thumbnails([zeros[0] + rng.normal(0, 1, (8, 8)) for _ in range(10)])  # each has nine others, and the tenth nearest is far
+    assert group_near_copies(np.concatenate([images[:30], ten])).tolist() == [*range(30), *[30] * 10]
     assert group_near_copies(images[:0]).tolist() == []
 
 

@@ -33,6 +33,9 @@ def test_copies_among_training_images_are_told(tmp_path, caplog):
         assert f"1 of {split}" in message
         assert path in message
 
+    write(tmp_path / "calibration/normal/too.bmp", 3)
+    assert load_one_class(tmp_path).num_test_copies == 1, "what trains and calibrates is counted once"
+
 
 def test_copies_of_images_held_out_for_calibration_are_told(tmp_path, caplog):
     """Each training image has its copy in the test split, whichever side of the division it fell on."""

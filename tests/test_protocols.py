@@ -127,6 +127,9 @@ def test_fewer_anomalies_than_normals(caplog):
     train = np.setdiff1d(np.arange(20), test)
     assert (len(train), len(test)) == (16, 6)
     assert "2 anomalies for 4 normal" in caplog.text
+    caplog.clear()
+    assert len(balanced(np.array(["normal"] * 20 + ["odd"] * 4), "normal", 0)) == 8
+    assert not caplog.records, "as many as are wanted"
 
 
 @pytest.mark.parametrize(

@@ -302,6 +302,8 @@ def test_draws_are_pinned():
     assert contaminate(9, 10, 0.1, 4).tolist() == [np.random.RandomState([4, 2]).permutation(10)[0]] != contaminate(9, 10, 0.1, 0).tolist()
     assert len(contaminate(100, 100, 0.5, 0)) == 100
     assert len(contaminate(100, 100, 0, 0)) == 0
+    with pytest.raises(InputError, match="takes 100 anomalies, but only 99"):
+        contaminate(100, 99, 0.5, 0)
     with pytest.raises(InputError, match=r"contamination=0\.1 of 4 normal training images is less than one anomaly"):
         contaminate(4, 10, 0.1, 0)
 

@@ -95,6 +95,7 @@ def test_volumes_are_sliced(folder):
         ("file_name,label\nscans/0.png,a\n\nscans/99.png,a\n", ["line 4", "scans/99.png"]),
         ('file_name,note\nscans/0.png,"two\nlines"\nscans/98.png,a\n', ["line 4", "scans/98.png"]),
         ("file_name,label\nscans/0.png,a,b\n", ["line 2", "3 values for 2 columns"]),
+        ("file_name,label\nscans/0.png\n", ["line 2", "1 values for 2 columns"]),
         ("file_name,label\nscans/0.png,a\n ,b\n", ["line 3", "'file_name' is empty"]),
         ("file_name,split\nscans/0.png,train\nscans/1.png,\n", ["line 3", "'split' is empty", "train or test"]),
         ("file_name,mask\nscans/0.png,masks/0.png\n", ["line 2", "masks/0.png"]),
