@@ -253,6 +253,9 @@ class ReproducibleTrainer(Trainer):
         self._micro_step = (-1, 0)
         self._loss_sums, self._loss_counts = {}, Counter()
         self._average = None  # of a training that was interrupted
+        if self._created_lr_scheduler and self.optimizer is not None:
+            # The schedule of an earlier training wraps `step`, of a copied trainer, too, in which it steps the first one's optimizer. A new one follows.
+            vars(self.optimizer).pop("step", None)
         shutil.rmtree(Path(self.args.output_dir, _STAGING), ignore_errors=True)  # the checkpoint that a killed process was writing
         remove_staged(self.args.output_dir)  # and the detector
         if has_length(self.train_dataset) and self.args.dataloader_drop_last:
