@@ -414,9 +414,9 @@ def test_moments_are_kept_for_each_phase(make, tmp_path):
     assert not torch.equal(first, second)
 
 
-@pytest.mark.parametrize("kind", ["csi", "phases"])
-def test_a_copied_trainer_trains_the_copy(make, kind):
-    trainer = make(kind, max_steps=2)
+@pytest.mark.parametrize(("kind", "settings"), [("csi", {}), ("csi", {"lars": True}), ("phases", {})])
+def test_a_copied_trainer_trains_the_copy(make, kind, settings):
+    trainer = make(kind, max_steps=2, **settings)
     trainer.train()
     twin, before = copy.deepcopy(trainer), weights(trainer)
     twin.train()

@@ -28,3 +28,7 @@ class LARS(torch.optim.SGD):
             rate = self.trust * norm / (gradient + self.decay * norm)
             w.grad.add_(w, alpha=self.decay).mul_(torch.where((norm > 0) & (gradient > 0), rate, 1.0))
         return super().step(closure)
+
+    # For copies and pickles: Optimizer's own holds the groups and their state alone.
+    def __getstate__(self) -> dict:
+        return {**super().__getstate__(), "decay": self.decay, "trust": self.trust}
