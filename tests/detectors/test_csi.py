@@ -11,6 +11,7 @@ from transformers import AutoModel, ConvNextConfig, ConvNextForImageClassificati
 
 from hf_anomaly import CSIConfig, CSIModel, SmallResNetConfig
 from hf_anomaly.backbones.pretrained import load_backbone_config
+from hf_anomaly.detectors.csi import modeling_csi
 from hf_anomaly.ops.views import View, apply_views, crops_views
 
 SIZE, K = 8, 4
@@ -246,15 +247,21 @@ def test_all_score_terms_off(refused):
 @pytest.mark.parametrize("used", [True, False])
 def test_a_logit_that_would_flip_its_sign_is_left_out_aloud(used, caplog, tmp_path):
     model = tiny(score_shift_logit=used).eval()
-    model.shift_classifier.bias.data = torch.tensor([-9.0, 5.0, 5.0, 5.0])
+    model.shift_classifier.weight.data[3] = 0
+    model.shift_classifier.bias.data = torch.tensor([-9.0, 5.0, 5.0, 0.0])
     model.fit_reference([images(4)], progress=False)
-    assert (model.reference.lambda_cls > 0).tolist() == [False, True, True, True]
-    assert model.reference.lambda_cls[0] == 0
+    assert (model.reference.lambda_cls > 0).tolist() == [False, True, True, False]
+    assert model.reference.lambda_cls[[0, 3]].tolist() == [0, 0]
     assert ("s_cls" in caplog.text) is used
     model.save_pretrained(tmp_path)
     caplog.clear()
     CSIModel.from_pretrained(tmp_path, score_shift_logit=True)
     assert "s_cls" in caplog.text
+    model.reset_reference()
+    model.save_pretrained(tmp_path)
+    caplog.clear()
+    CSIModel.from_pretrained(tmp_path, score_shift_logit=True)
+    assert "s_cls" not in caplog.text
 
 
 def test_training_images_score_best():
@@ -307,11 +314,15 @@ def test_memory_of_the_search_is_a_setting(peak_bytes):
     assert peaks[1] < peaks[0] / 4
 
 
-def test_many_test_rows_are_chunked():
-    model = tiny(num_test_views=40).eval()  # 160 rows an image: three images a chunk
+def test_many_test_rows_are_chunked(monkeypatch):
+    model = tiny(num_test_views=40).eval()
     model.fit_reference([images(4)], progress=False)
-    x = images(7, seed=1)
-    torch.testing.assert_close(model(x).scores, torch.cat([model(part[None]).scores for part in x]), rtol=1e-5, atol=0)
+    monkeypatch.setattr(modeling_csi, "_MAX_TEST_PIXELS", 500 * SIZE**2)  # 160 rows an image: three images a chunk
+    x, rows = images(7, seed=1), []
+    model.backbone.register_forward_pre_hook(lambda module, inputs: rows.append(len(inputs[0])))
+    scores = model(x).scores
+    assert rows == [480, 480, 160]
+    torch.testing.assert_close(scores, torch.cat([model(part[None]).scores for part in x]), rtol=1e-5, atol=0)
 
 
 @pytest.mark.parametrize("channels", [1, 3])
@@ -427,6 +438,9 @@ def alone(model, index):
 
 
 def test_encoders_start_apart():
+    layer = tiny(projection_size=100).projection[2]  # as torch's own do
+    for parameter in layer.parameters():
+        assert parameter.abs().max().item() == pytest.approx(layer.in_features**-0.5, rel=0.05)
     weights = [encoder.backbone.stem[0].weight for encoder in tiny(num_encoders=3).encoders]
     assert len({weight.detach().numpy().tobytes() for weight in weights}) == 3
 
