@@ -79,6 +79,9 @@ def test_a_backbone_says_which_sizes_it_takes(refused):
         ADDPModel(ADDPConfig(image_size=28, backbone_config=backbone))
     with refused("'convnext'", "28 px"):
         CSIModel(CSIConfig(image_size=28, backbone_config=backbone))
+    for model_class, config_class in ((ADDPModel, ADDPConfig), (CSIModel, CSIConfig)):
+        with refused("'convnext'", "16 px"):  # of a tile
+            model_class(config_class(image_size=64, tiles=4, backbone_config=backbone))
     model = ADDPModel(ADDPConfig(image_size=32, backbone_config=backbone))
     assert model.reconstruct(pixels(2, 32))[0].shape == (2, 1, 32, 32)
 
@@ -161,6 +164,7 @@ def test_attention_gates_are_used(family):
     ("wrong", "words"),
     [
         ({"image_size": 7}, ["image_size", "8"]),
+        ({"image_size": 28, "tiles": 4}, ["image_size / tiles", "8", "got 7"]),
         ({"hidden_sizes": [4]}, ["hidden_sizes"]),
         ({"hidden_sizes": [4, 0]}, ["hidden_sizes"]),
         ({"latent_size": 0}, ["latent_size"]),
@@ -239,6 +243,10 @@ def test_denoising_compares_with_the_clean_image(noise):
     torch.testing.assert_close(output.reconstruction, model.reconstruct(x)[0])
 
 
+def test_pretraining_sees_a_tile_of_each_image():
+    assert build(ADDPForPreTraining, tiles=2)(pixels()).reconstruction.shape == (4, 1, 8, 8)
+
+
 @torch.no_grad()
 def test_the_level_is_the_standard_deviation():
     x = torch.zeros(500, 1, 16, 16)
@@ -253,8 +261,9 @@ def test_the_detector_compares_clean_images():
     output = model(x)
     assert output.loss.item() == pytest.approx(mean_square(model.reconstruct(x)[0], x), rel=1e-4)
     model.eval().fit_reference([x], progress=False)
-    output, (reconstruction, _) = model(x, output_anomaly_maps=True), model.reconstruct(x)
+    output, (reconstruction, latents) = model(x, output_anomaly_maps=True, output_embeddings=True), model.reconstruct(x)
     for i in range(4):
+        np.testing.assert_allclose(output.embeddings[i], [np.mean(channel) for channel in latents[i].numpy()], rtol=1e-4, atol=1e-6)
         assert output.scores[i].item() == pytest.approx(mean_square(reconstruction[i], x[i]), rel=1e-4)
         for row, column in ((0, 0), (3, 11), (15, 2)):
             expected = mean_square(reconstruction[i, :, row, column], x[i, :, row, column])

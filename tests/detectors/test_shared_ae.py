@@ -54,6 +54,7 @@ def test_every_pixel_is_seen(size):
     [
         ({"image_size": 7}, ["image_size", "8 to 512", "7"]),
         ({"image_size": 513}, ["image_size", "8 to 512", "513"]),
+        ({"image_size": 28, "tiles": 4}, ["image_size / tiles", "8 to 512", "got 7"]),
         ({"hidden_sizes": [4, 4]}, ["hidden_sizes", "three"]),
         ({"hidden_sizes": [4, 4, 0]}, ["hidden_sizes"]),
         ({"latent_size": 0}, ["latent_size"]),
@@ -180,8 +181,9 @@ def test_a_detector_that_diverged_is_not_fitted(refused, monkeypatch):
     with refused("normal image 0", "no finite score", "learning rate"):
         model.fit_reference([pixels()], progress=False)
     assert not model.is_fitted
-    for tiles, batches in ((1, [4]), (1, [2, 2]), (2, [4]), (2, [2, 2])):
+    for tiles, batches in ((1, [4]), (1, [1, 1, 2]), (2, [4]), (2, [1, 1, 2])):
         model, x = detector(image_size=16, tiles=tiles).eval(), pixels(4, size=16)
+        assert model.fit_reference(x.split(batches), progress=False).config.num_reference_images == 4
         x[2, :, -1, -1] = 7.0  # in the last tile, if there are several
         monkeypatch.setattr(model, "reference_features", lambda x: {"scores": 1 / (7 - x.amax((1, 2, 3)))})
         with refused("normal image 2"):
@@ -230,8 +232,9 @@ def test_beyond_the_margin_ede1_gains_nothing_by_adv():
 
 def test_new_latents_are_in_the_linear_range_of_tanh():
     for size in (16, 28, 64):
-        encoder = detector(image_size=size, hidden_sizes=[16, 16, 16], latent_size=64).encoder1.train()
-        assert 0.03 < encoder(pixels(32, size)).std() < 0.4
+        model = detector(image_size=size, hidden_sizes=[16, 16, 16], latent_size=64).train()
+        for encoder in (model.encoder1, model.encoder2):
+            assert 0.03 < encoder(pixels(32, size)).std() < 0.4
 
 
 def test_training_is_told_what_it_needs(refused):
