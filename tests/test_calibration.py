@@ -14,13 +14,16 @@ from transformers import AutoModel
 from hf_anomaly import CSIConfig, CSIModel, NotFittedError, SmallResNetConfig
 from hf_anomaly.calibration import (
     Calibration,
+    DriftCheck,
     Float32State,
     conformal_p_values,
     conformal_threshold,
     drift_check,
     drift_martingale,
+    least_rate,
     mondrian_p_values,
     mondrian_thresholds,
+    normal_map_range,
 )
 
 
@@ -73,6 +76,7 @@ def test_too_few_calibration_images(rate, n, needed, caplog):
     assert conformal_threshold(scores(needed).sort().values, rate) < math.inf
     assert conformal_threshold(scores(needed - 1).sort().values, rate) == math.inf
     assert len(caplog.records) == 1
+    assert 1 / (n + 1) <= least_rate(n) < 1.01 / (n + 1)  # three digits
 
 
 @pytest.mark.parametrize("rate", [0.05, 0.1, 0.3])
@@ -126,6 +130,13 @@ def test_casts_and_moves_of_the_state():
     assert state.count.dtype == torch.int64
     assert state.to("meta", torch.float16).exact.is_meta
     assert state.exact.dtype == torch.float32
+
+
+def test_what_maps_say_is_normal():
+    levels = torch.tensor([[0.0, 1.0], [0.5, 4.0], [0.9, 2.0], [0.5, 3.0]])
+    assert normal_map_range(levels, 0.4) == [0.5, 3]  # exceeded by one of four
+    assert normal_map_range(levels, 0.05) == [0.5, 4]  # they are too few
+    assert normal_map_range(torch.ones(3, 2), 0.4) == [1, 2]  # of flat maps
 
 
 def test_an_infinite_threshold_survives_saving(tmp_path):
@@ -253,6 +264,10 @@ def test_drift_is_seen():
     assert allowed.p_value > 0.05
     assert (allowed.num_incoming, allowed.num_calibration) == (160, 200)
     assert drift_check(torch.cat([scores(160, 2) - 1, anomalies]), calibration, max_anomalies=0.2).p_lower < 0.001
+    for count, share, kept in ((10, 0.25, 7), (100, 0.07, 93), (1, 0.5, 1)):  # .07 · 100 is 7.000000000000001 in floats
+        assert drift_check(scores(count), calibration, max_anomalies=share).num_incoming == kept
+    found = [DriftCheck(p_value, p_value / 2, 1, 9, 9, 0.5, share_known=0) for p_value in (0.009, 0.01)]
+    assert [check.is_found for check in found] == [True, False]
 
 
 @pytest.mark.parametrize("sign", [1, -1])  # a negative similarity is a score, too
@@ -261,9 +276,10 @@ def test_the_images_that_calibrated_are_known_again(sign):
     rounded = calibration[torch.randperm(200)] * (1 + 1e-6 * scores(200, 3).clamp(-3, 3))
     assert drift_check(rounded, calibration).share_known == 1
     assert drift_check(rounded, calibration).are_calibration_images
-    half = drift_check(torch.cat([rounded[:80], sign * scores(120, 2)]), calibration)
-    assert half.share_known == pytest.approx(0.4, abs=0.02)
-    assert not half.are_calibration_images
+    for count in (80, 120):
+        part = drift_check(torch.cat([rounded[:count], sign * scores(200 - count, 2)]), calibration)
+        assert part.share_known == pytest.approx(count / 200, abs=0.02)
+        assert part.are_calibration_images == (count == 120)
     assert not drift_check(scores(5000, 2), scores(5000, 3)).are_calibration_images  # of so many some are alike by chance
     dense = [sign * (1 + 0.03 * scores(5000, seed)) for seed in (2, 3)]
     assert drift_check(*dense).share_known == 0  # so close do these lie that half are

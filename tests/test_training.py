@@ -835,6 +835,8 @@ def test_modes_reach_the_optimizers_that_have_them():
     assert phased.phase == "plain"
     phased.phase = "modal"
     assert (phased.state, phased.defaults) == (modal.state, modal.defaults)
+    phased.zero_grad(set_to_none=False)
+    assert weights[0].grad.tolist() == [0]
     phased.zero_grad()
     assert weights[0].grad is None
 
