@@ -1,5 +1,6 @@
 """Training images kept at the processor's size."""
 
+import shutil
 from pathlib import Path
 
 import datasets
@@ -50,12 +51,20 @@ def test_what_the_processor_makes_of_them_stays(folder, tmp_path, channels, size
     assert sizes == {(size, size)}
 
 
-def test_found_again_until_a_file_changes(folder, tmp_path):
+def test_found_again_until_a_file_changes(folder, tmp_path, monkeypatch):
     train = load_one_class(folder, calibration_fraction=0).train
     processor = AnomalyImageProcessor.for_images(8, 1)
     first = shrink_images(train, processor, cache_dir=tmp_path / "cache")
     assert shrink_images(train, processor, cache_dir=tmp_path / "cache")._fingerprint == first._fingerprint
-    assert len(list((tmp_path / "cache").glob("shrunk-*.arrow"))) == 1
+    (file,) = (tmp_path / "cache").glob("shrunk-*.arrow")
+    shrink_images(train.select(range(2)), processor, cache_dir=tmp_path / "two")
+    shutil.copy(next((tmp_path / "two").iterdir()), file)  # as a file that is cut off between two batches
+    assert len(shrink_images(train, processor, cache_dir=tmp_path / "cache")) == len(train)
+    for other in (AnomalyImageProcessor.for_images(8, 3), AnomalyImageProcessor.for_images(8, 1, window="full")):
+        assert shrink_images(train, other, cache_dir=tmp_path / "cache")._fingerprint != first._fingerprint
+    with monkeypatch.context() as patched:
+        patched.setattr("hf_anomaly.data.caching._FORMAT", "later")
+        assert shrink_images(train, processor, cache_dir=tmp_path / "cache")._fingerprint != first._fingerprint
     picture("L", (50, 50)).save(folder / "train" / "normal" / "0.png")
     assert shrink_images(train, processor, cache_dir=tmp_path / "cache")._fingerprint != first._fingerprint
 
