@@ -14,7 +14,7 @@ import torch
 from datasets import ClassLabel, Dataset, DatasetDict, Features, Image, List, Value
 from torch.utils.data import DataLoader
 
-from hf_anomaly.data import PixelTransform, check_images, collate, decode_image, load_one_class, load_unlabelled, prepare
+from hf_anomaly.data import PixelTransform, check_images, check_pixels, collate, decode_image, load_one_class, load_unlabelled, prepare
 from hf_anomaly.data.sources import hub_dataset
 from hf_anomaly.data.transforms import decode_mask
 from hf_anomaly.errors import HubError, InputError
@@ -143,6 +143,14 @@ def test_masks_are_those_of_the_images(tmp_path, folder, suffix):
     masks = load_one_class(tmp_path).test["mask"][:]
     names = [None if mask is None else Path(mask["path"]).name for mask in masks]
     assert names == [None, f"1{suffix}", f"2{suffix}", None]
+
+
+def test_a_damaged_mask_is_named(tmp_path, refused):
+    test = load_one_class(write(tmp_path, {"train/good": 5, "test/broken": 2, "ground_truth/broken": 2})).test
+    check_pixels(test, "test")
+    (tmp_path / "ground_truth" / "broken" / "1.png").write_bytes(b"no image")
+    with refused("ground_truth/broken/1.png", "unreadable image"):
+        check_pixels(test, "test")
 
 
 def test_the_class_of_every_evaluated_image_is_kept(tmp_path):
@@ -312,6 +320,7 @@ def test_masks_are_not_taken_for_the_images(tmp_path, refused):
         (["1.0", "0.0", "1.0"], Value("string"), 1, [0, 2]),  # as a table has them
         (["1.0", "0.0", "1.0"], Value("string"), "0", [1]),
         (["0.0", "0", "0.0"], Value("string"), 0, [1]),
+        (["-1.0", "1.0", "-1.0"], Value("string"), -1, [0, 2]),
         ([1.0, 0.0, 1.0], Value("float32"), "0.0", [1]),
         ([True, False, True], Value("bool"), "false", [1]),
         (["TRUE", "FALSE", "TRUE"], Value("string"), True, [0, 2]),
@@ -390,9 +399,11 @@ def test_channels_and_size_of_mixed_images(tmp_path):
 
 def test_size_of_images_that_all_differ(tmp_path):
     for i, side in enumerate([9, 60, 45, 70, 52]):
-        PIL.Image.fromarray(pixels(i, (side - 2, side))).save(tmp_path / f"{i}.png")
+        PIL.Image.fromarray(pixels(i, (side - 2, side) if i % 2 else (side, side - 2))).save(tmp_path / f"{i}.png")
     splits = load_one_class(tmp_path)
     assert (splits.native_size, splits.largest_size) == (52, 70), "not that of the first file"
+    (tmp_path / "0.png").unlink()
+    assert load_one_class(tmp_path).native_size == 60, "the upper of two in the middle"
 
 
 def test_a_folder_linked_into_itself_is_read_once(tmp_path):

@@ -137,6 +137,8 @@ def test_float_tiff(tmp_path, refused):
     assert np.array_equal(read_image(path, (0, 1)), slow_window(values, 0, 1))
     full = np.asarray(read_image(path, "full"))
     assert (full.min(), full.max()) == (0, 255)
+    PIL.Image.new("I;16B", (8, 8)).save(tmp_path / "y.tiff")
+    assert load_one_class(tmp_path, reading=Reading("full")).num_channels == 1
     values[3, 3] = np.nan
     with refused("x.tiff", "NaN"):
         read_image(write_wide(path, values), (0, 1))

@@ -72,6 +72,8 @@ def test_draws_follow_the_seed(source):
     assert len(set(hashes.values())) == 3
     assert rows(load(source, protocol="balanced", seed=0).test) != rows(load(source, protocol="balanced", seed=1).test)
     assert rows(load(source, seed=0).test) == rows(load(source, seed=1).test) == list(range(24))
+    few = {"max_train_images": 3, "calibration_fraction": 0}  # of the same images
+    assert len({tuple(rows(load(source, seed=seed, **few).train)) for seed in range(3)}) > 1
 
 
 @pytest.mark.parametrize("protocol", ["official", "balanced"])
