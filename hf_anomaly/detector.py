@@ -470,7 +470,8 @@ class AnomalyDetector(PreTrainedModel):
         Raises:
             InputError: no images, pixels that `forward` refuses, an image labelled anomalous, or one whose features or score are not finite.
         """
-        sample, seen, limit = Sample(self.max_reference_images), 0, self.max_reference_images
+        limit = self.max_reference_images
+        sample, seen = Sample(limit), 0
         tiles = self.config.tiles**2
         drawn = tiles if None in (num_images, limit) else min(tiles, math.ceil(limit / max(num_images, 1)))
         generator = torch.Generator().manual_seed(0)
